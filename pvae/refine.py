@@ -1,0 +1,175 @@
+"""Refinement: each datapoint's own lam climbs its own bound, batched over datapoints.
+
+One function serves semi-amortized guides, the rows of a per-datapoint guide, held-out fitting and the gaps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+__all__ = ["MARKS", "Refined", "RowAdam", "RowState", "refine"]
+
+# Steps after which a refinement is looked at: each mark has one at about half its steps before it.
+MARKS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000)
+
+
+@dataclass(frozen=True)
+class RowState:
+    """What Adam remembers of each row: first and second moment [B, P] and the number of its own steps [B]."""
+
+    first: Tensor
+    second: Tensor
+    steps: Tensor
+
+
+@dataclass(frozen=True)
+class RowAdam:
+    r"""Adam with moments and step count of each row's own, as a function: it ascends, and gradients pass through it.
+
+    .. math:: \lambda \leftarrow \lambda + r\, \hat m / \sqrt{\hat v + \epsilon^2}
+
+    Arguments:
+        learning_rate: r, in units of lam.
+        betas: decay of the first and the second moment.
+        eps: keeps the step finite, and its derivative too, where a gradient is zero.
+
+    Source: Kingma and Ba (2015), *Adam*, arXiv:1412.6980.
+
+    >>> rule = RowAdam(0.1)
+    >>> lam = torch.zeros(2, 3)
+    >>> lam, state = rule.step(lam, torch.ones(2, 3), rule.start(lam))
+    >>> lam[0]
+    tensor([0.1000, 0.1000, 0.1000])
+    """
+
+    learning_rate: float = 0.05
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+
+    def start(self, lam: Tensor) -> RowState:
+        zeros = torch.zeros_like(lam, requires_grad=False)
+        return RowState(zeros, zeros, torch.zeros(len(lam), dtype=torch.int32, device=lam.device))
+
+    def step(self, lam: Tensor, gradient: Tensor, state: RowState) -> tuple[Tensor, RowState]:
+        one, two = self.betas
+        first = one * state.first + (1 - one) * gradient
+        second = two * state.second + (1 - two) * gradient * gradient
+        steps = state.steps + 1
+        t = steps.to(lam.dtype).unsqueeze(-1)
+        mean, square = first / (1 - one**t), second / (1 - two**t)
+        return lam + self.learning_rate * mean * (square + self.eps**2).rsqrt(), RowState(first, second, steps)
+
+
+@dataclass(frozen=True)
+class Refined:
+    """What a refinement found.
+
+    Attributes:
+        lam: refined parameters, [B, P].
+        state: the rule's memory of each row, to go on from.
+        steps: number of steps made.
+        marks: the steps at which the bound was checked, from 0; empty without ``check``.
+        curve: the checked bound of the plain iterate at each mark, [M, B] nats.
+        gap: nats that each row won by at least doubling its steps, [B]. As long as the distance from the optimum falls
+            at least as fast as 1 / steps, no more than this is left to win: it estimates the optimization gap.
+    """
+
+    lam: Tensor
+    state: RowState
+    steps: int
+    marks: tuple[int, ...]
+    curve: Tensor
+    gap: Tensor
+
+
+def refine(
+    bound: Callable[[Tensor], Tensor],
+    lam: Tensor,
+    steps: int,
+    *,
+    rule: RowAdam | None = None,
+    state: RowState | None = None,
+    unroll: bool = False,
+    check: Callable[[Tensor], Tensor] | None = None,
+    marks: Sequence[int] = MARKS,
+    tolerance: float = 0.0,
+) -> Refined:
+    r"""Let each row of lam climb its own bound by gradient steps, :math:`\lambda_i \leftarrow \lambda_i + r g_i`.
+
+    Arguments:
+        bound: lam [B, P] to a (noisy) bound of each row [B]; row i may depend on lam_i alone.
+        lam: where to start, [B, P].
+        steps: the most steps to make.
+        rule: how a gradient becomes a step.
+        state: the rule's memory of the rows, when a refinement goes on.
+        unroll: keep the graph, so that gradients of what follows pass through the steps (Kim et al. 2018).
+        check: lam to the bound under noise that is the same at each call. With it, the bound is checked at ``marks``
+            and the best of the iterate and of its mean since the last mark is kept for each row.
+        marks: steps at which to check.
+        tolerance: with ``check``: stop when the rows' mean gain over the last (at least) doubling is below this, nats.
+
+    Source: Kim, Wiseman, Miller, Sontag, Rush (2018), *Semi-Amortized Variational Autoencoders*, arXiv:1802.02550.
+
+    >>> target = torch.tensor([[1.0], [-2.0]])
+    >>> found = refine(lambda lam: -((lam - target) ** 2).sum(-1), torch.zeros(2, 1), 400)
+    >>> bool((found.lam - target).abs().max() < 0.01)
+    True
+    """
+    rule = rule or RowAdam()
+    state = state or rule.start(lam)
+    if not unroll:
+        lam = lam.detach()
+    watch = _Watch(lam, check, tolerance) if check else None
+    done = 0
+    with torch.enable_grad():
+        while done < steps:
+            lam = lam if unroll and lam.requires_grad else lam.detach().requires_grad_()
+            (gradient,) = torch.autograd.grad(bound(lam).sum(), lam, create_graph=unroll)
+            lam, state = rule.step(lam if unroll else lam.detach(), gradient, state)
+            done += 1
+            if watch and watch.saw(lam, done, last=done == steps, marks=marks):
+                break
+    nothing = lam.new_zeros(len(lam))
+    if watch is None:
+        return Refined(lam, state, done, (), nothing.new_zeros(0, len(lam)), nothing)
+    return Refined(watch.best, state, done, tuple(watch.marks), torch.stack(watch.curve), watch.gap)
+
+
+class _Watch:
+    """Checks a refinement at its marks, keeps the best of each row, and says when to stop."""
+
+    def __init__(self, lam: Tensor, check: Callable[[Tensor], Tensor], tolerance: float) -> None:
+        self.check, self.tolerance = check, tolerance
+        self.best, self.value = lam, self._look(lam)
+        self.marks, self.curve, self.tops = [0], [self.value], [self.value]
+        self.gap = torch.full_like(self.value, torch.inf)
+        self.total, self.count = torch.zeros_like(lam), 0
+
+    def _look(self, lam: Tensor) -> Tensor:
+        with torch.no_grad():
+            return self.check(lam)
+
+    def _offer(self, lam: Tensor) -> Tensor:
+        value = self._look(lam)
+        better = value > self.value
+        self.best = torch.where(better.unsqueeze(-1), lam, self.best)
+        self.value = torch.where(better, value, self.value)
+        return value
+
+    def saw(self, lam: Tensor, done: int, *, last: bool, marks: Sequence[int]) -> bool:
+        self.total, self.count = self.total + lam, self.count + 1
+        if not (last or done in marks):
+            return False
+        self.curve.append(self._offer(lam))
+        if self.count > 1:
+            self._offer(self.total / self.count)
+        self.total, self.count = torch.zeros_like(lam), 0
+        self.marks.append(done)
+        self.tops.append(self.value)
+        half = max(i for i, mark in enumerate(self.marks) if mark <= done / 2)
+        self.gap = self.value - self.tops[half]
+        return done >= 20 and self.gap.mean().item() < self.tolerance
