@@ -40,6 +40,10 @@ class Family(nn.Module):
         """The lam [P] from which a datapoint's own fit starts."""
         return torch.zeros(self.size)
 
+    def natural(self, lam: Tensor, gradient: Tensor) -> Tensor:
+        r"""Natural gradient :math:`F(\lambda)^{-1} g` with q's Fisher information F; the plain one where F is not known."""
+        return gradient
+
 
 class DiagonalNormal(Family):
     r""":math:`q(z|x) = \prod_d N(z_d; \mu_d, \sigma_d^2)` with lam = (mu, log sigma).
@@ -61,6 +65,11 @@ class DiagonalNormal(Family):
     def forward(self, lam: Tensor) -> dist.TorchDistribution:
         mean, log_scale = lam.chunk(2, -1)
         return dist.Normal(mean, log_scale.exp()).to_event(1)
+
+    def natural(self, lam: Tensor, gradient: Tensor) -> Tensor:
+        # F = diag(1 / sigma^2, 2)
+        (by_mean, by_log_scale), (_, log_scale) = gradient.chunk(2, -1), lam.chunk(2, -1)
+        return torch.cat([by_mean * (2 * log_scale).exp(), by_log_scale / 2], -1)
 
 
 class Delta(Family):

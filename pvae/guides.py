@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from typing import Protocol
 
 import pyro
 import torch
@@ -11,13 +11,21 @@ from torch import Tensor, nn
 
 from pvae.errors import UserError
 from pvae.families import Family
-from pvae.refine import RowAdam, RowState, refine
-from pvae.runtime import LocalModule
+from pvae.refine import NaturalAscent, Refined, RowAdam, RowState, Rule, refine
+from pvae.runtime import LocalModule, seeded
 from pvae.weights import Program, elbo
 
 __all__ = ["Amortized", "PerDatapoint", "SemiAmortized"]
 
-Bound = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+# Draws of a step and of a look with which a datapoint's own optimum is sought.
+NEW_DRAWS, WATCH_DRAWS = 8, 100
+
+
+class Bound(Protocol):
+    """Each datapoint's own bound as a function of its own lam."""
+
+    def __call__(self, lam: Tensor, x: Tensor, index: Tensor | None = None, K: int = 1) -> Tensor:
+        """Bound [B] in nats of lam [B, P] for the rows x [B, D], over K draws."""
 
 
 def given(family: Family, lam: Tensor) -> Program:
@@ -30,15 +38,51 @@ def given(family: Family, lam: Tensor) -> Program:
     return guide
 
 
-def local_bound(model: Program, family: Family, K: int = 1) -> Bound:
-    """Each datapoint's own ELBO as a function of its own lam: ``bound(lam, x, index)`` -> [B] nats."""
+def local_bound(model: Program, family: Family) -> Bound:
+    """Each datapoint's own ELBO under a model, as a function of its own lam, with gradients."""
 
-    def bound(lam: Tensor, x: Tensor, index: Tensor | None = None) -> Tensor:
-        # The program runs inside a guide's own trace: nothing of it may be seen there.
+    def bound(lam: Tensor, x: Tensor, index: Tensor | None = None, K: int = 1) -> Tensor:
+        # K copies of the rows, not a plate of samples: the bound may run inside a trace that has one already,
+        # and nothing of it may be seen there.
+        rows = x.repeat(K, *(1,) * (x.dim() - 1))
+        which = index if index is None else index.repeat(K)
         with poutine.block():
-            return elbo(model, given(family, lam), x, index, K)
+            return elbo(model, given(family, lam.repeat(K, 1)), rows, which).view(K, -1).mean(0)
 
     return bound
+
+
+def local_optimum(
+    bound: Bound,
+    lam: Tensor,
+    x: Tensor,
+    index: Tensor | None = None,
+    *,
+    steps: int,
+    rule: Rule | None = None,
+    tolerance: float = 0.002,
+    seed: int = 0,
+) -> Refined:
+    """Refine lam [B, P] until the rows come to rest, watched under noise that is common to all looks.
+
+    Arguments:
+        bound: the datapoints' own bound.
+        lam: where to start.
+        x, index: the rows.
+        steps: the most steps to make.
+        rule: how a gradient becomes a step.
+        tolerance: stop when doubling the steps wins less than this, in nats on average.
+        seed: of the noise; the random stream outside is left alone.
+    """
+
+    def check(lam: Tensor) -> Tensor:
+        with seeded(seed + 1):
+            return bound(lam, x, index, WATCH_DRAWS)
+
+    with seeded(seed):
+        return refine(
+            lambda lam: bound(lam, x, index, NEW_DRAWS), lam, steps, rule=rule, check=check, tolerance=tolerance
+        )
 
 
 class Guide(LocalModule):
@@ -90,12 +134,13 @@ class SemiAmortized(Guide):
         encoder: x [B, D] to lam [B, P].
         family: the posterior family.
         steps: number of refinement steps.
-        bound: ``bound(lam, x, index)`` -> [B], see :func:`local_bound`.
-        learning_rate: of a refinement step, in units of lam.
+        bound: the datapoints' own bound, see :func:`local_bound`.
+        draws: of each step's gradient; near the optimum a single draw's noise costs more than a step wins.
+        learning_rate: of a refinement step, see :class:`~pvae.refine.NaturalAscent`.
         unroll: train the encoder through the steps; otherwise as if the steps added a constant.
 
     Raises:
-        UserError: steps below 1, or a learning rate that is not positive.
+        UserError: steps or draws below 1, or a learning rate that is not positive.
 
     Source: Kim, Wiseman, Miller, Sontag, Rush (2018), *Semi-Amortized Variational Autoencoders*, arXiv:1802.02550.
     """
@@ -104,22 +149,25 @@ class SemiAmortized(Guide):
         self,
         encoder: nn.Module,
         family: Family,
-        steps: int = 10,
+        steps: int = 5,
         *,
         bound: Bound,
-        learning_rate: float = 0.1,
+        draws: int = 4,
+        learning_rate: float = 0.2,
         unroll: bool = True,
     ) -> None:
         super().__init__(family)
-        _positive("SemiAmortized", steps=steps, learning_rate=learning_rate)
+        _positive("SemiAmortized", steps=steps, draws=draws, learning_rate=learning_rate)
         self.encoder = encoder
-        self.steps, self.bound, self.unroll = steps, bound, unroll
-        self.rule = RowAdam(learning_rate)
+        self.steps, self.draws, self.bound, self.unroll = steps, draws, bound, unroll
+        self.rule = NaturalAscent(family.natural, learning_rate)
 
     def params(self, x: Tensor, index: Tensor | None = None) -> Tensor:
         lam = self.encoder(x)
         through = self.unroll and torch.is_grad_enabled()
-        found = refine(lambda lam: self.bound(lam, x, index), lam, self.steps, rule=self.rule, unroll=through)
+        found = refine(
+            lambda lam: self.bound(lam, x, index, self.draws), lam, self.steps, rule=self.rule, unroll=through
+        )
         return found.lam if through else lam + (found.lam - lam).detach()
 
 
@@ -129,10 +177,9 @@ class PerDatapoint(Guide):
     Arguments:
         num_data: N, the number of datapoints.
         family: the posterior family.
-        bound: ``bound(lam, x, index)`` -> [B], see :func:`local_bound`; needed for more than one local step and for
-            new data.
+        bound: the datapoints' own bound, see :func:`local_bound`; needed for more than one local step and for new data.
         local_steps: steps of a row at each visit. The last is taken together with the decoder's.
-        local_learning_rate: of these steps, in units of lam.
+        local_learning_rate: of these steps, see :class:`~pvae.refine.RowAdam`.
         new_steps: the most steps with which rows of new data are fitted, from the initial value, decoder frozen.
 
     Each row has its own Adam moments and step count, so that rows outside a batch keep their bits. Memory is
@@ -156,7 +203,7 @@ class PerDatapoint(Guide):
         *,
         bound: Bound | None = None,
         local_steps: int = 5,
-        local_learning_rate: float = 0.05,
+        local_learning_rate: float = 0.1,
         new_steps: int = 200,
     ) -> None:
         super().__init__(family)
@@ -179,12 +226,14 @@ class PerDatapoint(Guide):
     def params(self, x: Tensor, index: Tensor | None = None) -> Tensor:
         if index is None:
             start = self.family.initial().to(self.table).expand(len(x), -1)
-            return self._climb(x, None, start, None, self.new_steps)[0]
+            return local_optimum(self._own_bound(), start, x, steps=self.new_steps, rule=self.rule).lam
         if not (self.training and torch.is_grad_enabled()):
             return self.table[index]
         lam, state = self.table[index], RowState(self.first[index], self.second[index], self.row_steps[index])
         if self.local_steps > 1:
-            lam, state = self._climb(x, index, lam, state, self.local_steps - 1)
+            bound = self._own_bound()
+            found = refine(lambda lam: bound(lam, x, index), lam, self.local_steps - 1, rule=self.rule, state=state)
+            lam, state = found.lam, found.state
         lam = lam.detach().requires_grad_()
         self._visited = (index, lam, state)
         return lam
@@ -202,14 +251,10 @@ class PerDatapoint(Guide):
         self.table[index], self.row_steps[index] = moved, state.steps
         self.first[index], self.second[index] = state.first, state.second
 
-    def _climb(
-        self, x: Tensor, index: Tensor | None, lam: Tensor, state: RowState | None, steps: int
-    ) -> tuple[Tensor, RowState]:
+    def _own_bound(self) -> Bound:
         if self.bound is None:
             raise UserError("PerDatapoint needs bound=local_bound(model, family) for local steps and for new data")
-        bound = self.bound
-        found = refine(lambda lam: bound(lam, x, index), lam, steps, rule=self.rule, state=state)
-        return found.lam, found.state
+        return self.bound
 
 
 def _positive(who: str, **values: float) -> None:

@@ -20,34 +20,18 @@ class Likelihood(nn.Module):
 
     Attributes:
         support: the values that one entry of x may take.
-        accepts: the same in words, for messages.
         base_measure: whether densities are masses (counting measure) or densities (Lebesgue measure): nats
             under different base measures can't be compared.
         params_per_value: P, the number of decoder outputs for each entry of x.
     """
 
     support: ClassVar[constraints.Constraint]
-    accepts: ClassVar[str]
     base_measure: ClassVar[Literal["mass", "density"]]
     params_per_value: int = 1
 
     def forward(self, eta: Tensor) -> dist.TorchDistribution:
         """p(x|z) with event shape [D]."""
         raise NotImplementedError
-
-    def check(self, x: Tensor) -> None:
-        """Refuse data outside the support.
-
-        Raises:
-            UserError: names the first row and column outside, and the value found there.
-        """
-        outside = (~self.support.check(x)).nonzero()
-        if len(outside):
-            row, column = outside[0].tolist()
-            raise UserError(
-                f"row {row}, column {column} of the data is {x[row, column].item():g}, but {type(self).__name__} "
-                f"takes {self.accepts}; choose another --likelihood or --binarize ({len(outside)} values are outside)"
-            )
 
 
 class Bernoulli(Likelihood):
@@ -60,7 +44,6 @@ class Bernoulli(Likelihood):
     """
 
     support = constraints.boolean
-    accepts = "0 or 1"
     base_measure = "mass"
 
     def forward(self, eta: Tensor) -> dist.TorchDistribution:
@@ -83,7 +66,6 @@ class Gaussian(Likelihood):
     """
 
     support = constraints.real
-    accepts = "finite real numbers"
     base_measure = "density"
 
     def __init__(self, *, scale: float = 1.0) -> None:

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-__all__ = ["MARKS", "Refined", "RowAdam", "RowState", "refine"]
+__all__ = ["MARKS", "NaturalAscent", "Refined", "RowAdam", "RowState", "Rule", "refine"]
 
 # Steps after which a refinement is looked at: each mark has one at about half its steps before it.
 MARKS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000)
@@ -19,34 +20,46 @@ MARKS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000)
 
 @dataclass(frozen=True)
 class RowState:
-    """What Adam remembers of each row: first and second moment [B, P] and the number of its own steps [B]."""
+    """What a rule remembers of each row: first and second moment [B, P], the number of its own steps [B]."""
 
     first: Tensor
     second: Tensor
     steps: Tensor
 
 
+class Rule(Protocol):
+    """How a gradient becomes a step: a function of the rows' own state, through which gradients pass."""
+
+    def start(self, lam: Tensor) -> RowState:
+        """The state of rows lam [B, P] before their first step."""
+
+    def step(self, lam: Tensor, gradient: Tensor, state: RowState) -> tuple[Tensor, RowState]:
+        """lam [B, P] after a step uphill, and the new state."""
+
+
 @dataclass(frozen=True)
 class RowAdam:
-    r"""Adam with moments and step count of each row's own, as a function: it ascends, and gradients pass through it.
+    r"""Adam with moments and step count of each row's own, at a rate that falls with the row's steps t.
 
-    .. math:: \lambda \leftarrow \lambda + r\, \hat m / \sqrt{\hat v + \epsilon^2}
+    .. math:: \lambda \leftarrow \lambda + \frac{r}{\sqrt{1 + t / \tau}} \frac{\hat m}{\sqrt{\hat v + \epsilon^2}}
 
     Arguments:
         learning_rate: r, in units of lam.
+        slow: tau, steps after which the rate begins to fall: without that a row would never come to rest.
         betas: decay of the first and the second moment.
         eps: keeps the step finite, and its derivative too, where a gradient is zero.
 
     Source: Kingma and Ba (2015), *Adam*, arXiv:1412.6980.
 
-    >>> rule = RowAdam(0.1)
+    >>> rule = RowAdam(0.1, slow=1e9)
     >>> lam = torch.zeros(2, 3)
     >>> lam, state = rule.step(lam, torch.ones(2, 3), rule.start(lam))
     >>> lam[0]
     tensor([0.1000, 0.1000, 0.1000])
     """
 
-    learning_rate: float = 0.05
+    learning_rate: float = 0.1
+    slow: float = 20.0
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
 
@@ -60,8 +73,40 @@ class RowAdam:
         second = two * state.second + (1 - two) * gradient * gradient
         steps = state.steps + 1
         t = steps.to(lam.dtype).unsqueeze(-1)
+        rate = self.learning_rate * (1 + (t - 1) / self.slow).rsqrt()
         mean, square = first / (1 - one**t), second / (1 - two**t)
-        return lam + self.learning_rate * mean * (square + self.eps**2).rsqrt(), RowState(first, second, steps)
+        return lam + rate * mean * (square + self.eps**2).rsqrt(), RowState(first, second, steps)
+
+
+@dataclass(frozen=True)
+class NaturalAscent:
+    r"""Natural gradient steps, :math:`\lambda \leftarrow \lambda + r F(\lambda)^{-1} g`, at a rate that falls like RowAdam's.
+
+    In the posterior's own units: a step of r moves a mean by about r standard deviations at a gradient of one nat each,
+    whatever the standard deviation is. It keeps no moments, so that unrolled steps stay smooth.
+
+    Arguments:
+        natural: (lam, gradient) to F(lam)^-1 gradient, a family's.
+        learning_rate: r; 1 would jump to the optimum of a single latent with a Gaussian posterior.
+        slow: tau, steps after which the rate begins to fall.
+        largest: bound of each entry of a natural gradient, so that a start far off can't throw a row out.
+
+    Source: Amari (1998), *Natural Gradient Works Efficiently in Learning*, Neural Computation 10.
+    """
+
+    natural: Callable[[Tensor, Tensor], Tensor]
+    learning_rate: float = 0.2
+    slow: float = 20.0
+    largest: float = 1.0
+
+    def start(self, lam: Tensor) -> RowState:
+        nothing = lam.new_zeros(len(lam), 0)
+        return RowState(nothing, nothing, torch.zeros(len(lam), dtype=torch.int32, device=lam.device))
+
+    def step(self, lam: Tensor, gradient: Tensor, state: RowState) -> tuple[Tensor, RowState]:
+        rate = self.learning_rate * (1 + state.steps.to(lam.dtype) / self.slow).rsqrt().unsqueeze(-1)
+        uphill = self.natural(lam, gradient).clamp(-self.largest, self.largest)
+        return lam + rate * uphill, RowState(state.first, state.second, state.steps + 1)
 
 
 @dataclass(frozen=True)
@@ -91,7 +136,7 @@ def refine(
     lam: Tensor,
     steps: int,
     *,
-    rule: RowAdam | None = None,
+    rule: Rule | None = None,
     state: RowState | None = None,
     unroll: bool = False,
     check: Callable[[Tensor], Tensor] | None = None,

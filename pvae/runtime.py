@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -59,19 +60,25 @@ def pick_device(name: str) -> torch.device:
     return torch.device(name)
 
 
+@contextmanager
+def own_parameters(module: nn.Module) -> Iterator[None]:
+    """Run a block of a module's Pyro code with a parameter store of its own."""
+    with pyro.get_param_store().scope():
+        yield
+    # Leaving the scope strips the mark by which SVI finds a parameter behind a param statement.
+    for parameter in module.parameters():
+        parameter.unconstrained = weakref.ref(parameter)  # type: ignore[attr-defined]
+
+
 class LocalModule(PyroModule):
     """A PyroModule whose parameters live on itself, never in the process-wide store that two models would share.
 
-    Pyro has this as a process-wide switch (``module_local_params``). Here it is on inside these modules
-    alone, so that importing pvae changes nothing for anybody else's.
+    Pyro keys that store by name, so that a second model in one process would silently train the first one's
+    decoder. Each call here sees a store of its own. (Pyro's switch ``module_local_params`` does not go with ``SVI``.)
     """
 
-    def __init__(self) -> None:
-        with pyro.settings.context(module_local_params=True):
-            super().__init__()
-
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        with pyro.settings.context(module_local_params=True):
+        with own_parameters(self):
             return super().__call__(*args, **kwargs)
 
 
@@ -80,7 +87,7 @@ def local_method(method: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(method)
     def traced(self: LocalModule, *args: Any, **kwargs: Any) -> Any:
-        with pyro.settings.context(module_local_params=True), self._pyro_context:
+        with own_parameters(self), self._pyro_context:
             return method(self, *args, **kwargs)
 
     return traced

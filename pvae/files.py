@@ -1,0 +1,157 @@
+"""Files: tables of numbers read strictly, and writes that leave the old file or the new one, never half of one."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pvae.errors import UserError, nearest
+
+__all__ = ["read_json", "read_table", "replacing", "write_json", "write_text"]
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary name to write to, which takes the place of ``path`` at the end of the block.
+
+    Raises:
+        UserError: the folder can't be written to.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        os.replace(temporary, path)
+    except OSError as error:
+        raise UserError(f"can't write {path}: {error.strerror or error}; choose another --out") from error
+    finally:
+        temporary.unlink(missing_ok=True) if temporary.parent.is_dir() else None
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file, whole or not at all."""
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a value as JSON, whole or not at all; NaN and infinity, which JSON has not, become null."""
+    write_text(path, json.dumps(_finite(value), indent=1, allow_nan=False) + "\n")
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not np.isfinite(value) else value
+
+
+def read_json(path: Path, what: str) -> Any:
+    """Read a JSON file.
+
+    Raises:
+        UserError: missing or broken; the message says what the file is.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing: {what}") from None
+    except (ValueError, OSError) as error:
+        raise UserError(f"{path} can't be read ({error}): {what}") from error
+
+
+def read_table(path: Path) -> dict[str, np.ndarray]:
+    """Read rows of numbers from a .npy, .npz, .csv or .parquet file.
+
+    Returns:
+        Arrays ``x_train`` and, where the file has them, ``y_train``, ``x_test``, ``y_test``: an .npz file may have
+        arrays of these names, or ``x`` and ``y``; a .csv or .parquet may have a column ``label``.
+
+    Raises:
+        UserError: no such file, unknown format, truncated, pickled, empty, ragged or not numeric.
+    """
+    readers: dict[str, Callable[[Path], dict[str, np.ndarray]]] = {
+        ".npy": _read_npy,
+        ".npz": _read_npz,
+        ".csv": _read_csv,
+        ".parquet": _read_parquet,
+    }
+    if path.suffix not in readers:
+        raise UserError(f"{path}: unknown format '{path.suffix}'{nearest(path.suffix, readers)}")
+    if not path.is_file():
+        raise UserError(f"{path}: no such file")
+    if path.stat().st_size == 0:
+        raise UserError(f"{path}: the file is empty")
+    try:
+        return readers[path.suffix](path)
+    except UserError:
+        raise
+    except Exception as error:  # numpy, zipfile and pyarrow raise many kinds; all mean that the file is unreadable
+        reason = " ".join(str(error).split())
+        if "allow_pickle" in reason:
+            reason = "it holds pickled Python objects, which are never loaded; save a plain numeric array"
+        raise UserError(f"{path}: not a readable {path.suffix} file ({reason})") from error
+
+
+def _read_npy(path: Path) -> dict[str, np.ndarray]:
+    return {"x_train": np.load(path, allow_pickle=False)}
+
+
+def _read_npz(path: Path) -> dict[str, np.ndarray]:
+    names = {"x": "x_train", "y": "y_train"} | {n: n for n in ("x_train", "y_train", "x_test", "y_test")}
+    with np.load(path, allow_pickle=False) as archive:
+        if len(archive.files) == 1:
+            return {"x_train": archive[archive.files[0]]}
+        found = {names[name]: archive[name] for name in archive.files if name in names}
+        if "x_train" not in found:
+            raise UserError(f"{path}: has arrays {', '.join(archive.files)}, but none named x or x_train")
+        for part in ("train", "test"):
+            x, y = found.get(f"x_{part}"), found.get(f"y_{part}")
+            if x is not None and y is not None and len(x) != len(y):
+                raise UserError(f"{path}: {len(x)} rows but {len(y)} labels in the {part} part")
+        return found
+
+
+def _read_csv(path: Path) -> dict[str, np.ndarray]:
+    from pyarrow import csv
+
+    with path.open(encoding="utf-8") as file:
+        header = not all(map(_is_number, file.readline().split(",")))
+    return _columns(path, csv.read_csv(path, read_options=csv.ReadOptions(autogenerate_column_names=not header)))
+
+
+def _read_parquet(path: Path) -> dict[str, np.ndarray]:
+    from pyarrow import parquet
+
+    return _columns(path, parquet.read_table(path))
+
+
+def _columns(path: Path, table: Any) -> dict[str, np.ndarray]:
+    from pyarrow import types
+
+    names = [name for name in table.column_names if name != "label"]
+    for name in names:
+        kind = table.schema.field(name).type
+        if not (types.is_integer(kind) or types.is_floating(kind) or types.is_boolean(kind) or types.is_null(kind)):
+            raise UserError(f"{path}: column '{name}' is not numeric ({kind})")
+    if not names or not table.num_rows:
+        raise UserError(f"{path}: no rows of numbers in it")
+    found = {"x_train": np.column_stack([table.column(name).to_numpy().astype(np.float64) for name in names])}
+    if "label" in table.column_names:
+        found["y_train"] = table.column("label").to_numpy()
+    return found
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text.strip() or "nan")
+    except ValueError:
+        return False
+    return True

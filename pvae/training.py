@@ -1,0 +1,353 @@
+"""Training: one loop around Pyro's SVI, on resident data, that can be stopped at any step and goes on bit for bit."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.infer import SVI
+from pyro.optim import PyroOptim
+from torch import Tensor, nn
+
+from pvae import checkpoints
+from pvae.data import Dataset
+from pvae.errors import UserError
+from pvae.guides import PerDatapoint
+from pvae.objectives import ELBO, NonFinite
+from pvae.runtime import module_of, pick_device, seeded, unchecked
+from pvae.weights import Program, log_weights
+
+__all__ = ["Fit", "FusedAdam", "Interrupted", "fit"]
+
+# Seconds between checkpoints: each epoch's end is one, unless the last is younger than this.
+CHECKPOINT_SECONDS = 2.0
+
+
+class Interrupted(Exception):
+    """Training was stopped by a signal, at a step's end, after saving what there was.
+
+    Attributes:
+        signal: its number.
+    """
+
+    def __init__(self, message: str, number: int) -> None:
+        super().__init__(message)
+        self.signal = number
+
+
+class FusedAdam(PyroOptim):
+    """One fused Adam over all global parameters, in the shape that Pyro's ``SVI`` takes.
+
+    Pyro's own optimizers keep a torch optimizer for each parameter. After the global step this one lets the rows of
+    a :class:`~pvae.guides.PerDatapoint` guide take theirs.
+
+    Arguments:
+        modules: whose parameters are trained.
+        learning_rate: of Adam.
+    """
+
+    def __init__(self, *modules: nn.Module, learning_rate: float = 1e-3) -> None:
+        super().__init__(torch.optim.Adam, {"lr": learning_rate})
+        self.tables = [m for module in modules for m in module.modules() if isinstance(m, PerDatapoint)]
+        own = {id(p): p for module in modules for p in module.parameters() if p.requires_grad}
+        self.adam = torch.optim.Adam(own.values(), lr=learning_rate, fused=True) if own else None
+
+    def __call__(self, params: Any, *args: Any, **kwargs: Any) -> None:
+        if self.adam:
+            self.adam.step()
+            self.adam.zero_grad(set_to_none=True)
+        for table in self.tables:
+            table.step_rows()
+
+    def state_tensors(self, names: dict[int, str]) -> dict[str, Tensor]:
+        """Adam's memory by parameter name; ``names`` maps id(parameter) to it."""
+        state = self.adam.state if self.adam else {}
+        return {f"{names[id(p)]}.{key}": value for p, entry in state.items() for key, value in entry.items()}
+
+    def load_tensors(self, names: dict[int, str], tensors: dict[str, Tensor]) -> None:
+        """Take back what :meth:`state_tensors` gave."""
+        for group in self.adam.param_groups if self.adam else []:
+            for p in group["params"]:
+                found = {k: tensors.get(f"{names[id(p)]}.{k}") for k in ("step", "exp_avg", "exp_avg_sq")}
+                if any(value is not None for value in found.values()):
+                    device = {k: torch.device("cpu") if k == "step" and p.device.type == "cpu" else p.device for k in found}
+                    self.adam.state[p] = {k: v.clone().to(device[k]) for k, v in found.items() if v is not None}
+
+
+@dataclass
+class Fit:
+    """What a fit did.
+
+    Attributes:
+        history: a row for each epoch: ``epoch``, ``seconds`` of training so far, ``elbo`` (mean over the epoch, nats
+            per datapoint) and ``validation_elbo`` where there is a validation split.
+        seconds: of training, over all sessions.
+        stopped: why it ended: ``finished`` or ``early``.
+    """
+
+    history: list[dict[str, float]] = field(default_factory=list)
+    seconds: float = 0.0
+    stopped: str = "finished"
+
+
+def fit(
+    model: Program,
+    guide: Program,
+    data: Dataset | Tensor,
+    *,
+    epochs: int,
+    batch_size: int = 128,
+    learning_rate: float = 1e-3,
+    patience: int | None = None,
+    seed: int = 0,
+    device: str = "auto",
+    folder: Path | None = None,
+    resume: bool = False,
+    progress: bool = False,
+) -> Fit:
+    r"""Maximize the ELBO over model and guide together, :math:`\sum_i E_q[\log p(x_i, z) - \log q(z|x_i)]`.
+
+    Arguments:
+        model, guide: Pyro programs of one signature ``(x, index)``: modules, or methods of modules.
+        data: what to train on; a tensor [N, D] stands for a data set without test rows.
+        epochs: visits of every datapoint.
+        batch_size: datapoints in a step.
+        learning_rate: of Adam on the global parameters.
+        patience: stop when the validation ELBO has not risen for so many epochs, and go back to the best.
+        seed: of batches and draws; the random stream outside is left alone.
+        device: ``auto``, ``cpu`` or ``cuda``; model and guide are moved there.
+        folder: where to keep checkpoints.
+        resume: go on from the folder's checkpoint; on the CPU, to bit-identical results.
+        progress: show a progress bar.
+
+    Raises:
+        UserError: a budget out of range, data outside the support, a checkpoint that doesn't fit, or a log-density
+            that turns NaN (names epoch and site; the last good checkpoint stays).
+        Interrupted: Ctrl-C or SIGTERM, after saving.
+    """
+    _check_budget(epochs, batch_size, learning_rate, patience)
+    if isinstance(data, Tensor):
+        data = Dataset("data", data, data[:0], data[:0], tuple(data.shape[1:]))
+    if patience is not None and not len(data.validation):
+        raise UserError("early stopping needs validation rows: give --validation-size")
+    with seeded(seed), unchecked(), pyro.get_param_store().scope():
+        loop = _Loop(model, guide, data.to(pick_device(device)), batch_size, learning_rate, patience, seed, folder)
+        _check_support(model, loop.data)
+        if resume:
+            loop.restore()
+        with _signals() as caught, _bar(epochs, loop.report, progress) as show:
+            while loop.epoch < epochs and loop.report.stopped != "early":
+                loop.run_epoch(caught)
+                show()
+        loop.finish()
+    return loop.report
+
+
+def _check_budget(epochs: int, batch_size: int, learning_rate: float, patience: int | None) -> None:
+    for name, value, least in (("epochs", epochs, 0), ("batch-size", batch_size, 1), ("patience", patience or 1, 1)):
+        if value < least:
+            raise UserError(f"--{name} is {value}, but it must be at least {least}")
+    if not 0 < learning_rate < float("inf"):
+        raise UserError(f"--learning-rate is {learning_rate}, but it must be positive")
+
+
+def _check_support(model: Program, data: Dataset) -> None:
+    """Refuse data that the model's observed sites do not score, before any step is made."""
+    with torch.no_grad():
+        trace = poutine.trace(model).get_trace(data.train[:1], torch.zeros(1, dtype=torch.long, device=data.train.device))
+    for name, site in trace.nodes.items():
+        if site["type"] != "sample" or not site["is_observed"] or site["value"].shape[1:] != data.train.shape[1:]:
+            continue
+        fn = site["fn"]
+        support = getattr(fn.support, "base_constraint", fn.support)
+        for part in ("train", "validation", "test"):
+            x = getattr(data, part)[:0] if (part, data.binarize) == ("train", "dynamic") else getattr(data, part)
+            outside = (~support.check(x)).nonzero()
+            if len(outside):
+                row, *column = outside[0].tolist()
+                raise UserError(
+                    f"{part} row {row}, column {', '.join(map(str, column))} is {x[tuple(outside[0])].item():g}, outside the "
+                    f"support of site '{name}' ({type(getattr(fn, 'base_dist', fn)).__name__}, {support}); "
+                    f"choose another --likelihood or --binarize ({len(outside)} such values)"
+                )
+
+
+class _Loop:
+    """The state of a training run: everything that a checkpoint holds, and the step that changes it."""
+
+    def __init__(
+        self,
+        model: Program,
+        guide: Program,
+        data: Dataset,
+        batch_size: int,
+        learning_rate: float,
+        patience: int | None,
+        seed: int,
+        folder: Path | None,
+    ) -> None:
+        self.model, self.guide, self.data = model, guide, data
+        self.batch_size, self.patience, self.seed, self.folder = batch_size, patience, seed, folder
+        self.modules = {"model": module_of(model), "guide": module_of(guide)}
+        for module in self.modules.values():
+            module.to(data.train.device).train()
+        optimizer = FusedAdam(*self.modules.values(), learning_rate=learning_rate)
+        self.optimizer, self.svi = optimizer, SVI(model, guide, optimizer, ELBO())
+        self.names = {id(p): f"adam.{k}.{n}" for k, m in self.modules.items() for n, p in m.named_parameters()}
+        self.report, self.epoch, self.batch, self.total = Fit(), 0, 0, 0.0
+        self.best: dict[str, Tensor] = {}
+        self.saved_at = time.perf_counter()
+
+    def run_epoch(self, caught: list[int]) -> None:
+        """The rest of the current epoch, its row in the history, and a checkpoint where one is due."""
+        start = time.perf_counter()
+        for x, index in self.data.batches(self.batch_size, self.seed, self.epoch, self.batch):
+            try:
+                self.total -= self.svi.step(x, index)
+            except NonFinite as error:
+                raise self._diverged(str(error)) from error
+            self.batch += 1
+            if caught:
+                self.report.seconds += time.perf_counter() - start
+                self._interrupted(caught[0])
+        self.report.seconds += time.perf_counter() - start
+        row = {"epoch": self.epoch + 1, "seconds": self.report.seconds, "elbo": self.total / len(self.data.train)}
+        self.epoch, self.batch, self.total = self.epoch + 1, 0, 0.0
+        if len(self.data.validation):
+            row["validation_elbo"] = self._validate()
+        self.report.history.append(row)
+        if self.patience:
+            self._stop_early(self.patience)
+        if time.perf_counter() - self.saved_at > CHECKPOINT_SECONDS:
+            self.save()
+
+    def finish(self) -> None:
+        """Save, go back to the best epoch if there was early stopping, and leave the modules ready to evaluate."""
+        self.save()
+        if self.best:
+            self._load_modules(self.best)
+            self.save()
+        for module in self.modules.values():
+            module.eval()
+
+    def _validate(self) -> float:
+        with seeded(self.seed), torch.no_grad():
+            for module in self.modules.values():
+                module.eval()
+            rows = self.data.validation.split(1024)
+            total = sum(log_weights(self.model, self.guide, x, None, 8).log_w.mean(0).sum().item() for x in rows)
+            for module in self.modules.values():
+                module.train()
+        return total / len(self.data.validation)
+
+    def _stop_early(self, patience: int) -> None:
+        values = [row["validation_elbo"] for row in self.report.history]
+        top = max(range(len(values)), key=values.__getitem__)
+        if top == len(values) - 1:
+            self.best = {name: tensor.clone() for name, tensor in self._module_tensors().items()}
+        if len(values) - 1 - top >= patience:
+            self.report.stopped = "early"
+
+    def _module_tensors(self) -> dict[str, Tensor]:
+        return {f"{kind}.{name}": t for kind, m in self.modules.items() for name, t in m.state_dict().items()}
+
+    def _load_modules(self, tensors: dict[str, Tensor]) -> None:
+        for kind, module in self.modules.items():
+            checkpoints.fill(module, kind, tensors, self.folder or Path())
+
+    def save(self) -> None:
+        """Write a checkpoint, unless a parameter is no longer finite: the last good one stays."""
+        if self.folder is None:
+            return
+        tensors = self._module_tensors()
+        for name, tensor in tensors.items():
+            if tensor.is_floating_point() and not tensor.isfinite().all():
+                raise self._diverged(f"parameter '{name}' is not finite")
+        tensors |= self.optimizer.state_tensors(self.names)
+        tensors |= {f"best.{name}": tensor for name, tensor in self.best.items()}
+        tensors["random.cpu"] = torch.get_rng_state()
+        if self.data.train.is_cuda:
+            tensors["random.cuda"] = torch.cuda.get_rng_state()
+        position = {"epoch": self.epoch, "batch": self.batch, "total": self.total}
+        header = position | {"seconds": self.report.seconds, "stopped": self.report.stopped, "history": self.report.history}
+        checkpoints.write(self.folder, tensors, header)
+        self.saved_at = time.perf_counter()
+
+    def restore(self) -> None:
+        """Take up the folder's checkpoint."""
+        if self.folder is None:
+            raise UserError("resume needs the folder of the run")
+        tensors, header = checkpoints.read(self.folder)
+        self._load_modules(tensors)
+        self.optimizer.load_tensors(self.names, tensors)
+        self.best = {name.removeprefix("best."): t for name, t in tensors.items() if name.startswith("best.")}
+        self.epoch, self.batch, self.total = header["epoch"], header["batch"], header["total"]
+        self.report = Fit(header["history"], header["seconds"], header["stopped"])
+        torch.set_rng_state(tensors["random.cpu"])
+        if self.data.train.is_cuda and "random.cuda" in tensors:
+            torch.cuda.set_rng_state(tensors["random.cuda"])
+
+    def _interrupted(self, number: int) -> None:
+        self.save()
+        kept = f"saved in {self.folder}; the same command with --resume goes on" if self.folder else "nothing was kept"
+        raise Interrupted(f"stopped in epoch {self.epoch + 1} by {signal.Signals(number).name}; {kept}", number)
+
+    def _diverged(self, reason: str) -> UserError:
+        kept = f"; the last good checkpoint is kept in {self.folder}" if self.folder else ""
+        return UserError(f"training diverged in epoch {self.epoch + 1}: {reason}; lower --learning-rate{kept}")
+
+
+@contextmanager
+def _signals() -> Iterator[list[int]]:
+    """Collect Ctrl-C and SIGTERM instead of dying of the first; the second has its usual effect."""
+    caught: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield caught
+        return
+    usual = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def restore() -> None:
+        for number, handler in usual.items():
+            signal.signal(number, handler)
+
+    def note(number: int, frame: FrameType | None) -> None:
+        caught.append(number)
+        restore()
+
+    for number in usual:
+        signal.signal(number, note)
+    try:
+        yield caught
+    finally:
+        restore()
+
+
+@contextmanager
+def _bar(epochs: int, report: Fit, wanted: bool) -> Iterator[Callable[[], None]]:
+    """A progress bar with epoch, ELBO, epochs a second and time left; the yielded function moves it on."""
+    if not wanted:
+        yield lambda: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("  epoch"), MofNCompleteColumn(), BarColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        task = progress.add_task("", total=epochs, completed=len(report.history))
+
+        def show() -> None:
+            row, speed = report.history[-1], len(report.history) / max(report.seconds, 1e-9)
+            text = f"ELBO {row['elbo']:.2f} nats, {speed:.3g} epochs/s"
+            progress.update(task, completed=row["epoch"], description=text)
+
+        yield show
