@@ -1,3 +1,45 @@
 """pvae: which approximate posterior to trust, and what it costs, for latent-variable models on Pyro."""
 
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
 __version__ = "0.1.0"
+
+# Sub-modules are imported at their first use, so that `pvae --help` answers at once.
+MODULES = (
+    "checkpoints",
+    "cli",
+    "compare",
+    "data",
+    "errors",
+    "evaluation",
+    "export",
+    "families",
+    "generative",
+    "guides",
+    "likelihoods",
+    "networks",
+    "objectives",
+    "priors",
+    "recipe",
+    "refine",
+    "report",
+    "runs",
+    "runtime",
+    "stats",
+    "training",
+    "weights",
+)
+__all__ = ["__version__", *MODULES]
+
+
+def __getattr__(name: str) -> Any:
+    if name in MODULES:
+        return importlib.import_module(f"pvae.{name}")
+    raise AttributeError(f"module 'pvae' has no attribute '{name}'")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

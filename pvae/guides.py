@@ -52,6 +52,12 @@ def local_bound(model: Program, family: Family) -> Bound:
     return bound
 
 
+def ascent(family: Family, learning_rate: float = 0.2) -> Rule:
+    """Natural gradient steps where the family knows its Fisher information, else Adam's."""
+    known = type(family).natural is not Family.natural
+    return NaturalAscent(family.natural, learning_rate) if known else RowAdam(learning_rate)
+
+
 def local_optimum(
     bound: Bound,
     lam: Tensor,
@@ -160,7 +166,7 @@ class SemiAmortized(Guide):
         _positive("SemiAmortized", steps=steps, draws=draws, learning_rate=learning_rate)
         self.encoder = encoder
         self.steps, self.draws, self.bound, self.unroll = steps, draws, bound, unroll
-        self.rule = NaturalAscent(family.natural, learning_rate)
+        self.rule = ascent(family, learning_rate)
 
     def params(self, x: Tensor, index: Tensor | None = None) -> Tensor:
         lam = self.encoder(x)

@@ -115,15 +115,17 @@ class Refined:
 
     Attributes:
         lam: refined parameters, [B, P].
+        value: the checked bound at lam, [B] nats; NaN without ``check``.
         state: the rule's memory of each row, to go on from.
         steps: number of steps made.
         marks: the steps at which the bound was checked, from 0; empty without ``check``.
         curve: the checked bound of the plain iterate at each mark, [M, B] nats.
         gap: nats that each row won by at least doubling its steps, [B]. As long as the distance from the optimum falls
-            at least as fast as 1 / steps, no more than this is left to win: it estimates the optimization gap.
+            at least as fast as 1 / steps, no more than this is left to win: it estimates the optimization gap. NaN without ``check``.
     """
 
     lam: Tensor
+    value: Tensor
     state: RowState
     steps: int
     marks: tuple[int, ...]
@@ -178,10 +180,10 @@ def refine(
             done += 1
             if watch and watch.saw(lam, done, last=done == steps, marks=marks):
                 break
-    nothing = lam.new_zeros(len(lam))
     if watch is None:
-        return Refined(lam, state, done, (), nothing.new_zeros(0, len(lam)), nothing)
-    return Refined(watch.best, state, done, tuple(watch.marks), torch.stack(watch.curve), watch.gap)
+        unknown = lam.new_full((len(lam),), torch.nan)
+        return Refined(lam, unknown, state, done, (), lam.new_zeros(0, len(lam)), unknown)
+    return Refined(watch.best, watch.value, state, done, tuple(watch.marks), torch.stack(watch.curve), watch.gap)
 
 
 class _Watch:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,14 +20,16 @@ from pyro.optim import PyroOptim
 from torch import Tensor, nn
 
 from pvae import checkpoints
+from pvae.console import bar
 from pvae.data import Dataset
 from pvae.errors import UserError
+from pvae.files import write_text
 from pvae.guides import PerDatapoint
 from pvae.objectives import ELBO, NonFinite
 from pvae.runtime import module_of, pick_device, seeded, unchecked
 from pvae.weights import Program, log_weights
 
-__all__ = ["Fit", "FusedAdam", "Interrupted", "fit"]
+__all__ = ["Fit", "FusedAdam", "Interrupted", "check_budget", "check_support", "fit"]
 
 # Seconds between checkpoints: each epoch's end is one, unless the last is younger than this.
 CHECKPOINT_SECONDS = 2.0
@@ -135,33 +137,35 @@ def fit(
             that turns NaN (names epoch and site; the last good checkpoint stays).
         Interrupted: Ctrl-C or SIGTERM, after saving.
     """
-    _check_budget(epochs, batch_size, learning_rate, patience)
     if isinstance(data, Tensor):
         data = Dataset("data", data, data[:0], data[:0], tuple(data.shape[1:]))
-    if patience is not None and not len(data.validation):
-        raise UserError("early stopping needs validation rows: give --validation-size")
+    check_budget(data, epochs, batch_size, learning_rate, patience)
     with seeded(seed), unchecked(), pyro.get_param_store().scope():
         loop = _Loop(model, guide, data.to(pick_device(device)), batch_size, learning_rate, patience, seed, folder)
-        _check_support(model, loop.data)
+        check_support(model, loop.data)
         if resume:
             loop.restore()
-        with _signals() as caught, _bar(epochs, loop.report, progress) as show:
+        with _signals() as caught, bar("epochs", epochs, done=loop.epoch, wanted=progress) as show:
             while loop.epoch < epochs and loop.report.stopped != "early":
                 loop.run_epoch(caught)
-                show()
+                row, speed = loop.report.history[-1], loop.epoch / max(loop.report.seconds, 1e-9)
+                show(loop.epoch, f"ELBO {row['elbo']:.2f} nats, {speed:.3g} epochs/s")
         loop.finish()
     return loop.report
 
 
-def _check_budget(epochs: int, batch_size: int, learning_rate: float, patience: int | None) -> None:
+def check_budget(data: Dataset, epochs: int, batch_size: int, learning_rate: float, patience: int | None) -> None:
+    """Refuse a training budget that is out of range; the message names the flag."""
     for name, value, least in (("epochs", epochs, 0), ("batch-size", batch_size, 1), ("patience", patience or 1, 1)):
         if value < least:
             raise UserError(f"--{name} is {value}, but it must be at least {least}")
     if not 0 < learning_rate < float("inf"):
         raise UserError(f"--learning-rate is {learning_rate}, but it must be positive")
+    if patience is not None and not len(data.validation):
+        raise UserError("--patience: early stopping needs validation rows; give --validation-size")
 
 
-def _check_support(model: Program, data: Dataset) -> None:
+def check_support(model: Program, data: Dataset) -> None:
     """Refuse data that the model's observed sites do not score, before any step is made."""
     with torch.no_grad():
         trace = poutine.trace(model).get_trace(data.train[:1], torch.zeros(1, dtype=torch.long, device=data.train.device))
@@ -206,6 +210,7 @@ class _Loop:
         self.names = {id(p): f"adam.{k}.{n}" for k, m in self.modules.items() for n, p in m.named_parameters()}
         self.report, self.epoch, self.batch, self.total = Fit(), 0, 0, 0.0
         self.best: dict[str, Tensor] = {}
+        self.digest = data.digest if folder else ""
         self.saved_at = time.perf_counter()
 
     def run_epoch(self, caught: list[int]) -> None:
@@ -278,9 +283,12 @@ class _Loop:
         tensors["random.cpu"] = torch.get_rng_state()
         if self.data.train.is_cuda:
             tensors["random.cuda"] = torch.cuda.get_rng_state()
-        position = {"epoch": self.epoch, "batch": self.batch, "total": self.total}
+        position = {"epoch": self.epoch, "batch": self.batch, "total": self.total, "digest": self.digest}
         header = position | {"seconds": self.report.seconds, "stopped": self.report.stopped, "history": self.report.history}
         checkpoints.write(self.folder, tensors, header)
+        columns = list(self.report.history[0]) if self.report.history else ["epoch", "seconds", "elbo"]
+        rows = [",".join(str(row[name]) for name in columns) for row in self.report.history]
+        write_text(self.folder / "history.csv", "\n".join([",".join(columns), *rows]) + "\n")
         self.saved_at = time.perf_counter()
 
     def restore(self) -> None:
@@ -288,6 +296,8 @@ class _Loop:
         if self.folder is None:
             raise UserError("resume needs the folder of the run")
         tensors, header = checkpoints.read(self.folder)
+        if header["digest"] != self.digest:
+            raise UserError(f"--resume: {self.folder} was fitted to other rows than {self.data.identity} has now")
         self._load_modules(tensors)
         self.optimizer.load_tensors(self.names, tensors)
         self.best = {name.removeprefix("best."): t for name, t in tensors.items() if name.startswith("best.")}
@@ -330,24 +340,3 @@ def _signals() -> Iterator[list[int]]:
         yield caught
     finally:
         restore()
-
-
-@contextmanager
-def _bar(epochs: int, report: Fit, wanted: bool) -> Iterator[Callable[[], None]]:
-    """A progress bar with epoch, ELBO, epochs a second and time left; the yielded function moves it on."""
-    if not wanted:
-        yield lambda: None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("  epoch"), MofNCompleteColumn(), BarColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True)) as progress:
-        task = progress.add_task("", total=epochs, completed=len(report.history))
-
-        def show() -> None:
-            row, speed = report.history[-1], len(report.history) / max(report.seconds, 1e-9)
-            text = f"ELBO {row['elbo']:.2f} nats, {speed:.3g} epochs/s"
-            progress.update(task, completed=row["epoch"], description=text)
-
-        yield show

@@ -1,0 +1,8 @@
+"""``python -m pvae``: the command line."""
+
+import sys
+
+from pvae.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

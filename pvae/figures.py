@@ -1,0 +1,202 @@
+"""Figures of the page: arrays to pictures as data addresses, one function each."""
+
+from __future__ import annotations
+
+import base64
+import io
+from typing import Any
+
+import numpy as np
+import xarray as xr
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+__all__ = ["digits_of", "figures"]
+
+# Okabe and Ito's colours, which people with any colour vision tell apart.
+COLOURS = {"Amortized": "#0072B2", "PerDatapoint": "#D55E00", "SemiAmortized": "#009E73"}
+OTHERS = ("#CC79A7", "#56B4E9", "#E69F00")
+STYLE = {"axes.spines.top": False, "axes.spines.right": False, "font.size": 9, "svg.fonttype": "path"}
+
+
+def figures(results: dict[str, Any], idata: xr.DataTree) -> dict[str, str]:
+    """All figures that the results allow, by name, as addresses for an image's ``src``."""
+    import matplotlib
+
+    shape = tuple(results["data"]["shape"])
+    with matplotlib.rc_context(STYLE):
+        found = {"curves": _curves(results["rows"]), "pictures": _pictures(idata, shape), "prior": _prior(idata, shape)}
+        if any("evidence" in row["test"] for row in results["rows"]):
+            found["gaps"] = _gaps(results["rows"])
+        if "refinement" in results:
+            found["refinement"] = _refinement(results)
+            found["scatter"] = _scatter(idata)
+    return found
+
+
+def _colour(guide: str, position: int = 0) -> str:
+    return COLOURS.get(guide, OTHERS[position % len(OTHERS)])
+
+
+def _address(figure: Figure, kind: str) -> str:
+    file = io.BytesIO()
+    figure.savefig(file, format=kind, dpi=160, bbox_inches="tight", metadata={"Date": None} if kind == "svg" else None)
+    media = {"svg": "image/svg+xml", "png": "image/png"}[kind]
+    return f"data:{media};base64,{base64.b64encode(file.getvalue()).decode()}"
+
+
+def _panels(columns: int, width: float = 8.6, height: float = 3.2) -> tuple[Figure, list[Axes]]:
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, list(np.atleast_1d(figure.subplots(1, columns)))
+
+
+def _curves(rows: list[dict[str, Any]]) -> str:
+    """Training ELBO by epoch and by second."""
+    figure, axes = _panels(2)
+    last = [row["history"][-1]["elbo"] for row in rows if row["history"]]
+    for axis, key, label in zip(axes, ("epoch", "seconds"), ("epoch", "training time (s)"), strict=True):
+        for position, row in enumerate(rows):
+            steps = [entry[key] for entry in row["history"]]
+            axis.plot(steps, [e["elbo"] for e in row["history"]], color=_colour(row["guide"], position), label=row["guide"])
+            if row["history"] and "validation_elbo" in row["history"][0]:
+                validation = [e["validation_elbo"] for e in row["history"]]
+                axis.plot(steps, validation, color=_colour(row["guide"], position), ls=":", label=f"{row['guide']}, validation")
+        axis.set(xlabel=label, ylabel="training ELBO (nats per row)")
+        if key == "seconds" and all(row["history"] for row in rows):
+            axis.set_xscale("log")
+        if last:
+            axis.set_ylim(*_window(rows))
+    axes[0].legend(frameon=False, loc="lower right")
+    return _address(figure, "svg")
+
+
+def _window(rows: list[dict[str, Any]]) -> tuple[float, float]:
+    """Limits that show where the curves end rather than where they begin."""
+    values = np.concatenate([[e["elbo"] for e in row["history"]] for row in rows if row["history"]])
+    top = values.max()
+    ends = min(row["history"][-1]["elbo"] for row in rows if row["history"])
+    low = max(values.min(), ends - 4 * max(top - ends, 0.05 * abs(top)))
+    return low, top + 0.05 * (top - low)
+
+
+def _gaps(rows: list[dict[str, Any]]) -> str:
+    """Approximation and amortization gap of each variant, stacked, with errors; train and test."""
+    rows = [row for row in rows if "evidence" in row["test"]]
+    figure, axes = _panels(2)
+    names = [row["guide"] for row in rows]
+    for axis, split in zip(axes, ("train", "test"), strict=True):
+        parts = [("approximation_gap", "#999999", "approximation gap (family)"), ("amortization_gap", None, "amortization gap")]
+        base = np.zeros(len(rows))
+        for gap, colour, label in parts:
+            mean, se = (np.array([row[split][gap][key] for row in rows]) for key in ("mean", "se"))
+            colours = [colour or _colour(name, i) for i, name in enumerate(names)]
+            axis.bar(names, mean, bottom=base, color=colours, width=0.6, label=label if colour else None)
+            axis.errorbar(names, base + mean, yerr=2 * se, fmt="none", ecolor="black", capsize=3, lw=1)
+            for position, (value, error) in enumerate(zip(mean, se, strict=True)):
+                if abs(value) > 0.04 * max(base + mean):
+                    middle = base[position] + value / 2
+                    axis.text(position, middle, f"{value:.2f}", ha="center", va="center", color="white", fontsize=8)
+            base = base + mean
+        axis.set_title({"train": "training rows", "test": "test rows"}[split], fontsize=9)
+        axis.set_ylabel("evidence - ELBO (nats per row)")
+        axis.set_ylim(0, 1.15 * max(base.max(), 1e-3))
+    figure.legend(
+        handles=_gap_handles(), loc="outside lower center", ncols=2, frameon=False, fontsize=8
+    )
+    return _address(figure, "svg")
+
+
+def _gap_handles() -> list[Any]:
+    from matplotlib.patches import Patch
+
+    coloured = "coloured: amortization gap (for PerDatapoint: its rows' optimization gap)"
+    return [Patch(color="#999999", label="grey: approximation gap (family); bars: 2 standard errors"), Patch(color="#0072B2", label=coloured)]
+
+
+def _refinement(results: dict[str, Any]) -> str:
+    """What refinement steps buy: test ELBO against steps, with the family's best and the evidence as lines."""
+    curve, same = results["refinement"], results["same_decoder"]
+    figure, (axis, price) = _panels(2)
+    mean, se = (np.array([point[key] for point in curve["gain"]]) for key in ("mean", "se"))
+    ticks = np.arange(len(curve["steps"]))
+    axis.errorbar(ticks, mean, yerr=2 * se, color=_colour("Amortized"), marker="o", ms=4, capsize=3)
+    best = same["best_elbo"]["mean"] - curve["elbo"][0]["mean"]
+    axis.axhline(best, color="#999999", ls="--", lw=1)
+    axis.text(0, best, "best lam of the family", va="bottom", fontsize=8, color="#555555")
+    axis.set_xticks(ticks, [str(s) for s in curve["steps"]])
+    axis.set(xlabel="refinement steps from the encoder's lam", ylabel="test ELBO won (nats per row)")
+    axis.margins(y=0.12)
+    for position, row in enumerate(same["rows"]):
+        seconds, left = row["seconds_per_row"] * 1e3, row["left"]
+        price.errorbar(
+            seconds, left["mean"], yerr=2 * left["se"], marker="o", color=_colour(row["guide"], position), capsize=3, ls="none",
+            label=row["guide"],
+        )
+    price.set_xscale("log")
+    price.set(xlabel="time to find lam (ms per row, in a batch)", ylabel="below the family's best (nats per row)")
+    price.legend(frameon=False, fontsize=8)
+    price.axhline(0, color="#999999", lw=0.8)
+    price.margins(x=0.25)
+    return _address(figure, "svg")
+
+
+def _scatter(idata: xr.DataTree) -> str:
+    """Each test row's ELBO by the encoder against its best one, and how the loss is spread over rows."""
+    values = idata["test"].to_dataset().sel(variant="Amortized")
+    figure, (axis, spread) = _panels(2)
+    elbo, best = values["elbo"].to_numpy(), values["best_elbo"].to_numpy()
+    limits = [min(elbo.min(), best.min()), max(elbo.max(), best.max())]
+    axis.plot(limits, limits, color="#999999", lw=1)
+    axis.scatter(elbo, best, s=7, alpha=0.5, color=_colour("Amortized"), linewidths=0)
+    axis.set(xlabel="amortized ELBO (nats)", ylabel="refined ELBO (nats)")
+    spread.hist(best - elbo, bins=40, color=_colour("Amortized"))
+    spread.set(xlabel="amortization gap (nats)", ylabel="test rows")
+    return _address(figure, "svg")
+
+
+def digits_of(shape: tuple[int, ...]) -> tuple[int, int]:
+    """Height and width as which a row is drawn: an image's own, else one strip."""
+    return (shape[0], shape[1]) if len(shape) == 2 else (1, int(np.prod(shape)))
+
+
+def _grid(axis: Axes, images: np.ndarray, shape: tuple[int, ...], per_line: int) -> None:
+    height, width = digits_of(shape)
+    lines = -(-len(images) // per_line)
+    sheet = np.full((lines * (height + 1) - 1, per_line * (width + 1) - 1), np.nan)
+    for place, image in enumerate(images):
+        top, left = place // per_line * (height + 1), place % per_line * (width + 1)
+        sheet[top : top + height, left : left + width] = image.reshape(height, width)
+    low, high = np.nanmin(sheet), np.nanmax(sheet)
+    binary_like = low >= 0 and high <= 1
+    axis.imshow(sheet, cmap="gray_r", vmin=0 if binary_like else low, vmax=1 if binary_like else high, aspect="equal")
+    axis.set_xticks([])
+    axis.set_yticks([])
+    axis.spines[:].set_visible(False)
+
+
+def _pictures(idata: xr.DataTree, shape: tuple[int, ...], count: int = 20) -> str:
+    """Originals, and below them each variant's reconstruction."""
+    originals = idata["observed_data"]["x"].to_numpy()[:count]
+    found = idata["posterior_predictive"]["x"].isel(chain=0, draw=0)
+    lines = [("original", originals), *((str(v), found.sel(variant=v).to_numpy()[:count]) for v in found.variant.to_numpy())]
+    height, width = digits_of(shape)
+    figure = Figure(figsize=(8.6, 0.35 + len(lines) * 7.4 * height / (count * width) + 0.1 * len(lines)), layout="constrained")
+    for axis, (name, images) in zip(figure.subplots(len(lines), 1), lines, strict=True):
+        _grid(axis, images, shape, count)
+        axis.set_ylabel(name, rotation=0, ha="right", va="center", fontsize=8)
+    return _address(figure, "png")
+
+
+def _prior(idata: xr.DataTree, shape: tuple[int, ...]) -> str:
+    """Means of x at draws from the prior, for each variant."""
+    found = idata["prior_predictive"]["x"].isel(chain=0)
+    names = [str(v) for v in found.variant.to_numpy()]
+    height, width = digits_of(shape)
+    per_line = 8 if height > 1 else 1
+    lines = -(-found.sizes["draw"] // per_line)
+    tall = 8.4 / len(names) * lines * height / (per_line * width)
+    figure = Figure(figsize=(8.6, 0.4 + min(max(tall, 1.0), 6.0)), layout="constrained")
+    for axis, name in zip(np.atleast_1d(figure.subplots(1, len(names))), names, strict=True):
+        _grid(axis, found.sel(variant=name).to_numpy(), shape, per_line)
+        axis.set_title(name, fontsize=9)
+    return _address(figure, "png")

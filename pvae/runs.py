@@ -1,0 +1,120 @@
+"""Run folders: a recipe, its checkpoint and what was made of them; prepared, trained and loaded again."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from pvae import checkpoints, recipe
+from pvae.data import Dataset
+from pvae.errors import UserError
+from pvae.recipe import Built, Recipe
+from pvae.runtime import pick_device
+from pvae.training import Fit, check_budget, check_support, fit
+
+__all__ = ["Variant", "check", "load", "parameters", "prepare", "train"]
+
+FILES = ("recipe.toml", "checkpoint.safetensors", "state.json", "history.csv", "results.json", "idata.nc", "report.html")
+
+
+class Variant(NamedTuple):
+    """A fitted recipe: its program and guide, and how the fit went."""
+
+    recipe: Recipe
+    built: Built
+    fit: Fit
+
+
+def check(own: Recipe, data: Dataset) -> None:
+    """Refuse what can be known to fail before anything is written: components, budget, data outside the support."""
+    check_budget(data, own.epochs or 0, own.batch_size, own.learning_rate, own.patience)
+    check_support(recipe.build(own, data).vae.model, data)
+
+
+def prepare(folder: Path, own: Recipe, *, overwrite: bool = False, resume: bool = False) -> None:
+    """Make a folder ready for a run of a resolved recipe, and write the recipe there.
+
+    Raises:
+        UserError: the folder holds something else, can't be written to, or is to be resumed with another recipe.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"--out {folder} is a file; name a folder")
+    holds_run = (folder / "recipe.toml").is_file()
+    if resume:
+        _check_same(folder, own)
+    elif holds_run and not overwrite:
+        raise UserError(f"--out {folder} holds a run; give --overwrite, --resume or another --out")
+    elif holds_run:
+        _clear(folder)
+    elif folder.is_dir() and any(folder.iterdir()):
+        raise UserError(f"--out {folder} holds files that are not a run's; name another folder")
+    recipe.write(own, folder)
+
+
+def _check_same(folder: Path, own: Recipe) -> None:
+    there = recipe.read(folder)
+    for name, value in vars(own).items():
+        if value != getattr(there, name):
+            raise UserError(
+                f"--resume: {folder} was made with {name.replace('_', '-')} = {getattr(there, name)}, but now it is "
+                f"{value}; give the same flags, or another --out"
+            )
+
+
+def _clear(folder: Path) -> None:
+    """Remove what pvae wrote, and nothing else."""
+    for name in FILES:
+        (folder / name).unlink(missing_ok=True)
+    for inner in folder.iterdir():
+        if inner.is_dir() and (inner / "recipe.toml").is_file():
+            shutil.rmtree(inner)
+
+
+def train(
+    own: Recipe, data: Dataset, folder: Path, *, device: str = "auto", resume: bool = False, progress: bool = False
+) -> Variant:
+    """Fit a resolved recipe in its prepared folder."""
+    built = recipe.build(own, data)
+    report = fit(
+        built.vae.model,
+        built.guide,
+        data,
+        epochs=own.epochs or 0,
+        batch_size=own.batch_size,
+        learning_rate=own.learning_rate,
+        patience=own.patience,
+        seed=own.seed,
+        device=device,
+        folder=folder,
+        resume=resume and (folder / checkpoints.FILE).is_file(),
+        progress=progress,
+    )
+    return Variant(own, built, report)
+
+
+def load(folder: Path, data: Dataset, *, device: str = "auto") -> Variant:
+    """The fitted variant of a run folder.
+
+    Raises:
+        UserError: no run, or a checkpoint that is broken, of another model or of other data.
+    """
+    own = recipe.read(folder)
+    tensors, header = checkpoints.read(folder)
+    if header["digest"] != data.digest:
+        raise UserError(f"{folder} was fitted to other rows than {data.identity} has now; fit it anew")
+    built = recipe.build(own, data)
+    for kind, module in (("model", built.vae), ("guide", built.guide)):
+        checkpoints.fill(module, kind, tensors, folder)
+        module.to(pick_device(device)).eval()
+    return Variant(own, built, Fit(header["history"], header["seconds"], header["stopped"]))
+
+
+def parameters(variant: Variant) -> dict[str, int]:
+    """How many numbers are trained: shared by all datapoints, and of the datapoints' own."""
+    modules = (variant.built.vae, variant.built.guide)
+    shared = {id(p): p.numel() for module in modules for p in module.parameters() if p.requires_grad}
+    table = getattr(variant.built.guide, "table", torch.empty(0))
+    return {"global": sum(shared.values()), "local": table.numel()}

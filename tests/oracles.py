@@ -1,0 +1,139 @@
+"""Models whose posterior and evidence are known in closed form."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import pyro
+import pyro.distributions as dist
+import torch
+from torch import Tensor, nn
+
+from pvae.families import DiagonalNormal
+from pvae.generative import VAE
+from pvae.guides import Amortized, Guide, PerDatapoint, SemiAmortized, local_bound
+from pvae.likelihoods import Gaussian
+from pvae.priors import StandardNormal
+from pvae.weights import Program
+
+__all__ = ["SOURCES", "LinearGaussian"]
+
+# The three sources of lam for diagonal Gaussians under a program of D latents and M columns, for N rows. A linear
+# encoder holds the best diagonal of LinearGaussian exactly; draws and rates leave little noise in it.
+SOURCES: dict[str, Callable[[Program, int, int, int], Guide]] = {
+    "Amortized": lambda model, D, M, N: Amortized(nn.Linear(M, 2 * D), DiagonalNormal(D)),
+    "SemiAmortized": lambda model, D, M, N: SemiAmortized(
+        nn.Linear(M, 2 * D),
+        DiagonalNormal(D),
+        steps=3,
+        bound=local_bound(model, DiagonalNormal(D)),
+        draws=16,
+        learning_rate=0.1,
+    ),
+    "PerDatapoint": lambda model, D, M, N: PerDatapoint(
+        N, DiagonalNormal(D), bound=local_bound(model, DiagonalNormal(D)), local_learning_rate=0.05
+    ),
+}
+
+
+class LinearGaussian(VAE):
+    r"""Probabilistic PCA with frozen parameters, :math:`z \sim N(0, I_D)`, :math:`x \sim N(W z + b, s^2 I_M)`.
+
+    Arguments:
+        dim: D, the number of latent dimensions.
+        columns: M, the number of data columns.
+        scale: s.
+        conditioning: largest over smallest singular value of W; 1 makes the posterior's covariance a multiple of I.
+        seed: of W and b.
+
+    The posterior is :math:`N(m, L^{-1})` with :math:`L = I + W^T W / s^2` and :math:`m = L^{-1} W^T (x - b) / s^2`.
+    Closed forms are computed in double precision from the parameters as they are, and pass gradients.
+    """
+
+    def __init__(
+        self, dim: int = 2, columns: int = 5, *, scale: float = 0.5, conditioning: float = 3.0, seed: int = 0
+    ) -> None:
+        super().__init__(nn.Linear(dim, columns), Gaussian(scale=scale), StandardNormal(dim))
+        random = torch.Generator().manual_seed(seed)
+        left, _ = torch.linalg.qr(torch.randn(columns, dim, generator=random))
+        right, _ = torch.linalg.qr(torch.randn(dim, dim, generator=random))
+        values = torch.logspace(0, -math.log10(conditioning), dim)
+        self.requires_grad_(False).eval()
+        self.decoder.weight.copy_(left * values @ right)
+        self.decoder.bias.copy_(torch.randn(columns, generator=random))
+
+    def train(self, mode: bool = True) -> LinearGaussian:
+        """Frozen parameters are not trained; Pyro warns of those that are in training mode."""
+        return super().train(False)
+
+    @property
+    def weight(self) -> Tensor:
+        """W, [M, D]."""
+        return self.decoder.weight.double()
+
+    @property
+    def bias(self) -> Tensor:
+        """b, [M]."""
+        return self.decoder.bias.double()
+
+    @property
+    def scale(self) -> Tensor:
+        """s."""
+        return self.likelihood.log_scale.double().exp()
+
+    @property
+    def precision(self) -> Tensor:
+        r""":math:`L = I + W^T W / s^2`, [D, D]: the posterior's, the same for every datapoint."""
+        return torch.eye(self.weight.shape[1]).double() + self.weight.T @ self.weight / self.scale**2
+
+    @property
+    def covariance(self) -> Tensor:
+        r""":math:`L^{-1}`, [D, D]."""
+        return torch.linalg.inv(self.precision)
+
+    @property
+    def gap(self) -> Tensor:
+        r"""What the best diagonal Gaussian leaves to win, :math:`(\sum_i \log L_{ii} - \log\det L) / 2` nats."""
+        return (self.precision.diag().log().sum() - torch.logdet(self.precision)) / 2
+
+    def mean(self, x: Tensor) -> Tensor:
+        """Posterior mean m of the rows x [B, M], [B, D]."""
+        return (x.double() - self.bias) @ self.weight / self.scale**2 @ self.covariance
+
+    def evidence(self, x: Tensor) -> Tensor:
+        r""":math:`\log p(x) = -\frac12 (M \log 2 \pi s^2 + \log\det L + |x - b|^2 / s^2 - m^T L m)`, [B]."""
+        m, residual = self.mean(x), (x.double() - self.bias) / self.scale
+        constant = x.shape[1] * (2 * math.pi * self.scale**2).log() + torch.logdet(self.precision)
+        return -(constant + (residual**2).sum(-1) - (m @ self.precision * m).sum(-1)) / 2
+
+    def elbo(self, lam: Tensor, x: Tensor) -> Tensor:
+        r"""ELBO [B] of the diagonal Gaussians lam = (mu, log sigma) [B, 2 D].
+
+        .. math:: -\frac{M}2 \log 2 \pi s^2 - \frac{|x - W \mu - b|^2 + \sum_i (W^T W)_{ii} \sigma_i^2}{2 s^2}
+                  - \frac12 \sum_i (\sigma_i^2 + \mu_i^2 - 1 - \log \sigma_i^2)
+        """
+        mu, log_sigma = lam.double().chunk(2, -1)
+        variance = (2 * log_sigma).exp()
+        residual = x.double() - mu @ self.weight.T - self.bias
+        spread = (residual**2).sum(-1) + variance @ (self.weight**2).sum(0)
+        fit = -x.shape[1] / 2 * (2 * math.pi * self.scale**2).log() - spread / (2 * self.scale**2)
+        return fit - (variance + mu**2 - 1 - 2 * log_sigma).sum(-1) / 2
+
+    def best(self, x: Tensor) -> Tensor:
+        r"""The lam [B, 2 D] of the largest ELBO: :math:`\mu = m` and :math:`\sigma_i^2 = 1 / L_{ii}`."""
+        return torch.cat([self.mean(x), -self.precision.diag().log().expand(len(x), -1) / 2], -1).to(x.dtype)
+
+    def posterior(self, x: Tensor, index: Tensor | None = None) -> None:
+        """The exact posterior as a guide: a plain Pyro program without parameters."""
+        root = torch.linalg.cholesky(self.covariance).to(x.dtype)
+        with pyro.plate("data", len(x), dim=-1):
+            pyro.sample("z", dist.MultivariateNormal(self.mean(x).to(x.dtype), scale_tril=root))
+
+    @torch.no_grad()
+    def sample(self, count: int, seed: int = 0) -> Tensor:
+        """Rows drawn from p(x), [count, M]."""
+        random = torch.Generator().manual_seed(seed)
+        columns, dim = self.decoder.weight.shape
+        z, noise = (torch.randn(count, n, generator=random, dtype=torch.double) for n in (dim, columns))
+        return (z @ self.weight.T + self.bias + self.scale * noise).to(self.decoder.weight.dtype)
