@@ -41,7 +41,9 @@ def read(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             header = json.loads((file.metadata() or {})["pvae"])
             return {name: file.get_tensor(name) for name in file.keys()}, header  # noqa: SIM118
     except (SafetensorError, KeyError, ValueError, OSError) as error:
-        raise UserError(f"{path} is truncated or not a checkpoint of pvae ({error}); start anew with --overwrite") from error
+        raise UserError(
+            f"{path} is truncated or not a checkpoint of pvae ({error}); start anew with --overwrite"
+        ) from error
 
 
 def fill(module: nn.Module, prefix: str, tensors: dict[str, Tensor], where: Path) -> None:

@@ -37,7 +37,7 @@ Out = Annotated[Path | None, Flag(help="Folder of the run (default runs/<verb>-<
 
 
 def recipe_flags(
-    data: Annotated[str, Flag(help="digits, mnist, fashion-mnist, kmnist, or a .npy, .npz, .csv, .parquet.")] = "digits",
+    data: Annotated[str, Flag(help="digits, mnist, fashion-mnist, kmnist, or a .npy/.npz/.csv/.parquet.")] = "digits",
     binarize: Annotated[str | None, Flag(help="none, threshold (x > 0.5) or dynamic (drawn for each batch).")] = None,
     test_size: Annotated[float | None, Flag(help="Test rows, as a count or a fraction (default 0.2).")] = None,
     validation_size: Annotated[float, Flag(help="Validation rows out of the training rows, likewise.")] = 0,
@@ -82,7 +82,7 @@ def guide_flags(
     unroll: Annotated[bool | None, Flag("--unroll/--no-unroll", help="SemiAmortized: train through them.")] = None,
 ) -> Callable[[str], dict[str, Any]]:
     """A function from a guide's name to its table, with the flags that belong to it."""
-    flags = {
+    flags: dict[str, dict[str, Any]] = {
         "PerDatapoint": {"local_steps": local_steps, "local_learning_rate": local_learning_rate},
         "SemiAmortized": {"steps": semi_steps, "unroll": unroll},
     }
@@ -116,40 +116,40 @@ def job_flags(
 def takes(*groups: Callable[..., Any]) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Give a command the flags of these functions; what they make of them are its first arguments."""
 
-    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+    def decorate(command: Callable[..., None]) -> Any:
         signatures = [inspect.signature(group, eval_str=True).parameters for group in groups]
         own = list(inspect.signature(command, eval_str=True).parameters.values())[len(groups) :]
 
         @functools.wraps(command)
-        def run(**flags: Any) -> None:
+        def wrapper(**flags: Any) -> None:
             made = [
                 group(**{name: flags.pop(name) for name in names})
                 for group, names in zip(groups, signatures, strict=True)
             ]
             command(*made, **flags)
 
+        run: Any = wrapper
         shared = [p for parameters in signatures for p in parameters.values()]
         everything = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in (*shared, *own)]
-        # Arguments without a name of their own come first on the command line, wherever they stand here.
-        run.__signature__ = inspect.Signature(everything)  # type: ignore[attr-defined]
+        run.__signature__ = inspect.Signature(everything)
         run.__annotations__ = {p.name: p.annotation for p in everything}
-        del run.__wrapped__  # type: ignore[attr-defined]
+        del run.__wrapped__
         return run
 
     return decorate
 
 
-def _version(wanted: bool) -> None:
+def _say_version(wanted: bool) -> None:
     if wanted:
-        from pvae import __version__
+        from importlib.metadata import version
 
-        typer.echo(f"pvae {__version__}")
+        typer.echo(f"pvae {version('pvae-pyro')}")
         raise typer.Exit
 
 
 @app.callback()
 def root(
-    version: Annotated[bool, Flag("--version", callback=_version, is_eager=True, help="Show it and exit.")] = False,
+    version: Annotated[bool, Flag("--version", callback=_say_version, is_eager=True, help="Show it and exit.")] = False,
     debug: Annotated[bool, Flag("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
     """Which approximate posterior to trust, and what it costs, for latent-variable models on Pyro."""
@@ -210,8 +210,8 @@ def fit(
     found = bounds(vae.model, posterior, dataset.test.to(where), K=10, seed=own.seed).summary()
     name = "elbo" if "elbo" in found else "log_joint"
     typer.echo(
-        f"{len(variant.fit.history)} epochs in {variant.fit.seconds:.1f} s; test {name} {number(found[name])} nats over "
-        f"{len(dataset.test)} rows, 10 draws each\nthe run: {folder} (pvae evaluate {folder} judges it)"
+        f"{len(variant.fit.history)} epochs in {variant.fit.seconds:.1f} s; test {name} {number(found[name])} nats "
+        f"over {len(dataset.test)} rows, 10 draws each\nthe run: {folder} (pvae evaluate {folder} judges it)"
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -59,7 +59,7 @@ class Job:
     folder: Path
     device: str = "auto"
     rows: int = 500
-    budget: Budget = Budget()
+    budget: Budget = field(default_factory=Budget)
     progress: bool = False
     say: Callable[[str], None] = lambda line: None
 
@@ -148,7 +148,10 @@ def load(job: Job, data_folder: str | Path | None = None) -> tuple[dict[str, Var
     own = recipe.read(folder)
     data = recipe.load_data(own, data_folder)
     inner = sorted(path.parent for path in folder.glob("*/recipe.toml"))
-    return {path.name if inner else own.name("guide"): runs.load(path, data, device=job.device) for path in inner or [folder]}, data
+    return {
+        path.name if inner else own.name("guide"): runs.load(path, data, device=job.device)
+        for path in inner or [folder]
+    }, data
 
 
 def _name(source: Component) -> str:
@@ -246,7 +249,7 @@ def _row(variant: Variant, judged: Judged) -> dict[str, Any]:
     own = variant.recipe
     return {
         "guide": own.name("guide"),
-        "settings": {name: value for name, value in dict(own.guide).items() if name != "type"},
+        "settings": {name: value for name, value in recipe.table(own.guide).items() if name != "type"},
         "family": own.name("family"),
         "likelihood": own.name("likelihood"),
         "prior": own.name("prior"),

@@ -30,7 +30,7 @@ class Batch(NamedTuple):
     """Rows x [B, D] and which training datapoints they are, index [B]."""
 
     x: Tensor
-    index: Tensor
+    index: Tensor  # type: ignore[assignment]
 
 
 @dataclass(frozen=True)
@@ -170,8 +170,8 @@ def _binarized(name: str, x: dict[str, Tensor], binarize: str) -> dict[str, Tens
         if len(outside):
             row, column = outside[0].tolist()
             raise UserError(
-                f"{name}: {part} row {row}, column {column} is {values[row, column].item():g}, but --binarize {binarize} "
-                "takes values from 0 to 1; scale the data, or use --binarize none"
+                f"{name}: {part} row {row}, column {column} is {values[row, column].item():g}, but --binarize "
+                f"{binarize} takes values from 0 to 1; scale the data, or use --binarize none"
             )
     if binarize == "threshold":
         return {part: (values > 0.5).float() for part, values in x.items()}
@@ -184,7 +184,7 @@ def _split(rows: dict[str, np.ndarray], part: str, size: float, generator: torch
     count = round(size * total) if size < 1 else int(size)
     if size < 0 or count >= total or (size >= 1 and count != size):
         raise UserError(
-            f"--{part}-size {size:g} can't be taken out of {total} rows; give a count from 0 to {total - 1} or a fraction"
+            f"--{part}-size {size:g} can't be taken out of {total} rows; give a count up to {total - 1} or a fraction"
         )
     if part == "test" and count == 0:
         raise UserError(f"--test-size {size:g} leaves no test rows; give a count of at least 1 or a fraction")
@@ -242,8 +242,8 @@ def _read_torchvision(name: str, folder: str | Path | None) -> dict[str, Any]:
         except Exception as error:  # torchvision raises six kinds, one with an empty message
             reason = " ".join(str(error).split()) or "not in its format"
             raise UserError(
-                f"{name}: the files in {raw} can't be read ({reason}); remove the folder to have them downloaded again, "
-                "or name another with --data-dir"
+                f"{name}: the files in {raw} can't be read ({reason}); remove the folder to have them downloaded "
+                "again, or name another with --data-dir"
             ) from error
         if len(found.data) != len(found.targets):
             raise UserError(f"{name}: {raw} has {len(found.data)} {part} images but {len(found.targets)} labels")

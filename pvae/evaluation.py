@@ -5,7 +5,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 import pyro
 import torch
@@ -45,8 +46,8 @@ class Evaluation:
     ``elbo``, ``iwae``, ``kl``, ``reconstruction`` belong to the guide; ``best_elbo`` to the best lam of its family
     that refinement found; ``evidence`` is IWAE-K from there, a lower bound of log p(x) in expectation, as ``iwae`` is.
     ``approximation_gap`` = evidence - best_elbo, ``amortization_gap`` = best_elbo - elbo under common noise, with its
-    Monte Carlo error ``amortization_gap_se`` for each datapoint; ``inference_gap`` is their sum. ``optimization_gap`` is
-    what the search for the best may have left (see :class:`~pvae.refine.Refined`).
+    Monte Carlo error ``amortization_gap_se`` for each datapoint; ``inference_gap`` is their sum. ``optimization_gap``
+    is what the search for the best may have left (see :class:`~pvae.refine.Refined`).
 
     A point-mass family has ``log_joint`` and ``reconstruction`` alone: it bounds no evidence.
     """
@@ -156,7 +157,7 @@ def refinement_curve(
             curves.append(watched.curve[[watched.marks.index(s) for s in (0, *steps)]])
             start = time.perf_counter()
             with seeded(rows.seed):
-                refine(lambda lam, rows=rows: bound(lam, rows.x, rows.index, NEW_DRAWS), rows.lam, 10, rule=rule)
+                refine(partial(bound, x=rows.x, index=rows.index, K=NEW_DRAWS), rows.lam, 10, rule=rule)
             seconds += (time.perf_counter() - start) / 10
     return RefinementCurve((0, *steps), torch.cat(curves, 1), seconds / len(x))
 
@@ -175,7 +176,7 @@ def sample(model: Program, like: Tensor, *, seed: int = 0) -> Tensor:
 
 
 def _observed_mean(program: Program, x: Tensor, index: Tensor | None) -> Tensor:
-    trace = poutine.trace(program).get_trace(x, index)
+    trace: Any = poutine.trace(program).get_trace(x, index)
     for site in trace.nodes.values():
         if site["type"] == "sample" and site["is_observed"] and site["value"].shape == x.shape:
             return site["fn"].mean
@@ -186,7 +187,7 @@ class _Rows(NamedTuple):
     """Datapoints that are evaluated together: their fixed posterior, its parameters where it has any, their noise."""
 
     x: Tensor
-    index: Tensor | None
+    index: Tensor | None  # type: ignore[assignment]
     q: Program
     lam: Tensor
     seed: int

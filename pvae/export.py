@@ -70,11 +70,19 @@ def tree(variants: dict[str, Draws], x: Tensor, labels: Tensor | None, attribute
     if labels is not None:
         groups["constant_data"] = {"label": labels.cpu().numpy()}
     sites = {site: ["variant", "row", f"{site}_dim"] for site in latents}
-    dims = {"log_likelihood": ["variant", "row"], "prior_predictive": ["variant", "value"], "observed_data": ["row", "value"]}
+    dims = {
+        "log_likelihood": ["variant", "row"],
+        "prior_predictive": ["variant", "value"],
+        "observed_data": ["row", "value"],
+    }
     found = xr.DataTree()
     for group, values in groups.items():
-        own = sites | {"x": dims.get(group, ["variant", "row", "value"]), "log_weight": ["variant", "row"], "label": ["row"]}
-        coords = {"variant": list(variants), "row": np.arange(len(x))}
+        own = sites | {
+            "x": dims.get(group, ["variant", "row", "value"]),
+            "log_weight": ["variant", "row"],
+            "label": ["row"],
+        }
+        coords: dict[str, Any] = {"variant": list(variants), "row": np.arange(len(x))}
         found[group] = arviz_base.from_dict({group: values}, dims=own, coords=coords)[group]
     for split in next(iter(variants.values())).values:
         found[split] = xr.DataTree(_quantities(variants, split))

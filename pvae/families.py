@@ -41,7 +41,7 @@ class Family(nn.Module):
         return torch.zeros(self.size)
 
     def natural(self, lam: Tensor, gradient: Tensor) -> Tensor:
-        r"""Natural gradient :math:`F(\lambda)^{-1} g` with q's Fisher information F; the plain one where F is not known."""
+        r"""Natural gradient :math:`F(\lambda)^{-1} g`, F the Fisher information of q; g itself where F is unknown."""
         return gradient
 
 

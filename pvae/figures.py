@@ -16,7 +16,7 @@ __all__ = ["digits_of", "figures"]
 # Okabe and Ito's colours, which people with any colour vision tell apart.
 COLOURS = {"Amortized": "#0072B2", "PerDatapoint": "#D55E00", "SemiAmortized": "#009E73"}
 OTHERS = ("#CC79A7", "#56B4E9", "#E69F00")
-STYLE = {"axes.spines.top": False, "axes.spines.right": False, "font.size": 9, "svg.fonttype": "path"}
+STYLE: Any = {"axes.spines.top": False, "axes.spines.right": False, "font.size": 9, "svg.fonttype": "path"}
 
 
 def figures(results: dict[str, Any], idata: xr.DataTree) -> dict[str, str]:
@@ -57,10 +57,18 @@ def _curves(rows: list[dict[str, Any]]) -> str:
     for axis, key, label in zip(axes, ("epoch", "seconds"), ("epoch", "training time (s)"), strict=True):
         for position, row in enumerate(rows):
             steps = [entry[key] for entry in row["history"]]
-            axis.plot(steps, [e["elbo"] for e in row["history"]], color=_colour(row["guide"], position), label=row["guide"])
+            axis.plot(
+                steps, [e["elbo"] for e in row["history"]], color=_colour(row["guide"], position), label=row["guide"]
+            )
             if row["history"] and "validation_elbo" in row["history"][0]:
                 validation = [e["validation_elbo"] for e in row["history"]]
-                axis.plot(steps, validation, color=_colour(row["guide"], position), ls=":", label=f"{row['guide']}, validation")
+                axis.plot(
+                    steps,
+                    validation,
+                    color=_colour(row["guide"], position),
+                    ls=":",
+                    label=f"{row['guide']}, validation",
+                )
         axis.set(xlabel=label, ylabel="training ELBO (nats per row)")
         if key == "seconds" and all(row["history"] for row in rows):
             axis.set_xscale("log")
@@ -85,14 +93,17 @@ def _gaps(rows: list[dict[str, Any]]) -> str:
     figure, axes = _panels(2)
     names = [row["guide"] for row in rows]
     for axis, split in zip(axes, ("train", "test"), strict=True):
-        parts = [("approximation_gap", "#999999", "approximation gap (family)"), ("amortization_gap", None, "amortization gap")]
+        parts = [
+            ("approximation_gap", "#999999", "approximation gap (family)"),
+            ("amortization_gap", None, "amortization gap"),
+        ]
         base = np.zeros(len(rows))
         for gap, colour, label in parts:
             mean, se = (np.array([row[split][gap][key] for row in rows]) for key in ("mean", "se"))
             colours = [colour or _colour(name, i) for i, name in enumerate(names)]
             axis.bar(names, mean, bottom=base, color=colours, width=0.6, label=label if colour else None)
             axis.errorbar(names, base + mean, yerr=2 * se, fmt="none", ecolor="black", capsize=3, lw=1)
-            for position, (value, error) in enumerate(zip(mean, se, strict=True)):
+            for position, value in enumerate(mean):
                 if abs(value) > 0.04 * max(base + mean):
                     middle = base[position] + value / 2
                     axis.text(position, middle, f"{value:.2f}", ha="center", va="center", color="white", fontsize=8)
@@ -100,9 +111,7 @@ def _gaps(rows: list[dict[str, Any]]) -> str:
         axis.set_title({"train": "training rows", "test": "test rows"}[split], fontsize=9)
         axis.set_ylabel("evidence - ELBO (nats per row)")
         axis.set_ylim(0, 1.15 * max(base.max(), 1e-3))
-    figure.legend(
-        handles=_gap_handles(), loc="outside lower center", ncols=2, frameon=False, fontsize=8
-    )
+    figure.legend(handles=_gap_handles(), loc="outside lower center", ncols=2, frameon=False, fontsize=8)
     return _address(figure, "svg")
 
 
@@ -110,7 +119,10 @@ def _gap_handles() -> list[Any]:
     from matplotlib.patches import Patch
 
     coloured = "coloured: amortization gap (for PerDatapoint: its rows' optimization gap)"
-    return [Patch(color="#999999", label="grey: approximation gap (family); bars: 2 standard errors"), Patch(color="#0072B2", label=coloured)]
+    return [
+        Patch(color="#999999", label="grey: approximation gap (family); bars: 2 standard errors"),
+        Patch(color="#0072B2", label=coloured),
+    ]
 
 
 def _refinement(results: dict[str, Any]) -> str:
@@ -129,7 +141,13 @@ def _refinement(results: dict[str, Any]) -> str:
     for position, row in enumerate(same["rows"]):
         seconds, left = row["seconds_per_row"] * 1e3, row["left"]
         price.errorbar(
-            seconds, left["mean"], yerr=2 * left["se"], marker="o", color=_colour(row["guide"], position), capsize=3, ls="none",
+            seconds,
+            left["mean"],
+            yerr=2 * left["se"],
+            marker="o",
+            color=_colour(row["guide"], position),
+            capsize=3,
+            ls="none",
             label=row["guide"],
         )
     price.set_xscale("log")
@@ -178,9 +196,14 @@ def _pictures(idata: xr.DataTree, shape: tuple[int, ...], count: int = 20) -> st
     """Originals, and below them each variant's reconstruction."""
     originals = idata["observed_data"]["x"].to_numpy()[:count]
     found = idata["posterior_predictive"]["x"].isel(chain=0, draw=0)
-    lines = [("original", originals), *((str(v), found.sel(variant=v).to_numpy()[:count]) for v in found.variant.to_numpy())]
+    lines = [
+        ("original", originals),
+        *((str(v), found.sel(variant=v).to_numpy()[:count]) for v in found.variant.to_numpy()),
+    ]
     height, width = digits_of(shape)
-    figure = Figure(figsize=(8.6, 0.35 + len(lines) * 7.4 * height / (count * width) + 0.1 * len(lines)), layout="constrained")
+    figure = Figure(
+        figsize=(8.6, 0.35 + len(lines) * 7.4 * height / (count * width) + 0.1 * len(lines)), layout="constrained"
+    )
     for axis, (name, images) in zip(figure.subplots(len(lines), 1), lines, strict=True):
         _grid(axis, images, shape, count)
         axis.set_ylabel(name, rotation=0, ha="right", va="center", fontsize=8)

@@ -158,8 +158,8 @@ class SemiAmortized(Guide):
         steps: int = 5,
         *,
         bound: Bound,
-        draws: int = 4,
-        learning_rate: float = 0.2,
+        draws: int = 8,
+        learning_rate: float = 0.1,
         unroll: bool = True,
     ) -> None:
         super().__init__(family)

@@ -24,7 +24,7 @@ class NonFinite(ArithmeticError):
 
 
 class ELBO(Trace_ELBO):
-    r"""Pyro's ``Trace_ELBO``, :math:`E_q[\log p(x, z) - \log q(z|x)]`, that stops before a bad step instead of after it.
+    r"""Pyro's ``Trace_ELBO``, :math:`E_q[\log p(x, z) - \log q(z|x)]`, that stops before a bad step, not after.
 
     Raises:
         NonFinite: a site's log-density is not finite; no gradient has been taken and no parameter has moved.

@@ -11,7 +11,6 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 import tomli_w
-from torch import nn
 
 from pvae import data, families, guides, likelihoods, networks, priors
 from pvae.errors import UserError, nearest
@@ -20,7 +19,7 @@ from pvae.generative import VAE
 from pvae.guides import local_bound
 from pvae.runtime import seeded
 
-__all__ = ["KINDS", "Built", "Recipe", "build", "find", "load_data", "make", "read", "resolve", "write"]
+__all__ = ["KINDS", "Built", "Recipe", "build", "find", "load_data", "make", "read", "resolve", "table", "write"]
 
 KINDS: dict[str, ModuleType] = {
     "likelihood": likelihoods,
@@ -69,8 +68,7 @@ class Recipe:
 
     def name(self, kind: str) -> str:
         """The name of the class chosen for a kind."""
-        component = getattr(self, kind)
-        return component if isinstance(component, str) else str(component.get("type"))
+        return str(table(getattr(self, kind)).get("type"))
 
 
 class Built(NamedTuple):
@@ -80,7 +78,12 @@ class Built(NamedTuple):
     guide: guides.Guide
 
 
-def find(kind: str, name: str) -> type[nn.Module]:
+def table(component: Component) -> dict[str, Any]:
+    """A component as a table with ``type``."""
+    return {"type": component} if isinstance(component, str) else dict(component)
+
+
+def find(kind: str, name: str) -> Any:
     """The class of a kind by its name.
 
     Raises:
@@ -98,22 +101,22 @@ def make(kind: str, component: Component, **supplied: Any) -> Any:
     Raises:
         UserError: an unknown name or argument, or a value that the class refuses.
     """
-    table = {"type": component} if isinstance(component, str) else dict(component)
-    cls = find(kind, table.pop("type", ""))
+    arguments = table(component)
+    cls = find(kind, arguments.pop("type", ""))
     takes = _arguments(cls)
     own = [name for name in takes if name not in SUPPLIED]
-    for name in table:
+    for name in arguments:
         if name not in own:
             raise UserError(f"{kind} {cls.__name__} takes no argument '{name}'{nearest(name, own)}")
     try:
-        return cls(**table, **{name: value for name, value in supplied.items() if name in takes})
+        return cls(**arguments, **{name: value for name, value in supplied.items() if name in takes})
     except (TypeError, ValueError) as error:
         raise UserError(f"{kind} {cls.__name__}: {error}") from error
 
 
 def _arguments(cls: type) -> dict[str, inspect.Parameter]:
-    parameters = inspect.signature(cls.__init__).parameters
-    return {name: p for name, p in parameters.items() if name != "self" and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)}
+    parameters = inspect.signature(cls).parameters
+    return {name: p for name, p in parameters.items() if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)}
 
 
 def resolve(recipe: Recipe) -> Recipe:
@@ -129,11 +132,13 @@ def resolve(recipe: Recipe) -> Recipe:
     latent, hidden, epochs = USUAL[kind]
     if recipe.latent is not None and recipe.latent < 1:
         raise UserError(f"--latent is {recipe.latent}, but at least 1 dimension is needed")
-    network = {"type": recipe.network} if isinstance(recipe.network, str) else dict(recipe.network)
+    network = table(recipe.network)
     if network.get("type") == "MLP":
         network.setdefault("hidden", hidden)
     binary = str(find("likelihood", recipe.name("likelihood")).support) == "Boolean()"
-    components = {name: _spelled_out(name, getattr(recipe, name)) for name in KINDS if name != "network"}
+    components: dict[str, Any] = {
+        name: _spelled_out(name, getattr(recipe, name)) for name in KINDS if name != "network"
+    }
     return replace(
         recipe,
         **components,
@@ -146,11 +151,11 @@ def resolve(recipe: Recipe) -> Recipe:
 
 
 def _spelled_out(kind: str, component: Component) -> dict[str, Any]:
-    table = {"type": component} if isinstance(component, str) else dict(component)
-    takes = _arguments(find(kind, table["type"]))
+    given = table(component)
+    takes = _arguments(find(kind, given["type"]))
     own = {name: p.default for name, p in takes.items() if name not in SUPPLIED and p.default is not p.empty}
-    plain = {name: list(value) if isinstance(value, tuple) else value for name, value in (own | table).items()}
-    return {"type": table["type"]} | {name: value for name, value in plain.items() if name != "type"}
+    plain = {name: list(value) if isinstance(value, tuple) else value for name, value in (own | given).items()}
+    return {"type": given["type"]} | {name: value for name, value in plain.items() if name != "type"}
 
 
 def load_data(recipe: Recipe, folder: str | Path | None = None) -> data.Dataset:
@@ -177,7 +182,7 @@ def build(recipe: Recipe, dataset: data.Dataset) -> Built:
     likelihood = make("likelihood", recipe.likelihood)
     prior, family = (make(kind, getattr(recipe, kind), dim=latent) for kind in ("prior", "family"))
     with seeded(recipe.seed):
-        network = dict(recipe.network)
+        network = table(recipe.network)
         if "hidden" in network:
             network["hidden"] = network["hidden"][::-1]
         decoder = make("network", network, inputs=latent, outputs=likelihood.params_per_value * columns)
@@ -190,8 +195,8 @@ def build(recipe: Recipe, dataset: data.Dataset) -> Built:
 
 def write(recipe: Recipe, folder: Path) -> None:
     """Write ``recipe.toml``."""
-    table = {name: value for name, value in asdict(recipe).items() if value is not None}
-    write_text(folder / "recipe.toml", tomli_w.dumps(table))
+    keys = {name: value for name, value in asdict(recipe).items() if value is not None}
+    write_text(folder / "recipe.toml", tomli_w.dumps(keys))
 
 
 def read(folder: Path) -> Recipe:
@@ -202,13 +207,13 @@ def read(folder: Path) -> Recipe:
     """
     path = folder / "recipe.toml"
     try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
+        keys = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{folder} is not a run: it has no recipe.toml") from None
     except (tomllib.TOMLDecodeError, OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path} can't be read: {error}") from error
     known = [f.name for f in fields(Recipe)]
-    for key in table:
+    for key in keys:
         if key not in known:
             raise UserError(f"{path}: unknown key '{key}'{nearest(key, known)}")
-    return Recipe(**table)
+    return Recipe(**keys)

@@ -80,7 +80,7 @@ class RowAdam:
 
 @dataclass(frozen=True)
 class NaturalAscent:
-    r"""Natural gradient steps, :math:`\lambda \leftarrow \lambda + r F(\lambda)^{-1} g`, at a rate that falls like RowAdam's.
+    r"""Natural gradient steps, :math:`\lambda \leftarrow \lambda + r F(\lambda)^{-1} g`, at a falling rate.
 
     In the posterior's own units: a step of r moves a mean by about r standard deviations at a gradient of one nat each,
     whatever the standard deviation is. It keeps no moments, so that unrolled steps stay smooth.
@@ -121,7 +121,8 @@ class Refined:
         marks: the steps at which the bound was checked, from 0; empty without ``check``.
         curve: the checked bound of the plain iterate at each mark, [M, B] nats.
         gap: nats that each row won by at least doubling its steps, [B]. As long as the distance from the optimum falls
-            at least as fast as 1 / steps, no more than this is left to win: it estimates the optimization gap. NaN without ``check``.
+            at least as fast as 1 / steps, no more than this is left to win: it estimates the optimization gap. NaN
+            without ``check``.
     """
 
     lam: Tensor

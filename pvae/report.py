@@ -34,7 +34,9 @@ def render(results: dict[str, Any], pictures: dict[str, str]) -> str:
     """The page's HTML; everything that comes from data, flags or files is escaped."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
-    environment = Environment(loader=PackageLoader("pvae", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True)
+    environment = Environment(
+        loader=PackageLoader("pvae", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+    )
     template = environment.get_template("report.html.jinja")
     own = {table.title: table for table in tables(results)}
     titles = list(own)

@@ -17,7 +17,15 @@ from pvae.training import Fit, check_budget, check_support, fit
 
 __all__ = ["Variant", "check", "load", "parameters", "prepare", "train"]
 
-FILES = ("recipe.toml", "checkpoint.safetensors", "state.json", "history.csv", "results.json", "idata.nc", "report.html")
+FILES = (
+    "recipe.toml",
+    "checkpoint.safetensors",
+    "state.json",
+    "history.csv",
+    "results.json",
+    "idata.nc",
+    "report.html",
+)
 
 
 class Variant(NamedTuple):

@@ -52,7 +52,15 @@ def _quantities(results: dict[str, Any], split: str) -> Table:
 
 
 def _cost(results: dict[str, Any]) -> Table:
-    header = ["guide", "shared parameters", "parameters of rows", "epochs", "training (s)", "s per epoch", "evaluation (s)"]
+    header = [
+        "guide",
+        "shared parameters",
+        "parameters of rows",
+        "epochs",
+        "training (s)",
+        "s per epoch",
+        "evaluation (s)",
+    ]
     rows = [
         [
             row["guide"],

@@ -73,16 +73,20 @@ class FusedAdam(PyroOptim):
 
     def state_tensors(self, names: dict[int, str]) -> dict[str, Tensor]:
         """Adam's memory by parameter name; ``names`` maps id(parameter) to it."""
-        state = self.adam.state if self.adam else {}
+        state: dict[Any, Any] = self.adam.state if self.adam else {}
         return {f"{names[id(p)]}.{key}": value for p, entry in state.items() for key, value in entry.items()}
 
     def load_tensors(self, names: dict[int, str], tensors: dict[str, Tensor]) -> None:
         """Take back what :meth:`state_tensors` gave."""
-        for group in self.adam.param_groups if self.adam else []:
+        if self.adam is None:
+            return
+        for group in self.adam.param_groups:
             for p in group["params"]:
                 found = {k: tensors.get(f"{names[id(p)]}.{k}") for k in ("step", "exp_avg", "exp_avg_sq")}
                 if any(value is not None for value in found.values()):
-                    device = {k: torch.device("cpu") if k == "step" and p.device.type == "cpu" else p.device for k in found}
+                    device = {
+                        k: torch.device("cpu") if k == "step" and p.device.type == "cpu" else p.device for k in found
+                    }
                     self.adam.state[p] = {k: v.clone().to(device[k]) for k, v in found.items() if v is not None}
 
 
@@ -168,7 +172,9 @@ def check_budget(data: Dataset, epochs: int, batch_size: int, learning_rate: flo
 def check_support(model: Program, data: Dataset) -> None:
     """Refuse data that the model's observed sites do not score, before any step is made."""
     with torch.no_grad():
-        trace = poutine.trace(model).get_trace(data.train[:1], torch.zeros(1, dtype=torch.long, device=data.train.device))
+        trace: Any = poutine.trace(model).get_trace(
+            data.train[:1], torch.zeros(1, dtype=torch.long, device=data.train.device)
+        )
     for name, site in trace.nodes.items():
         if site["type"] != "sample" or not site["is_observed"] or site["value"].shape[1:] != data.train.shape[1:]:
             continue
@@ -180,8 +186,8 @@ def check_support(model: Program, data: Dataset) -> None:
             if len(outside):
                 row, *column = outside[0].tolist()
                 raise UserError(
-                    f"{part} row {row}, column {', '.join(map(str, column))} is {x[tuple(outside[0])].item():g}, outside the "
-                    f"support of site '{name}' ({type(getattr(fn, 'base_dist', fn)).__name__}, {support}); "
+                    f"{part} row {row}, column {', '.join(map(str, column))} is {x[tuple(outside[0])].item():g}, "
+                    f"outside the support of site '{name}' ({type(getattr(fn, 'base_dist', fn)).__name__}, {support}); "
                     f"choose another --likelihood or --binarize ({len(outside)} such values)"
                 )
 
@@ -284,7 +290,11 @@ class _Loop:
         if self.data.train.is_cuda:
             tensors["random.cuda"] = torch.cuda.get_rng_state()
         position = {"epoch": self.epoch, "batch": self.batch, "total": self.total, "digest": self.digest}
-        header = position | {"seconds": self.report.seconds, "stopped": self.report.stopped, "history": self.report.history}
+        header = position | {
+            "seconds": self.report.seconds,
+            "stopped": self.report.stopped,
+            "history": self.report.history,
+        }
         checkpoints.write(self.folder, tensors, header)
         columns = list(self.report.history[0]) if self.report.history else ["epoch", "seconds", "elbo"]
         rows = [",".join(str(row[name]) for name in columns) for row in self.report.history]

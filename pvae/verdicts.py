@@ -28,7 +28,7 @@ class Judged:
 
 @dataclass(frozen=True)
 class SameDecoder:
-    """A source of lam on another's decoder: the ELBO of each test row, [B] nats, and seconds to find lam for one row."""
+    """A source of lam on another's decoder: each test row's ELBO, [B] nats, and seconds to find lam for a row."""
 
     guide: str
     elbo: Tensor
@@ -99,10 +99,12 @@ def _amortization(judged: list[Judged], same: list[SameDecoder], curve: Refineme
         return
     for split in ("test", "train"):
         values = getattr(amortized, split).values
-        lost, family, encoder = (mean_se(values[f"{name}_gap"]) for name in ("inference", "approximation", "amortization"))
+        lost, family, encoder = (
+            mean_se(values[f"{name}_gap"]) for name in ("inference", "approximation", "amortization")
+        )
         yield (
-            f"On {split} rows the amortized guide loses {number(lost)} nats of evidence: {number(encoder)} because an encoder "
-            f"gives lam (amortization gap), {number(family)} because of the posterior family (approximation gap)."
+            f"On {split} rows the amortized guide loses {number(lost)} nats of evidence: {number(encoder)} because an "
+            f"encoder gives lam (amortization gap), {number(family)} because of the family of q (approximation gap)."
         )
     if curve is not None:
         wins = {s: mean_se(curve.elbo[m] - curve.elbo[0]) for m, s in enumerate(curve.steps) if s in (1, 5, 20, 100)}
@@ -122,8 +124,8 @@ def _rows(judged: list[Judged]) -> Iterator[str]:
         if j.guide == "PerDatapoint":
             far = mean_se(j.train.values["amortization_gap"])
             yield (
-                f"The rows of PerDatapoint stand {number(far)} nats below their optimum after training (optimization gap); "
-                "more local steps or epochs would win that."
+                f"The rows of PerDatapoint stand {number(far)} nats below their optimum after training (optimization "
+                "gap); more local steps or epochs would win that."
             )
 
 
@@ -135,12 +137,12 @@ def _faults(judged: list[Judged]) -> Iterator[str]:
                 found = mean_se(values[gap])
                 if found.mean < 0 and _clear(found):
                     yield (
-                        f"The {gap.replace('_', ' ')} of {j.guide} on {split} rows is negative beyond its error, {number(found)}: "
-                        "the estimate is at fault; evaluate with more --samples or --refine-steps."
+                        f"The {gap.replace('_', ' ')} of {j.guide} on {split} rows is negative beyond its error, "
+                        f"{number(found)}: the estimate is at fault; evaluate with more --samples or --refine-steps."
                     )
             left = mean_se(values["optimization_gap"]).mean
             if left > 0.1 * max(mean_se(values["inference_gap"]).mean, 1e-9):
                 yield (
-                    f"The search for the best lam of {j.guide} on {split} rows had not come to rest: doubling its steps "
-                    f"still won {left:.3f} nats; evaluate with more --refine-steps."
+                    f"The search for the best lam of {j.guide} on {split} rows had not come to rest: doubling its "
+                    f"steps still won {left:.3f} nats; evaluate with more --refine-steps."
                 )

@@ -83,10 +83,11 @@ def log_weights(
     ]
     if len(parts) == 1:
         return parts[0]
-    return LogWeights(
-        *(torch.cat([getattr(p, name) for p in parts]) for name in ("log_lik", "log_prior", "log_q")),
-        latents={name: torch.cat([p.latents[name] for p in parts]) for name in parts[0].latents},
+    log_lik, log_prior, log_q = (
+        torch.cat(p) for p in zip(*((p.log_lik, p.log_prior, p.log_q) for p in parts), strict=True)
     )
+    latents = {name: torch.cat([p.latents[name] for p in parts]) for name in parts[0].latents}
+    return LogWeights(log_lik, log_prior, log_q, latents)
 
 
 def elbo(model: Program, guide: Program, x: Tensor, index: Tensor | None = None, K: int = 1) -> Tensor:
@@ -127,7 +128,7 @@ def _draw(
     return LogWeights(log_lik, log_prior, log_q, latents)
 
 
-def _random_sites(trace: poutine.Trace) -> Iterator[tuple[str, Site]]:
+def _random_sites(trace: Any) -> Iterator[tuple[str, Site]]:
     for name, site in trace.nodes.items():
         if site["type"] == "sample" and not site_is_subsample(site) and not site["infer"].get("_deterministic"):
             yield name, site
@@ -139,7 +140,7 @@ def _score(name: str, site: Site, shape: tuple[int, int], samples_dim: int) -> T
     if not data or data[0].dim != -1:
         kind = "observed site" if site["is_observed"] else "latent"
         raise UserError(
-            f'{kind} \'{name}\' stands outside pyro.plate("data", len(x), dim=-1); '
+            f"{kind} '{name}' stands outside pyro.plate(\"data\", len(x), dim=-1); "
             "every site must belong to one datapoint for weights per datapoint to exist"
         )
     log_p = scale_and_mask(site["fn"].log_prob(site["value"]), mask=site["mask"])
