@@ -46,10 +46,10 @@ def recipe_flags(
     family: Annotated[str, Flag(help="q(z|x), see `pvae list`.")] = "DiagonalNormal",
     network: Annotated[str, Flag(help="Encoder and decoder, see `pvae list`.")] = "MLP",
     hidden: Annotated[str | None, Flag(help="Widths of the encoder's hidden layers, by commas.")] = None,
-    latent: Annotated[int | None, Flag(help="Number of latent dimensions.")] = None,
-    epochs: Annotated[int | None, Flag(help="Visits of every datapoint.")] = None,
+    latent: Annotated[int | None, Flag(help="Number of latent dimensions (default by data).")] = None,
+    epochs: Annotated[int | None, Flag(help="Visits of every datapoint (default by data).")] = None,
     batch_size: Annotated[int, Flag(help="Datapoints in a step.")] = 128,
-    learning_rate: Annotated[float, Flag(help="Of Adam, on the parameters that datapoints share.")] = 1e-3,
+    learning_rate: Annotated[float | None, Flag(help="Of Adam, on what the datapoints share.")] = None,
     patience: Annotated[int | None, Flag(help="Stop after so many epochs without a better validation ELBO.")] = None,
     seed: Annotated[int, Flag(help="Of splits, initial parameters, batches and draws.")] = 0,
 ) -> Any:

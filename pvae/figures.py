@@ -10,6 +10,7 @@ import numpy as np
 import xarray as xr
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 __all__ = ["digits_of", "figures"]
 
@@ -70,6 +71,8 @@ def _curves(rows: list[dict[str, Any]]) -> str:
                     label=f"{row['guide']}, validation",
                 )
         axis.set(xlabel=label, ylabel="training ELBO (nats per row)")
+        if key == "epoch":
+            axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         if key == "seconds" and all(row["history"] for row in rows):
             axis.set_xscale("log")
         if last:

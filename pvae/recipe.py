@@ -30,8 +30,8 @@ KINDS: dict[str, ModuleType] = {
 }
 Component = str | Mapping[str, Any]
 
-# What a data set takes where the user does not say: latent dimensions, hidden widths, epochs.
-USUAL = {"digits": (8, [128], 200), "images": (20, [400], 10), "file": (8, [128], 100)}
+# What a data set takes where the user does not say: latent dimensions, hidden widths, epochs, learning rate.
+USUAL = {"digits": (8, [128], 150, 2e-3), "images": (20, [400], 10, 1e-3), "file": (8, [128], 100, 1e-3)}
 
 # Arguments that building a recipe supplies, so that no recipe may.
 SUPPLIED = ("dim", "inputs", "outputs", "encoder", "family", "num_data", "bound")
@@ -62,7 +62,7 @@ class Recipe:
     latent: int | None = None
     epochs: int | None = None
     batch_size: int = 128
-    learning_rate: float = 1e-3
+    learning_rate: float | None = None
     patience: int | None = None
     seed: int = 0
 
@@ -129,7 +129,7 @@ def resolve(recipe: Recipe) -> Recipe:
     'threshold'
     """
     kind = "digits" if recipe.data == "digits" else "images" if recipe.data in data.NAMES else "file"
-    latent, hidden, epochs = USUAL[kind]
+    latent, hidden, epochs, learning_rate = USUAL[kind]
     if recipe.latent is not None and recipe.latent < 1:
         raise UserError(f"--latent is {recipe.latent}, but at least 1 dimension is needed")
     network = table(recipe.network)
@@ -147,6 +147,7 @@ def resolve(recipe: Recipe) -> Recipe:
         binarize=recipe.binarize or ("threshold" if binary and kind != "file" else "none"),
         latent=recipe.latent or latent,
         epochs=epochs if recipe.epochs is None else recipe.epochs,
+        learning_rate=learning_rate if recipe.learning_rate is None else recipe.learning_rate,
     )
 
 

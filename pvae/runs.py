@@ -38,7 +38,7 @@ class Variant(NamedTuple):
 
 def check(own: Recipe, data: Dataset) -> None:
     """Refuse what can be known to fail before anything is written: components, budget, data outside the support."""
-    check_budget(data, own.epochs or 0, own.batch_size, own.learning_rate, own.patience)
+    check_budget(data, own.epochs or 0, own.batch_size, own.learning_rate or 0.0, own.patience)
     check_support(recipe.build(own, data).vae.model, data)
 
 
@@ -92,7 +92,7 @@ def train(
         data,
         epochs=own.epochs or 0,
         batch_size=own.batch_size,
-        learning_rate=own.learning_rate,
+        learning_rate=own.learning_rate or 0.0,
         patience=own.patience,
         seed=own.seed,
         device=device,

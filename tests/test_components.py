@@ -188,16 +188,19 @@ def test_draws_lie_in_the_support_and_masses_are_on_discrete_ones(make):
 
 @each(LIKELIHOODS)
 @pytest.mark.parametrize("output", [-80.0, 80.0])
-def test_extreme_outputs_in_float32_keep_densities_and_gradients_finite(make, output):
-    likelihood = make().float()
-    values = torch.tensor([-1, 0, 0.25, 1, 255], dtype=torch.float32)
+def test_extreme_outputs_in_float32_give_what_float64_gives(make, output):
+    likelihood = make()
+    values = torch.tensor([-1, 0, 0.25, 1, 255])
     values = values[likelihood.support.check(values)]
-    eta = torch.full((len(values), likelihood.params_per_value), output, dtype=torch.float32, requires_grad=True)
-    log_p = likelihood(eta).log_prob(values[:, None])
-    log_p.sum().backward()
-    assert log_p.dtype == torch.float32
-    assert log_p.isfinite().all()
-    assert eta.grad.isfinite().all()
+    log_p, slopes = [], []
+    for dtype in (torch.float32, torch.float64):
+        eta = torch.full((len(values), likelihood.params_per_value), output, dtype=dtype, requires_grad=True)
+        log_p += [likelihood.to(dtype)(eta).log_prob(values[:, None].to(dtype))]
+        slopes += torch.autograd.grad(log_p[-1].sum(), eta)
+    assert log_p[0].dtype == torch.float32
+    for narrow, wide in (log_p, slopes):
+        assert narrow.isfinite().all()
+        torch.testing.assert_close(narrow.double(), wide, rtol=1e-4, atol=1e-4)
 
 
 @each(LIKELIHOODS, SMOOTH)
@@ -289,6 +292,32 @@ def test_point_mass_has_all_mass_where_it_draws(make):
 def test_delta_draws_its_parameters():
     lam = torch.randn(4, LATENT)
     assert families.Delta(LATENT)(lam).sample().equal(lam)
+
+
+def normal(x, mean, sd):
+    return -(((x - mean) / sd) ** 2) / 2 - math.log(sd * math.sqrt(2 * math.pi))
+
+
+@pytest.mark.parametrize(
+    ("made", "value", "expected"),
+    [
+        (lambda: likelihoods.Bernoulli()(torch.tensor([math.log(3), 0])), [1.0, 0], math.log(3 / 4) + math.log(1 / 2)),
+        (
+            lambda: likelihoods.Gaussian(scale=0.5)(torch.tensor([1.0, 2])),
+            [1.5, 0],
+            normal(1.5, 1, 0.5) + normal(0, 2, 0.5),
+        ),
+        (lambda: priors.StandardNormal(2)(), [1.5, -2], normal(1.5, 0, 1) + normal(-2, 0, 1)),
+        (
+            lambda: families.DiagonalNormal(2)(torch.tensor([1, 2, math.log(3), math.log(0.5)])),
+            [1.5, 0],
+            normal(1.5, 1, 3) + normal(0, 2, 0.5),
+        ),
+    ],
+    ids=["Bernoulli", "Gaussian", "StandardNormal", "DiagonalNormal"],
+)
+def test_density_is_the_stated_formula(made, value, expected):
+    assert made().log_prob(torch.tensor(value)).item() == pytest.approx(expected)
 
 
 @pytest.mark.parametrize(

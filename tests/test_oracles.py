@@ -51,7 +51,9 @@ def test_gap_is_the_divergence_of_the_best_diagonal(oracle):
 
 def test_gap_opens_with_the_conditioning():
     gaps = [LinearGaussian(2, 5, conditioning=c).gap.item() for c in (1.0, 2.0, 5.0, 10.0)]
-    assert gaps == sorted(gaps) and abs(gaps[0]) < 1e-6 and gaps[-1] > 0.1
+    assert gaps == sorted(gaps)
+    assert abs(gaps[0]) < 1e-6
+    assert gaps[-1] > 0.1
 
 
 def test_best_diagonal_is_stationary_and_a_maximum(oracle):

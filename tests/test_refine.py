@@ -34,8 +34,12 @@ def quadratic(lam, target=TARGET):
 def test_rows_reach_the_optimum_of_a_quadratic(rule):
     found = refine(quadratic, torch.zeros(3, 2), 500, rule=rule)
     assert (found.lam - TARGET).abs().max() < 1e-3
-    assert found.steps == 500 and (found.state.steps == 500).all()
-    assert found.marks == () and found.curve.shape == (0, 3) and found.value.isnan().all() and found.gap.isnan().all()
+    assert found.steps == 500
+    assert (found.state.steps == 500).all()
+    assert found.marks == ()
+    assert found.curve.shape == (0, 3)
+    assert found.value.isnan().all()
+    assert found.gap.isnan().all()
 
 
 def test_rows_reach_the_best_diagonal_of_their_own_elbo():
@@ -109,7 +113,9 @@ def test_going_on_equals_going_through(rule):
 def test_no_steps_change_nothing():
     lam = torch.randn(3, 2, generator=torch.Generator().manual_seed(0))
     found = refine(quadratic, lam, 0, check=quadratic)
-    assert torch.equal(found.lam, lam) and found.marks == (0,) and found.gap.isinf().all()
+    assert torch.equal(found.lam, lam)
+    assert found.marks == (0,)
+    assert found.gap.isinf().all()
 
 
 @every_rule
@@ -188,13 +194,15 @@ def test_gap_covers_what_is_left_at_one_over_steps():
         gaps[steps] = found.gap[0].item()
         assert gaps[steps] == pytest.approx((1 / half if half else 3.0) - 1 / steps)
     at_marks = [gap for steps, gap in gaps.items() if steps in MARKS]
-    assert at_marks == sorted(at_marks, reverse=True) and at_marks[-1] < 0.004
+    assert at_marks == sorted(at_marks, reverse=True)
+    assert at_marks[-1] < 0.004
 
 
 def test_refinement_stops_when_doubling_wins_less_than_the_tolerance():
     def stop(tolerance):
         found = refine(distance, torch.full((2, 1), 3.0), 1000, rule=Harmonic(), check=distance, tolerance=tolerance)
-        assert found.marks[-1] == found.steps and len(found.curve) == len(found.marks)
+        assert found.marks[-1] == found.steps
+        assert len(found.curve) == len(found.marks)
         return found.steps
 
     # The rows' mean gain is 25.5 (1 / half - 1 / t): 0.77 nats at t = 50, 0.077 at 500, 0.026 at 1000.
@@ -214,11 +222,30 @@ def test_best_is_never_below_the_start_nor_any_mark():
         with seeded(5):
             found = refine(lambda lam: bound(lam, x), start, 60, rule=RowAdam(0.3), check=check)
         assert torch.equal(found.curve[0], check(start))
-        assert torch.equal(found.value, check(found.lam)) and (found.value >= found.curve.amax(0)).all()
+        assert torch.equal(found.value, check(found.lam))
+        assert (found.value >= found.curve.amax(0)).all()
         assert (found.gap >= 0).all()
+
+
+@dataclass(frozen=True)
+class Swing(Harmonic):
+    """A rule that jumps from one side of 0 to the other."""
+
+    def step(self, lam, gradient, state):
+        after = RowState(state.first, state.second, state.steps + 1)
+        return torch.full_like(lam, (-1.0) ** after.steps[0].item()), after
+
+
+def test_rows_that_swing_end_at_their_mean():
+    found = refine(distance, torch.full((2, 1), 3.0), 50, rule=Swing(), check=distance)
+    assert (found.lam == 0).all()
+    assert (found.value == 0).all()
+    assert torch.equal(found.curve[1:], -torch.tensor([1.0, 50.0]).expand(len(found.marks) - 1, -1))
 
 
 def test_a_refinement_that_only_harms_gives_back_the_start():
     start = torch.randn(3, 2, generator=torch.Generator().manual_seed(6))
     found = refine(lambda lam: -quadratic(lam), start, 40, check=quadratic)
-    assert torch.equal(found.lam, start) and (found.gap == 0).all() and (found.curve[1:] < found.curve[0]).all()
+    assert torch.equal(found.lam, start)
+    assert (found.gap == 0).all()
+    assert (found.curve[1:] < found.curve[0]).all()

@@ -40,12 +40,12 @@ def test_log_mean_exp_se_is_the_spread_over_repeats():
     assert ratio.item() == pytest.approx(1, abs=5 / math.sqrt(2 * (R - 1)) + 0.005)
 
 
-@pytest.mark.parametrize("shift", [-1e4, 0.0, 1e4])
-def test_log_mean_exp_se_is_that_of_the_weights(log_w, shift):
+def test_log_mean_exp_se_is_that_of_each_datapoints_weights(log_w):
     w = log_w.exp()
     expected = w.std(0) / math.sqrt(len(w)) / w.mean(0)
-    torch.testing.assert_close(log_mean_exp_se(log_w + shift), expected, rtol=1e-10, atol=0)
-    torch.testing.assert_close(log_mean_exp_se(log_w.T + shift, dim=1), expected, rtol=1e-10, atol=0)
+    shifted = log_w + torch.tensor([-1e4, 0, 1, 1e4])
+    torch.testing.assert_close(log_mean_exp_se(shifted), expected, rtol=1e-10, atol=0)
+    torch.testing.assert_close(log_mean_exp_se(shifted.T, dim=1), expected, rtol=1e-10, atol=0)
 
 
 @pytest.mark.parametrize("offset", [0.0, 1e6])

@@ -57,7 +57,8 @@ def test_iwae_converges_to_the_evidence_from_below(oracle):
     shortfalls = {1: (oracle.evidence(x) - oracle.elbo(lam, x)).mean().item()}
     # Beyond k = 1 by the delta method, to the second order in 1 / k.
     shortfalls |= {k: second / (2 * k) + (0.75 * second**2 - third / 3) / k**2 for k in (8, 32, 128)}
-    assert list(shortfalls.values()) == sorted(shortfalls.values(), reverse=True) and min(shortfalls.values()) > 0
+    assert list(shortfalls.values()) == sorted(shortfalls.values(), reverse=True)
+    assert min(shortfalls.values()) > 0
     for k, shortfall in shortfalls.items():
         found = (oracle.evidence(x) - log_mean_exp(log_w.view(k, K // k, 20))).mean(-1)
         # Standard error of the mean over groups: 0.0014 nats at k = 1, 0.0007 beyond.
@@ -75,7 +76,8 @@ def test_no_pass_is_larger_than_a_chunk(oracle):
     with torch.no_grad(), seeded(3):
         found = log_weights(spy, guide, x, K=K)
     assert found.log_lik.shape == found.log_prior.shape == found.log_q.shape == found.log_w.shape == (K, 100)
-    assert max(rows) <= weights.ROWS_PER_PASS and sum(rows) == K * 100
+    assert max(rows) <= weights.ROWS_PER_PASS
+    assert sum(rows) == K * 100
     assert found.latents == {}
     log_w = found.log_w.double()
     # Standard errors: s / sqrt(K), about 0.006 nats.
@@ -224,8 +226,8 @@ def test_gradients_of_the_bound_are_those_of_the_closed_form(oracle):
     torch.manual_seed(10)
     log_w = log_weights(oracle.model, given(DiagonalNormal(2), lam), x, K=K).log_w
     batches = log_w.view(20, -1, 10).mean(1).sum(-1)
-    found = [torch.stack(g) for g in zip(*(torch.autograd.grad(b, [lam, oracle.decoder.bias], retain_graph=True)
-                                           for b in batches), strict=True)]  # fmt: skip
+    gradients = [torch.autograd.grad(b, [lam, oracle.decoder.bias], retain_graph=True) for b in batches]
+    found = [torch.stack(g) for g in zip(*gradients, strict=True)]
     for one, by_batch in zip(exact, found, strict=True):
         # Standard error over 20 independent batches of draws; 5 of them with 19 degrees of freedom for 45 entries.
         assert ((by_batch.mean(0) - one).abs() < 5 * by_batch.std(0) / 20**0.5).all()
@@ -254,11 +256,12 @@ def program(*sites, dim=-1, plate="data"):
         (program("z", "u", "x!"), program("z"), "the model draws 'u', but the guide has no such site"),
         (program("z", "x!"), program("z", "u"), "the guide draws 'u', but the model has no such site"),
     ],
-)  # fmt: skip
+)
 def test_programs_without_weights_are_refused_in_one_line(model, guide, message, K):
     with pytest.raises(UserError) as error:
         log_weights(model, guide, torch.zeros(3, 2), K=K, max_plate_nesting=2)
-    assert message in str(error.value) and "\n" not in str(error.value)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("K", [0, -1])

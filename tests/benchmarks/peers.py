@@ -1,0 +1,69 @@
+"""What pvae is measured against: the same model as a Pyro user would write and train it without pvae."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pyro
+import pyro.distributions as dist
+from PIL import Image
+from pyro.infer import SVI, Trace_ELBO
+from pyro.optim import Adam
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms import ToTensor
+
+
+class PlainVAE(nn.Module):
+    """784-hidden-latent in plain Pyro: ``pyro.module``, a data plate, sites "latent" and "obs"."""
+
+    def __init__(self, latent: int, hidden: int, activation: type[nn.Module] = nn.ReLU) -> None:
+        super().__init__()
+        self.latent = latent
+        self.encoder = nn.Sequential(nn.Linear(784, hidden), activation(), nn.Linear(hidden, 2 * latent))
+        self.decoder = nn.Sequential(nn.Linear(latent, hidden), activation(), nn.Linear(hidden, 784))
+
+    def model(self, x: Tensor) -> None:
+        pyro.module("decoder", self.decoder)
+        with pyro.plate("data", len(x)):
+            zeros = x.new_zeros(len(x), self.latent)
+            z = pyro.sample("latent", dist.Normal(zeros, zeros + 1).to_event(1))
+            pyro.sample("obs", dist.Bernoulli(logits=self.decoder(z)).to_event(1), obs=x)
+
+    def guide(self, x: Tensor) -> None:
+        pyro.module("encoder", self.encoder)
+        with pyro.plate("data", len(x)):
+            mean, log_scale = self.encoder(x).chunk(2, -1)
+            pyro.sample("latent", dist.Normal(mean, log_scale.exp()).to_event(1))
+
+
+def pyro_svi(latent: int, hidden: int, activation: type[nn.Module] = nn.ReLU) -> SVI:
+    """Pyro's own training of it, at its defaults: one Adam for each parameter, validation on."""
+    pyro.clear_param_store()
+    vae = PlainVAE(latent, hidden, activation)
+    return SVI(vae.model, vae.guide, Adam({"lr": 1e-3}), Trace_ELBO())
+
+
+class Pictures(Dataset[Tensor]):
+    """Images as torchvision's MNIST serves them: one PIL image at a time, turned into a tensor."""
+
+    def __init__(self, images: Tensor) -> None:
+        self.images, self.turn = images, ToTensor()
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, row: int) -> Tensor:
+        return self.turn(Image.fromarray(self.images[row].numpy()))
+
+
+def pyro_example_epoch(images: Tensor, batch_size: int) -> Callable[[], None]:
+    """An epoch as in Pyro's VAE example: a shuffling DataLoader, ``svi.step`` for each batch, 784-400-50, softplus."""
+    svi = pyro_svi(50, 400, nn.Softplus)
+    loader = DataLoader(Pictures(images), batch_size=batch_size, shuffle=True, num_workers=1)
+
+    def epoch() -> None:
+        for x in loader:
+            svi.step(x.flatten(1).round())
+
+    return epoch
