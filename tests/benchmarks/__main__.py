@@ -134,7 +134,7 @@ def peak_memory() -> int:
 
 
 def memory() -> list[tuple[str, str, float, float | None]]:
-    """Peak memory of a process that trains a large table, less one's with a small table, against the table's own size."""
+    """Peak memory of training a large table, less that of training a small one, against the table's own size."""
     peaks = {}
     for rows in (20_000, 2_000_000):
         done = subprocess.run([sys.executable, "-c", MEMORY, str(rows)], capture_output=True, text=True, check=True)
@@ -151,10 +151,10 @@ def main() -> None:
     lines = [
         "# Benchmarks",
         "",
-        "Written by `make bench`. A ratio is of medians of jobs that took turns in one run on one machine. The peer, at 1,",
-        "is the first line of its group: Pyro's `SVI.step` with `pyro.optim.Adam` and `Trace_ELBO` on the same model",
-        "(784-400-20, batch 128); an epoch of Pyro's VAE example with its DataLoader (784-400-50, batch 256); the same",
-        "step with fewer rows; the table's own size.",
+        "Written by `make bench`. A ratio is of medians of jobs that took turns in one run on one machine. The peer,",
+        "at 1, is the first line of its group: Pyro's `SVI.step` with `pyro.optim.Adam` and `Trace_ELBO` on the same",
+        "model (784-400-20, batch 128); an epoch of Pyro's VAE example with its DataLoader (784-400-50, batch 256);",
+        "the same step with fewer rows; the table's own size.",
         "",
         "| | median | ratio | goal |",
         "|---|---|---|---|",
