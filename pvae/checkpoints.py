@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from pvae.errors import UserError
 from pvae.files import replacing, write_json
 
-__all__ = ["fill", "read", "write"]
+__all__ = ["best", "fill", "read", "write"]
 
-FILE, STATE = "checkpoint.safetensors", "state.json"
+FILE, STATE, BEST = "checkpoint.safetensors", "state.json", "best."
 
 
 def write(folder: Path, tensors: dict[str, Tensor], header: dict[str, Any]) -> None:
@@ -44,6 +44,11 @@ def read(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise UserError(
             f"{path} is truncated or not a checkpoint of pvae ({error}); start anew with --overwrite"
         ) from error
+
+
+def best(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of the best epoch, under their own names; empty without early stopping."""
+    return {name.removeprefix(BEST): tensor for name, tensor in tensors.items() if name.startswith(BEST)}
 
 
 def fill(module: nn.Module, prefix: str, tensors: dict[str, Tensor], where: Path) -> None:

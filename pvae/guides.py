@@ -7,12 +7,14 @@ from typing import Protocol
 import pyro
 import torch
 from pyro import poutine
+from pyro.poutine.runtime import effectful
 from torch import Tensor, nn
+from torch.distributions import constraints
 
 from pvae.errors import UserError
 from pvae.families import Family
 from pvae.refine import NaturalAscent, Refined, RowAdam, RowState, Rule, refine
-from pvae.runtime import LocalModule, seeded
+from pvae.runtime import LocalModule, mark, seeded
 from pvae.weights import Program, elbo
 
 __all__ = ["Amortized", "PerDatapoint", "SemiAmortized"]
@@ -240,7 +242,9 @@ class PerDatapoint(Guide):
             bound = self._own_bound()
             found = refine(lambda lam: bound(lam, x, index), lam, self.local_steps - 1, rule=self.rule, state=state)
             lam, state = found.lam, found.state
-        lam = lam.detach().requires_grad_()
+        lam = mark(lam.detach().requires_grad_())
+        # Told as a parameter, so that SVI takes gradients even where no other parameter is left to train.
+        effectful(type="param")(lambda *_, **__: lam)("rows", lam, constraint=constraints.real, name="rows")
         self._visited = (index, lam, state)
         return lam
 

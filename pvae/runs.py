@@ -114,6 +114,7 @@ def load(folder: Path, data: Dataset, *, device: str = "auto") -> Variant:
     if header["digest"] != data.digest:
         raise UserError(f"{folder} was fitted to other rows than {data.identity} has now; fit it anew")
     built = recipe.build(own, data)
+    tensors = checkpoints.best(tensors) or tensors
     for kind, module in (("model", built.vae), ("guide", built.guide)):
         checkpoints.fill(module, kind, tensors, folder)
         module.to(pick_device(device)).eval()

@@ -11,11 +11,11 @@ from typing import Any
 import pyro
 import torch
 from pyro.nn import PyroModule
-from torch import nn
+from torch import Tensor, nn
 
 from pvae.errors import UserError, nearest
 
-__all__ = ["LocalModule", "local_method", "module_of", "pick_device", "seeded", "unchecked"]
+__all__ = ["LocalModule", "local_method", "mark", "module_of", "pick_device", "seeded", "unchecked"]
 
 DEVICES = ("auto", "cpu", "cuda")
 
@@ -61,13 +61,19 @@ def pick_device(name: str) -> torch.device:
 
 
 @contextmanager
-def own_parameters(module: nn.Module) -> Iterator[None]:
-    """Run a block of a module's Pyro code with a parameter store of its own."""
-    with pyro.get_param_store().scope():
+def own_parameters() -> Iterator[None]:
+    """Run a block of Pyro code with a parameter store of its own."""
+    with pyro.get_param_store().scope() as own:
         yield
     # Leaving the scope strips the mark by which SVI finds a parameter behind a param statement.
-    for parameter in module.parameters():
-        parameter.unconstrained = weakref.ref(parameter)  # type: ignore[attr-defined]
+    for parameter in own["params"].values():
+        mark(parameter)
+
+
+def mark(parameter: Tensor) -> Tensor:
+    """Put on a tensor the mark by which ``SVI.step`` finds what to train behind a param statement."""
+    parameter.unconstrained = weakref.ref(parameter)  # type: ignore[attr-defined]
+    return parameter
 
 
 class LocalModule(PyroModule):
@@ -78,7 +84,7 @@ class LocalModule(PyroModule):
     """
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        with own_parameters(self):
+        with own_parameters():
             return super().__call__(*args, **kwargs)
 
 
@@ -87,7 +93,7 @@ def local_method(method: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(method)
     def traced(self: LocalModule, *args: Any, **kwargs: Any) -> Any:
-        with own_parameters(self), self._pyro_context:
+        with own_parameters(), self._pyro_context:
             return method(self, *args, **kwargs)
 
     return traced

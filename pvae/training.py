@@ -160,7 +160,11 @@ def fit(
 
 def check_budget(data: Dataset, epochs: int, batch_size: int, learning_rate: float, patience: int | None) -> None:
     """Refuse a training budget that is out of range; the message names the flag."""
-    for name, value, least in (("epochs", epochs, 0), ("batch-size", batch_size, 1), ("patience", patience or 1, 1)):
+    for name, value, least in (
+        ("epochs", epochs, 0),
+        ("batch-size", batch_size, 1),
+        ("patience", 1 if patience is None else patience, 1),
+    ):
         if value < least:
             raise UserError(f"--{name} is {value}, but it must be at least {least}")
     if not 0 < learning_rate < float("inf"):
@@ -226,7 +230,7 @@ class _Loop:
             try:
                 self.total -= self.svi.step(x, index)
             except NonFinite as error:
-                raise self._diverged(str(error)) from error
+                raise self._diverged(str(error), self.epoch + 1) from error
             self.batch += 1
             if caught:
                 self.report.seconds += time.perf_counter() - start
@@ -247,7 +251,6 @@ class _Loop:
         self.save()
         if self.best:
             self._load_modules(self.best)
-            self.save()
         for module in self.modules.values():
             module.eval()
 
@@ -283,9 +286,9 @@ class _Loop:
         tensors = self._module_tensors()
         for name, tensor in tensors.items():
             if tensor.is_floating_point() and not tensor.isfinite().all():
-                raise self._diverged(f"parameter '{name}' is not finite")
+                raise self._diverged(f"parameter '{name}' is not finite", self.epoch + bool(self.batch))
         tensors |= self.optimizer.state_tensors(self.names)
-        tensors |= {f"best.{name}": tensor for name, tensor in self.best.items()}
+        tensors |= {f"{checkpoints.BEST}{name}": tensor for name, tensor in self.best.items()}
         tensors["random.cpu"] = torch.get_rng_state()
         if self.data.train.is_cuda:
             tensors["random.cuda"] = torch.cuda.get_rng_state()
@@ -310,7 +313,9 @@ class _Loop:
             raise UserError(f"--resume: {self.folder} was fitted to other rows than {self.data.identity} has now")
         self._load_modules(tensors)
         self.optimizer.load_tensors(self.names, tensors)
-        self.best = {name.removeprefix("best."): t for name, t in tensors.items() if name.startswith("best.")}
+        self.best = {
+            name.removeprefix(checkpoints.BEST): t for name, t in tensors.items() if name.startswith(checkpoints.BEST)
+        }
         self.epoch, self.batch, self.total = header["epoch"], header["batch"], header["total"]
         self.report = Fit(header["history"], header["seconds"], header["stopped"])
         torch.set_rng_state(tensors["random.cpu"])
@@ -322,9 +327,9 @@ class _Loop:
         kept = f"saved in {self.folder}; the same command with --resume goes on" if self.folder else "nothing was kept"
         raise Interrupted(f"stopped in epoch {self.epoch + 1} by {signal.Signals(number).name}; {kept}", number)
 
-    def _diverged(self, reason: str) -> UserError:
+    def _diverged(self, reason: str, epoch: int) -> UserError:
         kept = f"; the last good checkpoint is kept in {self.folder}" if self.folder else ""
-        return UserError(f"training diverged in epoch {self.epoch + 1}: {reason}; lower --learning-rate{kept}")
+        return UserError(f"training diverged in epoch {epoch}: {reason}; lower --learning-rate{kept}")
 
 
 @contextmanager

@@ -34,7 +34,7 @@ class LogWeights:
         log_lik: log p(x|z), [K, B].
         log_prior: log p(z), [K, B].
         log_q: log q(z|x), [K, B].
-        latents: the draws by site, [K, B, ...]; empty unless asked for.
+        latents: the draws by site, [K, B, ...], a site's plates inside "data" standing before B; empty unless asked for.
     """
 
     log_lik: Tensor
@@ -123,8 +123,7 @@ def _draw(
         else:
             log_prior = log_prior + _score(name, site, shape, dim)
             if keep_latents:
-                value = site["value"]
-                latents[name] = value.unsqueeze(0) if K == 1 else _drop_inner(value, site, dim)
+                latents[name] = _own_dims(site) if K > 1 else _own_dims(site).unsqueeze(0)
     return LogWeights(log_lik, log_prior, log_q, latents)
 
 
@@ -157,6 +156,9 @@ def _score(name: str, site: Site, shape: tuple[int, int], samples_dim: int) -> T
     return log_p.expand(shape)
 
 
-def _drop_inner(value: Tensor, site: Site, samples_dim: int) -> Tensor:
-    """Move the samples' dimension of a draw to the front: [K, ..., B, event] with plates between kept."""
-    return value if value.dim() - site["fn"].event_dim == -samples_dim else value.unsqueeze(0)
+def _own_dims(site: Site) -> Tensor:
+    """A draw without the dimensions of plates that the site does not stand in."""
+    value, event = site["value"], site["fn"].event_dim
+    own = {frame.dim for frame in site["cond_indep_stack"]}
+    others = [dim - event for dim in range(event - value.dim(), 0) if dim not in own]
+    return value.squeeze(tuple(others)) if others else value
