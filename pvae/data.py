@@ -65,6 +65,7 @@ class Dataset:
         """SHA-256 of all rows, first 16 hex digits."""
         found = hashlib.sha256()
         for rows in (self.train, self.validation, self.test):
+            found.update(str(tuple(rows.shape)).encode())
             found.update(np.ascontiguousarray(rows.cpu().numpy()).tobytes())
         return found.hexdigest()[:16]
 
@@ -135,8 +136,10 @@ def load(
     if binarize not in BINARIZATIONS:
         raise UserError(f"unknown binarization '{binarize}'{nearest(binarize, BINARIZATIONS)}")
     rows = _read(name, folder)
-    for part in [key for key in rows if key.startswith("x")]:
-        rows[part] = _checked(name, np.asarray(rows[part]))
+    for part in ("train", "test"):
+        if f"x_{part}" in rows:
+            where = f"{name} (test rows)" if part == "test" else name
+            rows[f"x_{part}"] = _checked(where, np.asarray(rows[f"x_{part}"]), binarize)
     generator = torch.Generator().manual_seed(seed + FIXED_SEED)
     if "x_test" not in rows:
         _split(rows, "test", 0.2 if test_size is None else test_size, generator)
@@ -144,12 +147,14 @@ def load(
         raise UserError(f"{name} comes with its own test set of {len(rows['x_test'])} rows; leave --test-size out")
     _split(rows, "validation", validation_size, generator)
     x = {part: torch.from_numpy(rows[f"x_{part}"]) for part in ("train", "validation", "test")}
-    labels = {part: torch.as_tensor(rows[f"y_{part}"]) if f"y_{part}" in rows else None for part in ("train", "test")}
+    labels = _labels(name, rows)
     shape = x["train"].shape[1:]
+    if x["test"].shape[1:] != shape:
+        raise UserError(f"{name}: test rows have shape {tuple(x['test'].shape[1:])}, but training rows {tuple(shape)}")
     flat = {part: values.flatten(1).contiguous() for part, values in x.items()}
     data = Dataset(
         name if name in NAMES else Path(name).stem,
-        **_binarized(name, flat, binarize),
+        **_binarized(flat, binarize),
         shape=tuple(shape),
         binarize=binarize,
         train_labels=labels["train"],
@@ -158,21 +163,30 @@ def load(
     return data
 
 
+def _labels(name: str, rows: dict[str, Any]) -> dict[str, Tensor | None]:
+    """Classes as numbers; words are numbered in alphabetical order."""
+    known = [part for part in ("train", "test") if f"y_{part}" in rows]
+    whole = np.concatenate([np.asarray(rows[f"y_{part}"]) for part in known]) if known else np.zeros(0)
+    if any(value is None or value != value for value in whole.tolist()):
+        raise UserError(f"{name}: row {_first_missing(whole)} has no label; fill it in, or leave the labels out")
+    if whole.dtype.kind not in "biuf":
+        numbers = np.unique(whole.astype(str), return_inverse=True)[1]
+        parts = np.split(numbers, [len(rows[f"y_{known[0]}"])])
+        rows = rows | {f"y_{part}": values for part, values in zip(known, parts, strict=False)}
+    return {part: torch.as_tensor(rows[f"y_{part}"]) if part in known else None for part in ("train", "test")}
+
+
+def _first_missing(labels: np.ndarray) -> int:
+    return next(i for i, value in enumerate(labels.tolist()) if value is None or value != value)
+
+
 def _draw_once(x: Tensor) -> Tensor:
     return torch.bernoulli(x, generator=torch.Generator().manual_seed(FIXED_SEED))
 
 
-def _binarized(name: str, x: dict[str, Tensor], binarize: str) -> dict[str, Tensor]:
+def _binarized(x: dict[str, Tensor], binarize: str) -> dict[str, Tensor]:
     if binarize == "none":
         return x
-    for part, values in x.items():
-        outside = ((values < 0) | (values > 1)).nonzero()
-        if len(outside):
-            row, column = outside[0].tolist()
-            raise UserError(
-                f"{name}: {part} row {row}, column {column} is {values[row, column].item():g}, but --binarize "
-                f"{binarize} takes values from 0 to 1; scale the data, or use --binarize none"
-            )
     if binarize == "threshold":
         return {part: (values > 0.5).float() for part, values in x.items()}
     return {part: values if part == "train" else _draw_once(values) for part, values in x.items()}
@@ -181,8 +195,9 @@ def _binarized(name: str, x: dict[str, Tensor], binarize: str) -> dict[str, Tens
 def _split(rows: dict[str, np.ndarray], part: str, size: float, generator: torch.Generator) -> None:
     """Move ``size`` random training rows, with their labels, to a part of their own."""
     total = len(rows["x_train"])
-    count = round(size * total) if size < 1 else int(size)
-    if size < 0 or count >= total or (size >= 1 and count != size):
+    sound = 0 <= size < total and (size < 1 or size == int(size))
+    count = 0 if not sound else int(size) if size >= 1 else round(size * total)
+    if not sound or count >= total:
         raise UserError(
             f"--{part}-size {size:g} can't be taken out of {total} rows; give a count up to {total - 1} or a fraction"
         )
@@ -198,21 +213,28 @@ def _split(rows: dict[str, np.ndarray], part: str, size: float, generator: torch
             rows[f"{kind}_{part}"], rows[f"{kind}_train"] = whole[order[:count]], whole[order[count:]]
 
 
-def _checked(name: str, x: np.ndarray) -> np.ndarray:
+def _checked(where: str, x: np.ndarray, binarize: str) -> np.ndarray:
+    """The values as float32, refused if they are no numbers, not finite, or can't be binarized."""
     if x.dtype.kind not in "biuf":
-        raise UserError(f"{name}: the values are of type {x.dtype}, but numbers are needed")
+        raise UserError(f"{where}: the values are of type {x.dtype}, but numbers are needed")
     if x.ndim < 2 or x.size == 0 or len(x) < 2:
-        raise UserError(f"{name}: the array has shape {x.shape}, but at least 2 rows of at least 1 value are needed")
+        raise UserError(f"{where}: the array has shape {x.shape}, but at least 2 rows of at least 1 value are needed")
     with np.errstate(over="ignore"):
         values = x.astype(np.float32)
-    bad = np.argwhere(~np.isfinite(values))
-    if len(bad):
-        row, *rest = bad[0].tolist()
-        raise UserError(
-            f"{name}: row {row}, column {', '.join(map(str, rest))} is {x[tuple(bad[0])]}; remove or fill "
-            f"such values ({len(bad)} in all)"
-        )
+    _refuse(where, x, ~np.isfinite(values), "remove or fill such values")
+    if binarize != "none":
+        advice = f"but --binarize {binarize} takes values from 0 to 1; scale the data, or use --binarize none"
+        _refuse(where, x, (values < 0) | (values > 1), advice)
     return values
+
+
+def _refuse(where: str, x: np.ndarray, bad: np.ndarray, advice: str) -> None:
+    places = np.argwhere(bad)
+    if len(places):
+        row, *rest = places[0].tolist()
+        column = ", ".join(map(str, rest))
+        value = f"{x[tuple(places[0])]:g}"
+        raise UserError(f"{where}: row {row}, column {column} is {value}; {advice} ({len(places)} in all)")
 
 
 def _read(name: str, folder: str | Path | None) -> dict[str, Any]:

@@ -24,5 +24,5 @@ def nearest(word: str, known: Iterable[str]) -> str:
     words = list(known)
     folded = {w.lower(): w for w in words}
     close = difflib.get_close_matches(word.lower(), folded, n=1, cutoff=0.5)
-    hint = f"; did you mean '{folded[close[0]]}'?" if close else ";"
+    hint = f"; did you mean '{folded[close[0]]}'?" if close else ""
     return f"{hint} (known: {', '.join(words)})"

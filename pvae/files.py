@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from csv import reader as csv_reader
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ def replacing(path: Path) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.touch()
         yield temporary
         os.replace(temporary, path)
     except OSError as error:
@@ -50,6 +52,8 @@ def _finite(value: Any) -> Any:
         return {key: _finite(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [_finite(item) for item in value]
+    if isinstance(value, np.generic):
+        return _finite(value.item())
     return None if isinstance(value, float) and not np.isfinite(value) else value
 
 
@@ -95,18 +99,26 @@ def read_table(path: Path) -> dict[str, np.ndarray]:
         raise
     except Exception as error:  # numpy, zipfile and pyarrow raise many kinds; all mean that the file is unreadable
         reason = " ".join(str(error).split())
-        if "allow_pickle" in reason:
+        if "allow_pickle" in reason and path.read_bytes()[:2] not in (b"\x93N", b"PK"):
+            reason = "it has another format's bytes"
+        elif "allow_pickle" in reason:
             reason = "it holds pickled Python objects, which are never loaded; save a plain numeric array"
         raise UserError(f"{path}: not a readable {path.suffix} file ({reason})") from error
 
 
 def _read_npy(path: Path) -> dict[str, np.ndarray]:
-    return {"x_train": np.load(path, allow_pickle=False)}
+    found = np.load(path, allow_pickle=False)
+    if not isinstance(found, np.ndarray):
+        raise UserError(f"{path}: holds an .npz archive; name it so")
+    return {"x_train": found}
 
 
 def _read_npz(path: Path) -> dict[str, np.ndarray]:
     names = {"x": "x_train", "y": "y_train"} | {n: n for n in ("x_train", "y_train", "x_test", "y_test")}
-    with np.load(path, allow_pickle=False) as archive:
+    archive = np.load(path, allow_pickle=False)
+    if isinstance(archive, np.ndarray):
+        raise UserError(f"{path}: holds a single .npy array; name it so")
+    with archive:
         if len(archive.files) == 1:
             return {"x_train": archive[archive.files[0]]}
         found = {names[name]: archive[name] for name in archive.files if name in names}
@@ -122,8 +134,13 @@ def _read_npz(path: Path) -> dict[str, np.ndarray]:
 def _read_csv(path: Path) -> dict[str, np.ndarray]:
     from pyarrow import csv
 
-    with path.open(encoding="utf-8") as file:
-        header = not all(map(_is_number, file.readline().split(",")))
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        first = next(csv_reader(file), [])
+    # A line of numbers is data; one with a word in it names columns, unless all its other cells are numbers.
+    header = not any(map(_is_number, first))
+    if not header and not all(map(_is_number, first)):
+        wrong = next(cell for cell in first if not _is_number(cell))
+        raise UserError(f"{path}: the first line mixes numbers with '{wrong}', so it neither names columns nor is data")
     return _columns(path, csv.read_csv(path, read_options=csv.ReadOptions(autogenerate_column_names=not header)))
 
 
@@ -136,7 +153,9 @@ def _read_parquet(path: Path) -> dict[str, np.ndarray]:
 def _columns(path: Path, table: Any) -> dict[str, np.ndarray]:
     from pyarrow import types
 
-    names = [name for name in table.column_names if name != "label"]
+    names = [name for name in table.column_names if name != "label" and not name.startswith("__index_level_")]
+    if len(set(table.column_names)) < len(table.column_names):
+        raise UserError(f"{path}: two columns have the same name; give each its own")
     for name in names:
         kind = table.schema.field(name).type
         if not (types.is_integer(kind) or types.is_floating(kind) or types.is_boolean(kind) or types.is_null(kind)):

@@ -50,6 +50,8 @@ def log_mean_exp_se(log_w: Tensor, dim: int = 0) -> Tensor:
     tensor([0., 0.])
     """
     w = (log_w - log_w.amax(dim, keepdim=True)).exp()
+    if log_w.shape[dim] == 1:
+        return torch.full_like(w.mean(dim), torch.nan)  # one draw tells nothing of its own error
     return w.std(dim) / w.mean(dim) / math.sqrt(log_w.shape[dim])
 
 
@@ -61,4 +63,5 @@ def effective_sample_size(log_w: Tensor, dim: int = 0) -> Tensor:
     >>> effective_sample_size(torch.zeros(5))
     tensor(5.)
     """
-    return torch.exp(2 * torch.logsumexp(log_w, dim) - torch.logsumexp(2 * log_w, dim))
+    w = (log_w - log_w.amax(dim, keepdim=True)).exp()
+    return w.sum(dim) ** 2 / (w**2).sum(dim)

@@ -160,12 +160,8 @@ def fit(
 
 def check_budget(data: Dataset, epochs: int, batch_size: int, learning_rate: float, patience: int | None) -> None:
     """Refuse a training budget that is out of range; the message names the flag."""
-    for name, value, least in (
-        ("epochs", epochs, 0),
-        ("batch-size", batch_size, 1),
-        ("patience", 1 if patience is None else patience, 1),
-    ):
-        if value < least:
+    for name, value, least in (("epochs", epochs, 0), ("batch-size", batch_size, 1), ("patience", patience, 1)):
+        if value is not None and value < least:
             raise UserError(f"--{name} is {value}, but it must be at least {least}")
     if not 0 < learning_rate < float("inf"):
         raise UserError(f"--learning-rate is {learning_rate}, but it must be positive")
@@ -313,9 +309,7 @@ class _Loop:
             raise UserError(f"--resume: {self.folder} was fitted to other rows than {self.data.identity} has now")
         self._load_modules(tensors)
         self.optimizer.load_tensors(self.names, tensors)
-        self.best = {
-            name.removeprefix(checkpoints.BEST): t for name, t in tensors.items() if name.startswith(checkpoints.BEST)
-        }
+        self.best = checkpoints.best(tensors)
         self.epoch, self.batch, self.total = header["epoch"], header["batch"], header["total"]
         self.report = Fit(header["history"], header["seconds"], header["stopped"])
         torch.set_rng_state(tensors["random.cpu"])

@@ -34,7 +34,7 @@ class LogWeights:
         log_lik: log p(x|z), [K, B].
         log_prior: log p(z), [K, B].
         log_q: log q(z|x), [K, B].
-        latents: the draws by site, [K, B, ...], a site's plates inside "data" standing before B; empty unless asked for.
+        latents: the draws by site, [K, B, ...], a site's plates inside "data" before B; empty unless asked for.
     """
 
     log_lik: Tensor

@@ -5,12 +5,12 @@ import math
 import pyro.distributions as dist
 import pytest
 import torch
+from cases import COLUMNS, FAMILIES, LATENT, LIKELIHOODS, NETWORKS, PRIORS
 from torch import Tensor
 from torch.distributions import biject_to, constraints
 
 from pvae import families, likelihoods, networks, priors
 from pvae.errors import UserError
-from tests.cases import COLUMNS, FAMILIES, LATENT, LIKELIHOODS, NETWORKS, PRIORS
 
 N = 40_000
 POINT = {name: make for name, make in FAMILIES.items() if make().point_mass}

@@ -229,18 +229,20 @@ def test_best_is_never_below_the_start_nor_any_mark():
 
 @dataclass(frozen=True)
 class Swing(Harmonic):
-    """A rule that jumps from one side of 0 to the other."""
+    """A rule that stays far away for 20 steps, and then jumps from one side of 0 to the other."""
 
     def step(self, lam, gradient, state):
         after = RowState(state.first, state.second, state.steps + 1)
-        return torch.full_like(lam, (-1.0) ** after.steps[0].item()), after
+        t = after.steps[0].item()
+        return torch.full_like(lam, 10.0 if t <= 20 else (-1.0) ** t), after
 
 
-def test_rows_that_swing_end_at_their_mean():
+def test_rows_that_swing_end_at_their_mean_since_the_last_mark():
     found = refine(distance, torch.full((2, 1), 3.0), 50, rule=Swing(), check=distance)
     assert (found.lam == 0).all()
     assert (found.value == 0).all()
-    assert torch.equal(found.curve[1:], -torch.tensor([1.0, 50.0]).expand(len(found.marks) - 1, -1))
+    assert found.marks == (0, 1, 2, 5, 10, 20, 50)
+    assert found.curve[:, 0].tolist() == [-3.0, *[-10.0] * 5, -1.0]
 
 
 def test_a_refinement_that_only_harms_gives_back_the_start():

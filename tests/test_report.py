@@ -5,6 +5,7 @@ import io
 import json
 import re
 import shutil
+import warnings
 from html.parser import HTMLParser
 from pathlib import Path
 from xml.etree import ElementTree
@@ -116,19 +117,14 @@ def test_the_page_fetches_nothing(page):
 
 
 def test_every_figure_is_there_and_shows_something(page):
-    name, _, found = page
+    name, results, found = page
+    assert ("refinement" in results) == ("same_decoder" in results) == ("refinement" in RUNS[name][3])
     assert len(addresses(found)) == len(RUNS[name][3]) == sum(tag == ("figcaption",) for tag in found.tags)
     for kind, picture in map(decoded, addresses(found)):
         if kind == "png":
             assert matplotlib.image.imread(io.BytesIO(picture))[..., :3].std() > 0.01
         else:
             assert sum(node.tag.endswith("path") for node in ElementTree.fromstring(picture).iter()) > 20
-
-
-@pytest.mark.parametrize("page", RUNS, indirect=True)
-def test_a_figures_name_is_known(page, folder):
-    name, results, _ = page
-    assert ("refinement" in results) == ("same_decoder" in results) == ("refinement" in RUNS[name][3])
 
 
 def test_the_page_says_all_that_the_results_say(page):
@@ -173,13 +169,13 @@ def test_a_page_written_twice_is_the_same(folder):
 
 
 @pytest.mark.xfail(strict=True, raises=UserWarning, reason="strips of values leave their panels no room")
-@pytest.mark.filterwarnings("error")
 def test_rows_that_are_no_images_have_room(folder):
-    report.write(folder)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        report.write(folder)
 
 
 @pytest.mark.xfail(strict=True, raises=UserWarning, reason="one value has no window")
-@pytest.mark.filterwarnings("error")
 def test_a_single_epoch_has_a_curve(tmp_path):
     np.save(tmp_path / "rows.npy", IMAGES)
     recipe = Recipe(str(tmp_path / "rows.npy"), epochs=1, latent=2)
@@ -331,6 +327,11 @@ RULES = {
         [judged("SemiAmortized", split="test", approximation_gap=-0.1)],
     ),
     "positive gap": ("is negative beyond its error", [judged(amortization_gap=-0.1)], [judged(amortization_gap=0.1)]),
+    "gap within its error": (
+        "is negative beyond its error",
+        [judged(amortization_gap=-0.1)],
+        [judged(amortization_gap=-0.04)],
+    ),
     "search at work": (
         "The search for the best lam of Amortized on test rows had not come to rest",
         [judged(split="test", optimization_gap=0.04)],

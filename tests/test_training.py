@@ -10,10 +10,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pyro
+import pyro.distributions as dist
 import pytest
 import torch
 from oracles import SOURCES, LinearGaussian
 from pyro.infer import SVI, Trace_ELBO
+from pyro.nn import PyroModule
 from torch import nn
 
 from pvae import checkpoints, training
@@ -172,6 +174,30 @@ def test_a_seed_fixes_everything_and_the_stream_outside_goes_on(source):
     vae, guide = modules(source)
     fit(vae.model, guide, tiny(), epochs=EPOCHS, batch_size=BATCH, learning_rate=0.01, seed=1)
     assert not same(first, bits(vae, guide))
+
+
+class Plain(PyroModule):
+    """An amortized guide as it is written in Pyro alone."""
+
+    def __init__(self, encoder):
+        super().__init__()
+        self.encoder = encoder
+
+    def forward(self, x, index=None):
+        with pyro.plate("data", len(x), dim=-1):
+            mean, log_scale = self.encoder(x).chunk(2, -1)
+            pyro.sample("z", dist.Normal(mean, log_scale.exp()).to_event(1))
+
+
+def test_a_plain_pyro_guide_trains_alike_and_leaves_nothing_in_pyros_store():
+    expected, report = trained()
+    for _ in range(2):  # a second fit meets nothing of the first
+        vae, guide = modules()
+        plain = Plain(guide.encoder)
+        found = fit(vae.model, plain, tiny(), epochs=EPOCHS, batch_size=BATCH, learning_rate=0.01)
+        assert same(bits(vae, plain), expected)
+        assert untimed(found.history) == untimed(report.history)
+        assert not pyro.get_param_store().keys()
 
 
 @every_source

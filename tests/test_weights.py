@@ -204,11 +204,14 @@ def views_guide(x, index=None):
 def test_inner_plates_are_summed_for_each_draw_and_row(K, count):
     x = torch.randn(count, 3, generator=torch.Generator().manual_seed(9))
     found = log_weights(views, views_guide, x, K=K, max_plate_nesting=2, keep_latents=True)
-    z, u = found.latents["z"].reshape(K, 1, count), found.latents["u"].reshape(K, 3, count)
+    z, u = found.latents["z"], found.latents["u"]
+    assert z.shape == (K, count)
+    assert u.shape == (K, 3, count)
     likelihood = Normal(u, 0.3).log_prob(x.T) + Normal(0.0, 2.0).log_prob(x.T**2)
     torch.testing.assert_close(found.log_lik, likelihood.sum(1))
-    torch.testing.assert_close(found.log_prior, Normal(0.0, 1.0).log_prob(z)[:, 0] + Normal(z, 0.5).log_prob(u).sum(1))
-    log_q = Normal(x.mean(-1), 0.4).log_prob(z)[:, 0] + Normal(x.T, 0.3).log_prob(u).sum(1)
+    inner = Normal(z.unsqueeze(1), 0.5).log_prob(u).sum(1)
+    torch.testing.assert_close(found.log_prior, Normal(0.0, 1.0).log_prob(z) + inner)
+    log_q = Normal(x.mean(-1), 0.4).log_prob(z) + Normal(x.T, 0.3).log_prob(u).sum(1)
     torch.testing.assert_close(found.log_q, log_q)
 
 
@@ -216,6 +219,7 @@ def test_kept_draws_have_one_shape_whatever_the_nesting_and_the_chunks(monkeypat
     monkeypatch.setattr(weights, "ROWS_PER_PASS", 16)
     found = log_weights(views, views_guide, torch.zeros(4, 3), K=5, max_plate_nesting=2, keep_latents=True)
     assert found.latents["z"].shape == (5, 4)
+    assert found.latents["u"].shape == (5, 3, 4)
 
 
 def test_gradients_of_the_bound_are_those_of_the_closed_form(oracle):

@@ -1,0 +1,579 @@
+"""The command line: runs from flags to page, and one line with exit status 2 for every mistake that leaves no trace."""
+
+import contextlib
+import csv
+import io
+import itertools
+import json
+import math
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import torch
+
+from pvae import checkpoints, recipe, runs, training
+from pvae.cli import main
+from pvae.errors import UserError
+from pvae.recipe import KINDS, Recipe
+
+pytestmark = pytest.mark.filterwarnings("ignore:constrained_layout not applied")
+
+TINY = "--hidden 16 --latent 2"
+SMALL = f"--epochs 2 {TINY}"
+FEW = "--rows 20 --samples 20 --refine-steps 20"
+COMPARE = f"compare {SMALL} {FEW}"
+FIT = f"fit {SMALL} --out new"
+GUIDES = ("Amortized", "PerDatapoint", "SemiAmortized")
+FITTED = ("checkpoint.safetensors", "history.csv", "recipe.toml", "state.json")
+BOUNDS = {"elbo", "iwae", "kl", "reconstruction"}
+GAPS = {"best_elbo", "evidence", "approximation_gap", "amortization_gap", "inference_gap", "optimization_gap"}
+
+
+class Done(NamedTuple):
+    """What a command gave."""
+
+    status: int
+    out: str
+    err: str
+
+
+@pytest.fixture(autouse=True)
+def workplace(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def pvae(capsys):
+    def run(line):
+        capsys.readouterr()
+        return Done(main(shlex.split(line)), *capsys.readouterr())
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory):
+    """A function from a command to the folder of its run, made once."""
+    folders = {}
+
+    def run(line):
+        if line not in folders:
+            folders[line] = tmp_path_factory.mktemp("kept") / "run"
+            with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
+                assert main([*shlex.split(line), "--out", str(folders[line])]) == 0, err.getvalue()
+            (folders[line].parent / "out").write_text(out.getvalue())
+        return folders[line]
+
+    return run
+
+
+@pytest.fixture
+def compared(kept):
+    return kept(COMPARE)
+
+
+def snapshot(folder="."):
+    return {str(p.relative_to(folder)): p.read_bytes() if p.is_file() else None for p in Path(folder).rglob("*")}
+
+
+def results(folder):
+    return json.loads((Path(folder) / "results.json").read_text())
+
+
+def untimed(value):
+    """Results without seconds, and without what depends on the machine."""
+    if isinstance(value, dict):
+        return {k: untimed(v) for k, v in value.items() if "seconds" not in k and k not in ("machine", "verdicts")}
+    return [untimed(item) for item in value] if isinstance(value, list) else value
+
+
+# The main job
+
+
+def test_a_comparison_leaves_its_files_and_nothing_else(compared):
+    inner = {f"{guide}/{name}" for guide in GUIDES for name in FITTED}
+    assert set(snapshot(compared)) == {"recipe.toml", "results.json", "idata.nc", "report.html", *GUIDES, *inner}
+
+
+def test_results_follow_their_schema(compared):
+    found = results(compared)
+    assert found.keys() == {
+        *("schema", "data", "versions", "machine", "recipe", "rows", "verdicts", "same_decoder", "refinement")
+    }
+    assert found["schema"] == 1
+    assert found["data"] | {"digest": "", "summary": ""} == {
+        "name": "digits",
+        "binarize": "threshold",
+        "base_measure": "mass",
+        "digest": "",
+        "training_rows": 1438,
+        "test_rows": 359,
+        "evaluated_rows": 20,
+        "shape": [8, 8],
+        "summary": "",
+    }
+    assert {"python", "torch", "pyro-ppl"} <= found["versions"].keys()
+    assert found["recipe"]["latent"] == 2
+    assert "guide" not in found["recipe"]
+    assert [row["guide"] for row in found["rows"]] == list(GUIDES)
+    for row in found["rows"]:
+        assert row.keys() == {
+            *("guide", "settings", "family", "likelihood", "prior", "objective", "parameters", "epochs", "seconds"),
+            *("evaluation_seconds", "history", "train", "test"),
+        }
+        assert row["parameters"]["local"] == (1438 * 4 if row["guide"] == "PerDatapoint" else 0)
+        for split in ("train", "test"):
+            assert row[split].keys() == BOUNDS | GAPS
+            for name, quantity in row[split].items():
+                assert quantity.keys() == {"mean", "se", "K", "estimator"}
+                assert quantity["K"] == 20
+                assert ("IWAE-20" in quantity["estimator"]) == (name in ("iwae", "evidence"))
+                for value in (quantity["mean"], quantity["se"]):
+                    assert value is None or math.isfinite(value)
+                assert quantity["se"] >= 0
+    assert [row["guide"] for row in found["same_decoder"]["rows"]] == list(GUIDES)
+    assert found["refinement"]["steps"] == [0, 1, 2, 5, 10, 20, 50, 100]
+    assert all(isinstance(sentence, str) for sentence in found["verdicts"])
+
+
+@pytest.mark.parametrize("guide", GUIDES)
+def test_history_is_one_row_for_each_epoch(compared, guide):
+    with (compared / guide / "history.csv").open() as file:
+        rows = [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
+    state = json.loads((compared / guide / "state.json").read_text())
+    (row,) = (row for row in results(compared)["rows"] if row["guide"] == guide)
+    assert [entry["epoch"] for entry in rows] == [1, 2]
+    assert rows == row["history"] == state["history"]
+    assert (state["epoch"], state["batch"], state["stopped"]) == (2, 0, "finished")
+
+
+@pytest.mark.parametrize("guide", GUIDES)
+def test_recipes_are_those_of_the_flags(compared, guide):
+    said = Recipe(epochs=2, latent=2, network={"type": "MLP", "hidden": [16]}, guide=guide)
+    assert recipe.read(compared / guide) == recipe.resolve(said)
+    assert recipe.read(compared) == recipe.read(compared / GUIDES[0])
+
+
+def test_the_screen_has_tables_verdict_and_page(compared):
+    out = (compared.parent / "out").read_text()
+    words = " ".join(out.split())
+    for guide in GUIDES:
+        assert f"training {guide}" in out
+    for text in ("Each with its own decoder, test rows", "What it cost", "amortized variant's decoder", "Verdict"):
+        assert text in out
+    assert all(" ".join(sentence.split()) in words for sentence in results(compared)["verdicts"])
+    assert out.rstrip().endswith(f"the page: {compared / 'report.html'}")
+
+
+def test_evaluating_again_changes_no_number_and_reporting_only_the_page(compared, pvae):
+    shutil.copytree(compared, "run")
+    before = snapshot("run")
+    (Path("run") / "report.html").write_text("old")
+    done = pvae("report run")
+    assert (done.status, done.out) == (0, "the page: run/report.html\n")
+    after = snapshot("run")
+    assert after["report.html"].startswith(b"<!doctype html>")
+    assert after | {"report.html": b""} == before | {"report.html": b""}
+    done = pvae(f"evaluate run {FEW}")
+    assert done.status == 0
+    assert untimed(results("run")) == untimed(results(compared))
+    assert "the page: run/report.html" in done.out
+
+
+def test_one_variant_of_a_comparison_is_a_run_of_its_own(compared, pvae):
+    shutil.copytree(compared / "SemiAmortized", "run")
+    assert pvae(f"evaluate run {FEW}").status == 0
+    (row,) = results("run")["rows"]
+    assert untimed(row) == untimed(results(compared)["rows"][2])
+    assert set(snapshot("run")) == {*FITTED, "results.json", "idata.nc", "report.html"}
+
+
+# Fitting, resuming, overwriting
+
+
+@pytest.mark.parametrize("guide", GUIDES)
+def test_resuming_a_finished_fit_changes_nothing(pvae, guide):
+    line = f"fit --epochs 1 {TINY} --guide {guide}"
+    done = pvae(line)
+    folder = Path("runs/fit-digits")
+    assert done.status == 0
+    assert set(snapshot(folder)) == set(FITTED)
+    assert "digits-threshold: 1438 training + 359 test rows" in done.out
+    assert "over 359 rows" in done.out
+    before = snapshot()
+    again = pvae(f"{line} --resume")
+    assert (again.status, again.out) == (0, done.out)
+    assert snapshot() == before
+
+
+def struck(at):
+    """An optimizer's step that is struck by Ctrl-C at one of its calls."""
+    calls, step = itertools.count(1), training.FusedAdam.__call__
+
+    def call(self, *arguments):
+        if next(calls) == at:
+            signal.raise_signal(signal.SIGINT)
+        step(self, *arguments)
+
+    return call
+
+
+@pytest.mark.parametrize(
+    ("line", "at", "epoch", "where"),
+    [(f"fit {SMALL} --guide PerDatapoint", 12 + 3, 2, "run"), (COMPARE, 24 + 5, 1, "run/PerDatapoint")],
+    ids=["fit", "compare"],
+)
+def test_an_interrupted_command_goes_on_to_the_same_end(pvae, kept, monkeypatch, line, at, epoch, where):
+    whole = kept(line)  # 12 steps an epoch
+    with monkeypatch.context() as patched:
+        patched.setattr(training.FusedAdam, "__call__", struck(at))
+        done = pvae(f"{line} --out run")
+    assert done.status == 128 + signal.SIGINT
+    said = done.err.splitlines()[-1]
+    assert said.startswith(f"error: stopped in epoch {epoch} by SIGINT; saved in {where};")
+    assert "--resume" in said
+    assert pvae(f"{line} --out run --resume").status == 0
+    for path in whole.rglob(checkpoints.FILE):
+        one, other = (checkpoints.read(folder)[0] for folder in (path.parent, "run" / path.parent.relative_to(whole)))
+        assert one.keys() == other.keys()
+        assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
+    if line == COMPARE:
+        assert untimed(results("run")) == untimed(results(whole))
+
+
+def test_overwriting_replaces_the_run_and_spares_what_is_not_its_own(compared, pvae):
+    shutil.copytree(compared, "run")
+    Path("run/notes.txt").write_text("mine")
+    Path("run/plots").mkdir()
+    assert pvae(f"fit --epochs 1 {TINY} --out run --overwrite").status == 0
+    assert set(snapshot("run")) == {*FITTED, "notes.txt", "plots"}
+    assert recipe.read(Path("run")).epochs == 1
+
+
+@pytest.mark.parametrize("suffix", ["npy", "csv"])
+def test_own_rows_from_a_file_wherever_one_stands(pvae, monkeypatch, suffix):
+    x = np.random.default_rng(0).normal(size=(40, 7)).round(3)
+    if suffix == "npy":
+        np.save("rows.npy", x)
+    else:
+        np.savetxt("rows.csv", x, delimiter=",", header="a,b,c,d,e,f,g", comments="")
+    done = pvae(f"fit --data rows.{suffix} --likelihood Gaussian {SMALL} --test-size 10")
+    assert done.status == 0
+    assert "rows-none: 30 training + 10 test rows of 7 values" in done.out
+    Path("elsewhere").mkdir()
+    monkeypatch.chdir("elsewhere")
+    assert pvae(f"evaluate ../runs/fit-rows {FEW}").status == 0
+    found = results("../runs/fit-rows")
+    assert found["data"]["base_measure"] == "density"
+    assert (found["data"]["training_rows"], found["data"]["test_rows"], found["data"]["shape"]) == (30, 10, [7])
+
+
+def test_early_stopping_ends_with_the_best_epoch(pvae):
+    # So large a rate that the validation ELBO soon falls.
+    line = f"--guides Amortized --epochs 60 {TINY} --learning-rate 0.1 --validation-size 0.1 --patience 2 --seed 1"
+    assert pvae(f"compare {line} {FEW} --out run").status == 0
+    found = results("run")
+    (row,) = found["rows"]
+    values = [entry["validation_elbo"] for entry in row["history"]]
+    assert row["epochs"] == len(values) == values.index(max(values)) + 1 + 2 < 60
+    assert json.loads(Path("run/Amortized/state.json").read_text())["stopped"] == "early"
+    assert "144 validation" in found["data"]["summary"]
+    assert pvae(f"evaluate run {FEW}").status == 0
+    assert untimed(results("run")) == untimed(found)
+
+
+# Words about itself
+
+
+def test_the_list_names_every_component(pvae):
+    done = pvae("list")
+    assert done.status == 0
+    lines = [line.split() for line in done.out.splitlines()]
+    for kind, module in KINDS.items():
+        start = lines.index([f"--{kind}"]) + 1
+        assert set(module.__all__) <= {line[0] for line in lines[start:] if line}
+    assert ["none,", "threshold,", "dynamic"] in lines
+
+
+@pytest.mark.parametrize(("words", "status"), [("--version", 0), ("--help", 0), ("fit --help", 0), ("fitt", 2)])
+def test_the_module_is_the_command(words, status):
+    done = subprocess.run([sys.executable, "-m", "pvae", *words.split()], capture_output=True, text=True, check=False)
+    assert done.returncode == status
+    assert bool(done.stdout) == (status == 0)
+    assert done.stderr.startswith("error: ") == (status == 2)
+
+
+def test_the_version_is_the_packages(pvae):
+    from pvae import __version__
+
+    assert pvae("--version") == (0, f"pvae {__version__}\n", "")
+
+
+# Mistakes. A word of a command line that is a name here stands for a file or a folder that is made before.
+
+
+def array(change=None):
+    def write(path):
+        x = np.random.default_rng(0).normal(size=(40, 7))
+        if change:
+            x[change[0], change[1]] = change[2]
+        np.save(path, x)
+
+    return write
+
+
+def truncated(path):
+    array()(path)
+    os.truncate(path, 300)
+
+
+def pickled(path):
+    np.save(path, np.array([{"a": 1}, {"b": 2}], dtype=object), allow_pickle=True)
+
+
+def text(content):
+    return lambda path: path.write_text(content)
+
+
+def images(path):
+    (path / "MNIST" / "raw").mkdir(parents=True)
+    (path / "MNIST" / "raw" / "train-images-idx3-ubyte").write_bytes(b"half")
+
+
+FILES = {
+    "good.npy": array(),
+    "cut.npy": truncated,
+    "words.npy": text("these are words\n"),
+    "pickled.npy": pickled,
+    "empty.npy": text(""),
+    "empty.csv": text(""),
+    "header.csv": text("a,b\n"),
+    "ragged.csv": text("1,2,3\n4,5\n6,7,8\n"),
+    "words.csv": text("a,b\n1,x\n2,y\n"),
+    "nan.npy": array((3, 2, math.nan)),
+    "inf.npy": array((5, 1, -math.inf)),
+    "flat.npy": lambda path: np.save(path, np.arange(5.0)),
+    "letters.npy": lambda path: np.save(path, np.array([["a", "b"], ["c", "d"]])),
+    "rows.txt": text("1 2\n"),
+    "taken": text("mine"),
+    "broken-images": images,
+    "empty-folder": lambda path: path.mkdir(),
+    "notes": lambda path: (path.mkdir(), (path / "notes.txt").write_text("mine")),
+}
+# Runs with something wrong about them, made of a good one.
+RUNS = {
+    "run": lambda path, other: None,
+    "cut-run": lambda path, other: os.truncate(path / checkpoints.FILE, 1000),
+    "bare-run": lambda path, other: (path / checkpoints.FILE).unlink(),
+    "foreign-run": lambda path, other: shutil.copy(other / checkpoints.FILE, path),
+    "garbled-run": lambda path, other: (path / "recipe.toml").write_text('data = "digits'),
+    "strange-run": lambda path, other: edit(path, "latent =", "latnet ="),
+    "moved-run": lambda path, other: edit(path, "seed = 0", "seed = 1"),
+    "worded-run": lambda path, other: edit(path, "seed = 0", 'seed = "a"'),
+    "old-run": lambda path, other: (path / "results.json").write_text('{"schema": 0}'),
+    "half-run": lambda path, other: (path / "results.json").write_text('{"schema": 1, '),
+}
+
+
+def edit(path, old, new):
+    before = (path / "recipe.toml").read_text()
+    assert old in before
+    (path / "recipe.toml").write_text(before.replace(old, new))
+
+
+def to_mend(reason, raises=None):
+    return pytest.mark.xfail(strict=True, raises=raises or AssertionError, reason=reason)
+
+
+NUMBERS = to_mend("numbers that are none, or too large", (ValueError, OverflowError))
+# id: (command, words of the line[, mark])
+MISTAKES = {
+    "no command": ("", "no command given"),
+    "command": ("comapre", "comapre compare"),
+    "flag": (f"{FIT} --epohcs 3", "--epohcs --epochs"),
+    "flag of all": ("--verison", "--verison --version"),
+    "flag of another command": (f"{FIT} --rows 3", "--rows"),
+    "argument": ("fit digits", "digits"),
+    "no run": ("evaluate", "run"),
+    "word for a number": (f"{FIT} --batch-size many", "--batch-size integer"),
+    "data": (f"{FIT} --data digit", "digit 'digits'?"),
+    "guide": (f"{FIT} --guide Amortised", "'Amortised' 'Amortized'?"),
+    "guides": (f"{COMPARE} --guides Amortized,PerDatapont", "'PerDatapont' 'PerDatapoint'?"),
+    "guides twice": (f"{COMPARE} --guides Amortized,Amortized", "--guides twice"),
+    "no guides": (f"{COMPARE} --guides ''", "guide Amortized,"),
+    "likelihood": (f"{FIT} --likelihood Bernouli", "likelihood 'Bernouli' 'Bernoulli'?"),
+    "prior": (f"{FIT} --prior StandartNormal", "prior 'StandartNormal' 'StandardNormal'?"),
+    "family": (f"{FIT} --family DiagonlNormal", "family 'DiagonlNormal' 'DiagonalNormal'?"),
+    "network": (f"{FIT} --network MPL", "network 'MPL' 'MLP'?"),
+    "binarization": (f"{FIT} --binarize treshold", "'treshold' 'threshold'?"),
+    "device": (f"{FIT} --device cud", "device 'cud' 'cuda'?"),
+    "cuda": (
+        f"{FIT} --device cuda",
+        "--device cuda",
+        pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device"),
+    ),
+    "missing file": (f"{FIT} --data missing.npy", "missing.npy no such file"),
+    "file format": (f"{FIT} --data rows.txt", "rows.txt '.txt' .csv"),
+    "folder as data": (f"{FIT} --data ./empty-folder", "empty-folder .npy"),
+    "truncated file": (f"{FIT} --data cut.npy", "cut.npy readable"),
+    "text for an array": (f"{FIT} --data words.npy", "words.npy readable"),
+    "pickled file": (f"{FIT} --data pickled.npy", "pickled.npy never"),
+    "empty file": (f"{FIT} --data empty.npy", "empty.npy empty"),
+    "empty csv": (f"{FIT} --data empty.csv", "empty.csv empty"),
+    "csv of a header": (f"{FIT} --data header.csv", "header.csv"),
+    "ragged csv": (f"{FIT} --data ragged.csv", "ragged.csv 4,5"),
+    "csv of words": (f"{FIT} --data words.csv", "words.csv 'b' numeric"),
+    "nan": (f"{FIT} --data nan.npy --likelihood Gaussian", "nan.npy row 3 column 2 nan"),
+    "infinity": (f"{FIT} --data inf.npy --likelihood Gaussian", "inf.npy row 5 column 1 -inf"),
+    "flat array": (f"{FIT} --data flat.npy", "flat.npy (5,)"),
+    "letters": (f"{FIT} --data letters.npy", "letters.npy numbers"),
+    "broken images": (f"{FIT} --data mnist --data-dir broken-images", "mnist broken-images --data-dir"),
+    "grey digits": (f"{FIT} --binarize none", "row 0 column 2 0.1875 --likelihood --binarize"),
+    "grey digits compared": (f"{COMPARE} --binarize none", "row 0 column 2 0.1875 --likelihood --binarize"),
+    "reals for bits": (f"{FIT} --data good.npy", "row 0 column 0 'x' Bernoulli --likelihood"),
+    "reals to binarize": (f"{FIT} --data good.npy --binarize threshold", "good.npy row --binarize"),
+    "batch size": (f"{FIT} --batch-size 0", "--batch-size 0 least 1"),
+    "epochs": (f"{FIT} --epochs -1", "--epochs -1 least 0"),
+    "learning rate": (f"{FIT} --learning-rate 0", "--learning-rate positive"),
+    "learning rate nan": (f"{FIT} --learning-rate nan", "--learning-rate nan"),
+    "test size": (f"{FIT} --test-size 5000", "--test-size 5000 1797"),
+    "test size negative": (f"{FIT} --test-size -1", "--test-size -1"),
+    "test size broken": (f"{FIT} --test-size 10.5", "--test-size 10.5"),
+    "test size nan": (f"{FIT} --test-size nan", "--test-size nan", NUMBERS),
+    "no test rows": (f"{FIT} --test-size 0", "--test-size 0"),
+    "validation size": (f"{FIT} --validation-size 5000", "--validation-size 5000 1438"),
+    "validation size infinite": (f"{FIT} --validation-size inf", "--validation-size inf", NUMBERS),
+    "latent": (f"{FIT} --latent 0", "--latent 0 least 1"),
+    "hidden": (f"{FIT} --hidden 0", "--hidden '0' least 1"),
+    "hidden words": (f"{FIT} --hidden abc", "--hidden 'abc' numbers"),
+    "hidden empty": (f"{FIT} --hidden ''", "--hidden", to_mend("an empty --hidden is taken for none")),
+    "seed": (f"{FIT} --seed 1{'0' * 30}", "--seed", NUMBERS),
+    "large seed": (f"{FIT} --seed 1{'0' * 15}", "--seed", NUMBERS),
+    "patience alone": (f"{FIT} --patience 3", "--patience --validation-size"),
+    "patience": (f"{FIT} --patience 0 --validation-size 9", "--patience 0 least 1"),
+    "local steps": (f"{FIT} --guide PerDatapoint --local-steps 0", "PerDatapoint steps 0 positive"),
+    "local steps compared": (f"{COMPARE} --local-steps 0", "PerDatapoint steps 0 positive"),
+    "semi steps": (f"{COMPARE} --semi-steps 0", "SemiAmortized steps 0 positive"),
+    "local rate": (f"{COMPARE} --local-learning-rate nan", "PerDatapoint nan positive"),
+    "local rate infinite": (
+        f"fit --guide PerDatapoint {SMALL} --local-learning-rate inf --out new",
+        "local inf",
+        to_mend("an infinite local rate passes the door"),
+    ),
+    "rows": (f"{COMPARE} --rows 0", "--rows 0 least 2"),
+    "samples": (f"{COMPARE} --samples 1", "--samples 1 least 2"),
+    "refine steps": (f"{COMPARE} --refine-steps 0", "--refine-steps 0 least 1"),
+    "rows of a run": ("evaluate run --rows 0", "--rows 0 least 2"),
+    "out is a file": (f"fit {SMALL} --out taken", "--out taken file"),
+    "out below a file": (f"fit {SMALL} --out taken/new", "taken/new --out"),
+    "compare below a file": (f"{COMPARE} --out taken/new", "taken/new --out"),
+    "out of others": (f"fit {SMALL} --out notes", "--out notes"),
+    "overwriting others": (f"fit {SMALL} --out notes --overwrite", "--out notes"),
+    "out is a run": (f"fit {SMALL} --out run", "--out run --overwrite --resume"),
+    "compare into a run": (f"{COMPARE} --out run", "--out run --overwrite --resume"),
+    "overwriting in vain": (f"fit {SMALL} --out run --overwrite --binarize none", "row 0 column 2 0.1875"),
+    "resume with other words": (f"fit {SMALL} --latent 3 --out run --resume", "--resume run latent 2 3"),
+    "resume with another rate": (f"fit {SMALL} --learning-rate 1 --out run --resume", "learning-rate 0.002 1.0"),
+    "resume with another guide": (f"fit {SMALL} --guide PerDatapoint --out run --resume", "guide Amortized Per"),
+    "resume of nothing": (f"fit {SMALL} --out new --resume", "new recipe.toml"),
+    "resume of an empty folder": (f"fit {SMALL} --out empty-folder --resume", "empty-folder recipe.toml"),
+    "compare on an empty folder": (f"{COMPARE} --out empty-folder --resume", "empty-folder recipe.toml"),
+    "resume of a truncated run": (f"fit {SMALL} --out cut-run --resume", "cut-run/checkpoint.safetensors truncated"),
+    "resume of another model": (f"fit {SMALL} --out foreign-run --resume", "foreign-run/checkpoint.safetensors model"),
+    "resume of a garbled run": (f"fit {SMALL} --out garbled-run --resume", "garbled-run/recipe.toml"),
+    "evaluate nothing": ("evaluate new", "new recipe.toml"),
+    "evaluate a file": ("evaluate taken", "taken"),
+    "evaluate no run": ("evaluate empty-folder", "empty-folder recipe.toml"),
+    "evaluate untrained": ("evaluate bare-run", "bare-run checkpoint.safetensors"),
+    "evaluate truncated": ("evaluate cut-run", "cut-run/checkpoint.safetensors truncated"),
+    "evaluate another model": ("evaluate foreign-run", "foreign-run/checkpoint.safetensors (16, 3) (16, 2)"),
+    "evaluate garbled": ("evaluate garbled-run", "garbled-run/recipe.toml"),
+    "evaluate strange": ("evaluate strange-run", "strange-run/recipe.toml 'latnet' 'latent'?"),
+    "evaluate other rows": ("evaluate moved-run", "moved-run rows digits-threshold"),
+    "evaluate worded": ("evaluate worded-run", "worded-run seed", to_mend("types are not looked at", TypeError)),
+    "report nothing": ("report new", "new/results.json evaluate"),
+    "report a file": ("report taken", "taken"),
+    "report no run": ("report empty-folder", "empty-folder/results.json evaluate"),
+    "report untold": ("report run", "run/results.json evaluate"),
+    "report of another version": ("report old-run", "old-run/results.json version evaluate"),
+    "report half": ("report half-run", "half-run/results.json evaluate"),
+}
+
+
+def prepare(line, kept):
+    """Make the files and folders that a command line names."""
+    named = {word.removeprefix("./").split("/")[0] for word in shlex.split(line)}
+    for name in named & FILES.keys():
+        FILES[name](Path(name))
+    for name in named & RUNS.keys():
+        shutil.copytree(kept(f"fit {SMALL}"), name)
+        RUNS[name](Path(name), kept(f"fit {SMALL} --latent 3"))
+
+
+@pytest.mark.parametrize(
+    ("line", "words"), [pytest.param(*case[:2], marks=case[2:], id=name) for name, case in MISTAKES.items()]
+)
+def test_a_mistake_gives_one_line_and_leaves_no_trace(pvae, kept, line, words):
+    prepare(line, kept)
+    before = snapshot()
+    status, out, err = pvae(line)
+    assert status == 2
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    assert err.endswith("\n")
+    assert [word for word in words.split() if word not in err] == []
+    assert snapshot() == before
+    assert "Traceback" not in out
+
+
+def test_with_debug_the_traceback_comes_through(pvae, kept):
+    for line in ("fit --data digit", "evaluate new"):
+        assert pvae(line).status == 2
+        with pytest.raises(UserError):
+            main(["--debug", *line.split()])
+    assert pvae("--debug list").status == 0
+    assert pvae("evaluate new").status == 2
+
+
+# Divergence. A batch of all rows makes one step an epoch, so that the first is still good.
+
+DIVERGING = f"fit --epochs 3 {TINY} --batch-size 5000 --learning-rate 1e30 --out run"
+
+
+def test_divergence_names_epoch_and_site_and_keeps_the_last_good_checkpoint(pvae, monkeypatch):
+    monkeypatch.setattr(training, "CHECKPOINT_SECONDS", 0)
+    status, _, err = pvae(DIVERGING)
+    assert status == 2
+    line = err.splitlines()[-1]
+    assert line.startswith("error: training diverged in epoch 2: the log-density of site '")
+    assert "lower --learning-rate; the last good checkpoint is kept in run" in line
+    assert err.count("error: ") == 1
+    assert set(snapshot("run")) == set(FITTED)
+    tensors, header = checkpoints.read(Path("run"))
+    assert header["epoch"] == 1
+    assert all(tensor.isfinite().all() for tensor in tensors.values())
+    own = recipe.read(Path("run"))
+    assert len(runs.load(Path("run"), recipe.load_data(own)).fit.history) == 1
+
+
+@pytest.mark.xfail(strict=True, reason="a checkpoint is promised where there is none")
+def test_divergence_without_a_checkpoint_promises_none(pvae):
+    status, _, err = pvae(DIVERGING.replace("5000", "100"))
+    assert status == 2
+    assert "diverged in epoch 1" in err
+    assert not Path("run", checkpoints.FILE).exists()
+    assert "checkpoint is kept" not in err
+
+
+@pytest.mark.xfail(strict=True, reason="square brackets are taken for markup")
+def test_a_folders_name_is_shown_as_it_is(pvae, kept):
+    shutil.copytree(kept(f"fit {SMALL}"), "a[b]c")
+    assert "the page: a[b]c/report.html" in pvae(f"evaluate 'a[b]c' {FEW}").out
