@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import os
 import re
 import signal
 import sys
@@ -95,9 +96,9 @@ def guide_flags(
 
 def job_flags(
     device: Device = "auto",
-    rows: Annotated[int, Flag(help="Rows of each split to evaluate.")] = 500,
+    rows: Annotated[int, Flag(help="Rows of each split to evaluate.")] = 300,
     samples: Annotated[int, Flag(help="K, draws for each row and bound.")] = 1000,
-    refine_steps: Annotated[int, Flag(help="The most steps in search of the best lam of the family.")] = 500,
+    refine_steps: Annotated[int, Flag(help="The most steps in search of the best lam of the family.")] = 300,
 ) -> Callable[[Path], Any]:
     """A function from a run's folder to the job that the flags describe."""
     for name, value, least in (("rows", rows, 2), ("samples", samples, 2), ("refine-steps", refine_steps, 1)):
@@ -302,6 +303,8 @@ def _usage(error: Any) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; the exit status is 0, 2 for a user's mistake, or 128 + the signal that stopped it."""
+    # Threads that wait should sleep: spinning, they take several times as long on a machine that does other work too.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         given = list(sys.argv[1:] if arguments is None else arguments)
         status = typer.main.get_command(app).main(args=given, prog_name="pvae", standalone_mode=False)

@@ -58,7 +58,7 @@ class Job:
 
     folder: Path
     device: str = "auto"
-    rows: int = 500
+    rows: int = 300
     budget: Budget = field(default_factory=Budget)
     progress: bool = False
     say: Callable[[str], None] = lambda line: None

@@ -36,7 +36,7 @@ class Budget:
     """
 
     K: int = 1000
-    steps: int = 500
+    steps: int = 300
 
 
 @dataclass(frozen=True)

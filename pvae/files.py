@@ -136,8 +136,8 @@ def _read_csv(path: Path) -> dict[str, np.ndarray]:
 
     with path.open(encoding="utf-8-sig", newline="") as file:
         first = next(csv_reader(file), [])
-    # A line of numbers is data; one with a word in it names columns, unless all its other cells are numbers.
-    header = not any(map(_is_number, first))
+    # A line of words, or with the word "label", names columns; a line of numbers is data.
+    header = "label" in first or not any(map(_is_number, first))
     if not header and not all(map(_is_number, first)):
         wrong = next(cell for cell in first if not _is_number(cell))
         raise UserError(f"{path}: the first line mixes numbers with '{wrong}', so it neither names columns nor is data")

@@ -138,6 +138,14 @@ def test_splits_depend_on_the_seed_alone(path):
     assert digests[0] == digests[1] != digests[2]
 
 
+def test_labels_in_words_are_numbered_in_alphabetical_order(tmp_path):
+    file = tmp_path / "rows.csv"
+    file.write_text("0,label\n" + "".join(f"{row},{'dog' if row % 2 else 'cat'}\n" for row in range(20)))
+    data = load(str(file))
+    assert torch.equal(data.train_labels, (data.train[:, 0] % 2).long())
+    assert torch.equal(data.test_labels, (data.test[:, 0] % 2).long())
+
+
 def test_labels_follow_their_rows(path):
     data = load(path, test_size=6, validation_size=3)
     assert data.train_labels.equal(rows_of(data.train))
@@ -337,6 +345,13 @@ BAD = {
     "folder": (lambda folder: str(folder) + "/", {}, ["unknown format ''", ".csv"]),
     "empty npy": (put("rows.npy", b""), {}, ["rows.npy", "the file is empty"]),
     "empty csv": (put("rows.csv", b""), {}, ["rows.csv", "the file is empty"]),
+    "words among numbers in the first line": (
+        put("rows.csv", "1,NA\n3,4\n5,6\n"),
+        {},
+        ["rows.csv", "first line", "'NA'"],
+    ),
+    "two columns of one name": (put("rows.csv", "a,a\n1,2\n3,4\n5,6\n"), {}, ["rows.csv", "two columns"]),
+    "a row without label": (put("rows.csv", "a,label\n1,0\n2,\n3,1\n"), {}, ["rows.csv", "no label"]),
     "blank csv": (put("rows.csv", "\n\n"), {}, ["rows.csv", "not a readable .csv file"]),
     "truncated npy": (put("rows.npy", NPY[:-9]), {}, ["rows.npy", "not a readable .npy file"]),
     "npy cut in its header": (put("rows.npy", NPY[:20]), {}, ["rows.npy", "not a readable .npy file"]),
