@@ -57,7 +57,7 @@ def recipe_flags(
     """The recipe that the flags describe, its guide left open."""
     from pvae.recipe import Recipe
 
-    widths: dict[str, Any] = {"type": network} | ({"hidden": _whole_numbers("--hidden", hidden)} if hidden else {})
+    widths: dict[str, Any] = {} if hidden is None else {"hidden": _whole_numbers("--hidden", hidden)}
     return Recipe(
         data=data,
         binarize=binarize,
@@ -66,7 +66,7 @@ def recipe_flags(
         likelihood=likelihood,
         prior=prior,
         family=family,
-        network=widths,
+        network={"type": network} | widths,
         latent=latent,
         epochs=epochs,
         batch_size=batch_size,
@@ -272,7 +272,7 @@ def _show(results: dict[str, Any], folder: Path) -> None:
     console.print("\n[bold]Verdict[/bold]")
     for sentence in results["verdicts"]:
         console.print(Padding(f"- {sentence}", (0, 0, 0, 2)), markup=False, highlight=False)
-    console.print(f"\nthe page: {page.write(folder)}", highlight=False, soft_wrap=True)
+    typer.echo(f"\nthe page: {page.write(folder)}")
 
 
 def _folder(verb: str, data: str) -> Path:

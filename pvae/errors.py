@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
+from types import NoneType, UnionType
+from typing import Any, Union, get_args, get_origin
 
-__all__ = ["UserError", "nearest"]
+__all__ = ["UserError", "fits", "nearest"]
 
 
 class UserError(Exception):
@@ -26,3 +28,21 @@ def nearest(word: str, known: Iterable[str]) -> str:
     close = difflib.get_close_matches(word.lower(), folded, n=1, cutoff=0.5)
     hint = f"; did you mean '{folded[close[0]]}'?" if close else ""
     return f"{hint} (known: {', '.join(words)})"
+
+
+def fits(value: Any, hint: Any) -> bool:
+    """Whether a value is of a type hint's type: a whole number goes for a float, a truth value for no number.
+
+    >>> fits(3, float | None), fits(True, int), fits([1, "a"], Sequence[int])
+    (True, False, False)
+    """
+    kind, inner = get_origin(hint), get_args(hint)
+    if kind in (Union, UnionType):
+        return any(fits(value, choice) for choice in inner)
+    if kind in (list, Sequence):
+        return isinstance(value, (list, tuple)) and all(fits(item, inner[0]) for item in value)
+    if kind is Mapping:
+        return isinstance(value, Mapping)
+    if hint in (int, float):
+        return isinstance(value, (int, hint)) and not isinstance(value, bool)
+    return not isinstance(hint, type) or isinstance(value, NoneType if hint is None else hint)

@@ -17,7 +17,13 @@ __all__ = ["digits_of", "figures"]
 # Okabe and Ito's colours, which people with any colour vision tell apart.
 COLOURS = {"Amortized": "#0072B2", "PerDatapoint": "#D55E00", "SemiAmortized": "#009E73"}
 OTHERS = ("#CC79A7", "#56B4E9", "#E69F00")
-STYLE: Any = {"axes.spines.top": False, "axes.spines.right": False, "font.size": 9, "svg.fonttype": "path"}
+STYLE: Any = {
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "font.size": 9,
+    "svg.fonttype": "path",
+    "svg.hashsalt": "pvae",
+}
 
 
 def figures(results: dict[str, Any], idata: xr.DataTree) -> dict[str, str]:
@@ -87,7 +93,7 @@ def _window(rows: list[dict[str, Any]]) -> tuple[float, float]:
     top = values.max()
     ends = min(row["history"][-1]["elbo"] for row in rows if row["history"])
     low = max(values.min(), ends - 4 * max(top - ends, 0.05 * abs(top)))
-    return low, top + 0.05 * (top - low)
+    return low, top + 0.05 * max(top - low, 0.01 * abs(top))
 
 
 def _gaps(rows: list[dict[str, Any]]) -> str:
@@ -102,19 +108,28 @@ def _gaps(rows: list[dict[str, Any]]) -> str:
         ]
         base = np.zeros(len(rows))
         for gap, colour, label in parts:
-            mean, se = (np.array([row[split][gap][key] for row in rows]) for key in ("mean", "se"))
+            mean, se = (np.array([row[split][gap][key] for row in rows], dtype=float) for key in ("mean", "se"))
             colours = [colour or _colour(name, i) for i, name in enumerate(names)]
             axis.bar(names, mean, bottom=base, color=colours, width=0.6, label=label if colour else None)
             axis.errorbar(names, base + mean, yerr=2 * se, fmt="none", ecolor="black", capsize=3, lw=1)
             for position, value in enumerate(mean):
                 if abs(value) > 0.04 * max(base + mean):
                     middle = base[position] + value / 2
-                    axis.text(position, middle, f"{value:.2f}", ha="center", va="center", color="white", fontsize=8)
+                    axis.text(
+                        position,
+                        middle,
+                        f"{value:.2f}",
+                        ha="center",
+                        va="center",
+                        color="white",
+                        fontsize=8,
+                        clip_on=True,
+                    )
             base = base + mean
         axis.set_title({"train": "training rows", "test": "test rows"}[split], fontsize=9)
         axis.set_ylabel("evidence - ELBO (nats per row)")
-        axis.set_ylim(0, 1.15 * max(base.max(), 1e-3))
-    figure.legend(handles=_gap_handles(), loc="outside lower center", ncols=2, frameon=False, fontsize=8)
+        axis.set_ylim(min(0, 1.15 * base.min()), 1.15 * max(base.max(), 1e-3))
+    figure.legend(handles=_gap_handles(), loc="outside lower center", ncols=1, frameon=False, fontsize=8)
     return _address(figure, "svg")
 
 
@@ -132,7 +147,7 @@ def _refinement(results: dict[str, Any]) -> str:
     """What refinement steps buy: test ELBO against steps, with the family's best and the evidence as lines."""
     curve, same = results["refinement"], results["same_decoder"]
     figure, (axis, price) = _panels(2)
-    mean, se = (np.array([point[key] for point in curve["gain"]]) for key in ("mean", "se"))
+    mean, se = (np.array([point[key] for point in curve["gain"]], dtype=float) for key in ("mean", "se"))
     ticks = np.arange(len(curve["steps"]))
     axis.errorbar(ticks, mean, yerr=2 * se, color=_colour("Amortized"), marker="o", ms=4, capsize=3)
     best = same["best_elbo"]["mean"] - curve["elbo"][0]["mean"]
@@ -146,7 +161,7 @@ def _refinement(results: dict[str, Any]) -> str:
         price.errorbar(
             seconds,
             left["mean"],
-            yerr=2 * left["se"],
+            yerr=2 * (left["se"] or 0),
             marker="o",
             color=_colour(row["guide"], position),
             capsize=3,
@@ -189,7 +204,13 @@ def _grid(axis: Axes, images: np.ndarray, shape: tuple[int, ...], per_line: int)
         sheet[top : top + height, left : left + width] = image.reshape(height, width)
     low, high = np.nanmin(sheet), np.nanmax(sheet)
     binary_like = low >= 0 and high <= 1
-    axis.imshow(sheet, cmap="gray_r", vmin=0 if binary_like else low, vmax=1 if binary_like else high, aspect="equal")
+    axis.imshow(
+        sheet,
+        cmap="gray_r",
+        vmin=0 if binary_like else low,
+        vmax=1 if binary_like else high,
+        aspect="equal" if height > 1 else "auto",
+    )
     axis.set_xticks([])
     axis.set_yticks([])
     axis.spines[:].set_visible(False)
@@ -204,9 +225,10 @@ def _pictures(idata: xr.DataTree, shape: tuple[int, ...], count: int = 20) -> st
         *((str(v), found.sel(variant=v).to_numpy()[:count]) for v in found.variant.to_numpy()),
     ]
     height, width = digits_of(shape)
-    figure = Figure(
-        figsize=(8.6, 0.35 + len(lines) * 7.4 * height / (count * width) + 0.1 * len(lines)), layout="constrained"
-    )
+    if height == 1:
+        return _side_by_side(dict(lines), shape)
+    tall = len(lines) * (0.1 + 7.4 * height / (count * width))
+    figure = Figure(figsize=(8.6, 0.35 + tall), layout="constrained")
     for axis, (name, images) in zip(figure.subplots(len(lines), 1), lines, strict=True):
         _grid(axis, images, shape, count)
         axis.set_ylabel(name, rotation=0, ha="right", va="center", fontsize=8)
@@ -216,13 +238,17 @@ def _pictures(idata: xr.DataTree, shape: tuple[int, ...], count: int = 20) -> st
 def _prior(idata: xr.DataTree, shape: tuple[int, ...]) -> str:
     """Means of x at draws from the prior, for each variant."""
     found = idata["prior_predictive"]["x"].isel(chain=0)
-    names = [str(v) for v in found.variant.to_numpy()]
+    return _side_by_side({str(v): found.sel(variant=v).to_numpy() for v in found.variant.to_numpy()}, shape)
+
+
+def _side_by_side(panels: dict[str, np.ndarray], shape: tuple[int, ...]) -> str:
+    """A panel of pictures under each name; rows that are no images stand as strips, one above the other."""
     height, width = digits_of(shape)
     per_line = 8 if height > 1 else 1
-    lines = -(-found.sizes["draw"] // per_line)
-    tall = 8.4 / len(names) * lines * height / (per_line * width)
+    lines = max(-(-len(images) // per_line) for images in panels.values())
+    tall = 8.4 / len(panels) * lines * height / (per_line * width)
     figure = Figure(figsize=(8.6, 0.4 + min(max(tall, 1.0), 6.0)), layout="constrained")
-    for axis, name in zip(np.atleast_1d(figure.subplots(1, len(names))), names, strict=True):
-        _grid(axis, found.sel(variant=name).to_numpy(), shape, per_line)
+    for axis, (name, images) in zip(np.atleast_1d(figure.subplots(1, len(panels))), panels.items(), strict=True):
+        _grid(axis, images, shape, per_line)
         axis.set_title(name, fontsize=9)
     return _address(figure, "png")

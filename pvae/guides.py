@@ -269,5 +269,5 @@ class PerDatapoint(Guide):
 
 def _positive(who: str, **values: float) -> None:
     for name, value in values.items():
-        if not value > 0:
-            raise UserError(f"{who}: {name} is {value}, but it must be positive")
+        if not 0 < value < float("inf"):
+            raise UserError(f"{who}: {name} is {value}, but it must be positive and finite")

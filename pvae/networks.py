@@ -26,7 +26,7 @@ class MLP(nn.Module):
     Shapes: [..., inputs] to [..., outputs].
 
     Raises:
-        UserError: an unknown activation.
+        UserError: an unknown activation, or a width below 1.
 
     >>> import torch
     >>> MLP(64, 16, hidden=[32])(torch.zeros(5, 64)).shape
@@ -37,6 +37,8 @@ class MLP(nn.Module):
         super().__init__()
         if activation not in ACTIVATIONS:
             raise UserError(f"MLP: unknown activation '{activation}'{nearest(activation, ACTIVATIONS)}")
+        if any(width < 1 for width in hidden):
+            raise UserError(f"MLP: hidden is {list(hidden)}, but every width must be at least 1")
         layers: list[nn.Module] = []
         for before, after in pairwise([inputs, *hidden]):
             layers += [nn.Linear(before, after), getattr(nn, activation)()]

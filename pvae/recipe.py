@@ -8,12 +8,12 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_type_hints
 
 import tomli_w
 
 from pvae import data, families, guides, likelihoods, networks, priors
-from pvae.errors import UserError, nearest
+from pvae.errors import UserError, fits, nearest
 from pvae.files import write_text
 from pvae.generative import VAE
 from pvae.guides import local_bound
@@ -102,16 +102,30 @@ def make(kind: str, component: Component, **supplied: Any) -> Any:
         UserError: an unknown name or argument, or a value that the class refuses.
     """
     arguments = table(component)
-    cls = find(kind, arguments.pop("type", ""))
+    cls = _checked(kind, arguments)
+    arguments.pop("type")
     takes = _arguments(cls)
-    own = [name for name in takes if name not in SUPPLIED]
-    for name in arguments:
-        if name not in own:
-            raise UserError(f"{kind} {cls.__name__} takes no argument '{name}'{nearest(name, own)}")
     try:
         return cls(**arguments, **{name: value for name, value in supplied.items() if name in takes})
     except (TypeError, ValueError) as error:
         raise UserError(f"{kind} {cls.__name__}: {error}") from error
+
+
+def _checked(kind: str, component: dict[str, Any]) -> Any:
+    """The component's class, after its arguments have been looked at."""
+    cls = find(kind, component.get("type", ""))
+    own = [name for name in _arguments(cls) if name not in SUPPLIED]
+    hints = get_type_hints(cls.__init__)
+    for name, value in component.items():
+        if name != "type" and name not in own:
+            raise UserError(f"{kind} {cls.__name__} takes no argument '{name}'{nearest(name, own)}")
+        if name != "type" and not fits(value, hints[name]):
+            raise UserError(f"{kind} {cls.__name__}: {name} is {value!r}, but it takes {_words(hints[name])}")
+    return cls
+
+
+def _words(hint: Any) -> str:
+    return hint.__name__ if isinstance(hint, type) else str(hint).replace("collections.abc.", "")
 
 
 def _arguments(cls: type) -> dict[str, inspect.Parameter]:
@@ -132,6 +146,8 @@ def resolve(recipe: Recipe) -> Recipe:
     latent, hidden, epochs, learning_rate = USUAL[kind]
     if recipe.latent is not None and recipe.latent < 1:
         raise UserError(f"--latent is {recipe.latent}, but at least 1 dimension is needed")
+    if not 0 <= recipe.seed < 2**31:
+        raise UserError(f"--seed is {recipe.seed}, but it must be from 0 to {2**31 - 1}")
     network = table(recipe.network)
     if network.get("type") == "MLP":
         network.setdefault("hidden", hidden)
@@ -153,7 +169,7 @@ def resolve(recipe: Recipe) -> Recipe:
 
 def _spelled_out(kind: str, component: Component) -> dict[str, Any]:
     given = table(component)
-    takes = _arguments(find(kind, given["type"]))
+    takes = _arguments(_checked(kind, given))
     own = {name: p.default for name, p in takes.items() if name not in SUPPLIED and p.default is not p.empty}
     plain = {name: list(value) if isinstance(value, tuple) else value for name, value in (own | given).items()}
     return {"type": given["type"]} | {name: value for name, value in plain.items() if name != "type"}
@@ -213,8 +229,11 @@ def read(folder: Path) -> Recipe:
         raise UserError(f"{folder} is not a run: it has no recipe.toml") from None
     except (tomllib.TOMLDecodeError, OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path} can't be read: {error}") from error
+    hints = get_type_hints(Recipe)
     known = [f.name for f in fields(Recipe)]
     for key in keys:
         if key not in known:
             raise UserError(f"{path}: unknown key '{key}'{nearest(key, known)}")
+        if not fits(keys[key], hints[key]):
+            raise UserError(f"{path}: {key} is {keys[key]!r}, but it takes {_words(hints[key])}")
     return Recipe(**keys)

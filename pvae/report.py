@@ -25,7 +25,12 @@ def write(folder: Path) -> Path:
     results = read_json(folder / "results.json", f"pvae evaluate {folder} writes it")
     if not isinstance(results, dict) or results.get("schema") != 1:
         raise UserError(f"{folder / 'results.json'} is of another version; pvae evaluate {folder} writes it anew")
-    page = render(results, figures(results, export.load(folder)))
+    idata = export.load(folder)
+    try:
+        page = render(results, figures(results, idata))
+    except (KeyError, IndexError, TypeError) as error:
+        path = folder / "results.json"
+        raise UserError(f"{path} lacks {error} or does not go with {export.FILE}; pvae evaluate writes both") from error
     write_text(folder / FILE, page)
     return folder / FILE
 

@@ -63,10 +63,12 @@ def pick_device(name: str) -> torch.device:
 @contextmanager
 def own_parameters() -> Iterator[None]:
     """Run a block of Pyro code with a parameter store of its own."""
-    with pyro.get_param_store().scope() as own:
+    store = pyro.get_param_store()
+    outside = store.get_state()["params"]
+    with store.scope() as own:
         yield
-    # Leaving the scope strips the mark by which SVI finds a parameter behind a param statement.
-    for parameter in own["params"].values():
+    # A scope strips the mark by which SVI finds a parameter behind a param statement, from those outside as well.
+    for parameter in (*own["params"].values(), *outside.values()):
         mark(parameter)
 
 

@@ -322,7 +322,8 @@ class _Loop:
         raise Interrupted(f"stopped in epoch {self.epoch + 1} by {signal.Signals(number).name}; {kept}", number)
 
     def _diverged(self, reason: str, epoch: int) -> UserError:
-        kept = f"; the last good checkpoint is kept in {self.folder}" if self.folder else ""
+        there = self.folder is not None and (self.folder / checkpoints.FILE).is_file()
+        kept = f"; the last good checkpoint is kept in {self.folder}" if there else ""
         return UserError(f"training diverged in epoch {epoch}: {reason}; lower --learning-rate{kept}")
 
 

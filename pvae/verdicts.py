@@ -69,8 +69,7 @@ def number(estimate: Estimate) -> str:
     '-16.89 ± 0.03'
     """
     digits = 1 if estimate.se >= 0.3 else 2 if estimate.se >= 0.01 else 3
-    text = f"{estimate.mean:.{digits}f} ± {estimate.se:.{digits}f}"
-    return text.replace("-0.000 ", "0.000 ")
+    return f"{estimate.mean:z.{digits}f} ± {estimate.se:.{digits}f}"
 
 
 def _clear(estimate: Estimate) -> bool:

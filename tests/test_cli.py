@@ -389,11 +389,6 @@ def edit(path, old, new):
     (path / "recipe.toml").write_text(before.replace(old, new))
 
 
-def to_mend(reason, raises=None):
-    return pytest.mark.xfail(strict=True, raises=raises or AssertionError, reason=reason)
-
-
-NUMBERS = to_mend("numbers that are none, or too large", (ValueError, OverflowError))
 # id: (command, words of the line[, mark])
 MISTAKES = {
     "no command": ("", "no command given"),
@@ -447,27 +442,23 @@ MISTAKES = {
     "test size": (f"{FIT} --test-size 5000", "--test-size 5000 1797"),
     "test size negative": (f"{FIT} --test-size -1", "--test-size -1"),
     "test size broken": (f"{FIT} --test-size 10.5", "--test-size 10.5"),
-    "test size nan": (f"{FIT} --test-size nan", "--test-size nan", NUMBERS),
+    "test size nan": (f"{FIT} --test-size nan", "--test-size nan"),
     "no test rows": (f"{FIT} --test-size 0", "--test-size 0"),
     "validation size": (f"{FIT} --validation-size 5000", "--validation-size 5000 1438"),
-    "validation size infinite": (f"{FIT} --validation-size inf", "--validation-size inf", NUMBERS),
+    "validation size infinite": (f"{FIT} --validation-size inf", "--validation-size inf"),
     "latent": (f"{FIT} --latent 0", "--latent 0 least 1"),
     "hidden": (f"{FIT} --hidden 0", "--hidden '0' least 1"),
     "hidden words": (f"{FIT} --hidden abc", "--hidden 'abc' numbers"),
-    "hidden empty": (f"{FIT} --hidden ''", "--hidden", to_mend("an empty --hidden is taken for none")),
-    "seed": (f"{FIT} --seed 1{'0' * 30}", "--seed", NUMBERS),
-    "large seed": (f"{FIT} --seed 1{'0' * 15}", "--seed", NUMBERS),
+    "hidden empty": (f"{FIT} --hidden ''", "--hidden"),
+    "seed": (f"{FIT} --seed 1{'0' * 30}", "--seed"),
+    "large seed": (f"{FIT} --seed 1{'0' * 15}", "--seed"),
     "patience alone": (f"{FIT} --patience 3", "--patience --validation-size"),
     "patience": (f"{FIT} --patience 0 --validation-size 9", "--patience 0 least 1"),
     "local steps": (f"{FIT} --guide PerDatapoint --local-steps 0", "PerDatapoint steps 0 positive"),
     "local steps compared": (f"{COMPARE} --local-steps 0", "PerDatapoint steps 0 positive"),
     "semi steps": (f"{COMPARE} --semi-steps 0", "SemiAmortized steps 0 positive"),
     "local rate": (f"{COMPARE} --local-learning-rate nan", "PerDatapoint nan positive"),
-    "local rate infinite": (
-        f"fit --guide PerDatapoint {SMALL} --local-learning-rate inf --out new",
-        "local inf",
-        to_mend("an infinite local rate passes the door"),
-    ),
+    "local rate infinite": (f"fit --guide PerDatapoint {SMALL} --local-learning-rate inf --out new", "local inf"),
     "rows": (f"{COMPARE} --rows 0", "--rows 0 least 2"),
     "samples": (f"{COMPARE} --samples 1", "--samples 1 least 2"),
     "refine steps": (f"{COMPARE} --refine-steps 0", "--refine-steps 0 least 1"),
@@ -498,7 +489,7 @@ MISTAKES = {
     "evaluate garbled": ("evaluate garbled-run", "garbled-run/recipe.toml"),
     "evaluate strange": ("evaluate strange-run", "strange-run/recipe.toml 'latnet' 'latent'?"),
     "evaluate other rows": ("evaluate moved-run", "moved-run rows digits-threshold"),
-    "evaluate worded": ("evaluate worded-run", "worded-run seed", to_mend("types are not looked at", TypeError)),
+    "evaluate worded": ("evaluate worded-run", "worded-run seed"),
     "report nothing": ("report new", "new/results.json evaluate"),
     "report a file": ("report taken", "taken"),
     "report no run": ("report empty-folder", "empty-folder/results.json evaluate"),
@@ -564,7 +555,6 @@ def test_divergence_names_epoch_and_site_and_keeps_the_last_good_checkpoint(pvae
     assert len(runs.load(Path("run"), recipe.load_data(own)).fit.history) == 1
 
 
-@pytest.mark.xfail(strict=True, reason="a checkpoint is promised where there is none")
 def test_divergence_without_a_checkpoint_promises_none(pvae):
     status, _, err = pvae(DIVERGING.replace("5000", "100"))
     assert status == 2
@@ -573,7 +563,6 @@ def test_divergence_without_a_checkpoint_promises_none(pvae):
     assert "checkpoint is kept" not in err
 
 
-@pytest.mark.xfail(strict=True, reason="square brackets are taken for markup")
 def test_a_folders_name_is_shown_as_it_is(pvae, kept):
     shutil.copytree(kept(f"fit {SMALL}"), "a[b]c")
     assert "the page: a[b]c/report.html" in pvae(f"evaluate 'a[b]c' {FEW}").out
