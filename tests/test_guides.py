@@ -237,14 +237,14 @@ def test_gap_of_a_local_optimum_covers_what_is_left(oracle):
     assert left[-1] < 0.02
 
 
-@pytest.mark.parametrize("wrong", [0, -1, math.nan])
+@pytest.mark.parametrize("wrong", [0, -1, math.nan, math.inf])
 @pytest.mark.parametrize("name", ["steps", "draws", "learning_rate"])
 def test_semi_amortized_refuses_what_is_not_positive(oracle, name, wrong):
     with pytest.raises(UserError, match=f"SemiAmortized: {name} is {wrong}, but it must be positive"):
         SemiAmortized(nn.Linear(5, 4), FAMILY, bound=local_bound(oracle.model, FAMILY), **{name: wrong})
 
 
-@pytest.mark.parametrize("wrong", [0, -1, math.nan])
+@pytest.mark.parametrize("wrong", [0, -1, math.nan, math.inf])
 @pytest.mark.parametrize("name", ["num_data", "local_steps", "local_learning_rate", "new_steps"])
 def test_per_datapoint_refuses_what_is_not_positive(name, wrong):
     with pytest.raises(UserError, match=f"PerDatapoint: {name} is {wrong}, but it must be positive"):

@@ -25,7 +25,7 @@ from pvae.objectives import ELBO
 from pvae.priors import StandardNormal
 from pvae.runtime import unchecked
 from pvae.training import FusedAdam, fit
-from tests.benchmarks.peers import pyro_example_epoch, pyro_svi
+from tests.benchmarks.peers import PlainVAE, pyro_example_epoch, pyro_svi
 
 PAGE = Path(__file__).parents[2] / "docs" / "benchmarks.md"
 BATCH = 128
@@ -68,7 +68,7 @@ def medians(jobs: dict[str, Callable[[], object]], repeats: int) -> dict[str, fl
 
 def steps() -> list[tuple[str, str, float, float | None]]:
     x = binary(BATCH)
-    svi = pyro_svi(20, 400)
+    svi = pyro_svi(PlainVAE(20, 400))
     vae, family, encoder = program(20)
     bound = local_bound(vae.model, family)
     table = PerDatapoint(20_000, family, bound=bound, local_steps=1)
@@ -161,12 +161,17 @@ def main() -> None:
     ]
     for group in (steps, epochs, tables, memory):
         for name, figure, ratio, goal in group():
-            line = f"| {name} | {figure} | {ratio:.2f} | {f'at most {goal}' if goal else ''} |"
+            shown = f"**{ratio:.2f}**" if goal and ratio > goal else f"{ratio:.2f}"
+            line = f"| {name} | {figure} | {shown} | {f'at most {goal}' if goal else ''} |"
             print(line, flush=True)
             lines.append(line)
     machine = f"{platform.machine()}, {torch.get_num_threads()} threads, Python {platform.python_version()}"
     libraries = ", ".join(f"{name} {version(name)}" for name in ("torch", "pyro-ppl"))
-    lines += ["", f"{machine}, {libraries}."]
+    lines += [
+        "",
+        f"{machine}, {libraries}. What misses its goal is in bold. The epoch's ratio depends on how fast the machine serves",
+        "single images: pvae's time is mostly that of the matrix products.",
+    ]
     PAGE.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 

@@ -37,10 +37,34 @@ class PlainVAE(nn.Module):
             pyro.sample("latent", dist.Normal(mean, log_scale.exp()).to_event(1))
 
 
-def pyro_svi(latent: int, hidden: int, activation: type[nn.Module] = nn.ReLU) -> SVI:
+class ExampleVAE(PlainVAE):
+    """The same as Pyro's example has it: probabilities for log-odds, two heads, grey pixels as they are."""
+
+    def __init__(self) -> None:
+        super().__init__(50, 400, nn.Softplus)
+        self.encoder = nn.Sequential(nn.Linear(784, 400), nn.Softplus())
+        self.mean, self.log_scale = nn.Linear(400, 50), nn.Linear(400, 50)
+        self.decoder.append(nn.Sigmoid())
+
+    def model(self, x: Tensor) -> None:
+        pyro.module("decoder", self.decoder)
+        with pyro.plate("data", len(x)):
+            zeros = x.new_zeros(len(x), self.latent)
+            z = pyro.sample("latent", dist.Normal(zeros, zeros + 1).to_event(1))
+            pixels = dist.Bernoulli(self.decoder(z), validate_args=False).to_event(1)
+            pyro.sample("obs", pixels, obs=x)
+
+    def guide(self, x: Tensor) -> None:
+        for name in ("encoder", "mean", "log_scale"):
+            pyro.module(name, getattr(self, name))
+        with pyro.plate("data", len(x)):
+            hidden = self.encoder(x)
+            pyro.sample("latent", dist.Normal(self.mean(hidden), self.log_scale(hidden).exp()).to_event(1))
+
+
+def pyro_svi(vae: PlainVAE) -> SVI:
     """Pyro's own training of it, at its defaults: one Adam for each parameter, validation on."""
     pyro.clear_param_store()
-    vae = PlainVAE(latent, hidden, activation)
     return SVI(vae.model, vae.guide, Adam({"lr": 1e-3}), Trace_ELBO())
 
 
@@ -59,11 +83,11 @@ class Pictures(Dataset[Tensor]):
 
 def pyro_example_epoch(images: Tensor, batch_size: int) -> Callable[[], None]:
     """An epoch as in Pyro's VAE example: a shuffling DataLoader, ``svi.step`` for each batch, 784-400-50, softplus."""
-    svi = pyro_svi(50, 400, nn.Softplus)
+    svi = pyro_svi(ExampleVAE())
     loader = DataLoader(Pictures(images), batch_size=batch_size, shuffle=True, num_workers=1)
 
     def epoch() -> None:
         for x in loader:
-            svi.step(x.flatten(1).round())
+            svi.step(x.flatten(1))
 
     return epoch
