@@ -16,7 +16,6 @@ QUANTITIES = {
     "iwae": "IWAE",
     "best_elbo": "best ELBO in family",
     "evidence": "evidence",
-    "inference_gap": "inference gap",
     "approximation_gap": "approximation gap",
     "amortization_gap": "amortization gap",
     "optimization_gap": "optimization gap",

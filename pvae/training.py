@@ -154,6 +154,8 @@ def fit(
                 loop.run_epoch(caught)
                 row, speed = loop.report.history[-1], loop.epoch / max(loop.report.seconds, 1e-9)
                 show(loop.epoch, f"ELBO {row['elbo']:.2f} nats, {speed:.3g} epochs/s")
+            if caught:
+                loop.interrupted(caught[0])
         loop.finish()
     return loop.report
 
@@ -230,7 +232,7 @@ class _Loop:
             self.batch += 1
             if caught:
                 self.report.seconds += time.perf_counter() - start
-                self._interrupted(caught[0])
+                self.interrupted(caught[0])
         self.report.seconds += time.perf_counter() - start
         row = {"epoch": self.epoch + 1, "seconds": self.report.seconds, "elbo": self.total / len(self.data.train)}
         self.epoch, self.batch, self.total = self.epoch + 1, 0, 0.0
@@ -277,12 +279,12 @@ class _Loop:
 
     def save(self) -> None:
         """Write a checkpoint, unless a parameter is no longer finite: the last good one stays."""
-        if self.folder is None:
-            return
         tensors = self._module_tensors()
         for name, tensor in tensors.items():
             if tensor.is_floating_point() and not tensor.isfinite().all():
                 raise self._diverged(f"parameter '{name}' is not finite", self.epoch + bool(self.batch))
+        if self.folder is None:
+            return
         tensors |= self.optimizer.state_tensors(self.names)
         tensors |= {f"{checkpoints.BEST}{name}": tensor for name, tensor in self.best.items()}
         tensors["random.cpu"] = torch.get_rng_state()
@@ -316,7 +318,8 @@ class _Loop:
         if self.data.train.is_cuda and "random.cuda" in tensors:
             torch.cuda.set_rng_state(tensors["random.cuda"])
 
-    def _interrupted(self, number: int) -> None:
+    def interrupted(self, number: int) -> None:
+        """Save, and say which signal stopped the run and how to go on."""
         self.save()
         kept = f"saved in {self.folder}; the same command with --resume goes on" if self.folder else "nothing was kept"
         raise Interrupted(f"stopped in epoch {self.epoch + 1} by {signal.Signals(number).name}; {kept}", number)

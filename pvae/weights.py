@@ -142,6 +142,8 @@ def _score(name: str, site: Site, shape: tuple[int, int], samples_dim: int) -> T
             f"{kind} '{name}' stands outside pyro.plate(\"data\", len(x), dim=-1); "
             "every site must belong to one datapoint for weights per datapoint to exist"
         )
+    if data[0].size not in (-1, shape[1]):
+        raise UserError(f"site '{name}' has a plate \"data\" of {data[0].size}, but the batch has {shape[1]} rows")
     log_p = scale_and_mask(site["fn"].log_prob(site["value"]), mask=site["mask"])
     if log_p.dim() > -samples_dim:
         raise UserError(

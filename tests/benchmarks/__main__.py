@@ -169,8 +169,9 @@ def main() -> None:
     libraries = ", ".join(f"{name} {version(name)}" for name in ("torch", "pyro-ppl"))
     lines += [
         "",
-        f"{machine}, {libraries}. What misses its goal is in bold. The epoch's ratio depends on how fast the machine serves",
-        "single images: pvae's time is mostly that of the matrix products.",
+        f"{machine}, {libraries}. What misses its goal is in bold.",
+        "The epoch's ratio depends on how fast the machine serves single images: pvae's own time is mostly that of the",
+        "matrix products.",
     ]
     PAGE.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
