@@ -97,7 +97,7 @@ class Fit:
     Attributes:
         history: a row for each epoch: ``epoch``, ``seconds`` of training so far, ``elbo`` (mean over the epoch, nats
             per datapoint) and ``validation_elbo`` where there is a validation split.
-        seconds: of training, over all sessions.
+        seconds: of training, interruptions left out.
         stopped: why it ended: ``finished`` or ``early``.
     """
 
