@@ -128,7 +128,7 @@ def _gaps(rows: list[dict[str, Any]]) -> str:
             base = base + mean
         axis.set_title({"train": "training rows", "test": "test rows"}[split], fontsize=9)
         axis.set_ylabel("evidence - ELBO (nats per row)")
-        axis.set_ylim(min(0, 1.15 * base.min()), 1.15 * max(base.max(), 1e-3))
+        axis.set_ylim(min(0, 1.15 * float(np.min(base))), 1.15 * max(float(np.max(base)), 1e-3))
     figure.legend(handles=_gap_handles(), loc="outside lower center", ncols=1, frameon=False, fontsize=8)
     return _address(figure, "svg")
 
