@@ -440,6 +440,7 @@ MISTAKES = {
     "learning rate": (f"{FIT} --learning-rate 0", "--learning-rate positive"),
     "learning rate nan": (f"{FIT} --learning-rate nan", "--learning-rate nan"),
     "test size": (f"{FIT} --test-size 5000", "--test-size 5000 1797"),
+    "test size of all but a crumb": (f"{FIT} --test-size 0.9999", "--test-size 0.9999 1797"),
     "test size negative": (f"{FIT} --test-size -1", "--test-size -1"),
     "test size broken": (f"{FIT} --test-size 10.5", "--test-size 10.5"),
     "test size nan": (f"{FIT} --test-size nan", "--test-size nan"),
