@@ -120,9 +120,9 @@ class Refined:
         steps: number of steps made.
         marks: the steps at which the bound was checked, from 0; empty without ``check``.
         curve: the checked bound of the plain iterate at each mark, [M, B] nats.
-        gap: nats that each row won by at least doubling its steps, [B]: an estimate of the optimization gap. The look's own
-            fixed noise lets it fall short of what is left, by up to 0.01 nats where that was measured. NaN without
-            ``check``.
+        gap: nats that each row won by at least doubling its steps, [B]: an estimate of the optimization gap. The
+            looks' own fixed noise lets it fall short of what is left, by up to 0.01 nats where that was measured.
+            NaN without ``check``.
     """
 
     lam: Tensor
