@@ -1,46 +1,36 @@
-"""The main job: inference variants side by side, judged by what they give and what they cost."""
+"""The main job: variants side by side, judged by what they give and what they cost."""
 
 from __future__ import annotations
 
-import platform
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, replace
-from importlib.metadata import version
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from pvae import export, recipe, runs
+from pvae import components, export, grid, recipe, runs
 from pvae.console import bar
 from pvae.data import Batch, Dataset
-from pvae.evaluation import (
-    Budget,
-    Evaluation,
-    RefinementCurve,
-    bounds,
-    evaluate,
-    reconstruct,
-    refinement_curve,
-    sample,
-)
+from pvae.errors import UserError
+from pvae.evaluation import Budget, bounds, evaluate, reconstruct, refinement_curve, sample
 from pvae.files import write_json
-from pvae.guides import given, local_bound
-from pvae.recipe import Component, Recipe
+from pvae.grid import Cell, Pool, Shelf
+from pvae.guides import local_bound
+from pvae.recipe import Recipe
+from pvae.results import Group, collect
 from pvae.runs import Variant
 from pvae.runtime import pick_device, seeded, unchecked
-from pvae.stats import Estimate, mean_se
-from pvae.verdicts import Judged, SameDecoder, verdicts
+from pvae.sites import base_measure
+from pvae.verdicts import Judged, SameDecoder
 from pvae.weights import log_weights
 
-__all__ = ["SOURCES", "Job", "compare", "judge", "load"]
+__all__ = ["SOURCES", "Entry", "Job", "compare", "judge", "load"]
 
 SOURCES = ("Amortized", "PerDatapoint", "SemiAmortized")
-SCHEMA = 1
 EXPORTED_DRAWS, PRIOR_SAMPLES = 20, 32
-LIBRARIES = ("pvae-pyro", "torch", "pyro-ppl", "numpy", "arviz-base")
 
 
 @dataclass(frozen=True)
@@ -52,6 +42,8 @@ class Job:
         device: ``auto``, ``cpu`` or ``cuda``.
         rows: how many rows of each split are evaluated.
         budget: of the evaluation.
+        jobs: variants that are trained at a time, each in a process of its own.
+        trust: run the code of files that a run's recipe names.
         progress: show progress bars.
         say: takes lines for the user.
     """
@@ -60,25 +52,35 @@ class Job:
     device: str = "auto"
     rows: int = 300
     budget: Budget = field(default_factory=Budget)
+    jobs: int = 1
+    trust: bool = False
     progress: bool = False
     say: Callable[[str], None] = lambda line: None
+
+
+class Entry(NamedTuple):
+    """A variant as it was trained, once for each seed, and its data."""
+
+    name: str
+    variants: list[Variant]
+    data: Dataset
 
 
 def compare(
     own: Recipe,
     job: Job,
     *,
-    sources: Sequence[Component] = SOURCES,
+    vary: Mapping[str, Sequence[Any]] | None = None,
     data_folder: str | Path | None = None,
     overwrite: bool = False,
     resume: bool = False,
 ) -> dict[str, Any]:
-    """Train one variant for each source of lam from one seed and budget, evaluate them, and write the run folder.
+    """Train the variants of a grid from one seed and budget, evaluate them, and write the run folder.
 
     Arguments:
-        own: the recipe; its guide is replaced by each source in turn.
+        own: the recipe.
         job: where and how.
-        sources: guides, by name or as tables.
+        vary: values of the recipe's keys to be combined; the three sources of lam unless given.
         data_folder: where torchvision's data sets are.
         overwrite: replace a run that the folder holds.
         resume: go on with it; what is trained is not trained again.
@@ -89,106 +91,138 @@ def compare(
     Raises:
         UserError: anything that the user can mend; nothing has been overwritten if it could be known before.
     """
-    recipes = {_name(source): recipe.resolve(replace(own, guide=source)) for source in sources}
-    first = next(iter(recipes.values()))
+    axes = {name: list(values) for name, values in (vary or {"guide": SOURCES}).items()}
+    if job.jobs < 1:
+        raise UserError(f"--jobs is {job.jobs}, but it must be at least 1")
     pick_device(job.device)
-    data = recipe.load_data(first, data_folder)
-    job.say(data.summary())
-    for mine in recipes.values():
-        runs.check(mine, data)
-    runs.prepare(job.folder, first, overwrite=overwrite, resume=resume)
-    variants = {}
-    for name, mine in recipes.items():
-        inner = job.folder / name
-        known = resume and (inner / "recipe.toml").is_file()
-        runs.prepare(inner, mine, overwrite=overwrite, resume=known)
-        job.say(f"training {name}{_settings(mine)}: {mine.epochs} epochs, batches of {mine.batch_size}")
-        variants[name] = runs.train(mine, data, inner, device=job.device, resume=known, progress=job.progress)
-    return judge(variants, data, job)
+    shelf = Shelf(data_folder)
+    wanted, left_out = grid.sound(grid.cells(own, axes), shelf)
+    for line in dict.fromkeys(shelf[cell.recipe].summary() for cell in wanted):
+        job.say(line)
+    for name, reason in left_out.items():
+        job.say(f"{name} is left out: {reason}")
+    runs.prepare(job.folder, recipe.resolve(own), axes, overwrite=overwrite, resume=resume)
+    pool = Pool(job.jobs, job.device, data_folder, job.progress, job.say)
+    variants = grid.train(wanted, job.folder, shelf, pool, overwrite=overwrite, resume=resume)
+    return judge(_entries(wanted, variants, shelf), job, left_out)
 
 
-def judge(variants: dict[str, Variant], data: Dataset, job: Job) -> dict[str, Any]:
-    """Evaluate fitted variants on rows of both splits and write ``results.json`` and ``idata.nc``."""
-    device = pick_device(job.device)
-    data = data.to(device)
-    splits = {
-        "train": data.fixed_train(job.rows),
-        "test": Batch(data.test[: job.rows], torch.empty(0)),
-    }
-    job.say(
-        f"evaluating on {len(splits['train'].x)} training and {len(splits['test'].x)} test rows, K = {job.budget.K}, "
-        f"at most {job.budget.steps} refinement steps"
-    )
-    judged = [_judged(name, variant, splits, job) for name, variant in variants.items()]
-    test, seed = splits["test"].x, next(iter(variants.values())).recipe.seed
-    same: list[SameDecoder] = []
-    curve = None
-    if "Amortized" in variants and "evidence" in judged[0].test.values:
-        job.say("evaluating every source on the amortized variant's decoder")
-        same = _same_decoder(variants, test, job.budget.K)
-        base = variants["Amortized"].built
-        curve = refinement_curve(base.vae.model, base.guide, test, seed=seed)
-    sentences = verdicts(judged, same, curve, dynamic=data.binarize == "dynamic")
-    results = _results(variants, judged, same, curve, sentences, data, job)
-    draws = {j.guide: _draws(variants[j.guide], j, test) for j in judged}
-    labels = None if data.test_labels is None else data.test_labels[: job.rows]
-    attributes = {"recipe": results["recipe"], "versions": results["versions"], "data": results["data"], "seed": seed}
-    export.save(export.tree(draws, test, labels, attributes), job.folder)
-    write_json(job.folder / "results.json", results)
-    return results
-
-
-def load(job: Job, data_folder: str | Path | None = None) -> tuple[dict[str, Variant], Dataset]:
+def load(job: Job, data_folder: str | Path | None = None) -> list[Entry]:
     """The variants of a run that ``fit`` (one) or ``compare`` (several) has trained, and their data.
 
     Raises:
         UserError: no run, a broken one, or one whose data have changed.
     """
-    folder = job.folder
-    own = recipe.read(folder)
-    data = recipe.load_data(own, data_folder)
-    inner = sorted(path.parent for path in folder.glob("*/recipe.toml"))
-    return {
-        path.name if inner else own.name("guide"): runs.load(path, data, device=job.device)
-        for path in inner or [folder]
-    }, data
+    if not (job.folder / "recipe.toml").is_file():
+        raise UserError(f"{job.folder} is not a run: it has no recipe.toml")
+    own, axes, _ = recipe.open_file(job.folder / "recipe.toml", trust=job.trust)
+    shelf = Shelf(data_folder)
+    if not axes:
+        variant = runs.load(job.folder, shelf[own], device=job.device, trust=job.trust)
+        return [Entry(own.name("guide"), [variant], shelf[own])]
+    there = [cell for cell in grid.cells(own, axes) if (job.folder / cell.place / "recipe.toml").is_file()]
+    if not there:
+        raise UserError(f"{job.folder} holds no trained variant; the command that began it with --resume goes on")
+    found = [runs.load(job.folder / c.place, shelf[c.recipe], device=job.device, trust=job.trust) for c in there]
+    return _entries(there, found, shelf)
 
 
-def _name(source: Component) -> str:
-    return source if isinstance(source, str) else str(source["type"])
+def _entries(wanted: list[Cell], variants: list[Variant], shelf: Shelf) -> list[Entry]:
+    found: dict[str, Entry] = {}
+    for cell, variant in zip(wanted, variants, strict=True):
+        found.setdefault(cell.name, Entry(cell.name, [], shelf[cell.recipe])).variants.append(variant)
+    return list(found.values())
 
 
-def _settings(own: Recipe) -> str:
-    table = own.guide if isinstance(own.guide, dict) else {}
-    words = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in table.items() if name != "type")
-    return f" ({words})" if words else ""
+def judge(entries: list[Entry], job: Job, left_out: Mapping[str, str] | None = None) -> dict[str, Any]:
+    """Evaluate fitted variants on rows of both splits and write ``results.json`` and ``idata.nc``."""
+    job.say(
+        f"evaluating on up to {job.rows} training and test rows, K = {job.budget.K}, "
+        f"at most {job.budget.steps} refinement steps"
+    )
+    groups = []
+    for number, members in enumerate(_groups(entries), 1):
+        group = _group(members, job)
+        draws = {e.name: _draws(e.variants[0], j, group.test.x) for e, j in zip(members, group.judged, strict=True)}
+        labels = None if group.data.test_labels is None else group.data.test_labels[: job.rows]
+        seed = members[0].variants[0].recipe.seed
+        found = export.tree(draws, group.test.x, labels, {"data": group.data.summary(), "seed": seed})
+        export.save(found, job.folder, number)
+        groups.append(group)
+    results = collect(groups, left_out or {})
+    write_json(job.folder / "results.json", results)
+    return results
 
 
-def _judged(name: str, variant: Variant, splits: dict[str, Batch], job: Job) -> Judged:
-    model, guide, seed = variant.built.vae.model, variant.built.guide, variant.recipe.seed
-    total, done, found = sum(len(batch.x) for batch in splits.values()), 0, {}
+def _groups(entries: list[Entry]) -> list[list[Entry]]:
+    """Entries whose nats can be compared: of the same rows and the same base measure."""
+    found: dict[tuple[str, ...], list[Entry]] = {}
+    for entry in entries:
+        measure = base_measure(entry.variants[0].built.program.model, entry.data.train[:2])
+        found.setdefault((entry.data.identity, entry.data.digest, measure), []).append(entry)
+    return list(found.values())
+
+
+def _group(entries: list[Entry], job: Job) -> Group:
+    data = entries[0].data.to(pick_device(job.device))
+    splits = {"train": data.fixed_train(job.rows), "test": Batch(data.test[: job.rows], torch.empty(0))}
+    judged = [_judged(entry, splits, job) for entry in entries]
+    measure = base_measure(entries[0].variants[0].built.program.model, data.train[:2])
+    group = Group(data, measure, splits["test"], [e.variants for e in entries], judged)
+    base = next((e.variants[0] for e in entries if e.variants[0].recipe.name("guide") == "Amortized"), None)
+    if base is None or not _differ_in_guide_alone(entries) or base.built.guide.family.point_mass:
+        return group
+    job.say("evaluating every source on the amortized variant's decoder")
+    test, seed = splits["test"].x, base.recipe.seed
+    chosen = {str(components.table(e.variants[0].recipe.guide)["type"]): e.variants[0].recipe.guide for e in entries}
+    return group._replace(
+        same=_same_decoder(base, chosen, test, job.budget.K),
+        curve=refinement_curve(base.built.program.model, base.built.guide, test, seed=seed),
+    )
+
+
+def _differ_in_guide_alone(entries: list[Entry]) -> bool:
+    own = [replace(e.variants[0].recipe, guide="") for e in entries]
+    return all(other == own[0] for other in own)
+
+
+def _judged(entry: Entry, splits: dict[str, Batch], job: Job) -> Judged:
+    """A variant's evaluation, by its first seed and by the further ones."""
+    total, found = sum(len(batch.x) for batch in splits.values()) * len(entry.variants), []
     with bar("rows", total, wanted=job.progress) as show:
+        done = 0
 
         def count(rows: int) -> None:
             nonlocal done
             done += rows
-            show(done, name)
+            show(done, entry.name)
 
-        for split, (x, index) in splits.items():
-            which = index if split == "train" else None
-            found[split] = evaluate(model, guide, x, which, budget=job.budget, seed=seed, progress=count)
-    return Judged(name, variant.fit.seconds, **found)
+        for variant in entry.variants:
+            own, (program, guide, _) = variant.recipe, variant.built
+            values: dict[str, Any] = {
+                split: evaluate(
+                    program.model,
+                    guide,
+                    x,
+                    index if split == "train" else None,
+                    budget=job.budget,
+                    seed=own.seed,
+                    progress=count,
+                )
+                for split, (x, index) in splits.items()
+            }
+            name = str(components.table(own.guide)["type"])
+            found.append(Judged(entry.name, variant.fit.seconds, **values, source=name))
+    return replace(found[0], further=tuple(found[1:]))
 
 
-def _same_decoder(variants: dict[str, Variant], x: Tensor, K: int) -> list[SameDecoder]:
+def _same_decoder(base: Variant, chosen: Mapping[str, Any], x: Tensor, K: int) -> list[SameDecoder]:
     """Each source's lam for the test rows on the amortized decoder, semi-amortized steps from its encoder's lam."""
-    base = variants["Amortized"]
-    model, family, encoder = base.built.vae.model, base.built.guide.family, base.built.guide.encoder
-    bound, found = local_bound(model, family), []
+    model, own, found = base.built.program.model, base.built.guide, []
+    bound = local_bound(model, own.family, own.sites)
+    supplied = {"encoder": own.encoder, "family": own.family, "num_data": 1, "bound": bound, "sites": own.sites}
     for source in SOURCES:
-        component = variants[source].recipe.guide if source in variants else source
-        supplied = {"encoder": encoder, "family": family, "num_data": 1, "bound": bound}
-        guide = recipe.make("guide", component, **supplied).to(x.device).eval()
+        guide = components.make("guide", chosen.get(source, source), **supplied).to(x.device).eval()
         start = time.perf_counter()
         with unchecked(), torch.no_grad(), seeded(base.recipe.seed):
             guide.params(x)
@@ -200,103 +234,12 @@ def _same_decoder(variants: dict[str, Variant], x: Tensor, K: int) -> list[SameD
 
 def _draws(variant: Variant, judged: Judged, x: Tensor) -> export.Draws:
     """What the export and the page show of a variant, for the test rows x."""
-    model, guide, seed = variant.built.vae.model, variant.built.guide, variant.recipe.seed
+    model, guide, seed = variant.built.program.model, variant.built.guide, variant.recipe.seed
     with unchecked(), torch.no_grad(), seeded(seed):
-        q = given(guide.family, guide.params(x))
+        q = guide.at(guide.params(x))
         weights = log_weights(model, q, x, K=EXPORTED_DRAWS, keep_latents=True)
         pictures = reconstruct(model, q, x, seed=seed)
-    prior = sample(model, x[:1].expand(PRIOR_SAMPLES, -1), seed=seed)
+    like = x.repeat(-(-PRIOR_SAMPLES // len(x)), 1)[:PRIOR_SAMPLES]
+    prior = sample(model, like, seed=seed)
     values = {split: {n: v.cpu() for n, v in getattr(judged, split).values.items()} for split in ("train", "test")}
     return export.Draws(weights, pictures, prior, values)
-
-
-def _results(
-    variants: dict[str, Variant],
-    judged: list[Judged],
-    same: list[SameDecoder],
-    curve: RefinementCurve | None,
-    sentences: list[str],
-    data: Dataset,
-    job: Job,
-) -> dict[str, Any]:
-    base = next(iter(variants.values()))
-    results = {
-        "schema": SCHEMA,
-        "data": {
-            "name": data.name,
-            "binarize": data.binarize,
-            "base_measure": base.built.vae.likelihood.base_measure,
-            "digest": data.digest,
-            "training_rows": len(data.train),
-            "test_rows": len(data.test),
-            "evaluated_rows": min(job.rows, len(data.test)),
-            "shape": list(data.shape),
-            "summary": data.summary(),
-        },
-        "versions": {"python": platform.python_version()} | {name: version(name) for name in LIBRARIES},
-        "machine": {"device": str(data.train.device), "threads": torch.get_num_threads()},
-        "recipe": {name: value for name, value in asdict(base.recipe).items() if name != "guide"},
-        "rows": [_row(variants[j.guide], j) for j in judged],
-        "verdicts": sentences,
-    }
-    if same and curve is not None:
-        results["same_decoder"] = _same_decoder_results(judged, same)
-        results["refinement"] = _curve_results(curve)
-    return results
-
-
-def _row(variant: Variant, judged: Judged) -> dict[str, Any]:
-    own = variant.recipe
-    return {
-        "guide": own.name("guide"),
-        "settings": {name: value for name, value in recipe.table(own.guide).items() if name != "type"},
-        "family": own.name("family"),
-        "likelihood": own.name("likelihood"),
-        "prior": own.name("prior"),
-        "objective": "ELBO",
-        "parameters": runs.parameters(variant),
-        "epochs": len(variant.fit.history),
-        "seconds": variant.fit.seconds,
-        "evaluation_seconds": judged.train.seconds + judged.test.seconds,
-        "history": variant.fit.history,
-        "train": _quantities(judged.train),
-        "test": _quantities(judged.test),
-    }
-
-
-def _quantities(found: Evaluation) -> dict[str, Any]:
-    estimators = {"iwae": f"IWAE-{found.K}", "evidence": f"IWAE-{found.K} from the best lam of the family"}
-    return {
-        name: estimate._asdict() | {"K": found.K, "estimator": estimators.get(name, "mean over draws and rows")}
-        for name, estimate in found.summary().items()
-    }
-
-
-def _same_decoder_results(judged: list[Judged], same: list[SameDecoder]) -> dict[str, Any]:
-    values = next(j for j in judged if j.guide == "Amortized").test.values
-    own = same[0].elbo
-    return {
-        "decoder": "Amortized",
-        "split": "test",
-        "evidence": mean_se(values["evidence"])._asdict(),
-        "best_elbo": mean_se(values["best_elbo"])._asdict(),
-        "rows": [
-            {
-                "guide": s.guide,
-                "elbo": mean_se(s.elbo)._asdict(),
-                "gain": (mean_se(s.elbo - own) if s is not same[0] else Estimate(0.0, 0.0))._asdict(),
-                "left": mean_se(values["best_elbo"] - s.elbo)._asdict(),
-                "seconds_per_row": s.seconds_per_row,
-            }
-            for s in same
-        ],
-    }
-
-
-def _curve_results(curve: RefinementCurve) -> dict[str, Any]:
-    return {
-        "steps": list(curve.steps),
-        "elbo": [mean_se(elbo)._asdict() for elbo in curve.elbo],
-        "gain": [mean_se(elbo - curve.elbo[0])._asdict() for elbo in curve.elbo],
-        "seconds_per_step": curve.seconds_per_step,
-    }

@@ -20,10 +20,15 @@ __all__ = ["BINARIZATIONS", "NAMES", "Batch", "Dataset", "load"]
 
 TORCHVISION = {"mnist": "MNIST", "fashion-mnist": "FashionMNIST", "kmnist": "KMNIST"}
 NAMES = ("digits", *TORCHVISION)
-BINARIZATIONS = ("none", "threshold", "dynamic")
+BINARIZATIONS = ("none", "threshold", "dynamic", "levels")
+
+# The brightest level of pictures, which are read as intensities from 0 to 1.
+TOP_LEVEL = {"digits": 16} | dict.fromkeys(TORCHVISION, 255)
 
 # Seed of everything that belongs to the data's identity and must not change with a run's seed.
 FIXED_SEED = 20140410
+
+PARTS = ("train", "validation", "test")
 
 
 class Batch(NamedTuple):
@@ -42,8 +47,10 @@ class Dataset:
         train, validation, test: rows [N, D], [V, D], [M, D]; under dynamic binarization ``train`` holds the
             intensities, while validation and test are drawn once with a fixed seed.
         shape: of one datapoint, for pictures.
-        binarize: ``none``, ``threshold`` (x > 0.5) or ``dynamic`` (drawn afresh for each batch).
+        binarize: ``none``, ``threshold`` (x > 0.5), ``dynamic`` (drawn afresh for each batch) or ``levels`` (whole
+            numbers from 0, as a picture is stored).
         train_labels, test_labels: class of each row, or None.
+        classes: number of columns at the end of each row that hold its label, one-hot.
     """
 
     name: str
@@ -54,11 +61,12 @@ class Dataset:
     binarize: str = "none"
     train_labels: Tensor | None = None
     test_labels: Tensor | None = None
+    classes: int = 0
 
     @property
     def identity(self) -> str:
         """Name and binarization: nats on different identities can't be compared."""
-        return f"{self.name}-{self.binarize}"
+        return f"{self.name}-{self.binarize}" + ("-labelled" if self.classes else "")
 
     @property
     def digest(self) -> str:
@@ -92,13 +100,15 @@ class Dataset:
 
     def summary(self) -> str:
         """One line: N, shape, range, support and binarization."""
-        low, high = self.train.min().item(), self.train.max().item()
-        kind = "0 or 1" if set(self.train[:1000].unique().tolist()) <= {0.0, 1.0} else f"from {low:g} to {high:g}"
+        values = self.train[:, : self.train.shape[1] - self.classes]
+        low, high = values.min().item(), values.max().item()
+        kind = "0 or 1" if set(values[:1000].unique().tolist()) <= {0.0, 1.0} else f"from {low:g} to {high:g}"
         how = {
             "none": "taken as they are",
             "threshold": "binarized at 0.5",
             "dynamic": "binarized afresh for each batch",
-        }[self.binarize]
+            "levels": "as whole numbers",
+        }[self.binarize] + (f", each with its label of {self.classes}" if self.classes else "")
         held_out = f"{len(self.validation)} validation + " if len(self.validation) else ""
         sizes = f"{len(self.train)} training + {held_out}{len(self.test)} test rows"
         shape = " x ".join(map(str, self.shape))
@@ -113,22 +123,25 @@ def load(
     test_size: float | None = None,
     validation_size: float = 0,
     seed: int = 0,
+    with_labels: bool = False,
 ) -> Dataset:
     """Read a data set, check it, split it and binarize it.
 
     Arguments:
         name: one of ``NAMES``, or the path of a .npy, .npz, .csv or .parquet file.
-        binarize: ``none``, ``threshold`` or ``dynamic``; the last two take values in [0, 1].
+        binarize: ``none``, ``threshold``, ``dynamic`` or ``levels``; ``threshold`` and ``dynamic`` take values in
+            [0, 1], and ``levels`` gives whole numbers.
         folder: where torchvision's data sets are; else ``PVAE_DATA``, else the user's cache. What isn't there is
             downloaded.
         test_size: rows held out for the test, as a count or, below 1, as a fraction. Data sets that come with
             a test set take none.
         validation_size: rows taken out of the training rows, likewise.
         seed: of the splits.
+        with_labels: append each row's label, one-hot, for programs that take it.
 
     Raises:
         UserError: an unknown name; a file that is missing, broken or not numeric; NaN or infinity (names the row);
-            values that can't be binarized; a split larger than the data.
+            values that can't be binarized; a split larger than the data; labels wanted where there are none.
 
     >>> load("digits", binarize="threshold").train.shape
     torch.Size([1438, 64])
@@ -139,41 +152,59 @@ def load(
     for part in ("train", "test"):
         if f"x_{part}" in rows:
             where = f"{name} (test rows)" if part == "test" else name
-            rows[f"x_{part}"] = _checked(where, np.asarray(rows[f"x_{part}"]), binarize)
+            rows[f"x_{part}"] = _checked(where, np.asarray(rows[f"x_{part}"]), binarize, TOP_LEVEL.get(name, 1))
     generator = torch.Generator().manual_seed(seed + FIXED_SEED)
     if "x_test" not in rows:
         _split(rows, "test", 0.2 if test_size is None else test_size, generator)
     elif test_size is not None:
         raise UserError(f"{name} comes with its own test set of {len(rows['x_test'])} rows; leave --test-size out")
     _split(rows, "validation", validation_size, generator)
-    x = {part: torch.from_numpy(rows[f"x_{part}"]) for part in ("train", "validation", "test")}
+    x = {part: torch.from_numpy(rows[f"x_{part}"]) for part in PARTS}
     labels = _labels(name, rows)
     shape = x["train"].shape[1:]
     if x["test"].shape[1:] != shape:
         raise UserError(f"{name}: test rows have shape {tuple(x['test'].shape[1:])}, but training rows {tuple(shape)}")
-    flat = {part: values.flatten(1).contiguous() for part, values in x.items()}
-    data = Dataset(
+    flat = _binarized({part: values.flatten(1).contiguous() for part, values in x.items()}, binarize)
+    classes = 0
+    if with_labels:
+        flat, classes = _labelled(name, flat, labels)
+    return Dataset(
         name if name in NAMES else Path(name).stem,
-        **_binarized(flat, binarize),
+        **flat,
         shape=tuple(shape),
         binarize=binarize,
         train_labels=labels["train"],
         test_labels=labels["test"],
+        classes=classes,
     )
-    return data
+
+
+def _labelled(name: str, x: dict[str, Tensor], labels: dict[str, Tensor | None]) -> tuple[dict[str, Tensor], int]:
+    """Rows with their label, one-hot, as their last columns, and the number of classes."""
+    known = {part: values for part, values in labels.items() if values is not None}
+    if any(len(rows) and part not in known for part, rows in x.items()):
+        raise UserError(f"{name}: the program takes labels, and not all rows have one; add a column or array of labels")
+    kinds = torch.cat(list(known.values())).unique()
+    found = dict(x)
+    for part, values in known.items():
+        hot = torch.nn.functional.one_hot(torch.searchsorted(kinds, values), len(kinds))
+        found[part] = torch.cat([x[part], hot.to(x[part])], 1)
+    if "validation" not in known:
+        found["validation"] = found["train"][:0]
+    return found, len(kinds)
 
 
 def _labels(name: str, rows: dict[str, Any]) -> dict[str, Tensor | None]:
     """Classes as numbers; words are numbered in alphabetical order."""
-    known = [part for part in ("train", "test") if f"y_{part}" in rows]
+    known = [part for part in PARTS if f"y_{part}" in rows]
     whole = np.concatenate([np.asarray(rows[f"y_{part}"]) for part in known]) if known else np.zeros(0)
     if any(value is None or value != value for value in whole.tolist()):
         raise UserError(f"{name}: row {_first_missing(whole)} has no label; fill it in, or leave the labels out")
     if whole.dtype.kind not in "biuf":
         numbers = np.unique(whole.astype(str), return_inverse=True)[1]
-        parts = np.split(numbers, [len(rows[f"y_{known[0]}"])])
+        parts = np.split(numbers, np.cumsum([len(rows[f"y_{part}"]) for part in known])[:-1])
         rows = rows | {f"y_{part}": values for part, values in zip(known, parts, strict=False)}
-    return {part: torch.as_tensor(rows[f"y_{part}"]) if part in known else None for part in ("train", "test")}
+    return {part: torch.as_tensor(rows[f"y_{part}"]) if part in known else None for part in PARTS}
 
 
 def _first_missing(labels: np.ndarray) -> int:
@@ -185,7 +216,7 @@ def _draw_once(x: Tensor) -> Tensor:
 
 
 def _binarized(x: dict[str, Tensor], binarize: str) -> dict[str, Tensor]:
-    if binarize == "none":
+    if binarize in ("none", "levels"):
         return x
     if binarize == "threshold":
         return {part: (values > 0.5).float() for part, values in x.items()}
@@ -213,7 +244,7 @@ def _split(rows: dict[str, np.ndarray], part: str, size: float, generator: torch
             rows[f"{kind}_{part}"], rows[f"{kind}_train"] = whole[order[:count]], whole[order[count:]]
 
 
-def _checked(where: str, x: np.ndarray, binarize: str) -> np.ndarray:
+def _checked(where: str, x: np.ndarray, binarize: str, top_level: int) -> np.ndarray:
     """The values as float32, refused if they are no numbers, not finite, or can't be binarized."""
     if x.dtype.kind not in "biuf":
         raise UserError(f"{where}: the values are of type {x.dtype}, but numbers are needed")
@@ -222,7 +253,10 @@ def _checked(where: str, x: np.ndarray, binarize: str) -> np.ndarray:
     with np.errstate(over="ignore"):
         values = x.astype(np.float32)
     _refuse(where, x, ~np.isfinite(values), "remove or fill such values")
-    if binarize != "none":
+    if binarize == "levels":
+        values = np.rint(values * top_level) if top_level > 1 else values
+        _refuse(where, x, (values < 0) | (values != np.rint(values)), "--binarize levels takes whole numbers from 0")
+    elif binarize != "none":
         advice = f"but --binarize {binarize} takes values from 0 to 1; scale the data, or use --binarize none"
         _refuse(where, x, (values < 0) | (values > 1), advice)
     return values

@@ -5,9 +5,9 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Mapping, Sequence
 from types import NoneType, UnionType
-from typing import Any, Union, get_args, get_origin
+from typing import Any, Literal, Union, get_args, get_origin
 
-__all__ = ["UserError", "fits", "nearest"]
+__all__ = ["Refused", "UserError", "fits", "nearest"]
 
 
 class UserError(Exception):
@@ -15,6 +15,10 @@ class UserError(Exception):
 
     def __init__(self, message: str) -> None:
         super().__init__(" ".join(message.split()))
+
+
+class Refused(UserError):
+    """Two components that do not go together; a grid of variants leaves such a pair out and says why."""
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
@@ -39,6 +43,8 @@ def fits(value: Any, hint: Any) -> bool:
     kind, inner = get_origin(hint), get_args(hint)
     if kind in (Union, UnionType):
         return any(fits(value, choice) for choice in inner)
+    if kind is Literal:
+        return value in inner
     if kind in (list, Sequence):
         return isinstance(value, (list, tuple)) and all(fits(item, inner[0]) for item in value)
     if kind is Mapping:

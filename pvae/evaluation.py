@@ -14,7 +14,7 @@ from pyro import poutine
 from torch import Tensor
 
 from pvae.errors import UserError
-from pvae.guides import NEW_DRAWS, Guide, ascent, given, local_bound, local_optimum
+from pvae.guides import NEW_DRAWS, Guide, ascent, local_bound, local_optimum
 from pvae.refine import RowAdam, refine
 from pvae.runtime import module_of, seeded, unchecked
 from pvae.stats import Estimate, log_mean_exp, mean_se
@@ -147,7 +147,7 @@ def refinement_curve(
     seed: int = 0,
 ) -> RefinementCurve:
     """The ELBO of the guide's lam after so many refinement steps, under noise common to all of them."""
-    bound, rule = local_bound(model, guide.family), ascent(guide.family)
+    bound, rule = local_bound(model, guide.family, guide.sites), ascent(guide.family)
     curves, seconds = [], 0.0
     with unchecked():
         for rows in _batches(guide, x, index, seed):
@@ -178,7 +178,7 @@ def sample(model: Program, like: Tensor, *, seed: int = 0) -> Tensor:
 def _observed_mean(program: Program, x: Tensor, index: Tensor | None) -> Tensor:
     trace: Any = poutine.trace(program).get_trace(x, index)
     for site in trace.nodes.values():
-        if site["type"] == "sample" and site["is_observed"] and site["value"].shape == x.shape:
+        if site["type"] == "sample" and site["is_observed"] and site["value"].dim() == x.dim():
             return site["fn"].mean
     raise UserError("the program observes no site of the data's shape")
 
@@ -202,7 +202,7 @@ def _batches(guide: Program, x: Tensor, index: Tensor | None, seed: int) -> Iter
             continue
         with seeded(own), torch.no_grad():
             lam = guide.params(rows, which).detach()
-        yield _Rows(rows, which, given(guide.family, lam), lam, own)
+        yield _Rows(rows, which, guide.at(lam), lam, own)
 
 
 def _common(model: Program, q: Program, rows: _Rows, K: int, stream: int = 2) -> LogWeights:
@@ -224,7 +224,7 @@ def _bounds(w: LogWeights, guide: Program) -> dict[str, Tensor]:
 
 def _gaps(model: Program, guide: Guide, rows: _Rows, budget: Budget, own: LogWeights) -> dict[str, Tensor]:
     best, left = _best(model, guide, rows, budget)
-    found = _common(model, given(guide.family, best), rows, budget.K)
+    found = _common(model, guide.at(best), rows, budget.K)
     gain = found.log_w - own.log_w
     evidence, best_elbo = log_mean_exp(found.log_w), found.log_w.mean(0)
     return {
@@ -240,7 +240,7 @@ def _gaps(model: Program, guide: Guide, rows: _Rows, budget: Budget, own: LogWei
 
 def _best(model: Program, guide: Guide, rows: _Rows, budget: Budget) -> tuple[Tensor, Tensor]:
     """The best lam of the family that two different searches find, [B, P], and what the search may have left, [B]."""
-    family, bound = guide.family, local_bound(model, guide.family)
+    family, bound = guide.family, local_bound(model, guide.family, guide.sites)
     fresh = family.initial().to(rows.lam).expand_as(rows.lam)
     found = [
         local_optimum(bound, start, rows.x, rows.index, steps=budget.steps, rule=rule, seed=rows.seed)
@@ -248,7 +248,7 @@ def _best(model: Program, guide: Guide, rows: _Rows, budget: Budget) -> tuple[Te
     ]
     # Chosen on draws that the reported bounds do not use, so that the choice does not flatter them.
     candidates = torch.stack([rows.lam, *(f.lam for f in found)])
-    judged = [_common(model, given(family, lam), rows, budget.K, stream=3).log_w.mean(0) for lam in candidates]
+    judged = [_common(model, guide.at(lam), rows, budget.K, stream=3).log_w.mean(0) for lam in candidates]
     best = torch.stack(judged).argmax(0)
     left = torch.stack([f.gap for f in found]).amin(0)
     return candidates[best, torch.arange(len(best), device=best.device)], left

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 import xarray as xr
 from torch import Tensor
 
@@ -15,7 +16,7 @@ from pvae.errors import UserError
 from pvae.files import replacing
 from pvae.weights import LogWeights
 
-__all__ = ["Draws", "load", "save", "tree"]
+__all__ = ["Draws", "file", "load", "save", "tree"]
 
 FILE = "idata.nc"
 
@@ -58,9 +59,9 @@ def tree(variants: dict[str, Draws], x: Tensor, labels: Tensor | None, attribute
         """[chain = 1, draw, variant, ...] from [draw, ...] of each variant."""
         return np.stack([np.asarray(v.cpu()) for v in values.values()], 1)[None]
 
-    latents = next(iter(weights.values())).latents
+    latents = _padded({name: w.latents for name, w in weights.items()})
     groups: dict[str, dict[str, np.ndarray]] = {
-        "posterior": {site: stacked({n: w.latents[site] for n, w in weights.items()}) for site in latents},
+        "posterior": {site: stacked(values) for site, values in latents.items()},
         "posterior_predictive": {"x": stacked({n: d.reconstruction[None] for n, d in variants.items()})},
         "log_likelihood": {"x": stacked({n: w.log_lik for n, w in weights.items()})},
         "sample_stats": {"log_weight": stacked({n: w.log_w for n, w in weights.items()})},
@@ -69,7 +70,10 @@ def tree(variants: dict[str, Draws], x: Tensor, labels: Tensor | None, attribute
     }
     if labels is not None:
         groups["constant_data"] = {"label": labels.cpu().numpy()}
-    sites = {site: ["variant", "row", f"{site}_dim"] for site in latents}
+    sites = {
+        site: ["variant", "row", *(f"{site}_dim{i or ''}" for i in range(next(iter(values.values())).dim() - 2))]
+        for site, values in latents.items()
+    }
     dims = {
         "log_likelihood": ["variant", "row"],
         "prior_predictive": ["variant", "value"],
@@ -92,6 +96,21 @@ def tree(variants: dict[str, Draws], x: Tensor, labels: Tensor | None, attribute
     return found
 
 
+def _padded(latents: dict[str, dict[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
+    """Draws by site and variant, filled up with NaN where a variant lacks a site or has fewer dimensions."""
+    found: dict[str, dict[str, Tensor]] = {}
+    for site in dict.fromkeys(site for own in latents.values() for site in own):
+        known = [own[site] for own in latents.values() if site in own]
+        shape = [max(sizes) for sizes in zip(*(values.shape for values in known), strict=True)]
+        found[site] = {}
+        for name, own in latents.items():
+            whole = known[0].new_full(shape, torch.nan)
+            if site in own:
+                whole[tuple(slice(size) for size in own[site].shape)] = own[site]
+            found[site][name] = whole
+    return found
+
+
 def _quantities(variants: dict[str, Draws], split: str) -> xr.Dataset:
     names = dict.fromkeys(name for draws in variants.values() for name in draws.values[split])
     rows = max(len(v) for draws in variants.values() for v in draws.values[split].values())
@@ -103,22 +122,29 @@ def _quantities(variants: dict[str, Draws], split: str) -> xr.Dataset:
     return xr.Dataset(arrays, coords={"variant": list(variants), "row": np.arange(rows)}, attrs={"units": "nats"})
 
 
-def save(found: xr.DataTree, folder: Path) -> None:
+def file(group: int = 1) -> str:
+    """The file's name: ``idata.nc``, and ``idata-2.nc`` and so on for further groups of variants on other data."""
+    return FILE if group == 1 else f"idata-{group}.nc"
+
+
+def save(found: xr.DataTree, folder: Path, group: int = 1) -> None:
     """Write ``idata.nc``, whole or not at all."""
-    with replacing(folder / FILE) as temporary:
+    with replacing(folder / file(group)) as temporary:
         found.to_netcdf(temporary, engine="h5netcdf")
 
 
-def load(folder: Path) -> xr.DataTree:
+def load(folder: Path, group: int = 1) -> xr.DataTree:
     """Read ``idata.nc`` into memory.
 
     Raises:
         UserError: it is missing or broken.
     """
     try:
-        with xr.open_datatree(folder / FILE, engine="h5netcdf") as found:
+        with xr.open_datatree(folder / file(group), engine="h5netcdf") as found:
             return found.load()
     except FileNotFoundError:
-        raise UserError(f"{folder} has no {FILE}; pvae evaluate {folder} writes it") from None
+        raise UserError(f"{folder} has no {file(group)}; pvae evaluate {folder} writes it") from None
     except (OSError, ValueError) as error:
-        raise UserError(f"{folder / FILE} can't be read ({error}); pvae evaluate {folder} writes it anew") from error
+        raise UserError(
+            f"{folder / file(group)} can't be read ({error}); pvae evaluate {folder} writes it anew"
+        ) from error

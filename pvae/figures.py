@@ -26,17 +26,17 @@ STYLE: Any = {
 }
 
 
-def figures(results: dict[str, Any], idata: xr.DataTree) -> dict[str, str]:
-    """All figures that the results allow, by name, as addresses for an image's ``src``."""
+def figures(group: dict[str, Any], idata: xr.DataTree) -> dict[str, str]:
+    """All figures that the results of a group allow, by name, as addresses for an image's ``src``."""
     import matplotlib
 
-    shape = tuple(results["data"]["shape"])
+    shape, rows = tuple(group["data"]["shape"]), group["rows"]
     with matplotlib.rc_context(STYLE):
-        found = {"curves": _curves(results["rows"]), "pictures": _pictures(idata, shape), "prior": _prior(idata, shape)}
-        if any("evidence" in row["test"] for row in results["rows"]):
-            found["gaps"] = _gaps(results["rows"])
-        if "refinement" in results:
-            found["refinement"] = _refinement(results)
+        found = {"curves": _curves(rows), "pictures": _pictures(idata, shape), "prior": _prior(idata, shape)}
+        if any("evidence" in row["test"] for row in rows):
+            found["gaps"] = _gaps(rows)
+        if "refinement" in group:
+            found["refinement"] = _refinement(group)
             found["scatter"] = _scatter(idata)
     return found
 
@@ -58,25 +58,17 @@ def _panels(columns: int, width: float = 8.6, height: float = 3.2) -> tuple[Figu
 
 
 def _curves(rows: list[dict[str, Any]]) -> str:
-    """Training ELBO by epoch and by second."""
+    """Training objective by epoch and by second."""
     figure, axes = _panels(2)
-    last = [row["history"][-1]["elbo"] for row in rows if row["history"]]
+    last = [row["history"][-1]["objective"] for row in rows if row["history"]]
     for axis, key, label in zip(axes, ("epoch", "seconds"), ("epoch", "training time (s)"), strict=True):
         for position, row in enumerate(rows):
-            steps = [entry[key] for entry in row["history"]]
-            axis.plot(
-                steps, [e["elbo"] for e in row["history"]], color=_colour(row["guide"], position), label=row["guide"]
-            )
+            steps, colour = [entry[key] for entry in row["history"]], _colour(row["name"], position)
+            axis.plot(steps, [e["objective"] for e in row["history"]], color=colour, label=row["name"])
             if row["history"] and "validation_elbo" in row["history"][0]:
                 validation = [e["validation_elbo"] for e in row["history"]]
-                axis.plot(
-                    steps,
-                    validation,
-                    color=_colour(row["guide"], position),
-                    ls=":",
-                    label=f"{row['guide']}, validation",
-                )
-        axis.set(xlabel=label, ylabel="training ELBO (nats per row)")
+                axis.plot(steps, validation, color=colour, ls=":", label=f"{row['name']}, validation")
+        axis.set(xlabel=label, ylabel="training objective (nats per row)")
         if key == "epoch":
             axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         if key == "seconds" and all(row["history"] for row in rows):
@@ -89,9 +81,9 @@ def _curves(rows: list[dict[str, Any]]) -> str:
 
 def _window(rows: list[dict[str, Any]]) -> tuple[float, float]:
     """Limits that show where the curves end rather than where they begin."""
-    values = np.concatenate([[e["elbo"] for e in row["history"]] for row in rows if row["history"]])
+    values = np.concatenate([[e["objective"] for e in row["history"]] for row in rows if row["history"]])
     top = values.max()
-    ends = min(row["history"][-1]["elbo"] for row in rows if row["history"])
+    ends = min(row["history"][-1]["objective"] for row in rows if row["history"])
     low = max(values.min(), ends - 4 * max(top - ends, 0.05 * abs(top)))
     return low, top + 0.05 * max(top - low, 0.01 * abs(top))
 
@@ -100,7 +92,7 @@ def _gaps(rows: list[dict[str, Any]]) -> str:
     """Approximation and amortization gap of each variant, stacked, with errors; train and test."""
     rows = [row for row in rows if "evidence" in row["test"]]
     figure, axes = _panels(2)
-    names = [row["guide"] for row in rows]
+    names = [row["name"] for row in rows]
     for axis, split in zip(axes, ("train", "test"), strict=True):
         parts = [
             ("approximation_gap", "#999999", "approximation gap (family)"),
@@ -143,9 +135,9 @@ def _gap_handles() -> list[Any]:
     ]
 
 
-def _refinement(results: dict[str, Any]) -> str:
+def _refinement(group: dict[str, Any]) -> str:
     """What refinement steps buy: test ELBO against steps, with the family's best and the evidence as lines."""
-    curve, same = results["refinement"], results["same_decoder"]
+    curve, same = group["refinement"], group["same_decoder"]
     figure, (axis, price) = _panels(2)
     mean, se = (np.array([point[key] for point in curve["gain"]], dtype=float) for key in ("mean", "se"))
     ticks = np.arange(len(curve["steps"]))

@@ -15,6 +15,7 @@ from pvae.errors import UserError
 from pvae.families import Family
 from pvae.refine import NaturalAscent, Refined, RowAdam, RowState, Rule, refine
 from pvae.runtime import LocalModule, mark, seeded
+from pvae.sites import Sites, vector
 from pvae.weights import Program, elbo
 
 __all__ = ["Amortized", "PerDatapoint", "SemiAmortized"]
@@ -26,30 +27,34 @@ NEW_DRAWS, WATCH_DRAWS = 8, 100
 class Bound(Protocol):
     """Each datapoint's own bound as a function of its own lam."""
 
-    def __call__(self, lam: Tensor, x: Tensor, index: Tensor | None = None, K: int = 1) -> Tensor:
-        """Bound [B] in nats of lam [B, P] for the rows x [B, D], over K draws."""
+    def __call__(
+        self, lam: Tensor, x: Tensor, index: Tensor | None = None, K: int = 1, kl_weight: float = 1.0
+    ) -> Tensor:
+        """Bound [B] in nats of lam [B, P] for the rows x [B, D], over K draws; training may weigh the KL."""
 
 
-def given(family: Family, lam: Tensor) -> Program:
-    """The guide whose parameters are these: q(z) = family(lam), lam [B, P]."""
+def given(family: Family, lam: Tensor, sites: Sites | None = None) -> Program:
+    """The guide whose parameters are these: q(z) = family(lam), lam [B, P], over these sites, else one vector "z"."""
+    latents = sites or vector(family.dim)
 
     def guide(x: Tensor, index: Tensor | None = None) -> None:
         with pyro.plate("data", len(x), dim=-1):
-            pyro.sample("z", family(lam))
+            latents.sample(family(lam))
 
     return guide
 
 
-def local_bound(model: Program, family: Family) -> Bound:
+def local_bound(model: Program, family: Family, sites: Sites | None = None) -> Bound:
     """Each datapoint's own ELBO under a model, as a function of its own lam, with gradients."""
 
-    def bound(lam: Tensor, x: Tensor, index: Tensor | None = None, K: int = 1) -> Tensor:
+    def bound(lam: Tensor, x: Tensor, index: Tensor | None = None, K: int = 1, kl_weight: float = 1.0) -> Tensor:
         # K copies of the rows, not a plate of samples: the bound may run inside a trace that has one already,
         # and nothing of it may be seen there.
         rows = x.repeat(K, *(1,) * (x.dim() - 1))
         which = index if index is None else index.repeat(K)
         with poutine.block():
-            return elbo(model, given(family, lam.repeat(K, 1)), rows, which).view(K, -1).mean(0)
+            found = elbo(model, given(family, lam.repeat(K, 1), sites), rows, which, kl_weight=kl_weight)
+            return found.view(K, -1).mean(0)
 
     return bound
 
@@ -94,22 +99,39 @@ def local_optimum(
 
 
 class Guide(LocalModule):
-    """What every guide states: ``guide(x, index)`` is a Pyro program with plate "data" and site "z".
+    """What every guide states: ``guide(x, index)`` is a Pyro program that draws the model's latents in plate "data".
 
     Arguments:
         family: the posterior family.
+        sites: the latents it is over, see :func:`pvae.sites.find_sites`; one vector "z" unless given.
+
+    Attributes:
+        kl_weight: of the bound that rows climb while training, so that it is the objective's.
+
+    Raises:
+        UserError: the family has another number of dimensions than the sites.
     """
 
-    def __init__(self, family: Family) -> None:
+    def __init__(self, family: Family, sites: Sites | None = None) -> None:
         super().__init__()
-        self.family = family
+        self.family, self.sites, self.kl_weight = family, sites or vector(family.dim), 1.0
+        if self.sites.dim != family.dim:
+            raise UserError(f"the family has {family.dim} dimensions, but the program's latents have {self.sites.dim}")
 
     def params(self, x: Tensor, index: Tensor | None = None) -> Tensor:
         """lam [B, P] of the rows x [B, D]; ``index`` [B] tells which datapoints they are, None that they are new."""
         raise NotImplementedError
 
+    def at(self, lam: Tensor) -> Program:
+        """The guide of the same family and sites whose parameters are lam [B, P]."""
+        return given(self.family, lam, self.sites)
+
     def forward(self, x: Tensor, index: Tensor | None = None) -> None:
-        given(self.family, self.params(x, index))(x, index)
+        self.at(self.params(x, index))(x, index)
+
+    @property
+    def _weight(self) -> float:
+        return self.kl_weight if self.training else 1.0
 
 
 class Amortized(Guide):
@@ -118,6 +140,7 @@ class Amortized(Guide):
     Arguments:
         encoder: x [B, D] to lam [B, P].
         family: the posterior family.
+        sites: the latents that q is over.
 
     Source: Kingma and Welling (2014), *Auto-Encoding Variational Bayes*, arXiv:1312.6114.
 
@@ -127,8 +150,8 @@ class Amortized(Guide):
     torch.Size([5, 4])
     """
 
-    def __init__(self, encoder: nn.Module, family: Family) -> None:
-        super().__init__(family)
+    def __init__(self, encoder: nn.Module, family: Family, *, sites: Sites | None = None) -> None:
+        super().__init__(family, sites)
         self.encoder = encoder
 
     def params(self, x: Tensor, index: Tensor | None = None) -> Tensor:
@@ -146,6 +169,7 @@ class SemiAmortized(Guide):
         draws: of each step's gradient; near the optimum a single draw's noise costs more than a step wins.
         learning_rate: of a refinement step, see :class:`~pvae.refine.NaturalAscent`.
         unroll: train the encoder through the steps; otherwise as if the steps added a constant.
+        sites: the latents that q is over.
 
     Raises:
         UserError: steps or draws below 1, or a learning rate that is not positive.
@@ -163,8 +187,9 @@ class SemiAmortized(Guide):
         draws: int = 8,
         learning_rate: float = 0.1,
         unroll: bool = True,
+        sites: Sites | None = None,
     ) -> None:
-        super().__init__(family)
+        super().__init__(family, sites)
         _positive("SemiAmortized", steps=steps, draws=draws, learning_rate=learning_rate)
         self.encoder = encoder
         self.steps, self.draws, self.bound, self.unroll = steps, draws, bound, unroll
@@ -174,7 +199,11 @@ class SemiAmortized(Guide):
         lam = self.encoder(x)
         through = self.unroll and torch.is_grad_enabled()
         found = refine(
-            lambda lam: self.bound(lam, x, index, self.draws), lam, self.steps, rule=self.rule, unroll=through
+            lambda lam: self.bound(lam, x, index, self.draws, self._weight),
+            lam,
+            self.steps,
+            rule=self.rule,
+            unroll=through,
         )
         return found.lam if through else lam + (found.lam - lam).detach()
 
@@ -189,6 +218,7 @@ class PerDatapoint(Guide):
         local_steps: steps of a row at each visit. The last is taken together with the decoder's.
         local_learning_rate: of these steps, see :class:`~pvae.refine.RowAdam`.
         new_steps: the most steps with which rows of new data are fitted, from the initial value, decoder frozen.
+        sites: the latents that q is over.
 
     Each row has its own Adam moments and step count, so that rows outside a batch keep their bits. Memory is
     the table and its moments, 3 N P + N numbers.
@@ -213,8 +243,9 @@ class PerDatapoint(Guide):
         local_steps: int = 5,
         local_learning_rate: float = 0.1,
         new_steps: int = 200,
+        sites: Sites | None = None,
     ) -> None:
-        super().__init__(family)
+        super().__init__(family, sites)
         _positive(
             "PerDatapoint",
             num_data=num_data,
@@ -240,7 +271,13 @@ class PerDatapoint(Guide):
         lam, state = self.table[index], RowState(self.first[index], self.second[index], self.row_steps[index])
         if self.local_steps > 1:
             bound = self._own_bound()
-            found = refine(lambda lam: bound(lam, x, index), lam, self.local_steps - 1, rule=self.rule, state=state)
+            found = refine(
+                lambda lam: bound(lam, x, index, 1, self._weight),
+                lam,
+                self.local_steps - 1,
+                rule=self.rule,
+                state=state,
+            )
             lam, state = found.lam, found.state
         lam = mark(lam.detach().requires_grad_())
         # Told as a parameter, so that SVI takes gradients even where no other parameter is left to train.

@@ -1,17 +1,25 @@
-"""Networks: tensors to parameters, no probability. Each class takes (inputs, outputs) and its own options."""
+"""Networks: tensors to parameters, no probability. Each class takes (inputs, outputs) and its own options.
+
+Encoder and decoder are a pair of one class and the same options; ``decodes`` marks the decoder, which mirrors them.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import Any
 
 from torch import Tensor, nn
 
 from pvae.errors import UserError, nearest
 
-__all__ = ["MLP"]
+__all__ = ["MLP", "ResidualMLP", "Conv"]
 
-ACTIVATIONS = ("ReLU", "ELU", "GELU", "SiLU", "Softplus", "Tanh", "LeakyReLU")
+ACTIVATIONS = ("ReLU", "ELU", "GELU", "SiLU", "Softplus", "Tanh", "LeakyReLU", "GLU")
+
+# Takes n to n / 2 rounded up, whatever n is, so that even a single line of pixels stays one.
+HALVING: dict[str, Any] = {"kernel_size": 3, "stride": 2, "padding": 1}
 
 
 class MLP(nn.Module):
@@ -20,29 +28,224 @@ class MLP(nn.Module):
     Arguments:
         inputs: number of input values.
         outputs: number of output values.
-        hidden: widths of the hidden layers, from the data's side to the latent's; a decoder gives them reversed.
-        activation: name of a ``torch.nn`` activation.
+        hidden: widths of the hidden layers, from the data's side to the latent's.
+        activation: name of a ``torch.nn`` activation; GLU makes gated layers,
+            :math:`h_{l+1} = (W_l h_l + b_l) \sigma(V_l h_l + c_l)`.
+        decodes: this is a pair's decoder, which has the hidden layers in reversed order.
 
     Shapes: [..., inputs] to [..., outputs].
 
     Raises:
         UserError: an unknown activation, or a width below 1.
 
+    Source of the gated layers: Tomczak and Welling (2018), *VAE with a VampPrior*, arXiv:1705.07120.
+
     >>> import torch
     >>> MLP(64, 16, hidden=[32])(torch.zeros(5, 64)).shape
     torch.Size([5, 16])
     """
 
-    def __init__(self, inputs: int, outputs: int, *, hidden: Sequence[int] = (400,), activation: str = "ReLU") -> None:
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        *,
+        hidden: Sequence[int] = (400,),
+        activation: str = "ReLU",
+        decodes: bool = False,
+    ) -> None:
         super().__init__()
-        if activation not in ACTIVATIONS:
-            raise UserError(f"MLP: unknown activation '{activation}'{nearest(activation, ACTIVATIONS)}")
-        if any(width < 1 for width in hidden):
-            raise UserError(f"MLP: hidden is {list(hidden)}, but every width must be at least 1")
-        layers: list[nn.Module] = []
-        for before, after in pairwise([inputs, *hidden]):
-            layers += [nn.Linear(before, after), getattr(nn, activation)()]
-        self.layers = nn.Sequential(*layers, nn.Linear([inputs, *hidden][-1], outputs))
+        _check("MLP", activation, hidden=hidden)
+        widths = [inputs, *(hidden[::-1] if decodes else hidden)]
+        self.layers = nn.Sequential(*_dense(widths, activation), nn.Linear(widths[-1], outputs))
 
     def forward(self, values: Tensor) -> Tensor:
         return self.layers(values)
+
+
+class ResidualMLP(nn.Module):
+    r"""Fully connected network of residual blocks, :math:`h_{l+1} = h_l + V_l\, a(W_l\, \mathrm{norm}(h_l))`.
+
+    Arguments:
+        inputs: number of input values.
+        outputs: number of output values.
+        width: of every hidden layer.
+        blocks: number of residual blocks.
+        activation: as in :class:`MLP`.
+        decodes: this is a pair's decoder, which is built like the encoder.
+
+    A linear layer comes before the blocks, a norm and a linear layer after them. Each block starts as the identity
+    (V = 0), so that a deep network is as easily trained as a shallow one.
+
+    Shapes: [..., inputs] to [..., outputs].
+
+    Raises:
+        UserError: an unknown activation, a width below 2 (a norm makes one value a constant), or no block.
+
+    Source: He, Zhang, Ren, Sun (2016), *Identity Mappings in Deep Residual Networks*, arXiv:1603.05027.
+
+    >>> import torch
+    >>> ResidualMLP(64, 16, width=32)(torch.zeros(5, 64)).shape
+    torch.Size([5, 16])
+    """
+
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        *,
+        width: int = 256,
+        blocks: int = 2,
+        activation: str = "GELU",
+        decodes: bool = False,
+    ) -> None:
+        super().__init__()
+        _check("ResidualMLP", activation, blocks=blocks)
+        if width < 2:
+            raise UserError(f"ResidualMLP: width is {width}, but it must be at least 2")
+        self.first = nn.Linear(inputs, width)
+        self.blocks = nn.ModuleList(self._block(width, activation) for _ in range(blocks))
+        self.last = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, outputs))
+
+    @staticmethod
+    def _block(width: int, activation: str) -> nn.Sequential:
+        last = nn.Linear(width, width)
+        nn.init.zeros_(last.weight)
+        nn.init.zeros_(last.bias)
+        return nn.Sequential(nn.LayerNorm(width), *_activated(nn.Linear, width, width, activation), last)
+
+    def forward(self, values: Tensor) -> Tensor:
+        values = self.first(values)
+        for block in self.blocks:
+            values = values + block(values)
+        return self.last(values)
+
+
+class Conv(nn.Module):
+    r"""Convolutional network for pictures, :math:`h_{l+1} = a(W_l * h_l + b_l)` at half the size each, then dense.
+
+    Arguments:
+        inputs: number of input values.
+        outputs: number of output values.
+        shape: (H, W) or (H, W, C) of the picture that a row of data is, channels last; any size from 1 on.
+        channels: of the convolutions, from the data's side to the latent's; each halves H and W, rounding up.
+        hidden: widths of the dense layers between the convolutions and the latent, from the data's side on.
+        activation: as in :class:`MLP`.
+        decodes: this is a pair's decoder: from the latent through transposed convolutions back to H x W, with
+            outputs = P * H * W * C for P parameters of each value, in the order [P, H, W, C].
+
+    Shapes: [..., inputs] to [..., outputs].
+
+    Raises:
+        UserError: an unknown activation, an option below 1, or a shape that does not fit the row.
+
+    Source: Radford, Metz, Chintala (2016), *Deep Convolutional Generative Adversarial Networks*, arXiv:1511.06434;
+    of the weights at the start: He, Zhang, Ren, Sun (2015), *Delving Deep into Rectifiers*, arXiv:1502.01852.
+
+    >>> import torch
+    >>> Conv(64, 16, shape=(8, 8))(torch.zeros(5, 64)).shape
+    torch.Size([5, 16])
+    >>> Conv(8, 2 * 64, shape=(8, 8), decodes=True)(torch.zeros(5, 8)).shape
+    torch.Size([5, 128])
+    """
+
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        *,
+        shape: Sequence[int],
+        channels: Sequence[int] = (32, 64),
+        hidden: Sequence[int] = (256,),
+        activation: str = "ReLU",
+        decodes: bool = False,
+    ) -> None:
+        super().__init__()
+        _check("Conv", activation, shape=shape, channels=channels, hidden=hidden)
+        _check_picture(shape, channels, outputs if decodes else inputs, decodes)
+        self.shape, self.outputs, self.decodes = (*shape, 1)[:3], outputs, decodes
+        sizes = [self.shape[:2]]
+        for _ in channels:
+            sizes.append(tuple((n + 1) // 2 for n in sizes[-1]))
+        features = channels[-1] * math.prod(sizes[-1])
+        if decodes:
+            self.layers = nn.Sequential(
+                *_dense([inputs, *hidden[::-1], features], activation),
+                nn.Unflatten(1, (channels[-1], *sizes[-1])),
+                *_doublings([*channels[::-1], outputs // math.prod(sizes[0])], sizes[-2::-1], activation),
+            )
+        else:
+            self.layers = nn.Sequential(
+                *_halvings([self.shape[2], *channels], activation),
+                nn.Flatten(),
+                *_dense([features, *hidden], activation),
+                nn.Linear([features, *hidden][-1], outputs),
+            )
+        _start(self.layers)
+
+    def forward(self, values: Tensor) -> Tensor:
+        rows = values.reshape(-1, values.shape[-1])
+        if self.decodes:
+            made = self.layers(rows).unflatten(1, (-1, self.shape[2])).movedim(2, -1)
+        else:
+            made = self.layers(rows.unflatten(1, self.shape).movedim(-1, 1))
+        return made.reshape(*values.shape[:-1], self.outputs)
+
+
+def _activated(layer: Any, before: int, after: int, activation: str, **options: Any) -> list[nn.Module]:
+    """A layer and its activation; a gate takes half of the layer's outputs, which lie in dimension 1 of maps."""
+    if activation == "GLU":
+        return [layer(before, 2 * after, **options), nn.GLU(-1 if layer is nn.Linear else 1)]
+    return [layer(before, after, **options), getattr(nn, activation)()]
+
+
+def _dense(widths: Sequence[int], activation: str) -> list[nn.Module]:
+    layers: list[nn.Module] = []
+    for before, after in pairwise(widths):
+        layers += _activated(nn.Linear, before, after, activation)
+    return layers
+
+
+def _halvings(channels: Sequence[int], activation: str) -> list[nn.Module]:
+    layers: list[nn.Module] = []
+    for before, after in pairwise(channels):
+        layers += _activated(nn.Conv2d, before, after, activation, **HALVING)
+    return layers
+
+
+def _doublings(channels: Sequence[int], sizes: Sequence[tuple[int, ...]], activation: str) -> list[nn.Module]:
+    """Transposed convolutions back to these sizes; the last is linear."""
+    layers: list[nn.Module] = []
+    kinds = [activation] * (len(sizes) - 1) + ["Identity"]
+    for (before, after), size, kind in zip(pairwise(channels), sizes, kinds, strict=True):
+        padding = tuple(1 - n % 2 for n in size)
+        layers += _activated(nn.ConvTranspose2d, before, after, kind, output_padding=padding, **HALVING)
+    return layers
+
+
+def _start(layers: nn.Sequential) -> None:
+    """He's weights, which keep a signal's size through rectified layers; smaller ones in the last, which is linear."""
+    weighted: list[Any] = [layer for layer in layers if hasattr(layer, "weight")]
+    for layer in weighted:
+        # A transposed convolution of stride 2 spreads its kernel over 2 x 2 neighbours.
+        feeds = layer.weight[:, 0].numel() / 4 if isinstance(layer, nn.ConvTranspose2d) else layer.weight[0].numel()
+        nn.init.normal_(layer.weight, std=math.sqrt((1 / 3 if layer is weighted[-1] else 2) / feeds))
+        nn.init.zeros_(layer.bias)
+
+
+def _check(who: str, activation: str, **counts: int | Sequence[int]) -> None:
+    if activation not in ACTIVATIONS:
+        raise UserError(f"{who}: unknown activation '{activation}'{nearest(activation, ACTIVATIONS)}")
+    for name, value in counts.items():
+        if min([value] if isinstance(value, int) else value, default=1) < 1:
+            raise UserError(f"{who}: {name} is {value}, but it must be at least 1")
+
+
+def _check_picture(shape: Sequence[int], channels: Sequence[int], row: int, decodes: bool) -> None:
+    if not channels:
+        raise UserError("Conv: channels is empty, but at least one convolution is needed; use MLP for none")
+    if len(shape) not in (2, 3):
+        raise UserError(f"Conv: shape is {list(shape)}, but a picture has H, W or H, W, C")
+    values = math.prod(shape)
+    if row % values if decodes else row != values:
+        raise UserError(f"Conv: shape {list(shape)} holds {values} values, but the row has {row}; give the data's own")

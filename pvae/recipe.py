@@ -1,40 +1,35 @@
-"""Recipes: everything that fixes a run, as plain words and numbers. The only place where a type is a string."""
+"""Recipes: everything that fixes a run, as plain words and numbers."""
 
 from __future__ import annotations
 
-import inspect
+import math
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from types import ModuleType
 from typing import Any, NamedTuple, get_type_hints
 
 import tomli_w
+from torch import Tensor, nn
 
-from pvae import data, families, guides, likelihoods, networks, priors
-from pvae.errors import UserError, fits, nearest
+from pvae import components, data, guides
+from pvae.components import KINDS, Component, make, table
+from pvae.errors import Refused, UserError, fits, nearest
+from pvae.families import Family
 from pvae.files import write_text
-from pvae.generative import VAE
 from pvae.guides import local_bound
+from pvae.objectives import Objective
 from pvae.runtime import seeded
+from pvae.sites import Sites, find_sites
 
-__all__ = ["KINDS", "Built", "Recipe", "build", "find", "load_data", "make", "read", "resolve", "table", "write"]
+__all__ = ["Built", "Recipe", "RecipeFile", "build", "load_data", "open_file", "read", "resolve", "write"]
 
-KINDS: dict[str, ModuleType] = {
-    "likelihood": likelihoods,
-    "prior": priors,
-    "family": families,
-    "network": networks,
-    "guide": guides,
+# What a data set takes where the user does not say: latent dimensions, hidden widths, epochs, learning rate, levels.
+USUAL = {
+    "digits": (8, [128], 150, 2e-3, 17),
+    "images": (20, [400], 10, 1e-3, 256),
+    "file": (8, [128], 100, 1e-3, 256),
 }
-Component = str | Mapping[str, Any]
-
-# What a data set takes where the user does not say: latent dimensions, hidden widths, epochs, learning rate.
-USUAL = {"digits": (8, [128], 150, 2e-3), "images": (20, [400], 10, 1e-3), "file": (8, [128], 100, 1e-3)}
-
-# Arguments that building a recipe supplies, so that no recipe may.
-SUPPLIED = ("dim", "inputs", "outputs", "encoder", "family", "num_data", "bound")
 
 
 @dataclass(frozen=True)
@@ -43,197 +38,273 @@ class Recipe:
 
     Attributes:
         data: a name of ``pvae.data.NAMES`` or a file.
-        binarize: ``none``, ``threshold`` or ``dynamic``.
+        binarize: ``none``, ``threshold``, ``dynamic`` or ``levels``.
         test_size, validation_size: rows held out, as a count or a fraction.
-        likelihood, prior, family, network, guide: a class's name, or a table with ``type`` and its arguments.
+        program, likelihood, prior, family, network, guide, objective: a class's name or ``file.py:Class``, with
+            arguments as in ``IWAE(K=20)``, or a table with ``type`` and its arguments.
         latent: number of latent dimensions, D.
         epochs, batch_size, learning_rate, patience, seed: see :func:`pvae.training.fit`.
+        split_seed: of the rows held out; the seed unless given.
     """
 
     data: str = "digits"
     binarize: str | None = None
     test_size: float | None = None
     validation_size: float = 0
+    program: Component = "VAE"
     likelihood: Component = "Bernoulli"
     prior: Component = "StandardNormal"
     family: Component = "DiagonalNormal"
     network: Component = "MLP"
     guide: Component = "Amortized"
+    objective: Component = "ELBO"
     latent: int | None = None
     epochs: int | None = None
     batch_size: int = 128
     learning_rate: float | None = None
     patience: int | None = None
     seed: int = 0
+    split_seed: int | None = None
 
     def name(self, kind: str) -> str:
-        """The name of the class chosen for a kind."""
-        return str(table(getattr(self, kind)).get("type"))
+        """The class chosen for a kind as one word, with arguments other than the defaults."""
+        component = getattr(self, kind)
+        return components.label(component, components.defaults(kind, component))
 
 
 class Built(NamedTuple):
-    """A recipe's program and guide, ready for :func:`pvae.training.fit`."""
+    """A recipe's program, guide and objective, ready for :func:`pvae.training.fit`."""
 
-    vae: VAE
+    program: Any
     guide: guides.Guide
+    objective: Objective
 
 
-def table(component: Component) -> dict[str, Any]:
-    """A component as a table with ``type``."""
-    return {"type": component} if isinstance(component, str) else dict(component)
+class RecipeFile(NamedTuple):
+    """A recipe as a file gives it: the recipe, the axes to vary, and the numbers that a run has written there."""
 
-
-def find(kind: str, name: str) -> Any:
-    """The class of a kind by its name.
-
-    Raises:
-        UserError: there is none; the message names the nearest.
-    """
-    known = KINDS[kind].__all__
-    if name not in known:
-        raise UserError(f"unknown {kind} '{name}'{nearest(name, known)}")
-    return getattr(KINDS[kind], name)
-
-
-def make(kind: str, component: Component, **supplied: Any) -> Any:
-    """An instance of a component: its own arguments from the table, the rest from what is supplied by name.
-
-    Raises:
-        UserError: an unknown name or argument, or a value that the class refuses.
-    """
-    arguments = table(component)
-    cls = _checked(kind, arguments)
-    arguments.pop("type")
-    takes = _arguments(cls)
-    try:
-        return cls(**arguments, **{name: value for name, value in supplied.items() if name in takes})
-    except (TypeError, ValueError) as error:
-        raise UserError(f"{kind} {cls.__name__}: {error}") from error
-
-
-def _checked(kind: str, component: dict[str, Any]) -> Any:
-    """The component's class, after its arguments have been looked at."""
-    cls = find(kind, component.get("type", ""))
-    own = [name for name in _arguments(cls) if name not in SUPPLIED]
-    hints = get_type_hints(cls.__init__)
-    for name, value in component.items():
-        if name != "type" and name not in own:
-            raise UserError(f"{kind} {cls.__name__} takes no argument '{name}'{nearest(name, own)}")
-        if name != "type" and not fits(value, hints[name]):
-            raise UserError(f"{kind} {cls.__name__}: {name} is {value!r}, but it takes {_words(hints[name])}")
-    return cls
-
-
-def _words(hint: Any) -> str:
-    return hint.__name__ if isinstance(hint, type) else str(hint).replace("collections.abc.", "")
-
-
-def _arguments(cls: type) -> dict[str, inspect.Parameter]:
-    parameters = inspect.signature(cls).parameters
-    return {name: p for name, p in parameters.items() if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)}
+    recipe: Recipe
+    vary: dict[str, list[Any]]
+    expected: dict[str, Any]
 
 
 def resolve(recipe: Recipe) -> Recipe:
     """Fill in what suits the data, and every component's defaults, so that nothing is left to a later version's.
 
     Raises:
-        UserError: an unknown component or argument.
+        UserError: an unknown component or argument, or a number out of range.
 
     >>> resolve(Recipe()).binarize
     'threshold'
     """
+    _check_range(recipe)
     kind = "digits" if recipe.data == "digits" else "images" if recipe.data in data.NAMES else "file"
-    latent, hidden, epochs, learning_rate = USUAL[kind]
-    if recipe.latent is not None and recipe.latent < 1:
-        raise UserError(f"--latent is {recipe.latent}, but at least 1 dimension is needed")
-    if not 0 <= recipe.seed < 2**31:
-        raise UserError(f"--seed is {recipe.seed}, but it must be from 0 to {2**31 - 1}")
-    network = table(recipe.network)
-    if network.get("type") == "MLP":
-        network.setdefault("hidden", hidden)
-    binary = str(find("likelihood", recipe.name("likelihood")).support) == "Boolean()"
-    components: dict[str, Any] = {
-        name: _spelled_out(name, getattr(recipe, name)) for name in KINDS if name != "network"
-    }
+    latent, hidden, epochs, learning_rate, levels = USUAL[kind]
+    chosen = {name: table(getattr(recipe, name)) for name in KINDS}
+    for name, argument, usual in (("network", "hidden", hidden), ("likelihood", "levels", levels)):
+        if components.takes(name, chosen[name], argument):
+            chosen[name].setdefault(argument, usual)
+    spelled: dict[str, Any] = {name: components.spelled_out(name, component) for name, component in chosen.items()}
     return replace(
         recipe,
-        **components,
+        **spelled,
         data=str(Path(recipe.data).resolve()) if kind == "file" and Path(recipe.data).exists() else recipe.data,
-        network=_spelled_out("network", network),
-        binarize=recipe.binarize or ("threshold" if binary and kind != "file" else "none"),
+        binarize=recipe.binarize or ("none" if kind == "file" else _usual_binarization(spelled)),
         latent=recipe.latent or latent,
         epochs=epochs if recipe.epochs is None else recipe.epochs,
         learning_rate=learning_rate if recipe.learning_rate is None else recipe.learning_rate,
+        split_seed=recipe.seed if recipe.split_seed is None else recipe.split_seed,
     )
 
 
-def _spelled_out(kind: str, component: Component) -> dict[str, Any]:
-    given = table(component)
-    takes = _arguments(_checked(kind, given))
-    own = {name: p.default for name, p in takes.items() if name not in SUPPLIED and p.default is not p.empty}
-    plain = {name: list(value) if isinstance(value, tuple) else value for name, value in (own | given).items()}
-    return {"type": given["type"]} | {name: value for name, value in plain.items() if name != "type"}
+def _usual_binarization(spelled: Mapping[str, Component]) -> str:
+    """What makes pictures of what the program or its likelihood scores."""
+    program = components.find("program", table(spelled["program"])["type"])
+    support = getattr(program, "support", None) or make("likelihood", spelled["likelihood"]).support
+    return "threshold" if str(support) == "Boolean()" else "levels" if support.is_discrete else "none"
+
+
+def _check_range(recipe: Recipe, where: str = "") -> None:
+    for name, least in (
+        ("latent", 1),
+        ("epochs", 0),
+        ("batch_size", 1),
+        ("patience", 1),
+        ("seed", 0),
+        ("split_seed", 0),
+    ):
+        value = getattr(recipe, name)
+        if value is not None and not least <= value < 2**31:
+            raise UserError(f"{where}--{name.replace('_', '-')} is {value}, but it must be at least {least}")
+    if recipe.learning_rate is not None and not 0 < recipe.learning_rate < math.inf:
+        raise UserError(f"{where}--learning-rate is {recipe.learning_rate}, but it must be positive")
 
 
 def load_data(recipe: Recipe, folder: str | Path | None = None) -> data.Dataset:
     """The recipe's data; ``folder`` is where torchvision's data sets are."""
+    program = components.find("program", table(recipe.program)["type"])
     return data.load(
         recipe.data,
         binarize=recipe.binarize or "none",
         folder=folder,
         test_size=recipe.test_size,
         validation_size=recipe.validation_size,
-        seed=recipe.seed,
+        seed=recipe.seed if recipe.split_seed is None else recipe.split_seed,
+        with_labels=getattr(program, "uses_labels", False),
     )
 
 
 def build(recipe: Recipe, dataset: data.Dataset) -> Built:
-    """Program and guide of a resolved recipe, sized from the data.
+    """Program, guide and objective of a resolved recipe, sized from the data.
 
     Recipes that differ in the guide alone start from the same decoder and, where they have one, the same encoder.
 
     Raises:
-        UserError: a component refuses its arguments.
+        UserError: a component refuses its arguments, or two of them do not go together.
     """
-    columns, latent = dataset.train.shape[1], recipe.latent
-    likelihood = make("likelihood", recipe.likelihood)
-    prior, family = (make(kind, getattr(recipe, kind), dim=latent) for kind in ("prior", "family"))
     with seeded(recipe.seed):
-        network = table(recipe.network)
-        if "hidden" in network:
-            network["hidden"] = network["hidden"][::-1]
-        decoder = make("network", network, inputs=latent, outputs=likelihood.params_per_value * columns)
-        vae = VAE(decoder, likelihood, prior)
-        encoder = make("network", recipe.network, inputs=columns, outputs=family.size)
-    bound = local_bound(vae.model, family)
-    supplied = {"encoder": encoder, "family": family, "num_data": len(dataset.train), "bound": bound}
-    return Built(vae, make("guide", recipe.guide, **supplied))
+        posterior = _Posterior(recipe, dataset)
+        program = _program(recipe, dataset, posterior)
+        sites = find_sites(program.model, dataset.train[:3])
+        posterior.fit_to(sites)
+    family, encoder = posterior.family, posterior.encoder
+    bound = local_bound(program.model, family, sites)
+    supplied = {"encoder": encoder, "family": family, "num_data": len(dataset.train), "bound": bound, "sites": sites}
+    return Built(program, make("guide", recipe.guide, **supplied), make("objective", recipe.objective))
 
 
-def write(recipe: Recipe, folder: Path) -> None:
-    """Write ``recipe.toml``."""
+def _program(recipe: Recipe, dataset: data.Dataset, posterior: _Posterior) -> Any:
+    columns = dataset.train.shape[1] - dataset.classes
+    likelihood = make("likelihood", recipe.likelihood)
+    supplied = {"columns": columns, "latent": recipe.latent, "likelihood": likelihood, "classes": dataset.classes}
+    if components.takes("program", recipe.program, "decoder"):
+        outputs = likelihood.params_per_value * columns
+        sizes = {"inputs": recipe.latent, "outputs": outputs, "shape": dataset.shape, "decodes": True}
+        supplied["decoder"] = make("network", recipe.network, **sizes)
+    posterior.make_encoder()
+    if components.takes("program", recipe.program, "prior"):
+        if components.takes("prior", recipe.prior, "posterior"):
+            posterior.check_has_encoder()
+        known = {"dim": recipe.latent, "posterior": posterior, "data": dataset.train}
+        supplied["prior"] = make("prior", recipe.prior, **known)
+    return make("program", recipe.program, **supplied)
+
+
+class _Posterior:
+    """The guide's family over its encoder, x [B, columns] to q(z|x): what a prior may be made of."""
+
+    def __init__(self, recipe: Recipe, dataset: data.Dataset) -> None:
+        self.recipe, self.dataset = recipe, dataset
+        self.family: Family = make("family", recipe.family, dim=recipe.latent)
+        self.encoder: nn.Module = nn.Identity()
+
+    def __call__(self, x: Tensor) -> Any:
+        return self.family(self.encoder(x))
+
+    def make_encoder(self) -> None:
+        """The encoder of the recipe's network for the family as it is."""
+        sizes = {"inputs": self.dataset.train.shape[1], "outputs": self.family.size, "shape": self.dataset.shape}
+        self.encoder = make("network", self.recipe.network, **sizes, decodes=False)
+
+    def fit_to(self, sites: Sites) -> None:
+        """Size family and encoder anew where the program's latents are not the recipe's D dimensions."""
+        if sites.dim != self.family.dim:
+            self.family = make("family", self.recipe.family, dim=sites.dim)
+            self.make_encoder()
+
+    def check_has_encoder(self) -> None:
+        """Refuse a prior that is made of the guide's posterior where the guide or its family has none to give."""
+        prior, guide, family = (self.recipe.name(kind) for kind in ("prior", "guide", "family"))
+        if not components.takes("guide", self.recipe.guide, "encoder"):
+            raise Refused(f"prior {prior} needs an encoder, and guide {guide} has none; use --guide Amortized")
+        if self.family.point_mass:
+            raise Refused(f"prior {prior} needs a density, and family {family} has none; use another --family")
+
+
+def write(recipe: Recipe, folder: Path, vary: Mapping[str, list[Any]] | None = None) -> None:
+    """Write ``recipe.toml``, with the axes that a comparison varies."""
+    write_text(folder / "recipe.toml", words(recipe, vary))
+
+
+def words(recipe: Recipe, vary: Mapping[str, list[Any]] | None = None) -> str:
+    """A recipe as the text of a recipe file."""
     keys = {name: value for name, value in asdict(recipe).items() if value is not None}
-    write_text(folder / "recipe.toml", tomli_w.dumps(keys))
+    return tomli_w.dumps(keys | ({"vary": vary} if vary else {}))
 
 
-def read(folder: Path) -> Recipe:
+def read(folder: Path, *, trust: bool = False) -> Recipe:
     """Read ``recipe.toml`` of a run folder.
 
+    Arguments:
+        trust: let the recipe name files whose code is to be run.
+
     Raises:
-        UserError: it is missing or broken, or has an unknown key.
+        UserError: it is missing or broken, has an unknown key, or names code that is not trusted.
     """
-    path = folder / "recipe.toml"
-    try:
-        keys = tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{folder} is not a run: it has no recipe.toml") from None
-    except (tomllib.TOMLDecodeError, OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} can't be read: {error}") from error
-    hints = get_type_hints(Recipe)
-    known = [f.name for f in fields(Recipe)]
+    if not (folder / "recipe.toml").is_file():
+        raise UserError(f"{folder} is not a run: it has no recipe.toml")
+    return open_file(folder / "recipe.toml", trust=trust).recipe
+
+
+def open_file(path: Path, changes: Mapping[str, Any] | None = None, *, trust: bool = False) -> RecipeFile:
+    """Read a recipe file and change some of its keys.
+
+    Arguments:
+        path: of a TOML file whose keys are those of :class:`Recipe`, and tables ``vary`` and ``expected``.
+        changes: keys that take the place of the file's.
+        trust: run the code of files that the recipe names; those that ``changes`` names are trusted.
+
+    Raises:
+        UserError: the file is missing or broken, has an unknown key or a value of the wrong type, or names code that
+            is not trusted.
+    """
+    keys = _toml(path)
+    vary, expected = keys.pop("vary", {}), keys.pop("expected", {})
+    hints, known = get_type_hints(Recipe), [f.name for f in fields(Recipe)]
     for key in keys:
         if key not in known:
             raise UserError(f"{path}: unknown key '{key}'{nearest(key, known)}")
         if not fits(keys[key], hints[key]):
-            raise UserError(f"{path}: {key} is {keys[key]!r}, but it takes {_words(hints[key])}")
-    return Recipe(**keys)
+            raise UserError(f"{path}: {key} is {keys[key]!r}, but it takes {components.type_words(hints[key])}")
+    for axis, values in vary.items():
+        if axis not in known or not isinstance(values, list) or not values:
+            raise UserError(f"{path}: vary.{axis} must be a list of values for one of {', '.join(known)}")
+    own = {name: _located(value, name, path.parent) for name, value in keys.items()}
+    named = {components.own_file(value) for value in (changes or {}).values() if isinstance(value, (str, dict))}
+    axes = {axis: [_located(value, axis, path.parent) for value in values] for axis, values in vary.items()}
+    if not trust:
+        left = {n: [v] for n, v in own.items() if n not in (changes or {})} | axes
+        _refuse_code(path, left, {Path(file).resolve() for file in named if file})
+    recipe = Recipe(**(own | dict(changes or {})))
+    _check_range(recipe, f"{path}: ")
+    return RecipeFile(recipe, axes, expected)
+
+
+def _toml(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"there is no recipe {path}") from None
+    except (tomllib.TOMLDecodeError, OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} can't be read: {error}") from error
+
+
+def _located(value: Any, key: str, folder: Path) -> Any:
+    """A value whose file, if it names one, is looked for beside the recipe first."""
+    if key == "data" and isinstance(value, str) and (folder / value).is_file():
+        return str(folder / value)
+    file = components.own_file(value) if key in KINDS else None
+    if file is None or not (folder / file).is_file():
+        return value
+    own = table(value)
+    return own | {"type": f"{folder / file}:{own['type'].rpartition(':')[2]}"}
+
+
+def _refuse_code(path: Path, keys: Mapping[str, list[Any]], named: Collection[Path]) -> None:
+    for kind in KINDS:
+        for value in keys.get(kind, []):
+            file = components.own_file(value)
+            if file and Path(file).resolve() not in named:
+                raise UserError(
+                    f"{path}: {kind} is code in {file}, which runs only if you give --trust or name it in --{kind}"
+                )

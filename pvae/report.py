@@ -23,11 +23,12 @@ def write(folder: Path) -> Path:
         UserError: the folder has no results, or they are broken or of another version.
     """
     results = read_json(folder / "results.json", f"pvae evaluate {folder} writes it")
-    if not isinstance(results, dict) or results.get("schema") != 1:
+    if not isinstance(results, dict) or results.get("schema") != 2:
         raise UserError(f"{folder / 'results.json'} is of another version; pvae evaluate {folder} writes it anew")
-    idata = export.load(folder)
     try:
-        page = render(results, figures(results, idata))
+        groups = results["groups"]
+        pictures = [figures(group, export.load(folder, n)) for n, group in enumerate(groups, 1)]
+        page = render(results, pictures)
     except (KeyError, IndexError, TypeError) as error:
         path = folder / "results.json"
         raise UserError(f"{path} lacks {error} or does not go with {export.FILE}; pvae evaluate writes both") from error
@@ -35,16 +36,13 @@ def write(folder: Path) -> Path:
     return folder / FILE
 
 
-def render(results: dict[str, Any], pictures: dict[str, str]) -> str:
-    """The page's HTML; everything that comes from data, flags or files is escaped."""
+def render(results: dict[str, Any], pictures: list[dict[str, str]]) -> str:
+    """The page's HTML, with each group's pictures; everything that comes from data, flags or files is escaped."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     environment = Environment(
         loader=PackageLoader("pvae", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
     template = environment.get_template("report.html.jinja")
-    own = {table.title: table for table in tables(results)}
-    titles = list(own)
-    return template.render(
-        results=results, own=[own[t] for t in titles[:3]], same=[own[t] for t in titles[3:]], figures=pictures
-    )
+    told = [tables(group) for group in results["groups"]]
+    return template.render(results=results, groups=list(zip(results["groups"], told, pictures, strict=True)))

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from pvae import checkpoints, recipe
 from pvae.data import Dataset
 from pvae.errors import UserError
+from pvae.objectives import NonFinite
 from pvae.recipe import Built, Recipe
-from pvae.runtime import pick_device
+from pvae.runtime import pick_device, seeded, unchecked
 from pvae.training import Fit, check_budget, check_support, fit
 
 __all__ = ["Variant", "check", "load", "parameters", "prepare", "train"]
@@ -36,34 +38,62 @@ class Variant(NamedTuple):
     fit: Fit
 
 
-def check(own: Recipe, data: Dataset) -> None:
-    """Refuse what can be known to fail before anything is written: components, budget, data outside the support."""
+def check(own: Recipe, data: Dataset) -> Built:
+    """Refuse what can be known to fail before anything is written, and return what was built.
+
+    Raises:
+        UserError: a component, the budget, data outside the support.
+        Refused: components that do not go together.
+    """
     check_budget(data, own.epochs or 0, own.batch_size, own.learning_rate or 0.0, own.patience)
-    check_support(recipe.build(own, data).vae.model, data)
+    built = recipe.build(own, data)
+    check_support(built.program.model, data)
+    x, index = next(data.batches(2, own.seed, 0))
+    with seeded(own.seed), unchecked():
+        try:
+            built.objective.loss(built.program.model, built.guide, x, index)
+        except NonFinite as error:
+            raise UserError(f"at the first step {error}; choose another --likelihood or scale the data") from error
+    return built
 
 
-def prepare(folder: Path, own: Recipe, *, overwrite: bool = False, resume: bool = False) -> None:
+def prepare(
+    folder: Path,
+    own: Recipe,
+    vary: Mapping[str, list[Any]] | None = None,
+    *,
+    overwrite: bool = False,
+    resume: bool = False,
+) -> None:
     """Make a folder ready for a run of a resolved recipe, and write the recipe there.
 
     Raises:
         UserError: the folder holds something else, can't be written to, or is to be resumed with another recipe.
     """
+    if overwrite and resume:
+        raise UserError("--overwrite and --resume exclude each other")
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--out {folder} is a file; name a folder")
     holds_run = (folder / "recipe.toml").is_file()
     if resume:
-        _check_same(folder, own)
+        _check_same(folder, own, dict(vary or {}))
     elif holds_run and not overwrite:
         raise UserError(f"--out {folder} holds a run; give --overwrite, --resume or another --out")
     elif holds_run:
         _clear(folder)
     elif folder.is_dir() and any(folder.iterdir()):
         raise UserError(f"--out {folder} holds files that are not a run's; name another folder")
-    recipe.write(own, folder)
+    recipe.write(own, folder, dict(vary or {}))
 
 
-def _check_same(folder: Path, own: Recipe) -> None:
-    there = recipe.read(folder)
+def _check_same(folder: Path, own: Recipe, vary: dict[str, list[Any]]) -> None:
+    # Nothing of it is run: what is built is the recipe at hand.
+    there, axes, _ = recipe.open_file(folder / "recipe.toml", trust=True)
+    if bool(axes) != bool(vary):
+        kinds = {True: "compare's", False: "fit's"}
+        raise UserError(f"--resume: {folder} is {kinds[bool(axes)]}, not {kinds[bool(vary)]}; name another --out")
+    if axes != vary:
+        raise UserError(f"--resume: {folder} varies {axes}, but now {vary}; give the same flags, or another --out")
     for name, value in vars(own).items():
         if value != getattr(there, name):
             raise UserError(
@@ -87,12 +117,13 @@ def train(
     """Fit a resolved recipe in its prepared folder."""
     built = recipe.build(own, data)
     report = fit(
-        built.vae.model,
+        built.program.model,
         built.guide,
         data,
         epochs=own.epochs or 0,
         batch_size=own.batch_size,
         learning_rate=own.learning_rate or 0.0,
+        objective=built.objective,
         patience=own.patience,
         seed=own.seed,
         device=device,
@@ -103,19 +134,22 @@ def train(
     return Variant(own, built, report)
 
 
-def load(folder: Path, data: Dataset, *, device: str = "auto") -> Variant:
+def load(folder: Path, data: Dataset, *, device: str = "auto", trust: bool = False) -> Variant:
     """The fitted variant of a run folder.
+
+    Arguments:
+        trust: run the code of files that the recipe names.
 
     Raises:
         UserError: no run, or a checkpoint that is broken, of another model or of other data.
     """
-    own = recipe.read(folder)
+    own = recipe.read(folder, trust=trust)
     tensors, header = checkpoints.read(folder)
     if header["digest"] != data.digest:
         raise UserError(f"{folder} was fitted to other rows than {data.identity} has now; fit it anew")
     built = recipe.build(own, data)
     tensors = checkpoints.best(tensors) or tensors
-    for kind, module in (("model", built.vae), ("guide", built.guide)):
+    for kind, module in (("model", built.program), ("guide", built.guide)):
         checkpoints.fill(module, kind, tensors, folder)
         module.to(pick_device(device)).eval()
     return Variant(own, built, Fit(header["history"], header["seconds"], header["stopped"]))
@@ -123,7 +157,7 @@ def load(folder: Path, data: Dataset, *, device: str = "auto") -> Variant:
 
 def parameters(variant: Variant) -> dict[str, int]:
     """How many numbers are trained: shared by all datapoints, and of the datapoints' own."""
-    modules = (variant.built.vae, variant.built.guide)
+    modules = (variant.built.program, variant.built.guide)
     shared = {id(p): p.numel() for module in modules for p in module.parameters() if p.requires_grad}
     table = getattr(variant.built.guide, "table", torch.empty(0))
     return {"global": sum(shared.values()), "local": table.numel()}

@@ -23,6 +23,9 @@ QUANTITIES = {
     "reconstruction": "reconstruction",
 }
 
+# Variants beyond which they stand one below the other on a terminal.
+MANY = 4
+
 
 class Table(NamedTuple):
     """A table of text: a title, what the first column is, column names, and rows that start with their name."""
@@ -32,27 +35,28 @@ class Table(NamedTuple):
     rows: list[list[str]]
 
 
-def tables(results: dict[str, Any]) -> list[Table]:
-    """The tables of ``results.json``: test rows, training rows and cost of each variant, and the same decoder."""
-    found = [_quantities(results, "test"), _quantities(results, "train"), _cost(results)]
-    if "same_decoder" in results:
-        found.append(_same_decoder(results))
+def tables(group: dict[str, Any]) -> list[Table]:
+    """The tables of a group in ``results.json``: test and training rows, cost of each variant, and the same decoder."""
+    found = [_quantities(group, "test"), _quantities(group, "train"), _cost(group)]
+    if "same_decoder" in group:
+        found.append(_same_decoder(group))
     return found
 
 
-def _quantities(results: dict[str, Any], split: str) -> Table:
-    rows = results["rows"]
+def _quantities(group: dict[str, Any], split: str) -> Table:
+    rows = group["rows"]
     names = [name for name in QUANTITIES if any(name in row[split] for row in rows)]
     K = next(iter(rows[0][split].values()))["K"]
-    header = ["guide", *(f"IWAE-{K}" if name == "iwae" else QUANTITIES[name] for name in names)]
-    cells = [[row["guide"], *(_estimate(row[split].get(name)) for name in names)] for row in rows]
+    header = ["variant", *(f"IWAE-{K}" if name == "iwae" else QUANTITIES[name] for name in names)]
+    cells = [[row["name"], *(_estimate(row[split].get(name)) for name in names)] for row in rows]
     where = {"test": "test rows", "train": "training rows"}[split]
-    return Table(f"Each with its own decoder, {where} (nats per row)", header, cells)
+    seeds = f", {len(rows[0]['seeds'])} seeds" if len(rows[0]["seeds"]) > 1 else ""
+    return Table(f"Each with its own decoder, {where} (nats per row{seeds})", header, cells)
 
 
-def _cost(results: dict[str, Any]) -> Table:
+def _cost(group: dict[str, Any]) -> Table:
     header = [
-        "guide",
+        "variant",
         "shared parameters",
         "parameters of rows",
         "epochs",
@@ -62,7 +66,7 @@ def _cost(results: dict[str, Any]) -> Table:
     ]
     rows = [
         [
-            row["guide"],
+            row["name"],
             f"{row['parameters']['global']:,}",
             f"{row['parameters']['local']:,}",
             str(row["epochs"]),
@@ -70,13 +74,13 @@ def _cost(results: dict[str, Any]) -> Table:
             f"{row['seconds'] / max(row['epochs'], 1):.3g}",
             f"{row['evaluation_seconds']:.1f}",
         ]
-        for row in results["rows"]
+        for row in group["rows"]
     ]
     return Table("What it cost", header, rows)
 
 
-def _same_decoder(results: dict[str, Any]) -> Table:
-    same = results["same_decoder"]
+def _same_decoder(group: dict[str, Any]) -> Table:
+    same = group["same_decoder"]
     header = ["source of lam", "ELBO", "against its own encoder", "below the best in the family", "ms per row"]
     rows = [
         [
@@ -98,17 +102,21 @@ def _estimate(value: dict[str, Any] | None) -> str:
 
 
 def rich_tables(results: dict[str, Any]) -> list[Any]:
-    """The tables for a terminal, turned so that guides stand side by side."""
+    """The tables of all groups for a terminal, turned so that few variants stand side by side."""
     import rich.box
     from rich.table import Table as RichTable
 
     found = []
-    for title, header, rows in tables(results):
-        table = RichTable(title=title, title_justify="left", box=rich.box.SIMPLE_HEAD, title_style="bold")
-        table.add_column(header[0])
-        for row in rows:
-            table.add_column(row[0], justify="right")
-        for column in range(1, len(header)):
-            table.add_row(header[column], *(row[column] for row in rows))
-        found.append(table)
+    for group in results["groups"]:
+        data, alone = group["data"], len(results["groups"]) == 1
+        several = "" if alone else f" - {data['identity']}, {data['base_measure']}"
+        for title, header, rows in tables(group):
+            table = RichTable(title=title + several, title_justify="left", box=rich.box.SIMPLE_HEAD, title_style="bold")
+            across = [header, *rows] if len(rows) > MANY else [list(line) for line in zip(header, *rows, strict=True)]
+            table.add_column(across[0][0])
+            for name in across[0][1:]:
+                table.add_column(name, justify="right")
+            for line in across[1:]:
+                table.add_row(*line)
+            found.append(table)
     return found

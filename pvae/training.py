@@ -24,9 +24,10 @@ from pvae.console import bar
 from pvae.data import Dataset
 from pvae.errors import UserError
 from pvae.files import write_text
-from pvae.guides import PerDatapoint
-from pvae.objectives import ELBO, NonFinite
+from pvae.guides import Guide, PerDatapoint
+from pvae.objectives import ELBO, NonFinite, Objective
 from pvae.runtime import module_of, pick_device, seeded, unchecked
+from pvae.sites import innermost
 from pvae.weights import Program, log_weights
 
 __all__ = ["Fit", "FusedAdam", "Interrupted", "check_budget", "check_support", "fit"]
@@ -43,8 +44,11 @@ class Interrupted(Exception):
     """
 
     def __init__(self, message: str, number: int) -> None:
-        super().__init__(message)
+        super().__init__(message, number)
         self.signal = number
+
+    def __str__(self) -> str:
+        return str(self.args[0])
 
 
 class FusedAdam(PyroOptim):
@@ -95,8 +99,8 @@ class Fit:
     """What a fit did.
 
     Attributes:
-        history: a row for each epoch: ``epoch``, ``seconds`` of training so far, ``elbo`` (mean over the epoch, nats
-            per datapoint) and ``validation_elbo`` where there is a validation split.
+        history: a row for each epoch: ``epoch``, ``seconds`` of training so far, ``objective`` (its bound as it was
+            trained, mean over the epoch, nats per datapoint) and ``validation_elbo`` where there is a validation split.
         seconds: of training, interruptions left out.
         stopped: why it ended: ``finished`` or ``early``.
     """
@@ -114,6 +118,7 @@ def fit(
     epochs: int,
     batch_size: int = 128,
     learning_rate: float = 1e-3,
+    objective: Objective | None = None,
     patience: int | None = None,
     seed: int = 0,
     device: str = "auto",
@@ -121,7 +126,7 @@ def fit(
     resume: bool = False,
     progress: bool = False,
 ) -> Fit:
-    r"""Maximize the ELBO over model and guide together, :math:`\sum_i E_q[\log p(x_i, z) - \log q(z|x_i)]`.
+    r"""Maximize a bound over model and guide together, by default :math:`\sum_i E_q[\log p(x_i, z) - \log q(z|x_i)]`.
 
     Arguments:
         model, guide: Pyro programs of one signature ``(x, index)``: modules, or methods of modules.
@@ -129,6 +134,7 @@ def fit(
         epochs: visits of every datapoint.
         batch_size: datapoints in a step.
         learning_rate: of Adam on the global parameters.
+        objective: the bound; the ELBO unless given.
         patience: stop when the validation ELBO has not risen for so many epochs, and go back to the best.
         seed: of batches and draws; the random stream outside is left alone.
         device: ``auto``, ``cpu`` or ``cuda``; model and guide are moved there.
@@ -145,7 +151,8 @@ def fit(
         data = Dataset("data", data, data[:0], data[:0], tuple(data.shape[1:]))
     check_budget(data, epochs, batch_size, learning_rate, patience)
     with seeded(seed), unchecked(), pyro.get_param_store().scope():
-        loop = _Loop(model, guide, data.to(pick_device(device)), batch_size, learning_rate, patience, seed, folder)
+        steps = (batch_size, learning_rate, objective or ELBO())
+        loop = _Loop(model, guide, data.to(pick_device(device)), *steps, patience, seed, folder)
         check_support(model, loop.data)
         if resume:
             loop.restore()
@@ -153,7 +160,7 @@ def fit(
             while loop.epoch < epochs and loop.report.stopped != "early":
                 loop.run_epoch(caught)
                 row, speed = loop.report.history[-1], loop.epoch / max(loop.report.seconds, 1e-9)
-                show(loop.epoch, f"ELBO {row['elbo']:.2f} nats, {speed:.3g} epochs/s")
+                show(loop.epoch, f"objective {row['objective']:.2f} nats, {speed:.3g} epochs/s")
             if caught:
                 loop.interrupted(caught[0])
         loop.finish()
@@ -178,12 +185,16 @@ def check_support(model: Program, data: Dataset) -> None:
             data.train[:1], torch.zeros(1, dtype=torch.long, device=data.train.device)
         )
     for name, site in trace.nodes.items():
-        if site["type"] != "sample" or not site["is_observed"] or site["value"].shape[1:] != data.train.shape[1:]:
+        if site["type"] != "sample" or not site["is_observed"] or site["value"].dim() != 2:
+            continue
+        columns = site["value"].shape[1]
+        if data.classes + columns != data.train.shape[1]:
             continue
         fn = site["fn"]
-        support = getattr(fn.support, "base_constraint", fn.support)
+        support = innermost(fn.support)
         for part in ("train", "validation", "test"):
-            x = getattr(data, part)[:0] if (part, data.binarize) == ("train", "dynamic") else getattr(data, part)
+            rows = getattr(data, part)[:, :columns]
+            x = rows[:0] if (part, data.binarize) == ("train", "dynamic") else rows
             outside = (~support.check(x)).nonzero()
             if len(outside):
                 row, *column = outside[0].tolist()
@@ -204,6 +215,7 @@ class _Loop:
         data: Dataset,
         batch_size: int,
         learning_rate: float,
+        objective: Objective,
         patience: int | None,
         seed: int,
         folder: Path | None,
@@ -214,7 +226,8 @@ class _Loop:
         for module in self.modules.values():
             module.to(data.train.device).train()
         optimizer = FusedAdam(*self.modules.values(), learning_rate=learning_rate)
-        self.optimizer, self.svi = optimizer, SVI(model, guide, optimizer, ELBO())
+        self.optimizer, self.svi = optimizer, SVI(model, guide, optimizer, objective)
+        self.objective = objective
         self.names = {id(p): f"adam.{k}.{n}" for k, m in self.modules.items() for n, p in m.named_parameters()}
         self.report, self.epoch, self.batch, self.total = Fit(), 0, 0, 0.0
         self.best: dict[str, Tensor] = {}
@@ -225,6 +238,7 @@ class _Loop:
         """The rest of the current epoch, its row in the history, and a checkpoint where one is due."""
         start = time.perf_counter()
         for x, index in self.data.batches(self.batch_size, self.seed, self.epoch, self.batch):
+            self._tell_epoch()
             try:
                 self.total -= self.svi.step(x, index)
             except NonFinite as error:
@@ -234,7 +248,7 @@ class _Loop:
                 self.report.seconds += time.perf_counter() - start
                 self.interrupted(caught[0])
         self.report.seconds += time.perf_counter() - start
-        row = {"epoch": self.epoch + 1, "seconds": self.report.seconds, "elbo": self.total / len(self.data.train)}
+        row = {"epoch": self.epoch + 1, "seconds": self.report.seconds, "objective": self.total / len(self.data.train)}
         self.epoch, self.batch, self.total = self.epoch + 1, 0, 0.0
         if len(self.data.validation):
             row["validation_elbo"] = self._validate()
@@ -243,6 +257,12 @@ class _Loop:
             self._stop_early(self.patience)
         if time.perf_counter() - self.saved_at > CHECKPOINT_SECONDS:
             self.save()
+
+    def _tell_epoch(self) -> None:
+        """Where training stands, for what changes with it: the KL weight of objective and rows' own bound."""
+        self.objective.epoch = self.epoch + self.batch * self.batch_size / len(self.data.train)
+        if isinstance(self.modules["guide"], Guide):
+            self.modules["guide"].kl_weight = self.objective.weight
 
     def finish(self) -> None:
         """Save, go back to the best epoch if there was early stopping, and leave the modules ready to evaluate."""
@@ -297,7 +317,7 @@ class _Loop:
             "history": self.report.history,
         }
         checkpoints.write(self.folder, tensors, header)
-        columns = list(self.report.history[0]) if self.report.history else ["epoch", "seconds", "elbo"]
+        columns = list(self.report.history[0]) if self.report.history else ["epoch", "seconds", "objective"]
         rows = [",".join(str(row[name]) for name in columns) for row in self.report.history]
         write_text(self.folder / "history.csv", "\n".join([",".join(columns), *rows]) + "\n")
         self.saved_at = time.perf_counter()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from pvae.evaluation import Evaluation, RefinementCurve
@@ -15,15 +16,28 @@ __all__ = ["Judged", "SameDecoder", "verdicts"]
 # Standard errors beyond which a difference is called one.
 CLEAR = 3.0
 
+GAPS = ("inference", "approximation", "amortization")
+
+# Nats of an optimization gap that nobody would act on.
+NEGLIGIBLE = 0.02
+
 
 @dataclass(frozen=True)
 class Judged:
-    """A variant trained for itself: what it gave on ``train`` and ``test`` rows, and what it cost."""
+    """A variant trained for itself: what it gave on ``train`` and ``test`` rows, and what it cost.
 
-    guide: str
+    Attributes:
+        name: of the variant.
+        source: its guide's class.
+        further: the same variant from further seeds.
+    """
+
+    name: str
     seconds: float
     train: Evaluation
     test: Evaluation
+    source: str = "Amortized"
+    further: tuple[Judged, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -48,7 +62,7 @@ def verdicts(
     """
     judged = [j for j in own if "evidence" in j.test.values]
     sentences = [*_own_decoders(judged), *_amortization(judged, same, curve), *_rows(judged), *_faults(judged)]
-    if dynamic and any(j.guide == "PerDatapoint" for j in own):
+    if dynamic and any(j.source == "PerDatapoint" for j in own):
         sentences.append(
             "Under dynamic binarization a row of PerDatapoint is fitted to all binarizations of its image at once, "
             "while evaluation shows it one: compare it under --binarize threshold."
@@ -56,7 +70,7 @@ def verdicts(
     for j in own:
         if "log_joint" in j.test.values:
             sentences.append(
-                f"{j.guide} uses a point mass: its objective is log p(x, z) at one point, which bounds no evidence; "
+                f"{j.name} uses a point mass: its objective is log p(x, z) at one point, which bounds no evidence; "
                 "it has no gaps and stands in no ranking."
             )
     return sentences
@@ -76,35 +90,57 @@ def _clear(estimate: Estimate) -> bool:
     return abs(estimate.mean) > CLEAR * estimate.se
 
 
+def _lead(one: Judged, other: Judged, quantity: str) -> Estimate:
+    """How far one variant's test mean stands above another's: paired by rows, or by seeds where there are several."""
+    pairs = list(zip((one, *one.further), (other, *other.further), strict=False))
+    leads = [a.test.values[quantity] - b.test.values[quantity] for a, b in pairs]
+    return mean_se(leads[0] if len(leads) == 1 else torch.stack([lead.mean() for lead in leads]))
+
+
+def _mean(one: Judged, quantity: str, split: str = "test") -> Estimate:
+    """A quantity's mean and its error: over rows, or over seeds where there are several."""
+    every = [getattr(j, split).values[quantity] for j in (one, *one.further)]
+    return mean_se(every[0] if len(every) == 1 else torch.stack([values.mean() for values in every]))
+
+
 def _own_decoders(judged: list[Judged]) -> Iterator[str]:
     if len(judged) < 2:
         return
-    ranked = sorted(judged, key=lambda j: -j.test.values["evidence"].mean().item())
+    ranked = sorted(judged, key=lambda j: -_mean(j, "evidence").mean)
     best, rest = ranked[0], ranked[1:]
     leads = []
     for j in rest:
-        lead = mean_se(best.test.values["evidence"] - j.test.values["evidence"])
-        leads.append(f"{number(lead)} above {j.guide}" + ("" if _clear(lead) else " (no clear difference)"))
-    times = ", ".join(f"{j.guide} {j.seconds:.3g} s" for j in judged)
+        lead = _lead(best, j, "evidence")
+        leads.append(f"{number(lead)} above {j.name}" + ("" if _clear(lead) else " (no clear difference)"))
+    times = ", ".join(f"{j.name} {_seconds(j):.3g} s" for j in judged)
+    repeated = f", over {1 + len(best.further)} seeds" if best.further else ""
     yield (
-        f"Each with its own decoder: {best.guide} gives the best test evidence, "
-        f"{number(mean_se(best.test.values['evidence']))} nats, {' and '.join(leads)}. Training took {times}."
+        f"Each with its own decoder: {best.name} gives the best test evidence, {number(_mean(best, 'evidence'))} nats"
+        f"{repeated}, {_listed(leads)}. Training took {times}."
     )
 
 
+def _seconds(one: Judged) -> float:
+    every = (one, *one.further)
+    return sum(j.seconds for j in every) / len(every)
+
+
+def _listed(parts: list[str]) -> str:
+    return " and ".join(parts) if len(parts) < 3 else f"{', '.join(parts[:-1])} and {parts[-1]}"
+
+
 def _amortization(judged: list[Judged], same: list[SameDecoder], curve: RefinementCurve | None) -> Iterator[str]:
-    amortized = next((j for j in judged if j.guide == "Amortized"), None)
-    if amortized is None:
+    amortized = [j for j in judged if j.source == "Amortized"]
+    if not amortized:
         return
-    for split in ("test", "train"):
-        values = getattr(amortized, split).values
-        lost, family, encoder = (
-            mean_se(values[f"{name}_gap"]) for name in ("inference", "approximation", "amortization")
-        )
-        yield (
-            f"On {split} rows the amortized guide loses {number(lost)} nats of evidence: {number(encoder)} because an "
-            f"encoder gives lam (amortization gap), {number(family)} because of the family of q (approximation gap)."
-        )
+    for split in ("test", "train") if len(amortized) == 1 else ("test",):
+        for j in amortized:
+            lost, family, encoder = (_mean(j, f"{gap}_gap", split) for gap in GAPS)
+            who = "the amortized guide" if len(amortized) == 1 else j.name
+            yield (
+                f"On {split} rows {who} loses {number(lost)} nats of evidence: {number(encoder)} because an encoder "
+                f"gives lam (amortization gap), {number(family)} because of the family of q (approximation gap)."
+            )
     if curve is not None:
         wins = {s: mean_se(curve.elbo[m] - curve.elbo[0]) for m, s in enumerate(curve.steps) if s in (1, 5, 20, 100)}
         bought = ", ".join(f"{number(win)} nats after {s}" for s, win in wins.items())
@@ -120,10 +156,10 @@ def _amortization(judged: list[Judged], same: list[SameDecoder], curve: Refineme
 
 def _rows(judged: list[Judged]) -> Iterator[str]:
     for j in judged:
-        if j.guide == "PerDatapoint":
-            far = mean_se(j.train.values["amortization_gap"])
+        if j.source == "PerDatapoint":
+            far = _mean(j, "amortization_gap", "train")
             yield (
-                f"The rows of PerDatapoint stand {number(far)} nats below their optimum after training (optimization "
+                f"The rows of {j.name} stand {number(far)} nats below their optimum after training (optimization "
                 "gap); more local steps or epochs would win that."
             )
 
@@ -136,12 +172,12 @@ def _faults(judged: list[Judged]) -> Iterator[str]:
                 found = mean_se(values[gap])
                 if found.mean < 0 and _clear(found):
                     yield (
-                        f"The {gap.replace('_', ' ')} of {j.guide} on {split} rows is negative beyond its error, "
+                        f"The {gap.replace('_', ' ')} of {j.name} on {split} rows is negative beyond its error, "
                         f"{number(found)}: the estimate is at fault; evaluate with more --samples or --refine-steps."
                     )
             left = mean_se(values["optimization_gap"]).mean
-            if left > 0.1 * max(mean_se(values["inference_gap"]).mean, 1e-9):
+            if left > max(0.1 * mean_se(values["inference_gap"]).mean, NEGLIGIBLE):
                 yield (
-                    f"The search for the best lam of {j.guide} on {split} rows had not come to rest: doubling its "
+                    f"The search for the best lam of {j.name} on {split} rows had not come to rest: doubling its "
                     f"steps still won {left:.3f} nats; evaluate with more --refine-steps."
                 )

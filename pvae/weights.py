@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,13 +13,15 @@ from pyro import poutine
 from pyro.distributions.util import scale_and_mask
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
+from torch.distributions import kl_divergence
 
-from pvae.errors import UserError
+from pvae.errors import Refused, UserError
 
-__all__ = ["LogWeights", "Program", "elbo", "log_weights"]
+__all__ = ["LogWeights", "Program", "draw", "elbo", "log_weights", "random_sites"]
 
 Program = Callable[..., Any]
 Site = dict[str, Any]
+Through = Callable[[Tensor, int], Tensor]
 
 # Datapoints times samples in one pass through the program: large enough for the matrix products to rule,
 # small enough to stay near the cache.
@@ -35,12 +37,14 @@ class LogWeights:
         log_prior: log p(z), [K, B].
         log_q: log q(z|x), [K, B].
         latents: the draws by site, [K, B, ...], a site's plates inside "data" before B; empty unless asked for.
+        scale: rows in the data for each row in the batch, where the program's plate "data" subsamples; else 1.
     """
 
     log_lik: Tensor
     log_prior: Tensor
     log_q: Tensor
     latents: dict[str, Tensor] = field(default_factory=dict)
+    scale: float = 1.0
 
     @property
     def log_w(self) -> Tensor:
@@ -78,7 +82,7 @@ def log_weights(
     if K < 1:
         raise UserError(f"K is {K}, but at least 1 draw is needed")
     parts = [
-        _draw(model, guide, x, index, size, max_plate_nesting, keep_latents)
+        draw(model, guide, x, index, size, max_plate_nesting=max_plate_nesting, keep_latents=keep_latents)
         for size in _chunks(K, max(1, ROWS_PER_PASS // max(1, len(x))))
     ]
     if len(parts) == 1:
@@ -87,12 +91,18 @@ def log_weights(
         torch.cat(p) for p in zip(*((p.log_lik, p.log_prior, p.log_q) for p in parts), strict=True)
     )
     latents = {name: torch.cat([p.latents[name] for p in parts]) for name in parts[0].latents}
-    return LogWeights(log_lik, log_prior, log_q, latents)
+    return LogWeights(log_lik, log_prior, log_q, latents, parts[0].scale)
 
 
-def elbo(model: Program, guide: Program, x: Tensor, index: Tensor | None = None, K: int = 1) -> Tensor:
-    r"""Evidence lower bound of each datapoint, :math:`\frac1K \sum_k \log w_k`, [B] in nats, with gradients."""
-    return log_weights(model, guide, x, index, K).log_w.mean(0)
+def elbo(
+    model: Program, guide: Program, x: Tensor, index: Tensor | None = None, K: int = 1, kl_weight: float = 1.0
+) -> Tensor:
+    r"""Evidence lower bound of each datapoint, :math:`\frac1K \sum_k \log w_k`, [B] in nats, with gradients.
+
+    With a KL weight beta other than 1 it is :math:`E_q[\log p(x|z)] - \beta\, KL(q \| p)`, for training alone.
+    """
+    w = log_weights(model, guide, x, index, K)
+    return (w.log_lik + kl_weight * (w.log_prior - w.log_q)).mean(0)
 
 
 def _chunks(total: int, size: int) -> Iterator[int]:
@@ -100,40 +110,115 @@ def _chunks(total: int, size: int) -> Iterator[int]:
         yield min(size, total - start)
 
 
-def _draw(
-    model: Program, guide: Program, x: Tensor, index: Tensor | None, K: int, nesting: int, keep_latents: bool
+def draw(
+    model: Program,
+    guide: Program,
+    x: Tensor,
+    index: Tensor | None = None,
+    K: int = 1,
+    *,
+    max_plate_nesting: int = 1,
+    keep_latents: bool = False,
+    through: Through | None = None,
+    path: bool = False,
+    analytic: bool = False,
 ) -> LogWeights:
-    dim = -1 - nesting
+    r"""Like :func:`log_weights`, in one pass, with what the gradients of an objective need.
+
+    Arguments:
+        through: (value, event dimensions) to the latent that the model is to see in the value's place.
+        path: gradients of log_q reach the guide's parameters through the draws alone, not through q's density.
+        analytic: log_prior is :math:`-KL(q \| p)` in closed form and log_q is 0.
+    """
+    dim = -1 - max_plate_nesting
     # A single draw goes without the samples' plate: a guide that refines inside its own trace draws this way.
     with pyro.plate("samples", K, dim=dim) if K > 1 else nullcontext():
         guide_trace = poutine.trace(guide).get_trace(x, index)
+        drawn = dict(random_sites(guide_trace))
+        if through:
+            for site in drawn.values():
+                site["value"] = through(site["value"], site["fn"].event_dim)
         model_trace = poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(x, index)
-    shape = (K, len(x))
+    shape, scored = (K, len(x)), dict(random_sites(model_trace))
+    _check_match(scored, drawn)
     log_lik, log_prior, log_q = (x.new_zeros(shape) for _ in range(3))
-    latents = {}
-    for name, site in _random_sites(guide_trace):
-        if name not in model_trace.nodes and not site["infer"].get("is_auxiliary"):
-            raise UserError(f"the guide draws '{name}', but the model has no such site")
-        log_q = log_q + _score(name, site, shape, dim)
-    for name, site in _random_sites(model_trace):
+    for name, site in scored.items():
         if site["is_observed"]:
-            log_lik = log_lik + _score(name, site, shape, dim)
-        elif name not in guide_trace.nodes:
-            raise UserError(f"the model draws '{name}', but the guide has no such site")
+            log_lik = log_lik + _rows(name, site, _density(site), shape, dim)
         else:
-            log_prior = log_prior + _score(name, site, shape, dim)
-            if keep_latents:
-                latents[name] = _own_dims(site) if K > 1 else _own_dims(site).unsqueeze(0)
-    return LogWeights(log_lik, log_prior, log_q, latents)
+            log_p = -_kl(name, drawn[name], site) if analytic else _density(site)
+            log_prior = log_prior + _rows(name, site, log_p, shape, dim)
+    for name, site in drawn.items():
+        if not analytic:
+            log_q = log_q + _rows(name, site, _path_density(name, site) if path else _density(site), shape, dim)
+        elif name not in scored:
+            raise Refused(f"the guide draws '{name}' jointly for all latents: there is no KL in closed form")
+    latents = {
+        name: _own_dims(site) if K > 1 else _own_dims(site).unsqueeze(0)
+        for name, site in scored.items()
+        if keep_latents and not site["is_observed"]
+    }
+    return LogWeights(log_lik, log_prior, log_q, latents, _subsampling(scored))
 
 
-def _random_sites(trace: Any) -> Iterator[tuple[str, Site]]:
+def random_sites(trace: Any) -> Iterator[tuple[str, Site]]:
+    """The sites of a trace that are drawn or observed."""
     for name, site in trace.nodes.items():
         if site["type"] == "sample" and not site_is_subsample(site) and not site["infer"].get("_deterministic"):
             yield name, site
 
 
-def _score(name: str, site: Site, shape: tuple[int, int], samples_dim: int) -> Tensor:
+def _check_match(scored: dict[str, Site], drawn: dict[str, Site]) -> None:
+    for name, site in drawn.items():
+        if name not in scored and not site["infer"].get("is_auxiliary"):
+            raise UserError(f"the guide draws '{name}', but the model has no such site")
+    for name, site in scored.items():
+        if name not in drawn and not site["is_observed"]:
+            raise UserError(f"the model draws '{name}', but the guide has no such site")
+
+
+def _subsampling(sites: dict[str, Site]) -> float:
+    """Rows of the data over rows of the batch, as the plate "data" states them; what ``poutine.scale`` adds is left."""
+    frames = [f for site in sites.values() for f in site["cond_indep_stack"] if f.name == "data"]
+    return frames[0].full_size / frames[0].size if frames and frames[0].full_size else 1.0
+
+
+def _density(site: Site) -> Tensor:
+    return site["fn"].log_prob(site["value"])
+
+
+def _path_density(name: str, site: Site) -> Tensor:
+    """log q of a draw, whose gradient is the score at the draw times the draw's own."""
+    fn, value = site["fn"], site["value"]
+    if not fn.has_rsample:
+        raise Refused(f"latent '{name}' is not reparametrized: this objective has no gradient for it; use ELBO")
+    log_q = fn.log_prob(value)
+    if not (torch.is_grad_enabled() and value.requires_grad) or isinstance(fn, pyro.distributions.Delta):
+        return log_q
+    leaf = value.detach().requires_grad_()
+    (score,) = torch.autograd.grad(fn.log_prob(leaf).sum(), leaf)
+    moved = (value - value.detach()) * score
+    return log_q.detach() + moved.sum(tuple(range(value.dim() - fn.event_dim, value.dim())))
+
+
+def _kl(name: str, q: Site, p: Site) -> Tensor:
+    """KL(q || p) of a latent in closed form."""
+    for prior in (p["fn"], _as_multivariate(p["fn"])):
+        with suppress(NotImplementedError):
+            return kl_divergence(q["fn"], prior)
+    kinds = " and ".join(type(getattr(site["fn"], "base_dist", site["fn"])).__name__ for site in (q, p))
+    raise Refused(f"KL(q || p) of '{name}' has no closed form for {kinds}; use --objective ELBO, which samples it")
+
+
+def _as_multivariate(fn: Any) -> Any:
+    """A diagonal Gaussian as a multivariate one, for which PyTorch knows more closed forms."""
+    base = getattr(fn, "base_dist", fn)
+    if isinstance(base, torch.distributions.Normal) and fn.event_dim == 1:
+        return pyro.distributions.MultivariateNormal(base.loc, scale_tril=base.scale.diag_embed())
+    return fn
+
+
+def _rows(name: str, site: Site, log_p: Tensor, shape: tuple[int, int], samples_dim: int) -> Tensor:
     """Unscaled log-density of a site, summed over plates inside "data", [K, B]."""
     data = [frame for frame in site["cond_indep_stack"] if frame.name == "data"]
     if not data or data[0].dim != -1:
@@ -144,7 +229,7 @@ def _score(name: str, site: Site, shape: tuple[int, int], samples_dim: int) -> T
         )
     if data[0].size not in (-1, shape[1]):
         raise UserError(f"site '{name}' has a plate \"data\" of {data[0].size}, but the batch has {shape[1]} rows")
-    log_p = scale_and_mask(site["fn"].log_prob(site["value"]), mask=site["mask"])
+    log_p = scale_and_mask(log_p, mask=site["mask"])
     if log_p.dim() > -samples_dim:
         raise UserError(
             f"site '{name}' has batch shape {tuple(log_p.shape)}, more plates than expected; set max_plate_nesting"

@@ -7,10 +7,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from pvae import recipe
+from pvae import components
+from pvae.components import KINDS, find, make, table
 from pvae.data import Dataset
 from pvae.errors import UserError
-from pvae.recipe import KINDS, Recipe, build, find, make, read, resolve, table, write
+from pvae.recipe import Recipe, build, read, resolve, write
 from pvae.runtime import seeded
 
 COLUMNS, ROWS = 6, 10
@@ -54,7 +55,7 @@ def test_resolving_leaves_nothing_open(own):
     assert set(open_still) <= {"test_size", "patience"}
     for kind in KINDS:
         component = getattr(full, kind)
-        takes = set(recipe._arguments(find(kind, full.name(kind)))) - set(recipe.SUPPLIED)
+        takes = set(components._arguments(find(kind, component["type"]))) - set(components.SUPPLIED[kind])
         assert set(component) == {"type", *takes}
 
 
@@ -159,9 +160,9 @@ def test_recipes_that_differ_in_the_guide_alone_start_from_the_same_bits(likelih
     first = built(likelihood=likelihood)
     torch.manual_seed(99)  # the stream outside has no say
     others = {guide: built(likelihood=likelihood, guide=guide) for guide in ("PerDatapoint", "SemiAmortized")}
-    assert all(same(first.vae, other.vae) for other in others.values())
+    assert all(same(first.program, other.program) for other in others.values())
     assert same(first.guide.encoder, others["SemiAmortized"].guide.encoder)
-    assert not same(first.vae, built(likelihood=likelihood, seed=1).vae)
+    assert not same(first.program, built(likelihood=likelihood, seed=1).program)
     assert not same(first.guide.encoder, built(likelihood=likelihood, seed=1).guide.encoder)
 
 
@@ -173,14 +174,14 @@ def test_building_leaves_the_stream_outside_alone():
 
 @pytest.mark.parametrize(("family", "per_latent"), [("DiagonalNormal", 2), ("Delta", 1)])
 def test_sizes_follow_from_the_data_and_the_decoder_mirrors_the_encoder(family, per_latent):
-    vae, guide = built(family=family, latent=3)
+    vae, guide, _ = built(family=family, latent=3)
     sizes = [[tuple(p.shape) for p in net.parameters() if p.dim() == 2] for net in (guide.encoder, vae.decoder)]
     assert sizes == [[(8, COLUMNS), (4, 8), (3 * per_latent, 4)], [(4, 3), (8, 4), (COLUMNS, 8)]]
     assert built(family=family, guide="PerDatapoint").guide.table.shape == (ROWS, 2 * per_latent)
 
 
 def test_arguments_reach_their_components():
-    vae, guide = built(
+    vae, guide, _ = built(
         likelihood={"type": "Gaussian", "scale": 0.25},
         guide={"type": "SemiAmortized", "steps": 3, "draws": 2, "unroll": False},
     )

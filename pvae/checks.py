@@ -1,0 +1,66 @@
+"""Checks of a recipe before hours are spent on it: shapes, support, one step, a gradient in every parameter."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from pyro.infer import SVI
+
+from pvae import runs
+from pvae.data import Dataset
+from pvae.errors import UserError
+from pvae.recipe import Recipe
+from pvae.runtime import seeded, unchecked
+from pvae.training import FusedAdam
+
+__all__ = ["check"]
+
+
+def check(own: Recipe, data: Dataset) -> Iterator[str]:
+    """Lines that say what is sound in a resolved recipe.
+
+    Raises:
+        UserError: the first thing that isn't, as training would say it; or a parameter without a gradient.
+    """
+    yield data.summary()
+    built = runs.check(own, data)
+    sites = ", ".join(f"{site.name} {list(site.shape)}" for site in built.guide.sites.sites)
+    yield f"latents: {sites}; q has {built.guide.family.size} parameters for each row"
+    modules = {"model": built.program, "guide": built.guide}
+    loss = _two_steps(own, built, data)
+    yield f"two steps: loss {loss:.2f} nats per row"
+    without = [
+        f"{kind}.{name}"
+        for kind, module in modules.items()
+        for name, p in module.named_parameters()
+        if p.requires_grad and (p.grad is None or not p.grad.isfinite().all())
+    ]
+    if without:
+        raise UserError(f"no finite gradient reaches {', '.join(without)}; is the parameter used in the program?")
+    counts = {kind: sum(p.numel() for p in module.parameters() if p.requires_grad) for kind, module in modules.items()}
+    rows = getattr(built.guide, "table", torch.empty(0)).numel()
+    own_rows = f", rows {rows:,}" if rows else ""
+    yield f"a gradient in every parameter: model {counts['model']:,}, guide {counts['guide']:,}{own_rows}"
+
+
+class _Keeping(FusedAdam):
+    """An optimizer that leaves the gradients of its last step to be looked at."""
+
+    def __call__(self, params: object, *args: object, **kwargs: object) -> None:
+        if self.adam:
+            self.adam.step()
+        for table in self.tables:
+            table.step_rows()
+
+
+def _two_steps(own: Recipe, built: runs.Built, data: Dataset) -> float:
+    program, guide, objective = built
+    objective.epoch = 0.9 * objective.warm_up  # where the KL has a weight
+    optimizer = _Keeping(program, guide, learning_rate=own.learning_rate or 1e-3)
+    loop, loss = SVI(program.model, guide, optimizer, objective), 0.0
+    with seeded(own.seed), unchecked():
+        for epoch in range(2):
+            x, index = next(data.batches(min(own.batch_size, 64), own.seed, epoch))
+            loss = loop.step(x, index) / len(x)
+    return loss

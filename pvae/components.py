@@ -1,0 +1,251 @@
+"""Components by name: the only place where a word becomes a class. ``__all__`` of a kind's module is its registry."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import inspect
+import re
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any, get_type_hints
+
+from torch import nn
+
+from pvae import families, generative, guides, likelihoods, networks, objectives, priors
+from pvae.errors import UserError, fits, nearest
+
+__all__ = ["KINDS", "Component", "find", "label", "make", "own_file", "parse", "spelled_out", "split", "table", "told"]
+
+Component = str | Mapping[str, Any]
+
+KINDS: dict[str, ModuleType] = {
+    "program": generative,
+    "likelihood": likelihoods,
+    "prior": priors,
+    "family": families,
+    "network": networks,
+    "guide": guides,
+    "objective": objectives,
+}
+
+# What a class must be a kind of; a program is known by its method ``model``.
+BASES: dict[str, type] = {
+    "program": nn.Module,
+    "likelihood": likelihoods.Likelihood,
+    "prior": priors.Prior,
+    "family": families.Family,
+    "network": nn.Module,
+    "guide": guides.Guide,
+    "objective": objectives.Objective,
+}
+
+# Arguments that building a recipe supplies to a constructor that takes them, so that no recipe may.
+SUPPLIED: dict[str, tuple[str, ...]] = {
+    "program": ("columns", "latent", "decoder", "likelihood", "prior", "classes"),
+    "likelihood": (),
+    "prior": ("dim", "posterior", "data"),
+    "family": ("dim",),
+    "network": ("inputs", "outputs", "shape", "decodes"),
+    "guide": ("encoder", "family", "num_data", "bound", "sites"),
+    "objective": (),
+}
+
+
+def table(component: Component) -> dict[str, Any]:
+    """A component as a table with ``type``."""
+    return parse(component) if isinstance(component, str) else dict(component)
+
+
+def parse(word: str) -> dict[str, Any]:
+    """A component as one writes it on the command line: a name, and arguments in brackets if any.
+
+    Raises:
+        UserError: the brackets hold no arguments of the form ``name=value``.
+
+    >>> parse("IWAE(K=20)"), parse("my_model.py:StudentT")
+    ({'type': 'IWAE', 'K': 20}, {'type': 'my_model.py:StudentT'})
+    """
+    name, bracket, rest = word.partition("(")
+    if not bracket:
+        return {"type": word.strip()}
+    try:
+        call = ast.parse(f"f({rest}", mode="eval").body
+        assert isinstance(call, ast.Call)
+        assert not call.args
+        return {"type": name.strip()} | {str(k.arg): ast.literal_eval(k.value) for k in call.keywords}
+    except (SyntaxError, ValueError, AssertionError):
+        raise UserError(f"'{word}' can't be read; write a name, or Name(argument=value, ...)") from None
+
+
+def split(words: str) -> list[str]:
+    """Words at commas outside brackets.
+
+    >>> split("ELBO, IWAE(K=5, warm_up=10),DReG")
+    ['ELBO', 'IWAE(K=5, warm_up=10)', 'DReG']
+    """
+    return [word.strip() for word in re.split(r",(?![^(]*\))(?![^\[]*\])", words)]
+
+
+def label(component: Component, defaults: Mapping[str, Any] | None = None) -> str:
+    """A component as one word, with the arguments that differ from the defaults.
+
+    >>> label({"type": "IWAE", "K": 20, "kl_weight": 1.0}, {"K": 5, "kl_weight": 1.0})
+    'IWAE(K=20)'
+    """
+    known = defaults or {}
+    own = [f"{k}={v!r}" for k, v in table(component).items() if k != "type" and (k not in known or known[k] != v)]
+    name = str(table(component).get("type")).rsplit(":", 1)[-1]
+    return f"{name}({', '.join(own)})" if own else name
+
+
+def own_file(component: Component) -> str | None:
+    """The file whose code a component would run, or None for one of this package."""
+    file, colon, _ = str(table(component).get("type", "")).rpartition(":")
+    return file if colon else None
+
+
+def find(kind: str, name: str) -> Any:
+    """The class of a kind by its name, or by ``file.py:Class``, which runs that file.
+
+    Raises:
+        UserError: there is none, naming the nearest; a file that fails; a class that is not of the kind.
+    """
+    if file := own_file(name):
+        return _from_file(kind, Path(file), name.rpartition(":")[2])
+    known = KINDS[kind].__all__
+    if name not in known:
+        raise UserError(f"unknown {kind} '{name}'{nearest(name, known)}, or file.py:Class")
+    return getattr(KINDS[kind], name)
+
+
+def _from_file(kind: str, path: Path, name: str) -> Any:
+    if path.suffix != ".py" or not path.is_file():
+        raise UserError(f"{kind} {path}:{name}: there is no Python file {path}")
+    where = f"pvae_user_{path.stem}"
+    spec = importlib.util.spec_from_file_location(where, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[where] = module  # as an import would: dataclasses and get_type_hints look there
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise UserError(f"{kind} {path}: the file fails with {type(error).__name__}: {error}") from error
+    classes = [n for n, v in vars(module).items() if inspect.isclass(v) and v.__module__ == where]
+    if name not in classes:
+        raise UserError(f"{path} has no class '{name}'{nearest(name, classes)}")
+    found = getattr(module, name)
+    if not issubclass(found, BASES[kind]) or (kind == "program" and not callable(getattr(found, "model", None))):
+        needs = "an nn.Module with a method model(x, index)" if kind == "program" else f"a {BASES[kind].__name__}"
+        raise UserError(f"{path}:{name} is no {kind}: it must be {needs}")
+    return found
+
+
+def make(kind: str, component: Component, **supplied: Any) -> Any:
+    """An instance of a component: its own arguments from the table, the rest from what is supplied by name.
+
+    Raises:
+        UserError: an unknown name or argument, or a value that the class refuses.
+    """
+    arguments = table(component)
+    cls = _checked(kind, arguments)
+    arguments.pop("type")
+    takes = _arguments(cls)
+    try:
+        return cls(**arguments, **{name: value for name, value in supplied.items() if name in takes})
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{kind} {cls.__name__}: {error}") from error
+
+
+def spelled_out(kind: str, component: Component) -> dict[str, Any]:
+    """A component as a table with the defaults of all its own arguments, that a later version may change.
+
+    Raises:
+        UserError: an unknown name or argument.
+    """
+    given = table(component)
+    _checked(kind, given)
+    plain: dict[str, Any] = {
+        n: list(v) if isinstance(v, tuple) else v for n, v in (defaults(kind, given) | given).items()
+    }
+    if file := own_file(given):
+        plain["type"] = f"{Path(file).resolve()}:{plain['type'].rpartition(':')[2]}"
+    return {"type": plain["type"]} | {name: value for name, value in plain.items() if name != "type"}
+
+
+def defaults(kind: str, component: Component) -> dict[str, Any]:
+    """The default of each of a component's own arguments that has one."""
+    takes = _arguments(find(kind, str(table(component).get("type", ""))))
+    return {
+        name: list(p.default) if isinstance(p.default, tuple) else p.default
+        for name, p in takes.items()
+        if name not in SUPPLIED[kind] and p.default is not p.empty
+    }
+
+
+def takes(kind: str, component: Component, argument: str) -> bool:
+    """Whether a component's constructor has an argument."""
+    return argument in _arguments(find(kind, str(table(component).get("type", ""))))
+
+
+def told(cls: Any) -> str:
+    """The first line of a class's documentation, in plain words."""
+    return plain_words((inspect.getdoc(cls) or "").split("\n\n")[0])
+
+
+def plain_words(line: str) -> str:
+    """A line of documentation without its mark-up; formulas are left out.
+
+    >>> plain_words("Binary values, :math:`p(x) = 1`.")
+    'Binary values.'
+    """
+    line = re.sub(r"[,:]? *(with )?:math:`[^`]*`", "", " ".join(line.split()))
+    return re.sub(r":\\w+:`~?([^`]*)`|``?([^`]*)``?", r"\1\2", line)
+
+
+def _checked(kind: str, component: dict[str, Any]) -> Any:
+    """The component's class, after its arguments have been looked at."""
+    cls = find(kind, str(component.get("type", "")))
+    own = [name for name in _arguments(cls) if name not in SUPPLIED[kind]]
+    hints = get_type_hints(cls.__init__)
+    for name, value in component.items():
+        if name == "type":
+            continue
+        if name not in own:
+            known = nearest(name, own) if own else "; it takes none"
+            raise UserError(f"{kind} {cls.__name__} takes no argument '{name}'{known}")
+        if name in hints and not fits(value, hints[name]):
+            raise UserError(f"{kind} {cls.__name__}: {name} is {value!r}, but it takes {type_words(hints[name])}")
+    missing = [n for n in own if _arguments(cls)[n].default is inspect.Parameter.empty and n not in component]
+    if missing:
+        raise UserError(f"{kind} {cls.__name__} needs {', '.join(missing)}: write {cls.__name__}({missing[0]}=...)")
+    return cls
+
+
+def type_words(hint: Any) -> str:
+    """A type hint in words.
+
+    >>> type_words(int | None), type_words(float)
+    ('a whole number', 'a number')
+    """
+    known = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+    if hint in known:
+        return known[hint]
+    inner = getattr(hint, "__args__", ())
+    if type(None) in inner:
+        return " or ".join(type_words(i) for i in inner if i is not type(None))
+    if str(hint).startswith("typing.Literal"):
+        return " or ".join(map(repr, inner))
+    if inner and "Sequence" in str(hint):
+        return f"a list, each {type_words(inner[0])}"
+    if inner and "Mapping" in str(hint):
+        return "a table"
+    return " or ".join(type_words(i) for i in inner) if inner else getattr(hint, "__name__", str(hint))
+
+
+def _arguments(cls: type) -> dict[str, inspect.Parameter]:
+    parameters = inspect.signature(cls).parameters
+    return {name: p for name, p in parameters.items() if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)}

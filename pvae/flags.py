@@ -1,0 +1,189 @@
+"""Flags of the command line, declared once: what they say becomes a recipe, its axes, and a job."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from pvae.errors import UserError
+
+__all__ = [
+    "DataDir",
+    "Device",
+    "Out",
+    "Overwrite",
+    "RecipePath",
+    "Resume",
+    "Run",
+    "Trust",
+    "grid_flags",
+    "guide_flags",
+    "job_flags",
+    "recipe_flags",
+    "takes",
+]
+
+Flag = typer.Option
+Run = Annotated[Path, typer.Argument(help="Folder of a run.")]
+RecipePath = Annotated[Path | None, typer.Argument(help="A recipe (TOML); flags override its keys.")]
+Device = Annotated[str, Flag(help="auto, cpu or cuda.")]
+DataDir = Annotated[Path | None, Flag(help="Where torchvision's data sets are; else $PVAE_DATA.")]
+Overwrite = Annotated[bool, Flag("--overwrite", help="Replace the run that the folder holds.")]
+Resume = Annotated[bool, Flag("--resume", help="Go on with the run that the folder holds.")]
+Out = Annotated[Path | None, Flag(help="Folder of the run (default runs/<verb>-<data or recipe>).")]
+Trust = Annotated[bool, Flag("--trust", help="Run the code of files that the recipe names.")]
+
+
+def recipe_flags(
+    data: Annotated[str | None, Flag(help="digits, mnist, fashion-mnist, kmnist or a .npy/.npz/.csv/.parquet.")] = None,
+    binarize: Annotated[
+        str | None, Flag(help="none, threshold (x > 0.5), dynamic (by batch) or levels (0..255).")
+    ] = None,
+    test_size: Annotated[float | None, Flag(help="Test rows, as a count or a fraction (default 0.2).")] = None,
+    validation_size: Annotated[float | None, Flag(help="Validation rows out of the training rows, likewise.")] = None,
+    program: Annotated[str | None, Flag(help="The generative model: VAE, or file.py:Class.")] = None,
+    likelihood: Annotated[str | None, Flag(help="p(x|z), see `pvae list`.")] = None,
+    prior: Annotated[str | None, Flag(help="p(z), see `pvae list`.")] = None,
+    family: Annotated[str | None, Flag(help="q(z|x), see `pvae list`.")] = None,
+    network: Annotated[str | None, Flag(help="Encoder and decoder, see `pvae list`.")] = None,
+    hidden: Annotated[str | None, Flag(help="Widths of the encoder's hidden layers, by commas.")] = None,
+    objective: Annotated[str | None, Flag(help="What training climbs, e.g. 'IWAE(K=20)', see `pvae list`.")] = None,
+    latent: Annotated[int | None, Flag(help="Number of latent dimensions (default by data).")] = None,
+    epochs: Annotated[int | None, Flag(help="Visits of every datapoint (default by data).")] = None,
+    batch_size: Annotated[int | None, Flag(help="Datapoints in a step (default 128).")] = None,
+    learning_rate: Annotated[float | None, Flag(help="Of Adam, on what the datapoints share.")] = None,
+    patience: Annotated[int | None, Flag(help="Stop after so many epochs without a better validation ELBO.")] = None,
+    seed: Annotated[int | None, Flag(help="Of splits, initial parameters, batches and draws (default 0).")] = None,
+) -> Any:
+    """A function from a recipe file, if any, to what it says with the flags in the place of its keys."""
+    words = ("program", "likelihood", "prior", "family", "network", "objective")
+    given = {name: value for name, value in locals().items() if value is not None and name not in ("hidden", "words")}
+
+    def described(path: Path | None, trust: bool = False, **more: Any) -> Any:
+        from pvae import components, recipe
+
+        changes = given | {n: v for n, v in more.items() if v is not None}
+        changes |= {name: components.parse(changes[name]) for name in words if name in changes}
+        if path is None:
+            found = recipe.RecipeFile(recipe.Recipe(**changes), {}, {})
+        else:
+            found = recipe.open_file(path, changes, trust=trust)
+        if hidden is None:
+            return found
+        network = components.table(found.recipe.network) | {"hidden": _whole_numbers("--hidden", hidden)}
+        return found._replace(recipe=recipe.replace(found.recipe, network=network))
+
+    return described
+
+
+def guide_flags(
+    local_steps: Annotated[int | None, Flag(help="PerDatapoint: steps of a row at each visit.")] = None,
+    local_learning_rate: Annotated[float | None, Flag(help="PerDatapoint: rate of these steps.")] = None,
+    semi_steps: Annotated[int | None, Flag(help="SemiAmortized: refinement steps.")] = None,
+    unroll: Annotated[bool | None, Flag("--unroll/--no-unroll", help="SemiAmortized: train through them.")] = None,
+) -> Callable[[Any], Any]:
+    """A function from a guide to its table, with the flags that belong to it."""
+    flags: dict[str, dict[str, Any]] = {
+        "PerDatapoint": {"local_steps": local_steps, "local_learning_rate": local_learning_rate},
+        "SemiAmortized": {"steps": semi_steps, "unroll": unroll},
+    }
+
+    def component(guide: Any) -> Any:
+        from pvae.components import table
+
+        own = table(guide)
+        more = {k: v for k, v in flags.get(str(own.get("type")), {}).items() if v is not None}
+        return own | more if more else guide
+
+    return component
+
+
+def grid_flags(
+    vary: Annotated[list[str] | None, Flag(help="An axis, as prior=StandardNormal,VampPrior; repeatable.")] = None,
+    guides: Annotated[str | None, Flag(help="Short for --vary guide=...: guides to compare, by commas.")] = None,
+    seeds: Annotated[int, Flag(help="Train each variant from so many seeds.")] = 1,
+) -> Callable[[Any, Callable[[Any], Any]], dict[str, list[Any]]]:
+    """A function from what a recipe file says, and what flags say of guides, to the axes of the comparison."""
+    if seeds < 1:
+        raise UserError(f"--seeds is {seeds}, but it must be at least 1")
+
+    def axes(file: Any, guide_of: Callable[[Any], Any]) -> dict[str, list[Any]]:
+        from pvae import grid
+        from pvae.compare import SOURCES
+
+        words = [*(vary or []), *([f"guide={guides}"] if guides else [])]
+        given = dict(grid.axis(word) for word in words)
+        if len(given) < len(words):
+            raise UserError("--vary names an axis twice")
+        found = file.vary | given or {"guide": list(SOURCES)}
+        if "guide" in found:
+            found["guide"] = [guide_of(guide) for guide in found["guide"]]
+        if seeds > 1:
+            found["seed"] = [file.recipe.seed + k for k in range(seeds)]
+        return found
+
+    return axes
+
+
+def job_flags(
+    device: Device = "auto",
+    rows: Annotated[int, Flag(help="Rows of each split to evaluate.")] = 300,
+    samples: Annotated[int, Flag(help="K, draws for each row and bound.")] = 1000,
+    refine_steps: Annotated[int, Flag(help="The most steps in search of the best lam of the family.")] = 300,
+    jobs: Annotated[int, Flag(help="Variants that are trained at a time.")] = 1,
+    trust: Trust = False,
+) -> Callable[[Path], Any]:
+    """A function from a run's folder to the job that the flags describe."""
+    for name, value, least in (("rows", rows, 2), ("samples", samples, 2), ("refine-steps", refine_steps, 1)):
+        if value < least:
+            raise UserError(f"--{name} is {value}, but it must be at least {least}")
+
+    def job(folder: Path) -> Any:
+        from pvae.compare import Job
+        from pvae.evaluation import Budget
+
+        budget = Budget(samples, refine_steps)
+        return Job(folder, device, rows, budget, jobs=jobs, trust=trust, progress=True, say=typer.echo)
+
+    return job
+
+
+def takes(*groups: Callable[..., Any]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command the flags of these functions; what they make of them are its first arguments."""
+
+    def decorate(command: Callable[..., None]) -> Any:
+        signatures = [inspect.signature(group, eval_str=True).parameters for group in groups]
+        own = list(inspect.signature(command, eval_str=True).parameters.values())[len(groups) :]
+
+        @functools.wraps(command)
+        def wrapper(**flags: Any) -> None:
+            made = [
+                group(**{name: flags.pop(name) for name in names})
+                for group, names in zip(groups, signatures, strict=True)
+            ]
+            command(*made, **flags)
+
+        run: Any = wrapper
+        shared = [p for parameters in signatures for p in parameters.values()]
+        everything = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in (*own, *shared)]
+        run.__signature__ = inspect.Signature(everything)
+        run.__annotations__ = {p.name: p.annotation for p in everything}
+        del run.__wrapped__
+        return run
+
+    return decorate
+
+
+def _whole_numbers(flag: str, text: str) -> list[int]:
+    try:
+        numbers = [int(word) for word in text.split(",")]
+    except ValueError:
+        raise UserError(f"{flag} is '{text}', but it must be whole numbers separated by commas") from None
+    if min(numbers) < 1:
+        raise UserError(f"{flag} is '{text}', but every width must be at least 1")
+    return numbers

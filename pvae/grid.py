@@ -1,0 +1,220 @@
+"""Grids: a recipe whose axes vary becomes the cells of a product, each trained in a folder of its own."""
+
+from __future__ import annotations
+
+import ast
+import itertools
+import multiprocessing
+import re
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pvae import components, recipe, runs
+from pvae.console import bar
+from pvae.data import Dataset
+from pvae.errors import Refused, UserError, nearest
+from pvae.recipe import Recipe
+from pvae.runs import Variant
+
+__all__ = ["Cell", "Pool", "Shelf", "axis", "cells", "sound", "train"]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of a grid.
+
+    Attributes:
+        name: of its variant: the values of the axes, without the seed.
+        recipe: resolved.
+        place: the name of its folder.
+    """
+
+    name: str
+    recipe: Recipe
+    place: str
+
+
+@dataclass(frozen=True)
+class Pool:
+    """How cells are trained.
+
+    Attributes:
+        jobs: processes at a time.
+        device: ``auto``, ``cpu`` or ``cuda``.
+        data_folder: where torchvision's data sets are.
+        progress: show progress bars.
+        say: takes lines for the user.
+    """
+
+    jobs: int = 1
+    device: str = "auto"
+    data_folder: str | Path | None = None
+    progress: bool = False
+    say: Callable[[str], None] = lambda line: None
+
+
+@dataclass
+class Shelf:
+    """Data sets of recipes, each read once."""
+
+    folder: str | Path | None = None
+    known: dict[tuple[Any, ...], Dataset] = field(default_factory=dict)
+
+    def __getitem__(self, own: Recipe) -> Dataset:
+        keys = ("data", "binarize", "test_size", "validation_size", "split_seed")
+        key = (*(getattr(own, name) for name in keys), str(own.program))
+        if key not in self.known:
+            self.known[key] = recipe.load_data(own, self.folder)
+        return self.known[key]
+
+
+def axis(words: str) -> tuple[str, list[Any]]:
+    """An axis as one writes it on the command line.
+
+    Raises:
+        UserError: it is not of the form ``name=value,value``, or names no key of a recipe.
+
+    >>> axis("objective=ELBO,IWAE(K=5)"), axis("latent=2,8")
+    (('objective', ['ELBO', 'IWAE(K=5)']), ('latent', [2, 8]))
+    """
+    name, equals, values = words.partition("=")
+    name, known = name.strip().replace("-", "_"), [f.name for f in fields(Recipe)]
+    if name not in known:
+        raise UserError(f"--vary {words}: unknown key '{name}'{nearest(name, known)}")
+    found = [_value(name, word) for word in components.split(values)]
+    if not equals or "" in found or len(found) != len({str(value) for value in found}):
+        raise UserError(f"--vary {words}: write {name}=VALUE,VALUE,... with different values")
+    return name, found
+
+
+def _value(name: str, word: str) -> Any:
+    if name in components.KINDS:
+        return word
+    try:
+        return ast.literal_eval(word)
+    except (ValueError, SyntaxError):
+        return word
+
+
+def cells(own: Recipe, vary: Mapping[str, Sequence[Any]]) -> list[Cell]:
+    """The product of the axes, the last one fastest; an axis ``seed`` repeats each variant on the same rows.
+
+    Raises:
+        UserError: an unknown component, or two cells of one name.
+    """
+    seeds = list(vary.get("seed", [own.seed]))
+    axes = {name: values for name, values in vary.items() if name != "seed"}
+    base = replace(own, split_seed=seeds[0] if own.split_seed is None else own.split_seed)
+    found = []
+    for values in itertools.product(*axes.values()):
+        chosen = dict(zip(axes, values, strict=True))
+        name = " / ".join(_word(kind, value) for kind, value in chosen.items()) or own.name("guide")
+        for seed in seeds:
+            resolved = recipe.resolve(replace(base, **chosen, seed=seed))
+            place = re.sub(r"[^\w.=,-]+", "_", name).strip("_") + (f",seed={seed}" if len(seeds) > 1 else "")
+            found.append(Cell(name, resolved, place))
+    if len({cell.place for cell in found}) < len(found):
+        raise UserError("two variants have the same name; give each value once")
+    return found
+
+
+def _word(kind: str, value: Any) -> str:
+    if kind not in components.KINDS:
+        return f"{kind.replace('_', ' ')} {value}"
+    return components.label(value, components.defaults(kind, value))
+
+
+def sound(all_cells: list[Cell], shelf: Shelf) -> tuple[list[Cell], dict[str, str]]:
+    """The cells that can be trained, and by name those that are left out with the reason.
+
+    Raises:
+        UserError: a mistake in any cell, or no cell that can be trained.
+    """
+    kept, refused = [], {}
+    for cell in all_cells:
+        try:
+            runs.check(cell.recipe, shelf[cell.recipe])
+            kept.append(cell)
+        except Refused as error:
+            refused[cell.name] = str(error)
+    if not kept:
+        raise UserError(next(iter(refused.values())))
+    return kept, refused
+
+
+def train(
+    wanted: list[Cell], folder: Path, shelf: Shelf, pool: Pool, *, overwrite: bool = False, resume: bool = False
+) -> list[Variant]:
+    """Train each cell in its own folder and return the variants in the order of the cells.
+
+    Arguments:
+        wanted: the cells.
+        folder: of the comparison.
+        shelf: their data.
+        pool: how.
+        overwrite: replace what the folders hold.
+        resume: go on with what is there; what is trained is not trained again.
+    """
+    begun = [resume and (folder / cell.place / "recipe.toml").is_file() for cell in wanted]
+    for cell, known in zip(wanted, begun, strict=True):
+        runs.prepare(folder / cell.place, cell.recipe, overwrite=overwrite, resume=known)
+    if pool.jobs > 1 and len(wanted) > 1:
+        _train_apart(wanted, folder, pool, begun)
+        return [runs.load(folder / c.place, shelf[c.recipe], device=pool.device, trust=True) for c in wanted]
+    found = []
+    for number, (cell, known) in enumerate(zip(wanted, begun, strict=True), 1):
+        own = cell.recipe
+        count = f" ({number} of {len(wanted)})" if len(wanted) > 1 else ""
+        pool.say(f"training {_told(cell)}: {_epochs(own)}, batches of {own.batch_size}{count}")
+        found.append(
+            runs.train(
+                own,
+                shelf[own],
+                folder / cell.place,
+                device=pool.device,
+                resume=known,
+                progress=pool.progress,
+            )
+        )
+    return found
+
+
+def _told(cell: Cell) -> str:
+    return cell.place.replace(",seed=", ", seed ")
+
+
+def _epochs(own: Recipe) -> str:
+    return f"{own.epochs} epoch{'' if own.epochs == 1 else 's'}"
+
+
+def _train_apart(wanted: list[Cell], folder: Path, pool: Pool, begun: list[bool]) -> None:
+    """Train cells in processes of their own, which share the machine's threads."""
+    jobs = min(pool.jobs, len(wanted))
+    threads = max(1, torch.get_num_threads() // jobs)
+    pool.say(f"training {len(wanted)} variants, {jobs} at a time, {threads} threads each")
+    spawning = multiprocessing.get_context("spawn")
+    with (
+        ProcessPoolExecutor(jobs, mp_context=spawning) as workers,
+        bar("variants", len(wanted), wanted=pool.progress) as show,
+    ):
+        started = {
+            workers.submit(_train_alone, cell, folder / cell.place, pool.device, pool.data_folder, known, threads): cell
+            for cell, known in zip(wanted, begun, strict=True)
+        }
+        for number, done in enumerate(as_completed(started), 1):
+            if done.exception():
+                workers.shutdown(wait=False, cancel_futures=True)
+            done.result()
+            show(number, _told(started[done]))
+
+
+def _train_alone(
+    cell: Cell, folder: Path, device: str, data_folder: str | Path | None, resume: bool, threads: int
+) -> None:
+    torch.set_num_threads(threads)
+    runs.train(cell.recipe, recipe.load_data(cell.recipe, data_folder), folder, device=device, resume=resume)
