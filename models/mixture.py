@@ -6,19 +6,10 @@ import pyro
 import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
-from torch.distributions import constraints
 
 from pvae.likelihoods import Likelihood
 from pvae.priors import GaussianMixture
 from pvae.runtime import LocalModule, local_method
-
-
-class Mixture(dist.MixtureSameFamily):
-    """Pyro's mixture with the support of one row, by which data are checked value by value."""
-
-    @property
-    def support(self) -> constraints.Constraint:
-        return self.component_distribution.support
 
 
 class GaussianMixtureVAE(LocalModule):
@@ -63,7 +54,7 @@ class GaussianMixtureVAE(LocalModule):
         with pyro.plate("data", len(x), dim=-1):
             z = pyro.sample("z", self.clusters())
             weights = dist.Categorical(logits=self._joint(z))
-            pyro.sample("x", Mixture(weights, self._rows(z)), obs=x)
+            pyro.sample("x", dist.MixtureSameFamily(weights, self._rows(z)), obs=x)
 
     def responsibilities(self, z: Tensor, x: Tensor | None = None) -> Tensor:
         """p(c|z), or p(c|z, x) for rows x [..., columns], of latents z [..., D]: [..., components]."""

@@ -8,13 +8,14 @@ import torch
 from pyro.infer import SVI
 
 from pvae import runs
+from pvae.components import make
 from pvae.data import Dataset
 from pvae.errors import UserError
 from pvae.recipe import Recipe
 from pvae.runtime import seeded, unchecked
 from pvae.training import FusedAdam
 
-__all__ = ["check"]
+__all__ = ["check", "warnings"]
 
 
 def check(own: Recipe, data: Dataset) -> Iterator[str]:
@@ -42,6 +43,15 @@ def check(own: Recipe, data: Dataset) -> Iterator[str]:
     rows = getattr(built.guide, "table", torch.empty(0)).numel()
     own_rows = f", rows {rows:,}" if rows else ""
     yield f"a gradient in every parameter: model {counts['model']:,}, guide {counts['guide']:,}{own_rows}"
+
+
+def warnings(own: Recipe) -> Iterator[str]:
+    """What a resolved recipe can hardly mean, though it can be trained."""
+    warm_up, epochs = make("objective", own.objective).warm_up, own.epochs or 0
+    if warm_up > epochs:
+        yield (
+            f"the KL weight rises over {warm_up:g} epochs, but training has {epochs}: it never reaches its full value"
+        )
 
 
 class _Keeping(FusedAdam):

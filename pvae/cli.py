@@ -6,7 +6,7 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from difflib import get_close_matches
 from pathlib import Path
@@ -77,16 +77,28 @@ def compare(
     out: Out = None,
     overwrite: Overwrite = False,
     resume: Resume = False,
+    record: Annotated[bool, typer.Option("--record", help="Write what is found into the recipe's [expected].")] = False,
 ) -> None:
     """Train variants side by side, by default amortized, per-datapoint and semi-amortized inference: table and page."""
     from pvae import compare as comparing
 
+    if record and path is None:
+        raise UserError("--record needs a recipe file to write to")
     job = job_in(Path())
     file = described(path, job.trust, guide=guide)
-    axes = axes_of(file, guide_of) if guide is None else axes_of(file._replace(vary={"guide": [guide]}), guide_of)
+    axes = (
+        axes_of(file, guide_of)
+        if guide is None
+        else axes_of(file._replace(vary=file.vary | {"guide": [guide]}), guide_of)
+    )
     job = replace(job, folder=out or _folder("compare", path or file.recipe.data))
     results = comparing.compare(file.recipe, job, vary=axes, data_folder=data_dir, overwrite=overwrite, resume=resume)
     _show(results, job.folder)
+    if record and path is not None:
+        from pvae import recipe
+        from pvae.results import expected
+
+        recipe.record(path, expected(results))
 
 
 @app.command()
@@ -105,6 +117,7 @@ def fit(
 ) -> None:
     """Train one variant and say its ELBO on all test rows."""
     from pvae import recipe, runs
+    from pvae.checks import warnings
     from pvae.evaluation import bounds
     from pvae.runtime import pick_device
     from pvae.tables import QUANTITIES
@@ -114,8 +127,8 @@ def fit(
     own = _resolved(described(path, trust, guide=guide).recipe, guide_of)
     dataset = recipe.load_data(own, data_dir)
     typer.echo(dataset.summary())
-    built = runs.check(own, dataset)
-    for warning in _warnings(built.objective, own.epochs):
+    runs.check(own, dataset)
+    for warning in warnings(own):
         typer.echo(f"warning: {warning}", err=True)
     folder = out or _folder("fit", path or own.data)
     runs.prepare(folder, own, overwrite=overwrite, resume=resume)
@@ -176,7 +189,10 @@ def check(
     file = described(path, trust, guide=guide)
     own = replace(file.recipe, guide=guide_of(file.recipe.guide))
     shelf = grid.Shelf(data_dir)
-    for cell in grid.cells(own, file.vary):
+    kept, left_out = grid.sound(grid.cells(own, file.vary), shelf)
+    for name, reason in left_out.items():
+        typer.echo(f"{name} is left out: {reason}")
+    for cell in kept:
         for line in checked(cell.recipe, shelf[cell.recipe]):
             typer.echo(f"{cell.name}: {line}" if file.vary else line)
 
@@ -207,14 +223,6 @@ def _resolved(own: Any, guide_of: Callable[[Any], Any]) -> Any:
     return recipe.resolve(replace(own, guide=guide_of(own.guide)))
 
 
-def _warnings(objective: Any, epochs: int) -> Iterator[str]:
-    if objective.warm_up > epochs:
-        yield (
-            f"the KL weight rises over {objective.warm_up:g} epochs, but training has {epochs}: "
-            "it never reaches its full value"
-        )
-
-
 def _show(results: dict[str, Any], folder: Path) -> None:
     """The results as tables and sentences on the screen, and the page."""
     from rich.console import Console
@@ -228,6 +236,8 @@ def _show(results: dict[str, Any], folder: Path) -> None:
         console.print(table)
     console.print("\n[bold]Verdict[/bold]")
     for group in results["groups"]:
+        if len(results["groups"]) > 1:
+            console.print(f"{group['data']['identity']}, {group['data']['base_measure']}:", markup=False)
         for sentence in group["verdicts"]:
             console.print(Padding(f"- {sentence}", (0, 0, 0, 2)), markup=False, highlight=False)
     typer.echo(f"\nthe page: {page.write(folder)}")

@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from pvae import components, export, grid, recipe, runs
+from pvae import checks, components, export, grid, recipe, runs
+from pvae.components import KINDS
 from pvae.console import bar
 from pvae.data import Batch, Dataset
 from pvae.errors import UserError
@@ -91,7 +92,8 @@ def compare(
     Raises:
         UserError: anything that the user can mend; nothing has been overwritten if it could be known before.
     """
-    axes = {name: list(values) for name, values in (vary or {"guide": SOURCES}).items()}
+    given = (vary or {"guide": SOURCES}).items()
+    axes = {name: [components.rooted(v) if name in KINDS else v for v in values] for name, values in given}
     if job.jobs < 1:
         raise UserError(f"--jobs is {job.jobs}, but it must be at least 1")
     pick_device(job.device)
@@ -101,6 +103,9 @@ def compare(
         job.say(line)
     for name, reason in left_out.items():
         job.say(f"{name} is left out: {reason}")
+    for cell in wanted:
+        for warning in checks.warnings(cell.recipe):
+            job.say(f"warning: {cell.place}: {warning}")
     runs.prepare(job.folder, recipe.resolve(own), axes, overwrite=overwrite, resume=resume)
     pool = Pool(job.jobs, job.device, data_folder, job.progress, job.say)
     variants = grid.train(wanted, job.folder, shelf, pool, overwrite=overwrite, resume=resume)
@@ -120,7 +125,11 @@ def load(job: Job, data_folder: str | Path | None = None) -> list[Entry]:
     if not axes:
         variant = runs.load(job.folder, shelf[own], device=job.device, trust=job.trust)
         return [Entry(own.name("guide"), [variant], shelf[own])]
-    there = [cell for cell in grid.cells(own, axes) if (job.folder / cell.place / "recipe.toml").is_file()]
+    there = [
+        replace(cell, recipe=recipe.read(job.folder / cell.place, trust=job.trust))
+        for cell in grid.cells(own, axes)
+        if (job.folder / cell.place / "recipe.toml").is_file()
+    ]
     if not there:
         raise UserError(f"{job.folder} holds no trained variant; the command that began it with --resume goes on")
     found = [runs.load(job.folder / c.place, shelf[c.recipe], device=job.device, trust=job.trust) for c in there]

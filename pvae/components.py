@@ -7,17 +7,30 @@ import importlib.util
 import inspect
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import ModuleType
-from typing import Any, get_type_hints
+from types import ModuleType, NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from torch import nn
 
 from pvae import families, generative, guides, likelihoods, networks, objectives, priors
 from pvae.errors import UserError, fits, nearest
 
-__all__ = ["KINDS", "Component", "find", "label", "make", "own_file", "parse", "spelled_out", "split", "table", "told"]
+__all__ = [
+    "KINDS",
+    "Component",
+    "find",
+    "label",
+    "make",
+    "own_file",
+    "parse",
+    "rooted",
+    "spelled_out",
+    "split",
+    "table",
+    "told",
+]
 
 Component = str | Mapping[str, Any]
 
@@ -48,7 +61,7 @@ SUPPLIED: dict[str, tuple[str, ...]] = {
     "likelihood": (),
     "prior": ("dim", "posterior", "data"),
     "family": ("dim",),
-    "network": ("inputs", "outputs", "shape", "decodes"),
+    "network": ("inputs", "outputs", "shape", "labels", "decodes"),
     "guide": ("encoder", "family", "num_data", "bound", "sites"),
     "objective": (),
 }
@@ -73,10 +86,10 @@ def parse(word: str) -> dict[str, Any]:
         return {"type": word.strip()}
     try:
         call = ast.parse(f"f({rest}", mode="eval").body
-        assert isinstance(call, ast.Call)
-        assert not call.args
+        if not isinstance(call, ast.Call) or call.args or not isinstance(call.func, ast.Name):
+            raise ValueError
         return {"type": name.strip()} | {str(k.arg): ast.literal_eval(k.value) for k in call.keywords}
-    except (SyntaxError, ValueError, AssertionError):
+    except (SyntaxError, ValueError):
         raise UserError(f"'{word}' can't be read; write a name, or Name(argument=value, ...)") from None
 
 
@@ -105,6 +118,15 @@ def own_file(component: Component) -> str | None:
     """The file whose code a component would run, or None for one of this package."""
     file, colon, _ = str(table(component).get("type", "")).rpartition(":")
     return file if colon else None
+
+
+def rooted(component: Component) -> Component:
+    """The same component, with its file named from the root, so that a run finds it from anywhere."""
+    file = own_file(component)
+    if file is None:
+        return component
+    own = table(component)
+    return own | {"type": f"{Path(file).resolve()}:{own['type'].rpartition(':')[2]}"}
 
 
 def find(kind: str, name: str) -> Any:
@@ -171,8 +193,7 @@ def spelled_out(kind: str, component: Component) -> dict[str, Any]:
     plain: dict[str, Any] = {
         n: list(v) if isinstance(v, tuple) else v for n, v in (defaults(kind, given) | given).items()
     }
-    if file := own_file(given):
-        plain["type"] = f"{Path(file).resolve()}:{plain['type'].rpartition(':')[2]}"
+    plain["type"] = table(rooted(given))["type"]
     return {"type": plain["type"]} | {name: value for name, value in plain.items() if name != "type"}
 
 
@@ -228,22 +249,20 @@ def _checked(kind: str, component: dict[str, Any]) -> Any:
 def type_words(hint: Any) -> str:
     """A type hint in words.
 
-    >>> type_words(int | None), type_words(float)
-    ('a whole number', 'a number')
+    >>> type_words(int | None), type_words(str | Mapping[str, int])
+    ('a whole number', 'text or a table')
     """
     known = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
     if hint in known:
         return known[hint]
-    inner = getattr(hint, "__args__", ())
-    if type(None) in inner:
-        return " or ".join(type_words(i) for i in inner if i is not type(None))
-    if str(hint).startswith("typing.Literal"):
+    kind, inner = get_origin(hint), get_args(hint)
+    if kind in (Union, UnionType):
+        return " or ".join(type_words(i) for i in inner if i is not NoneType)
+    if kind is Literal:
         return " or ".join(map(repr, inner))
-    if inner and "Sequence" in str(hint):
+    if kind in (list, Sequence):
         return f"a list, each {type_words(inner[0])}"
-    if inner and "Mapping" in str(hint):
-        return "a table"
-    return " or ".join(type_words(i) for i in inner) if inner else getattr(hint, "__name__", str(hint))
+    return "a table" if kind in (dict, Mapping) else getattr(hint, "__name__", str(hint))
 
 
 def _arguments(cls: type) -> dict[str, inspect.Parameter]:

@@ -37,7 +37,7 @@ def figures(group: dict[str, Any], idata: xr.DataTree) -> dict[str, str]:
             found["gaps"] = _gaps(rows)
         if "refinement" in group:
             found["refinement"] = _refinement(group)
-            found["scatter"] = _scatter(idata)
+            found["scatter"] = _scatter(idata, next(row["name"] for row in rows if row["guide"] == "Amortized"))
     return found
 
 
@@ -168,9 +168,9 @@ def _refinement(group: dict[str, Any]) -> str:
     return _address(figure, "svg")
 
 
-def _scatter(idata: xr.DataTree) -> str:
+def _scatter(idata: xr.DataTree, amortized: str) -> str:
     """Each test row's ELBO by the encoder against its best one, and how the loss is spread over rows."""
-    values = idata["test"].to_dataset().sel(variant="Amortized")
+    values = idata["test"].to_dataset().sel(variant=amortized)
     figure, (axis, spread) = _panels(2)
     elbo, best = values["elbo"].to_numpy(), values["best_elbo"].to_numpy()
     limits = [min(elbo.min(), best.min()), max(elbo.max(), best.max())]

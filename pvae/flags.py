@@ -116,7 +116,7 @@ def grid_flags(
         from pvae import grid
         from pvae.compare import SOURCES
 
-        words = [*(vary or []), *([f"guide={guides}"] if guides else [])]
+        words = [*(vary or []), *([] if guides is None else [f"guide={guides}"])]
         given = dict(grid.axis(word) for word in words)
         if len(given) < len(words):
             raise UserError("--vary names an axis twice")

@@ -8,7 +8,7 @@ import multiprocessing
 import re
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ import torch
 from pvae import components, recipe, runs
 from pvae.console import bar
 from pvae.data import Dataset
-from pvae.errors import Refused, UserError, nearest
+from pvae.errors import Refused, UserError
 from pvae.recipe import Recipe
 from pvae.runs import Variant
 
@@ -83,12 +83,12 @@ def axis(words: str) -> tuple[str, list[Any]]:
     (('objective', ['ELBO', 'IWAE(K=5)']), ('latent', [2, 8]))
     """
     name, equals, values = words.partition("=")
-    name, known = name.strip().replace("-", "_"), [f.name for f in fields(Recipe)]
-    if name not in known:
-        raise UserError(f"--vary {words}: unknown key '{name}'{nearest(name, known)}")
+    name = name.strip().replace("-", "_")
     found = [_value(name, word) for word in components.split(values)]
     if not equals or "" in found or len(found) != len({str(value) for value in found}):
         raise UserError(f"--vary {words}: write {name}=VALUE,VALUE,... with different values")
+    for value in found:
+        recipe.check_value(name, value, f"--vary {words}: ")
     return name, found
 
 

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from pvae.errors import UserError, nearest
@@ -131,6 +132,7 @@ class Conv(nn.Module):
         channels: of the convolutions, from the data's side to the latent's; each halves H and W, rounding up.
         hidden: widths of the dense layers between the convolutions and the latent, from the data's side on.
         activation: as in :class:`MLP`.
+        labels: columns after the picture, such as a label, that join it at the dense layers of an encoder.
         decodes: this is a pair's decoder: from the latent through transposed convolutions back to H x W, with
             outputs = P * H * W * C for P parameters of each value, in the order [P, H, W, C].
 
@@ -158,11 +160,12 @@ class Conv(nn.Module):
         channels: Sequence[int] = (32, 64),
         hidden: Sequence[int] = (256,),
         activation: str = "ReLU",
+        labels: int = 0,
         decodes: bool = False,
     ) -> None:
         super().__init__()
         _check("Conv", activation, shape=shape, channels=channels, hidden=hidden)
-        _check_picture(shape, channels, outputs if decodes else inputs, decodes)
+        _check_picture(shape, channels, outputs if decodes else inputs - labels, decodes)
         self.shape, self.outputs, self.decodes = (*shape, 1)[:3], outputs, decodes
         sizes = [self.shape[:2]]
         for _ in channels:
@@ -175,12 +178,12 @@ class Conv(nn.Module):
                 *_doublings([*channels[::-1], outputs // math.prod(sizes[0])], sizes[-2::-1], activation),
             )
         else:
+            self.maps = nn.Sequential(*_halvings([self.shape[2], *channels], activation), nn.Flatten())
             self.layers = nn.Sequential(
-                *_halvings([self.shape[2], *channels], activation),
-                nn.Flatten(),
-                *_dense([features, *hidden], activation),
-                nn.Linear([features, *hidden][-1], outputs),
+                *_dense([features + labels, *hidden], activation),
+                nn.Linear([features + labels, *hidden][-1], outputs),
             )
+            _start(self.maps, last=False)
         _start(self.layers)
 
     def forward(self, values: Tensor) -> Tensor:
@@ -188,7 +191,9 @@ class Conv(nn.Module):
         if self.decodes:
             made = self.layers(rows).unflatten(1, (-1, self.shape[2])).movedim(2, -1)
         else:
-            made = self.layers(rows.unflatten(1, self.shape).movedim(-1, 1))
+            values_of = math.prod(self.shape)
+            maps = self.maps(rows[:, :values_of].unflatten(1, self.shape).movedim(-1, 1))
+            made = self.layers(torch.cat([maps, rows[:, values_of:]], 1))
         return made.reshape(*values.shape[:-1], self.outputs)
 
 
@@ -223,13 +228,13 @@ def _doublings(channels: Sequence[int], sizes: Sequence[tuple[int, ...]], activa
     return layers
 
 
-def _start(layers: nn.Sequential) -> None:
+def _start(layers: nn.Sequential, last: bool = True) -> None:
     """He's weights, which keep a signal's size through rectified layers; smaller ones in the last, which is linear."""
     weighted: list[Any] = [layer for layer in layers if hasattr(layer, "weight")]
     for layer in weighted:
         # A transposed convolution of stride 2 spreads its kernel over 2 x 2 neighbours.
         feeds = layer.weight[:, 0].numel() / 4 if isinstance(layer, nn.ConvTranspose2d) else layer.weight[0].numel()
-        nn.init.normal_(layer.weight, std=math.sqrt((1 / 3 if layer is weighted[-1] else 2) / feeds))
+        nn.init.normal_(layer.weight, std=math.sqrt((1 / 3 if last and layer is weighted[-1] else 2) / feeds))
         nn.init.zeros_(layer.bias)
 
 

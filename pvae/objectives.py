@@ -69,7 +69,7 @@ class Objective(pyro.infer.ELBO):
         since = self.epoch % self.cycle if self.cycle else self.epoch
         return self.kl_weight * (min(1.0, since / self.warm_up) if self.warm_up else 1.0)
 
-    def draw(self, model: Program, guide: Program, x: Tensor, index: Tensor | None) -> LogWeights:
+    def draw(self, model: Program, guide: Program, x: Tensor, index: Tensor | None = None) -> LogWeights:
         """Log-densities of K draws, with the gradients that the estimator takes."""
         return draw(model, guide, x, index, self.K)
 
@@ -157,7 +157,7 @@ class AnalyticKL(Objective):
     Source: Kingma and Welling (2014), arXiv:1312.6114, appendix B.
     """
 
-    def draw(self, model: Program, guide: Program, x: Tensor, index: Tensor | None) -> LogWeights:
+    def draw(self, model: Program, guide: Program, x: Tensor, index: Tensor | None = None) -> LogWeights:
         return draw(model, guide, x, index, self.K, analytic=True)
 
     def bound(self, w: LogWeights) -> Tensor:
@@ -226,7 +226,7 @@ class StickingTheLanding(Objective):
     Source: Roeder, Wu, Duvenaud (2017), *Sticking the Landing*, arXiv:1703.09194.
     """
 
-    def draw(self, model: Program, guide: Program, x: Tensor, index: Tensor | None) -> LogWeights:
+    def draw(self, model: Program, guide: Program, x: Tensor, index: Tensor | None = None) -> LogWeights:
         return draw(model, guide, x, index, self.K, path=True)
 
     def bound(self, w: LogWeights) -> Tensor:
@@ -242,7 +242,7 @@ class DReG(_Several):
     Source: Tucker, Lawson, Gu, Maddison (2019), *Doubly Reparameterized Gradient Estimators*, arXiv:1810.04152.
     """
 
-    def draw(self, model: Program, guide: Program, x: Tensor, index: Tensor | None) -> LogWeights:
+    def draw(self, model: Program, guide: Program, x: Tensor, index: Tensor | None = None) -> LogWeights:
         self._factor: Tensor | None = None
         return draw(model, guide, x, index, self.K, through=self._through, path=True)
 

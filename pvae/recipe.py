@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import tomllib
 from collections.abc import Collection, Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple, get_type_hints
 
@@ -22,7 +22,20 @@ from pvae.objectives import Objective
 from pvae.runtime import seeded
 from pvae.sites import Sites, find_sites
 
-__all__ = ["Built", "Recipe", "RecipeFile", "build", "load_data", "open_file", "read", "resolve", "write"]
+__all__ = [
+    "Built",
+    "Recipe",
+    "RecipeFile",
+    "build",
+    "check_value",
+    "load_data",
+    "open_file",
+    "read",
+    "record",
+    "resolve",
+    "words",
+    "write",
+]
 
 # What a data set takes where the user does not say: latent dimensions, hidden widths, epochs, learning rate, levels.
 USUAL = {
@@ -68,6 +81,8 @@ class Recipe:
 
     def name(self, kind: str) -> str:
         """The class chosen for a kind as one word, with arguments other than the defaults."""
+        if kind in ("likelihood", "prior") and not components.takes("program", self.program, kind):
+            return f"{self.name('program')}'s own"
         component = getattr(self, kind)
         return components.label(component, components.defaults(kind, component))
 
@@ -98,6 +113,7 @@ def resolve(recipe: Recipe) -> Recipe:
     'threshold'
     """
     _check_range(recipe)
+    _check_used(recipe)
     kind = "digits" if recipe.data == "digits" else "images" if recipe.data in data.NAMES else "file"
     latent, hidden, epochs, learning_rate, levels = USUAL[kind]
     chosen = {name: table(getattr(recipe, name)) for name in KINDS}
@@ -117,11 +133,28 @@ def resolve(recipe: Recipe) -> Recipe:
     )
 
 
+def _check_used(recipe: Recipe) -> None:
+    """Refuse a likelihood or prior for a program that has its own."""
+    for kind in ("likelihood", "prior"):
+        given = table(getattr(recipe, kind))
+        if given["type"] != getattr(Recipe, kind) and not components.takes("program", recipe.program, kind):
+            raise UserError(f"program {recipe.name('program')} has its own {kind}; leave --{kind} {given['type']} out")
+
+
 def _usual_binarization(spelled: Mapping[str, Component]) -> str:
     """What makes pictures of what the program or its likelihood scores."""
     program = components.find("program", table(spelled["program"])["type"])
     support = getattr(program, "support", None) or make("likelihood", spelled["likelihood"]).support
     return "threshold" if str(support) == "Boolean()" else "levels" if support.is_discrete else "none"
+
+
+def check_value(key: str, value: Any, where: str = "") -> None:
+    """Refuse a key that no recipe has, or a value that is not of its type; ``where`` begins the message."""
+    hints = get_type_hints(Recipe)
+    if key not in hints:
+        raise UserError(f"{where.removesuffix('vary.')}unknown key '{key}'{nearest(key, hints)}")
+    if not fits(value, hints[key]):
+        raise UserError(f"{where}{key} is {value!r}, but it takes {components.type_words(hints[key])}")
 
 
 def _check_range(recipe: Recipe, where: str = "") -> None:
@@ -135,7 +168,8 @@ def _check_range(recipe: Recipe, where: str = "") -> None:
     ):
         value = getattr(recipe, name)
         if value is not None and not least <= value < 2**31:
-            raise UserError(f"{where}--{name.replace('_', '-')} is {value}, but it must be at least {least}")
+            bound = f"at least {least}" if value < least else f"below {2**31}"
+            raise UserError(f"{where}--{name.replace('_', '-')} is {value}, but it must be {bound}")
     if recipe.learning_rate is not None and not 0 < recipe.learning_rate < math.inf:
         raise UserError(f"{where}--learning-rate is {recipe.learning_rate}, but it must be positive")
 
@@ -204,7 +238,7 @@ class _Posterior:
     def make_encoder(self) -> None:
         """The encoder of the recipe's network for the family as it is."""
         sizes = {"inputs": self.dataset.train.shape[1], "outputs": self.family.size, "shape": self.dataset.shape}
-        self.encoder = make("network", self.recipe.network, **sizes, decodes=False)
+        self.encoder = make("network", self.recipe.network, **sizes, labels=self.dataset.classes, decodes=False)
 
     def fit_to(self, sites: Sites) -> None:
         """Size family and encoder anew where the program's latents are not the recipe's D dimensions."""
@@ -214,7 +248,7 @@ class _Posterior:
 
     def check_has_encoder(self) -> None:
         """Refuse a prior that is made of the guide's posterior where the guide or its family has none to give."""
-        prior, guide, family = (self.recipe.name(kind) for kind in ("prior", "guide", "family"))
+        prior, guide, family = (str(table(getattr(self.recipe, k))["type"]) for k in ("prior", "guide", "family"))
         if not components.takes("guide", self.recipe.guide, "encoder"):
             raise Refused(f"prior {prior} needs an encoder, and guide {guide} has none; use --guide Amortized")
         if self.family.point_mass:
@@ -260,15 +294,12 @@ def open_file(path: Path, changes: Mapping[str, Any] | None = None, *, trust: bo
     """
     keys = _toml(path)
     vary, expected = keys.pop("vary", {}), keys.pop("expected", {})
-    hints, known = get_type_hints(Recipe), [f.name for f in fields(Recipe)]
-    for key in keys:
-        if key not in known:
-            raise UserError(f"{path}: unknown key '{key}'{nearest(key, known)}")
-        if not fits(keys[key], hints[key]):
-            raise UserError(f"{path}: {key} is {keys[key]!r}, but it takes {components.type_words(hints[key])}")
-    for axis, values in vary.items():
-        if axis not in known or not isinstance(values, list) or not values:
-            raise UserError(f"{path}: vary.{axis} must be a list of values for one of {', '.join(known)}")
+    if not isinstance(vary, dict) or not all(isinstance(values, list) and values for values in vary.values()):
+        raise UserError(f"{path}: vary must be a table whose keys have lists of values")
+    for where, values in (("", {key: [value] for key, value in keys.items()}), ("vary.", vary)):
+        for key in values:
+            for value in values[key]:
+                check_value(key, value, f"{path}: {where}")
     own = {name: _located(value, name, path.parent) for name, value in keys.items()}
     named = {components.own_file(value) for value in (changes or {}).values() if isinstance(value, (str, dict))}
     axes = {axis: [_located(value, axis, path.parent) for value in values] for axis, values in vary.items()}
@@ -278,6 +309,12 @@ def open_file(path: Path, changes: Mapping[str, Any] | None = None, *, trust: bo
     recipe = Recipe(**(own | dict(changes or {})))
     _check_range(recipe, f"{path}: ")
     return RecipeFile(recipe, axes, expected)
+
+
+def record(path: Path, expected: Mapping[str, Any]) -> None:
+    """Put what a run has found into the table ``expected`` of its recipe file, and leave the rest of the file alone."""
+    own, _, _ = path.read_text(encoding="utf-8").partition("\n[expected]")
+    write_text(path, f"{own.rstrip()}\n\n{tomli_w.dumps({'expected': expected})}")
 
 
 def _toml(path: Path) -> dict[str, Any]:

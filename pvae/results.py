@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from datetime import date
 from importlib.metadata import version
 from typing import Any, NamedTuple
 
@@ -18,7 +19,7 @@ from pvae.runs import Variant
 from pvae.stats import Estimate, mean_se
 from pvae.verdicts import Judged, SameDecoder, verdicts
 
-__all__ = ["SCHEMA", "Group", "collect"]
+__all__ = ["SCHEMA", "Group", "collect", "expected"]
 
 SCHEMA = 2
 LIBRARIES = ("pvae-pyro", "torch", "pyro-ppl", "numpy", "arviz-base")
@@ -49,6 +50,21 @@ def collect(groups: list[Group], left_out: Mapping[str, str]) -> dict[str, Any]:
         "groups": [_group(group) for group in groups],
     }
     return results
+
+
+def expected(results: Mapping[str, Any]) -> dict[str, Any]:
+    """What a recipe file keeps of a run: each variant's test means and errors, seconds, and what made them."""
+    found: dict[str, Any] = {"versions": results["versions"], "machine": results["machine"], "date": f"{date.today()}"}
+    for group in results["groups"]:
+        for row in group["rows"]:
+            names = [name for name in ("log_joint", "elbo", "iwae", "evidence") if name in row["test"]]
+            kept = {name: row["test"][name] for name in names}
+            }
+            means = {name: [round(v[key], 3) for key in ("mean", "se")] for name, v in kept.items()}
+            draws = next(iter(kept.values()))["K"]
+            rows = group["data"]["evaluated_rows"]["test"]
+            found[row["name"]] = means | {"seconds": round(row["seconds"], 1), "rows": rows, "K": draws}
+    return found
 
 
 def _common(recipes: list[Recipe]) -> dict[str, Any]:
@@ -91,7 +107,7 @@ def _row(variants: list[Variant], judged: Judged) -> dict[str, Any]:
     every = [judged, *judged.further]
     row = {
         "name": judged.name,
-        "guide": judged.source,
+        "guide": judged.source.rpartition(":")[2],
         "settings": {name: value for name, value in components.table(own.guide).items() if name != "type"},
         **{word: own.name(word) for word in WORDS},
         "latent": first.built.guide.sites.dim,

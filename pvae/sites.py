@@ -83,7 +83,7 @@ class Sites:
             free = joint[..., start:end].reshape(joint.shape[:-1] + site.free)
             value = site.transform(free)
             volume = site.transform.log_abs_det_jacobian(free, value)
-            volume = volume.sum(tuple(range(joint.dim() - 1, volume.dim())))
+            volume = volume.reshape(*joint.shape[:-1], -1).sum(-1)
             pyro.sample(site.name, dist.Delta(value, -volume, event_dim=len(site.shape)))
             start = end
 

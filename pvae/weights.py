@@ -134,10 +134,10 @@ def draw(
     # A single draw goes without the samples' plate: a guide that refines inside its own trace draws this way.
     with pyro.plate("samples", K, dim=dim) if K > 1 else nullcontext():
         guide_trace = poutine.trace(guide).get_trace(x, index)
-        drawn = dict(random_sites(guide_trace))
+        drawn = {name: dict(site) for name, site in random_sites(guide_trace)}
         if through:
-            for site in drawn.values():
-                site["value"] = through(site["value"], site["fn"].event_dim)
+            for name, site in drawn.items():
+                guide_trace.nodes[name]["value"] = through(site["value"], site["fn"].event_dim)
         model_trace = poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(x, index)
     shape, scored = (K, len(x)), dict(random_sites(model_trace))
     _check_match(scored, drawn)

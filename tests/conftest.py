@@ -1,6 +1,8 @@
-"""One thread, no display, and double precision for the tests that ask for it."""
+"""One thread, no display; double precision and the command line for the tests that ask for them."""
 
 import os
+import shlex
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -16,3 +18,23 @@ def double():
     torch.set_default_dtype(torch.float64)
     yield
     torch.set_default_dtype(before)
+
+
+class Done(NamedTuple):
+    """What a command gave."""
+
+    status: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def pvae(capsys):
+    """A function from a command line to what it gave, run in this process."""
+    from pvae.cli import main
+
+    def run(line):
+        capsys.readouterr()
+        return Done(main(shlex.split(line)), *capsys.readouterr())
+
+    return run

@@ -7,13 +7,13 @@ import itertools
 import json
 import math
 import os
+import re
 import shlex
 import shutil
 import signal
 import subprocess
 import sys
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -21,8 +21,9 @@ import torch
 
 from pvae import checkpoints, recipe, runs, training
 from pvae.cli import main
+from pvae.components import KINDS
 from pvae.errors import UserError
-from pvae.recipe import KINDS, Recipe
+from pvae.recipe import Recipe
 
 pytestmark = pytest.mark.filterwarnings("ignore:constrained_layout not applied")
 
@@ -37,26 +38,9 @@ BOUNDS = {"elbo", "iwae", "kl", "reconstruction"}
 GAPS = {"best_elbo", "evidence", "approximation_gap", "amortization_gap", "inference_gap", "optimization_gap"}
 
 
-class Done(NamedTuple):
-    """What a command gave."""
-
-    status: int
-    out: str
-    err: str
-
-
 @pytest.fixture(autouse=True)
 def workplace(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-
-
-@pytest.fixture
-def pvae(capsys):
-    def run(line):
-        capsys.readouterr()
-        return Done(main(shlex.split(line)), *capsys.readouterr())
-
-    return run
 
 
 @pytest.fixture(scope="module")
@@ -88,6 +72,12 @@ def results(folder):
     return json.loads((Path(folder) / "results.json").read_text())
 
 
+def alone(folder):
+    """The one group of a run's results."""
+    (group,) = results(folder)["groups"]
+    return group
+
+
 def untimed(value):
     """Results without seconds, and without what depends on the machine."""
     if isinstance(value, dict):
@@ -104,31 +94,33 @@ def test_a_comparison_leaves_its_files_and_nothing_else(compared):
 
 
 def test_results_follow_their_schema(compared):
-    found = results(compared)
-    assert found.keys() == {
-        *("schema", "data", "versions", "machine", "recipe", "rows", "verdicts", "same_decoder", "refinement")
-    }
-    assert found["schema"] == 1
+    whole, found = results(compared), alone(compared)
+    assert whole.keys() == {"schema", "groups", "versions", "machine", "recipe", "left_out"}
+    assert whole["schema"] == 2
+    assert whole["left_out"] == {}
+    assert found.keys() == {"data", "rows", "verdicts", "same_decoder", "refinement"}
     assert found["data"] | {"digest": "", "summary": ""} == {
         "name": "digits",
+        "identity": "digits-threshold",
         "binarize": "threshold",
         "base_measure": "mass",
         "digest": "",
         "training_rows": 1438,
         "test_rows": 359,
-        "evaluated_rows": 20,
+        "evaluated_rows": {"train": 20, "test": 20},
         "shape": [8, 8],
         "summary": "",
     }
-    assert {"python", "torch", "pyro-ppl"} <= found["versions"].keys()
-    assert found["recipe"]["latent"] == 2
-    assert "guide" not in found["recipe"]
-    assert [row["guide"] for row in found["rows"]] == list(GUIDES)
+    assert {"python", "torch", "pyro-ppl"} <= whole["versions"].keys()
+    assert whole["recipe"]["latent"] == 2
+    assert "guide" not in whole["recipe"]
+    assert [row["guide"] for row in found["rows"]] == [row["name"] for row in found["rows"]] == list(GUIDES)
     for row in found["rows"]:
         assert row.keys() == {
-            *("guide", "settings", "family", "likelihood", "prior", "objective", "parameters", "epochs", "seconds"),
-            *("evaluation_seconds", "history", "train", "test"),
+            *("name", "guide", "settings", "program", "family", "likelihood", "prior", "network", "objective"),
+            *("latent", "parameters", "epochs", "seconds", "evaluation_seconds", "history", "seeds", "train", "test"),
         }
+        assert (row["latent"], row["seeds"], row["family"]) == (2, [0], "DiagonalNormal")
         assert row["parameters"]["local"] == (1438 * 4 if row["guide"] == "PerDatapoint" else 0)
         for split in ("train", "test"):
             assert row[split].keys() == BOUNDS | GAPS
@@ -149,7 +141,7 @@ def test_history_is_one_row_for_each_epoch(compared, guide):
     with (compared / guide / "history.csv").open() as file:
         rows = [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
     state = json.loads((compared / guide / "state.json").read_text())
-    (row,) = (row for row in results(compared)["rows"] if row["guide"] == guide)
+    (row,) = (row for row in alone(compared)["rows"] if row["guide"] == guide)
     assert [entry["epoch"] for entry in rows] == [1, 2]
     assert rows == row["history"] == state["history"]
     assert (state["epoch"], state["batch"], state["stopped"]) == (2, 0, "finished")
@@ -169,7 +161,7 @@ def test_the_screen_has_tables_verdict_and_page(compared):
         assert f"training {guide}" in out
     for text in ("Each with its own decoder, test rows", "What it cost", "amortized variant's decoder", "Verdict"):
         assert text in out
-    assert all(" ".join(sentence.split()) in words for sentence in results(compared)["verdicts"])
+    assert all(" ".join(sentence.split()) in words for sentence in alone(compared)["verdicts"])
     assert out.rstrip().endswith(f"the page: {compared / 'report.html'}")
 
 
@@ -191,8 +183,8 @@ def test_evaluating_again_changes_no_number_and_reporting_only_the_page(compared
 def test_one_variant_of_a_comparison_is_a_run_of_its_own(compared, pvae):
     shutil.copytree(compared / "SemiAmortized", "run")
     assert pvae(f"evaluate run {FEW}").status == 0
-    (row,) = results("run")["rows"]
-    assert untimed(row) == untimed(results(compared)["rows"][2])
+    (row,) = alone("run")["rows"]
+    assert untimed(row) == untimed(alone(compared)["rows"][2])
     assert set(snapshot("run")) == {*FITTED, "results.json", "idata.nc", "report.html"}
 
 
@@ -271,7 +263,7 @@ def test_own_rows_from_a_file_wherever_one_stands(pvae, monkeypatch, suffix):
     Path("elsewhere").mkdir()
     monkeypatch.chdir("elsewhere")
     assert pvae(f"evaluate ../runs/fit-rows {FEW}").status == 0
-    found = results("../runs/fit-rows")
+    found = alone("../runs/fit-rows")
     assert found["data"]["base_measure"] == "density"
     assert (found["data"]["training_rows"], found["data"]["test_rows"], found["data"]["shape"]) == (30, 10, [7])
 
@@ -280,14 +272,14 @@ def test_early_stopping_ends_with_the_best_epoch(pvae):
     # So large a rate that the validation ELBO soon falls.
     line = f"--guides Amortized --epochs 60 {TINY} --learning-rate 0.1 --validation-size 0.1 --patience 2 --seed 1"
     assert pvae(f"compare {line} {FEW} --out run").status == 0
-    found = results("run")
+    found = alone("run")
     (row,) = found["rows"]
     values = [entry["validation_elbo"] for entry in row["history"]]
     assert row["epochs"] == len(values) == values.index(max(values)) + 1 + 2 < 60
     assert json.loads(Path("run/Amortized/state.json").read_text())["stopped"] == "early"
     assert "144 validation" in found["data"]["summary"]
     assert pvae(f"evaluate run {FEW}").status == 0
-    assert untimed(results("run")) == untimed(found)
+    assert untimed(alone("run")) == untimed(found)
 
 
 # Words about itself
@@ -300,7 +292,7 @@ def test_the_list_names_every_component(pvae):
     for kind, module in KINDS.items():
         start = lines.index([f"--{kind}"]) + 1
         assert set(module.__all__) <= {line[0] for line in lines[start:] if line}
-    assert ["none,", "threshold,", "dynamic"] in lines
+    assert ["none,", "threshold,", "dynamic,", "levels"] in lines
 
 
 @pytest.mark.parametrize(("words", "status"), [("--version", 0), ("--help", 0), ("fit --help", 0), ("fitt", 2)])
@@ -363,6 +355,8 @@ FILES = {
     "flat.npy": lambda path: np.save(path, np.arange(5.0)),
     "letters.npy": lambda path: np.save(path, np.array([["a", "b"], ["c", "d"]])),
     "rows.txt": text("1 2\n"),
+    "unlabelled.npy": array(),
+    "labels.py": text("from pvae.generative import VAE\n\n\nclass Program(VAE):\n    uses_labels = True\n"),
     "taken": text("mine"),
     "broken-images": images,
     "empty-folder": lambda path: path.mkdir(),
@@ -379,6 +373,7 @@ RUNS = {
     "moved-run": lambda path, other: edit(path, "seed = 0", "seed = 1"),
     "worded-run": lambda path, other: edit(path, "seed = 0", 'seed = "a"'),
     "old-run": lambda path, other: (path / "results.json").write_text('{"schema": 0}'),
+    "compared-run": lambda path, other: edit(path, "[guide]", '[vary]\nprior = ["StandardNormal"]\n\n[guide]'),
     "half-run": lambda path, other: (path / "results.json").write_text('{"schema": 1, '),
 }
 
@@ -402,8 +397,8 @@ MISTAKES = {
     "data": (f"{FIT} --data digit", "digit 'digits'?"),
     "guide": (f"{FIT} --guide Amortised", "'Amortised' 'Amortized'?"),
     "guides": (f"{COMPARE} --guides Amortized,PerDatapont", "'PerDatapont' 'PerDatapoint'?"),
-    "guides twice": (f"{COMPARE} --guides Amortized,Amortized", "--guides twice"),
-    "no guides": (f"{COMPARE} --guides ''", "guide Amortized,"),
+    "guides twice": (f"{COMPARE} --guides Amortized,Amortized", "guide=Amortized,Amortized different"),
+    "no guides": (f"{COMPARE} --guides ''", "guide=VALUE,"),
     "likelihood": (f"{FIT} --likelihood Bernouli", "likelihood 'Bernouli' 'Bernoulli'?"),
     "prior": (f"{FIT} --prior StandartNormal", "prior 'StandartNormal' 'StandardNormal'?"),
     "family": (f"{FIT} --family DiagonlNormal", "family 'DiagonlNormal' 'DiagonalNormal'?"),
@@ -447,6 +442,29 @@ MISTAKES = {
     "no test rows": (f"{FIT} --test-size 0", "--test-size 0"),
     "validation size": (f"{FIT} --validation-size 5000", "--validation-size 5000 1438"),
     "validation size infinite": (f"{FIT} --validation-size inf", "--validation-size inf"),
+    "axis": (f"{COMPARE} --vary latnt=2,3", "--vary 'latnt' 'latent'?"),
+    "axis without values": (f"{COMPARE} --vary latent", "--vary latent=VALUE,VALUE"),
+    "axis of another type": (f"{COMPARE} --vary latent=2,many", "--vary latent 'many' whole number"),
+    "axis of one name": (f"{COMPARE} --vary latent=2,2", "--vary latent=2,2 different"),
+    "axis twice": (f"{COMPARE} --vary latent=2,3 --vary latent=4", "--vary twice"),
+    "axis out of range": (f"{COMPARE} --vary latent=2,0", "--latent 0 least 1"),
+    "axis of an unknown prior": (f"{COMPARE} --vary prior=VampPriar", "prior 'VampPriar' 'VampPrior'?"),
+    "seeds": (f"{COMPARE} --seeds 0", "--seeds 0 least 1"),
+    "jobs": (f"{COMPARE} --jobs 0", "--jobs 0 least 1"),
+    "argument of an objective": (f"{FIT} --objective 'IWAE(k=3)'", "IWAE 'k' 'K'?"),
+    "arguments that can't be read": (f"{FIT} --objective 'IWAE(20)'", "'IWAE(20)' Name(argument=value"),
+    "objective of no draws": (f"{FIT} --objective 'IWAE(K=0)'", "IWAE K 0 least 1"),
+    "objective of another type": (f"{FIT} --objective 'IWAE(K=2.5)'", "objective IWAE K 2.5 whole number"),
+    "no closed form": (f"{FIT} --objective AnalyticKL --prior GaussianMixture", "KL 'z' closed form --objective"),
+    "a prior that needs an encoder": (
+        f"{FIT} --prior VampPrior --guide PerDatapoint",
+        "VampPrior encoder PerDatapoint",
+    ),
+    "no recipe": ("fit none.toml --out new", "no recipe none.toml"),
+    "recipe of no kind": ("compare words.csv --out new", "words.csv read line 1"),
+    "own file that is missing": (f"{FIT} --prior none.py:Prior", "no Python file none.py"),
+    "own file of another format": (f"{FIT} --prior words.csv:Prior", "no Python file words.csv"),
+    "labels where there are none": (f"{FIT} --data unlabelled.npy --program labels.py:Program", "unlabelled labels"),
     "latent": (f"{FIT} --latent 0", "--latent 0 least 1"),
     "hidden": (f"{FIT} --hidden 0", "--hidden '0' least 1"),
     "hidden words": (f"{FIT} --hidden abc", "--hidden 'abc' numbers"),
@@ -475,6 +493,9 @@ MISTAKES = {
     "resume with other words": (f"fit {SMALL} --latent 3 --out run --resume", "--resume run latent 2 3"),
     "resume with another rate": (f"fit {SMALL} --learning-rate 1 --out run --resume", "learning-rate 0.002 1.0"),
     "resume with another guide": (f"fit {SMALL} --guide PerDatapoint --out run --resume", "guide Amortized Per"),
+    "resume of another verb": (f"fit {SMALL} --out compared-run --resume", "--resume compared-run compare's fit's"),
+    "resume of another verb, compared": (f"{COMPARE} --out run --resume", "--resume run fit's compare's --out"),
+    "resume and overwrite": (f"fit {SMALL} --out run --resume --overwrite", "--overwrite --resume exclude"),
     "resume of nothing": (f"fit {SMALL} --out new --resume", "new recipe.toml"),
     "resume of an empty folder": (f"fit {SMALL} --out empty-folder --resume", "empty-folder recipe.toml"),
     "compare on an empty folder": (f"{COMPARE} --out empty-folder --resume", "empty-folder recipe.toml"),
@@ -502,7 +523,7 @@ MISTAKES = {
 
 def prepare(line, kept):
     """Make the files and folders that a command line names."""
-    named = {word.removeprefix("./").split("/")[0] for word in shlex.split(line)}
+    named = {re.split("[/:]", word.removeprefix("./"))[0] for word in shlex.split(line)}
     for name in named & FILES.keys():
         FILES[name](Path(name))
     for name in named & RUNS.keys():

@@ -110,7 +110,7 @@ def sizes(network, kind, rows):
 def test_encoder_sees_rows_as_pictures_with_channels_last():
     height, width, depth = 5, 4, 3
     network, picture = Conv(60, 2, shape=(5, 4, 3), channels=[6]), torch.randn(height, width, depth)
-    convolution, *rest = network.layers
+    convolution, *rest = [*network.maps, *network.layers]
     padded = torch.zeros(height + 2, width + 2, depth)
     padded[1:-1, 1:-1] = picture
     maps = torch.empty(1, 6, 3, 2)
@@ -119,6 +119,15 @@ def test_encoder_sees_rows_as_pictures_with_channels_last():
             patch = padded[2 * h : 2 * h + 3, 2 * w : 2 * w + 3]
             maps[0, :, h, w] = torch.einsum("ijc,ocij->o", patch, convolution.weight) + convolution.bias
     torch.testing.assert_close(network(picture.flatten()), nn.Sequential(*rest)(maps)[0])
+
+
+def test_columns_after_the_picture_join_at_the_dense_layers():
+    network, row = Conv(6 + 3, 2, shape=(2, 3), channels=[4], hidden=[5], labels=3), torch.randn(9)
+    joined = torch.cat([network.maps(row[:6].view(1, 1, 2, 3)), row[None, 6:]], 1)
+    torch.testing.assert_close(network(row), network.layers(joined)[0])
+    changed = row.clone()
+    changed[-1] += 1
+    assert not torch.allclose(network(row), network(changed))
 
 
 def test_decoder_writes_parameters_then_rows_then_columns_then_channels():

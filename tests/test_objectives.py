@@ -20,6 +20,7 @@ from pvae.likelihoods import Bernoulli
 from pvae.networks import MLP
 from pvae.objectives import ELBO, IWAE, AnalyticKL, DReG, NonFinite, Renyi, StickingTheLanding
 from pvae.priors import StandardNormal
+from pvae.runtime import LocalModule
 from pvae.training import FusedAdam, fit
 from pvae.weights import log_weights
 
@@ -154,7 +155,7 @@ def test_analytic_kl_knows_correlated_normals_and_refuses_mixtures(oracle):
     correlated = Fixed(exact(oracle, x), FullRankNormal(DIM))
     assert math.isfinite(AnalyticKL().loss(oracle.model, correlated, x))
     mixture = MixtureOfNormals(DIM)
-    with pytest.raises(Refused, match="no closed form .* use --objective ELBO"):
+    with pytest.raises(Refused, match="no closed form for"):
         AnalyticKL().loss(oracle.model, Fixed(mixture.initial().expand(ROWS, -1), mixture), x)
 
 
@@ -182,7 +183,7 @@ def test_dreg_is_iwae_in_mean_and_less_noisy_for_the_guide(beta, of, oracle):
     oracle.decoder.weight.requires_grad_()
     parameter = guide.lam if of == "guide" else oracle.decoder.weight
     one, other = (
-        gradients(kind(K=16, kl_weight=beta), oracle, guide, x, parameter, repeats=300, copies=60)
+        gradients(kind(K=16, kl_weight=beta), oracle, guide, x, parameter, repeats=300, copies=120)
         for kind in (IWAE, DReG)
     )
     (a, se), (b, other_se) = mean_se(one), mean_se(other)
@@ -214,7 +215,7 @@ def test_path_gradient_is_zero_at_the_exact_posterior(kind, oracle):
     assert others.abs().max() > 0.1
 
 
-@pytest.mark.parametrize("objective", [ELBO(K=2), IWAE(), Renyi(alpha=0.3), AnalyticKL(), IWAE(kl_weight=0.3)], ids=str)
+@pytest.mark.parametrize("objective", [ELBO(K=2), IWAE(), Renyi(alpha=0.3), AnalyticKL(), IWAE(kl_weight=0.3)])
 def test_gradient_is_the_values_own_under_fixed_noise(objective, oracle):
     x = oracle.sample(ROWS)
     guide = off(oracle, x)
@@ -309,7 +310,7 @@ def test_training_moves_the_warm_up_and_the_rows_own_bound():
 
 @every
 def test_free_bits_cost_nothing_below_and_nothing_else_above(kind, oracle):
-    x = oracle.sample(ROWS)
+    x = oracle.sample(200)
     guide = off(oracle, x)
     level = kl(guide.lam).mean().item()
 
@@ -321,7 +322,7 @@ def test_free_bits_cost_nothing_below_and_nothing_else_above(kind, oracle):
     plain, few, many, more = found(0.0), found(0.01 * level), found(50 * level), found(60 * level)
     assert few[0].item() == pytest.approx(plain[0].item())
     torch.testing.assert_close(few[1], plain[1])
-    assert more[0] - many[0] == pytest.approx(10 * level * ROWS)  # a constant penalty
+    assert (more[0] - many[0]).item() == pytest.approx(10 * level * len(x))  # a constant penalty
     torch.testing.assert_close(more[1], many[1])
     assert not torch.allclose(many[1], plain[1])
 
@@ -394,28 +395,27 @@ def test_a_point_mass_has_one_bound_whatever_k(kind):
 
 
 def test_elbo_still_takes_latents_that_are_not_reparametrized():
-    logit = nn.Parameter(torch.zeros(()))
-
-    class Owner(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.logit = logit
-
     def model(x, index=None):
         with pyro.plate("data", len(x), dim=-1):
             z = pyro.sample("z", dist.Bernoulli(0.5))
             pyro.sample("x", dist.Normal(z, 0.1), obs=x[:, 0])
 
-    def guide(x, index=None):
-        with pyro.plate("data", len(x), dim=-1):
-            pyro.sample("z", dist.Bernoulli(logits=logit))
+    class Discrete(LocalModule):
+        def __init__(self):
+            super().__init__()
+            self.logits = nn.Linear(1, 1)
 
-    loop = SVI(model, guide, FusedAdam(Owner(), learning_rate=0.1), ELBO())
+        def forward(self, x, index=None):
+            with pyro.plate("data", len(x), dim=-1):
+                pyro.sample("z", dist.Bernoulli(logits=self.logits(x)[:, 0]))
+
+    guide, x = Discrete(), torch.ones(20, 1)
+    loop = SVI(model, guide, FusedAdam(guide, learning_rate=0.1), ELBO())
     for _ in range(60):
-        loop.step(torch.ones(20, 1))
-    assert logit > 2
+        loop.step(x)
+    assert guide.logits(x).min() > 2
     with pytest.raises(UserError, match="'z' is not reparametrized"):
-        StickingTheLanding().loss(model, guide, torch.ones(20, 1))
+        StickingTheLanding().loss(model, guide, x)
 
 
 @every

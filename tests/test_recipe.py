@@ -1,9 +1,11 @@
 """Recipes: filled in once, written and read back the same, and built from one start whatever the guide."""
 
 import dataclasses
+import json
 import tomllib
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
@@ -11,7 +13,7 @@ from pvae import components
 from pvae.components import KINDS, find, make, table
 from pvae.data import Dataset
 from pvae.errors import UserError
-from pvae.recipe import Recipe, build, read, resolve, write
+from pvae.recipe import Recipe, build, open_file, read, resolve, words, write
 from pvae.runtime import seeded
 
 COLUMNS, ROWS = 6, 10
@@ -233,4 +235,262 @@ def test_a_component_that_does_not_go_is_refused_by_name(changes, words):
     with pytest.raises(UserError) as error:
         built(**changes)
     assert words in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+# Recipe files
+
+
+def opened(tmp_path, text, *changes, **options):
+    path = tmp_path / "my.toml"
+    path.write_text(text)
+    return open_file(path, *changes, **options)
+
+
+def test_a_recipe_file_gives_recipe_axes_and_expected_numbers(tmp_path):
+    text = (
+        'seed = 3\nobjective = "IWAE(K=5)"\n[vary]\nlatent = [2, 8]\nprior = ["StandardNormal", {type = "StudentT"}]\n'
+    )
+    found = opened(tmp_path, f"{text}[expected]\nelbo = -3.5\n")
+    assert found.recipe == Recipe(seed=3, objective="IWAE(K=5)")
+    assert found.vary == {"latent": [2, 8], "prior": ["StandardNormal", {"type": "StudentT"}]}
+    assert found.expected == {"elbo": -3.5}
+
+
+def test_changes_take_the_place_of_a_files_keys(tmp_path):
+    found = opened(tmp_path, 'seed = 3\nlatent = 4\nprior = "StudentT"', {"seed": 5, "prior": "Laplace"})
+    assert found.recipe == Recipe(seed=5, latent=4, prior="Laplace")
+
+
+@pytest.mark.parametrize("own", RECIPES.values(), ids=RECIPES)
+def test_the_words_of_a_recipe_are_read_back_as_the_same_recipe(own, tmp_path):
+    axes = {"latent": [2, 3], "guide": ["Amortized", {"type": "SemiAmortized", "steps": 3}]}
+    found = opened(tmp_path, words(resolve(own), axes))
+    assert (found.recipe, found.vary) == (resolve(own), axes)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("seed = 3\nlatnet = 3", "unknown key 'latnet'; did you mean 'latent'?"),
+        ("seed = 3\n\nlatent = = 2", "can't be read: Invalid value (at line 3, column 10)"),
+        ("latent = 2.5", "latent is 2.5, but it takes a whole number"),
+        ("latent = -2", "--latent is -2, but it must be at least 1"),
+        ("seed = 3000000000", f"--seed is 3000000000, but it must be below {2**31}"),
+        ("learning_rate = nan", "--learning-rate is nan, but it must be positive"),
+        ("vary = 3", "vary must be a table whose keys have lists of values"),
+        ("[vary]\nlatent = 3", "vary must be a table whose keys have lists of values"),
+        ("[vary]\nlatent = []", "vary must be a table whose keys have lists of values"),
+        ("[vary]\nlatnet = [3]", "unknown key 'latnet'; did you mean 'latent'?"),
+        ("[vary]\nlatent = [2, 'a']", "vary.latent is 'a', but it takes a whole number"),
+        ("[vary]\nprior = [3]", "vary.prior is 3, but it takes text or a table"),
+    ],
+)
+def test_a_mistake_in_a_recipe_file_is_named_with_the_file(text, said, tmp_path):
+    with pytest.raises(UserError) as error:
+        opened(tmp_path, text)
+    assert said in str(error.value)
+    assert str(tmp_path / "my.toml") in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_recipe_file_that_is_missing_is_named(tmp_path):
+    with pytest.raises(UserError, match=r"there is no recipe .*none\.toml"):
+        open_file(tmp_path / "none.toml")
+
+
+def test_files_are_looked_for_beside_the_recipe_first(tmp_path, monkeypatch):
+    (tmp_path / "there").mkdir()
+    monkeypatch.chdir(tmp_path)
+    for name in ("rows.csv", "there/rows.csv", "mine.py", "there/mine.py", "far.py"):
+        (tmp_path / name).touch()
+    text = 'data = "rows.csv"\nprior = "mine.py:P(df=3.0)"\nfamily = "far.py:F"\n[vary]\nguide = ["mine.py:G"]\n'
+    found = opened(tmp_path / "there", text, trust=True)
+    assert found.recipe.data == str(tmp_path / "there/rows.csv")
+    assert found.recipe.prior == {"type": f"{tmp_path / 'there/mine.py'}:P", "df": 3.0}
+    assert found.recipe.family == "far.py:F"
+    assert found.vary["guide"] == [{"type": f"{tmp_path / 'there/mine.py'}:G"}]
+
+
+# Components in words
+
+
+@pytest.mark.parametrize(
+    ("word", "component"),
+    [
+        ("DReG", {"type": "DReG"}),
+        ("IWAE(K=20)", {"type": "IWAE", "K": 20}),
+        ("MLP(hidden=[8, 4], activation='ELU')", {"type": "MLP", "hidden": [8, 4], "activation": "ELU"}),
+        ("StudentT(df=3.5)", {"type": "StudentT", "df": 3.5}),
+        ("SemiAmortized(unroll=False, steps=2)", {"type": "SemiAmortized", "unroll": False, "steps": 2}),
+    ],
+)
+def test_a_word_and_its_table_are_one_component(word, component):
+    assert components.parse(word) == table(word) == component
+    assert components.label(component) == components.label(word) == word
+    assert components.split(f"{word}, {word},A") == [word, word, "A"]
+
+
+def test_a_label_leaves_out_defaults_and_folders():
+    assert Recipe(objective={"type": "IWAE", "K": 20, "kl_weight": 1.0}).name("objective") == "IWAE(K=20)"
+    assert resolve(Recipe()).name("objective") == "ELBO"
+    assert components.label("/home/of/mine.py:Prior(df=2)") == "Prior(df=2)"
+
+
+@pytest.mark.parametrize("word", ["IWAE(20)", "IWAE(K=20", "IWAE(K=x)", "IWAE(K=)", "IWAE(K=2)+1", "IWAE(K=1)(K=2)"])
+def test_a_word_that_cannot_be_read_is_refused(word):
+    with pytest.raises(UserError, match=r"can't be read; write a name, or Name\(argument=value, \.\.\.\)"):
+        components.parse(word)
+
+
+# Own code. Importing the file leaves a mark, so that a test sees whether it has run.
+
+OWN = """
+from pathlib import Path
+
+from torch import nn
+
+from pvae import families, generative, guides, likelihoods, objectives, priors
+
+Path(__file__).with_name("mark").touch()
+
+
+class Coins(likelihoods.Bernoulli):
+    pass
+
+
+class Wide(priors.StudentT):
+    def __init__(self, dim, *, df: float = 9.0):
+        super().__init__(dim, df=df)
+
+
+class Posterior(families.DiagonalNormal):
+    pass
+
+
+class Line(nn.Linear):
+    def __init__(self, inputs, outputs):
+        super().__init__(inputs, outputs)
+
+
+class Program(generative.VAE):
+    pass
+
+
+class Source(guides.Amortized):
+    pass
+
+
+class Bound(objectives.IWAE):
+    def __init__(self, *, K: int = 3):
+        super().__init__(K=K)
+
+
+class Needy(priors.StandardNormal):
+    def __init__(self, dim, *, width: float):
+        super().__init__(dim)
+"""
+CLASSES = {
+    "program": "Program",
+    "likelihood": "Coins",
+    "prior": "Wide",
+    "family": "Posterior",
+    "network": "Line",
+    "guide": "Source",
+    "objective": "Bound",
+}
+
+
+@pytest.fixture
+def mine(tmp_path, monkeypatch):
+    """A folder with own code in mine.py and rows of bits, where the test stands."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.py").write_text(OWN)
+    np.save("bits.npy", rows().train)
+    return tmp_path
+
+
+def test_own_code_can_be_of_every_kind():
+    assert CLASSES.keys() == KINDS.keys()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_own_code_runs_where_it_is_named_and_in_a_run_only_with_trust(mine, pvae, kind, monkeypatch):
+    named, few = f"mine.py:{CLASSES[kind]}", "--rows 3 --samples 3 --refine-steps 2"
+    done = pvae(f"fit --data bits.npy --epochs 1 --latent 2 --test-size 3 --out run --{kind} {named}")
+    assert done.status == 0, done.err
+    (mine / "mark").unlink()
+    (mine / "elsewhere").mkdir()
+    monkeypatch.chdir("elsewhere")
+    done = pvae(f"evaluate ../run {few}")
+    assert (done.status, done.err.count("\n")) == (2, 1)
+    for said in (f"{kind} is code in {mine / 'mine.py'}", "--trust"):
+        assert said in done.err
+    assert not (mine / "mark").exists()
+    done = pvae(f"evaluate ../run {few} --trust")
+    assert done.status == 0, done.err
+    assert json.loads((mine / "run/results.json").read_text())["groups"][0]["rows"][0][kind] == CLASSES[kind]
+
+
+def test_own_code_of_a_comparison_is_found_from_anywhere(mine, pvae, monkeypatch):
+    line = "compare --data bits.npy --epochs 1 --latent 2 --test-size 3 --out run --rows 3 --samples 3 --refine-steps 2"
+    assert pvae(f"{line} --vary 'prior=StandardNormal,mine.py:Wide(df=5.0)'").status == 0
+    (mine / "elsewhere").mkdir()
+    monkeypatch.chdir("elsewhere")
+    done = pvae("evaluate ../run --rows 3 --samples 3 --refine-steps 2")
+    assert (done.status, "--trust" in done.err) == (2, True)
+    done = pvae("evaluate ../run --rows 3 --samples 3 --refine-steps 2 --trust")
+    assert done.status == 0, done.err
+
+
+@pytest.mark.parametrize(
+    ("text", "trusted", "flags"),
+    [
+        ('prior = "mine.py:Wide"', False, ""),
+        ('prior = {type = "mine.py:Wide", df = 3.0}', False, ""),
+        ('[vary]\nprior = ["StandardNormal", "mine.py:Wide"]', False, ""),
+        ('prior = "mine.py:Wide"', True, "--trust"),
+        ('prior = "mine.py:Wide"', True, "--prior mine.py:Wide"),
+        ('prior = "mine.py:Wide"', True, "--prior StudentT"),
+        ('prior = "mine.py:Wide"\nfamily = "mine.py:Posterior"', True, "--prior mine.py:Wide"),
+        ('prior = "mine.py:Wide"', False, "--family DiagonalNormal"),
+    ],
+)
+def test_code_that_a_recipe_names_runs_only_if_trusted_or_named(mine, pvae, text, trusted, flags):
+    (mine / "my.toml").write_text(f'data = "bits.npy"\n{text}\n')
+    done = pvae(f"show my.toml {flags}")
+    assert done.status == (0 if trusted else 2)
+    assert ("--trust" in done.err) != trusted
+    assert (mine / "mark").exists() == (trusted and flags != "--prior StudentT")
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "said"),
+    [
+        ("prior", "none.py:Wide", "there is no Python file none.py"),
+        ("prior", "bits.npy:Wide", "there is no Python file bits.npy"),
+        ("prior", "mine.py:Wyde", "mine.py has no class 'Wyde'; did you mean 'Wide'?"),
+        ("prior", "mine.py:Path", "mine.py has no class 'Path'"),
+        ("prior", "mine.py:Coins", "mine.py:Coins is no prior: it must be a Prior"),
+        (
+            "program",
+            "mine.py:Line",
+            "mine.py:Line is no program: it must be an nn.Module with a method model(x, index)",
+        ),
+        ("objective", "mine.py:Wide", "mine.py:Wide is no objective: it must be a Objective"),
+        ("prior", "mine.py:Needy", "prior Needy needs width: write Needy(width=...)"),
+        ("prior", "mine.py:Wide(df='a')", "prior Wide: df is 'a', but it takes a number"),
+        ("prior", "mine.py:Wide(df=-1.0)", "StudentT: df is -1.0, but it must be positive"),
+        ("prior", "mine.py:Wide(dim=3)", "prior Wide takes no argument 'dim'"),
+        ("prior", "mine.py:Wide(fd=3)", "prior Wide takes no argument 'fd'; did you mean 'df'?"),
+        ("prior", "broken.py:Wide", "broken.py: the file fails with ZeroDivisionError: division by zero"),
+        ("prior", "syntax.py:Wide", "syntax.py: the file fails with SyntaxError"),
+    ],
+)
+def test_own_code_that_does_not_go_is_refused_in_one_line(mine, kind, name, said):
+    (mine / "broken.py").write_text("1 / 0\n")
+    (mine / "syntax.py").write_text("class Wide(\n")
+    with pytest.raises(UserError) as error:
+        build(resolve(Recipe(latent=2, **{kind: name})), rows())
+    assert said in str(error.value)
     assert "\n" not in str(error.value)

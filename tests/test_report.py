@@ -52,7 +52,7 @@ def compared(folder, name):
     compare(
         Recipe(str(path), **small | changes),
         Job(folder / "run", device="cpu", rows=6, budget=Budget(6, 4)),
-        sources=sources,
+        vary={"guide": sources},
     )
     return folder / "run"
 
@@ -118,7 +118,8 @@ def test_the_page_fetches_nothing(page):
 
 def test_every_figure_is_there_and_shows_something(page):
     name, results, found = page
-    assert ("refinement" in results) == ("same_decoder" in results) == ("refinement" in RUNS[name][3])
+    (group,) = results["groups"]
+    assert ("refinement" in group) == ("same_decoder" in group) == ("refinement" in RUNS[name][3])
     assert len(addresses(found)) == len(RUNS[name][3]) == sum(tag == ("figcaption",) for tag in found.tags)
     for kind, picture in map(decoded, addresses(found)):
         if kind == "png":
@@ -130,13 +131,14 @@ def test_every_figure_is_there_and_shows_something(page):
 def test_the_page_says_all_that_the_results_say(page):
     _, results, found = page
     text = words(found.text)
-    for sentence in results["verdicts"]:
+    (group,) = results["groups"]
+    for sentence in group["verdicts"]:
         assert words(sentence) in text
-    for table in tables(results):
+    for table in tables(group):
         assert table.title in text
         for line in (table.header, *table.rows):
             assert all(words(cell) in text for cell in line)
-    for said in (results["data"]["summary"], results["data"]["name"], results["data"]["digest"]):
+    for said in (group["data"]["summary"], group["data"]["name"], group["data"]["digest"]):
         assert words(said) in text
     assert "nan" not in text.split()
     assert "None" not in text.split()
@@ -156,7 +158,7 @@ def infected(value, text):
 
 def test_text_never_becomes_markup(page):
     _, results, _ = page
-    plain, hostile = (Page(report.render(infected(results, text), {})) for text in ("plain", HOSTILE))
+    plain, hostile = (Page(report.render(infected(results, text), [{}])) for text in ("plain", HOSTILE))
     assert hostile.tags == plain.tags
     assert hostile.values == plain.values
     assert hostile.text.count(HOSTILE) == plain.text.count("plain") > 20
@@ -176,14 +178,14 @@ def test_rows_that_are_no_images_have_room(folder):
 def test_a_single_epoch_has_a_curve(tmp_path):
     np.save(tmp_path / "rows.npy", IMAGES)
     recipe = Recipe(str(tmp_path / "rows.npy"), epochs=1, latent=2)
-    compare(recipe, Job(tmp_path / "run", rows=6, budget=Budget(6, 4)), sources=["Amortized"])
+    compare(recipe, Job(tmp_path / "run", rows=6, budget=Budget(6, 4)), vary={"guide": ["Amortized"]})
     report.write(tmp_path / "run")
 
 
 def test_a_single_test_row_has_a_page(tmp_path):
     np.save(tmp_path / "rows.npy", IMAGES)
     recipe = Recipe(str(tmp_path / "rows.npy"), epochs=2, latent=2, test_size=1)
-    compare(recipe, Job(tmp_path / "run", rows=6, budget=Budget(6, 4)), sources=["Amortized"])
+    compare(recipe, Job(tmp_path / "run", rows=6, budget=Budget(6, 4)), vary={"guide": ["Amortized"]})
     assert "±" not in Page(report.write(tmp_path / "run").read_text()).text.split("test rows")[0]
 
 
@@ -196,9 +198,11 @@ def test_a_single_test_row_has_a_page(tmp_path):
         ("\x00\xff", "results.json can't be read"),
         ("[]", "results.json is of another version; pvae evaluate {} writes it anew"),
         ("{}", "results.json is of another version"),
-        ('{"schema": 2}', "results.json is of another version"),
-        ('{"schema": "1"}', "results.json is of another version"),
-        pytest.param('{"schema": 1}', "results.json"),
+        ('{"schema": 1}', "results.json is of another version"),
+        ('{"schema": "2"}', "results.json is of another version"),
+        ('{"schema": 2}', "results.json lacks 'groups'"),
+        ('{"schema": 2, "groups": [{"rows": []}]}', "results.json lacks 'data'"),
+        ('{"schema": 2, "groups": 3}', "results.json lacks"),
     ],
 )
 def test_results_that_cannot_be_shown_are_refused_and_the_old_page_stays(folder, tmp_path, content, said):
@@ -254,14 +258,14 @@ def test_a_number_has_the_digits_that_its_error_bears_out(mean, se, text):
 
 
 def test_tables_name_their_draws_and_mark_what_is_missing():
-    def row(guide, **quantities):
+    def row(name, **quantities):
         known = {name: {"mean": mean, "se": 0.1, "K": 7} for name, mean in quantities.items()}
         cost = {"parameters": {"global": 1234567, "local": 0}, "epochs": 4, "seconds": 2.0, "evaluation_seconds": 0.5}
-        return {"guide": guide, "test": known, "train": known} | cost
+        return {"name": name, "seeds": [0], "test": known, "train": known} | cost
 
     rows = [row("A", elbo=-2.0, iwae=-1.0), row("B", elbo=None, log_joint=-3.0)]
     test, train, cost = tables({"rows": rows})
-    assert test.header == train.header == ["guide", "log p(x, z)", "ELBO", "IWAE-7"]
+    assert test.header == train.header == ["variant", "log p(x, z)", "ELBO", "IWAE-7"]
     assert test.rows == [["A", "–", "-2.00 ± 0.10", "-1.00 ± 0.10"], ["B", "-3.00 ± 0.10", "–", "–"]]
     assert cost.rows[0][1:] == ["1,234,567", "0", "4", "2.0", "0.5", "0.5"]
 
@@ -291,12 +295,12 @@ def judged(guide="Amortized", *, sign=1, split=None, **means):
         mine = usual | means if split in (None, here) else usual
         return Evaluation({name: around(mean, sign) for name, mean in mine.items()}, 100, 1.0)
 
-    return Judged(guide, 2.0, values("train"), values("test"))
+    return Judged(guide, 2.0, values("train"), values("test"), source=guide)
 
 
 def point_mass(guide="Amortized"):
     found = Evaluation({"log_joint": around(-5.0), "reconstruction": around(-4.0)}, 100, 1.0)
-    return Judged(guide, 2.0, found, found)
+    return Judged(guide, 2.0, found, found, source=guide)
 
 
 def said(*own, same=(), curve=None, **options):

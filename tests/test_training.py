@@ -21,7 +21,7 @@ from torch import nn
 from pvae import checkpoints, training
 from pvae.data import Dataset
 from pvae.errors import UserError
-from pvae.families import DiagonalNormal
+from pvae.families import DiagonalNormal, scale_of
 from pvae.generative import VAE
 from pvae.guides import Amortized
 from pvae.likelihoods import Bernoulli
@@ -187,7 +187,7 @@ class Plain(PyroModule):
     def forward(self, x, index=None):
         with pyro.plate("data", len(x), dim=-1):
             mean, log_scale = self.encoder(x).chunk(2, -1)
-            pyro.sample("z", dist.Normal(mean, log_scale.exp()).to_event(1))
+            pyro.sample("z", dist.Normal(mean, scale_of(log_scale)).to_event(1))
 
 
 def test_a_plain_pyro_guide_trains_alike_and_leaves_nothing_in_pyros_store():
