@@ -59,7 +59,6 @@ def expected(results: Mapping[str, Any]) -> dict[str, Any]:
         for row in group["rows"]:
             names = [name for name in ("log_joint", "elbo", "iwae", "evidence") if name in row["test"]]
             kept = {name: row["test"][name] for name in names}
-            }
             means = {name: [round(v[key], 3) for key in ("mean", "se")] for name, v in kept.items()}
             draws = next(iter(kept.values()))["K"]
             rows = group["data"]["evaluated_rows"]["test"]
