@@ -198,23 +198,28 @@ def check(
 
 
 @app.command("list")
-def list_() -> None:
+def list_(kind: Annotated[str | None, typer.Argument(help="One kind, with its components' arguments.")] = None) -> None:
     """All components by kind, with one line each."""
     from rich.console import Console
     from rich.table import Table
 
-    from pvae import data
-    from pvae.components import KINDS, told
+    from pvae import components, data
 
+    if kind is not None and kind not in components.KINDS:
+        raise UserError(f"unknown kind '{kind}'{nearest(kind, components.KINDS)}")
     console = Console()
-    for kind, module in KINDS.items():
-        table = Table(title=f"--{kind}", title_justify="left", show_header=False, box=None, pad_edge=False)
-        for name in module.__all__:
-            table.add_row(f"[bold]{name}[/bold]", told(getattr(module, name)))
+    for each in components.KINDS if kind is None else [kind]:
+        table = Table(title=f"--{each}", title_justify="left", show_header=False, box=None, pad_edge=False)
+        for name in components.KINDS[each].__all__:
+            own = components.defaults(each, name) if kind else {}
+            cells = [", ".join(f"{n}={v!r}" for n, v in own.items())] if kind else []
+            table.add_row(f"[bold]{name}[/bold]", components.told(components.find(each, name)), *cells)
         console.print(table, end="\n")
-    console.print(f"[italic]--data[/italic]\n{', '.join(data.NAMES)}, or a .npy, .npz, .csv or .parquet file")
-    console.print(f"[italic]--binarize[/italic]\n{', '.join(data.BINARIZATIONS)}")
-    console.print("\nArguments stand in brackets, as in 'IWAE(K=20)'; file.py:Class names a class of your own.")
+    if kind is None:
+        console.print(f"[italic]--data[/italic]\n{', '.join(data.NAMES)}, or a .npy, .npz, .csv or .parquet file")
+        console.print(f"[italic]--binarize[/italic]\n{', '.join(data.BINARIZATIONS)}")
+        console.print("\n`pvae list prior` shows the arguments of priors, and so on. Give them in brackets,")
+        console.print("as in --objective 'IWAE(K=20)'; file.py:Class names a class of your own.")
 
 
 def _resolved(own: Any, guide_of: Callable[[Any], Any]) -> Any:

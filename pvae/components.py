@@ -218,13 +218,14 @@ def told(cls: Any) -> str:
 
 
 def plain_words(line: str) -> str:
-    """A line of documentation without its mark-up; formulas are left out.
+    """A line of documentation without its mark-up, up to its formula if it has one.
 
-    >>> plain_words("Binary values, :math:`p(x) = 1`.")
+    >>> plain_words("Binary values, :math:`p(x) = 1` for all.")
     'Binary values.'
     """
-    line = re.sub(r"[,:]? *(with )?:math:`[^`]*`", "", " ".join(line.split()))
-    return re.sub(r":\\w+:`~?([^`]*)`|``?([^`]*)``?", r"\1\2", line)
+    words, formula, _ = " ".join(line.split()).partition(":math:")
+    words = words.rstrip(" ,:") + "." if formula else words
+    return re.sub(r":\w+:`~?([^`]*)`|``?([^`]*)``?", r"\1\2", words)
 
 
 def _checked(kind: str, component: dict[str, Any]) -> Any:

@@ -10,13 +10,13 @@ import numpy as np
 import xarray as xr
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
 __all__ = ["digits_of", "figures"]
 
 # Okabe and Ito's colours, which people with any colour vision tell apart.
 COLOURS = {"Amortized": "#0072B2", "PerDatapoint": "#D55E00", "SemiAmortized": "#009E73"}
-OTHERS = ("#CC79A7", "#56B4E9", "#E69F00")
+OTHERS = ("#CC79A7", "#56B4E9", "#E69F00", "#0072B2", "#D55E00", "#009E73", "#000000")
 STYLE: Any = {
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -73,9 +73,13 @@ def _curves(rows: list[dict[str, Any]]) -> str:
             axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         if key == "seconds" and all(row["history"] for row in rows):
             axis.set_xscale("log")
+            axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axis.xaxis.set_major_formatter("{x:g}")
+            axis.xaxis.set_minor_formatter(NullFormatter())
         if last:
             axis.set_ylim(*_window(rows))
-    axes[0].legend(frameon=False, loc="lower right")
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, frameon=False, loc="outside lower center", ncols=min(len(labels), 3), fontsize=8)
     return _address(figure, "svg")
 
 
@@ -89,38 +93,25 @@ def _window(rows: list[dict[str, Any]]) -> tuple[float, float]:
 
 
 def _gaps(rows: list[dict[str, Any]]) -> str:
-    """Approximation and amortization gap of each variant, stacked, with errors; train and test."""
+    """Approximation and amortization gap of each variant, end to end, with errors; train and test."""
     rows = [row for row in rows if "evidence" in row["test"]]
-    figure, axes = _panels(2)
+    figure, axes = _panels(2, height=1.3 + 0.42 * len(rows))
     names = [row["name"] for row in rows]
     for axis, split in zip(axes, ("train", "test"), strict=True):
-        parts = [
-            ("approximation_gap", "#999999", "approximation gap (family)"),
-            ("amortization_gap", None, "amortization gap"),
-        ]
-        base = np.zeros(len(rows))
-        for gap, colour, label in parts:
+        left = np.zeros(len(rows))
+        for gap, colour in (("approximation_gap", "#999999"), ("amortization_gap", None)):
             mean, se = (np.array([row[split][gap][key] for row in rows], dtype=float) for key in ("mean", "se"))
             colours = [colour or _colour(name, i) for i, name in enumerate(names)]
-            axis.bar(names, mean, bottom=base, color=colours, width=0.6, label=label if colour else None)
-            axis.errorbar(names, base + mean, yerr=2 * se, fmt="none", ecolor="black", capsize=3, lw=1)
-            for position, value in enumerate(mean):
-                if abs(value) > 0.04 * max(base + mean):
-                    middle = base[position] + value / 2
-                    axis.text(
-                        position,
-                        middle,
-                        f"{value:.2f}",
-                        ha="center",
-                        va="center",
-                        color="white",
-                        fontsize=8,
-                        clip_on=True,
-                    )
-            base = base + mean
+            bars = axis.barh(names, mean, left=left, color=colours, height=0.6)
+            axis.errorbar(left + mean, names, xerr=2 * se, fmt="none", ecolor="black", capsize=3, lw=1)
+            written = [f"{value:.2f}" if abs(value) > 0.08 * max(left + mean) else "" for value in mean]
+            axis.bar_label(bars, written, label_type="center", color="white", fontsize=8)
+            left = left + mean
         axis.set_title({"train": "training rows", "test": "test rows"}[split], fontsize=9)
-        axis.set_ylabel("evidence - ELBO (nats per row)")
-        axis.set_ylim(min(0, 1.15 * float(np.min(base))), 1.15 * max(float(np.max(base)), 1e-3))
+        axis.set_xlabel("evidence - ELBO (nats per row)")
+        axis.set_xlim(min(0, 1.15 * float(np.min(left))), 1.15 * max(float(np.max(left)), 1e-3))
+        axis.invert_yaxis()
+    axes[1].set_yticklabels([])
     figure.legend(handles=_gap_handles(), loc="outside lower center", ncols=1, frameon=False, fontsize=8)
     return _address(figure, "svg")
 
@@ -210,7 +201,7 @@ def _grid(axis: Axes, images: np.ndarray, shape: tuple[int, ...], per_line: int)
 
 def _pictures(idata: xr.DataTree, shape: tuple[int, ...], count: int = 20) -> str:
     """Originals, and below them each variant's reconstruction."""
-    originals = idata["observed_data"]["x"].to_numpy()[:count]
+    originals = idata["observed_data"]["x"].to_numpy()[:count, : int(np.prod(shape))]  # a label comes last
     found = idata["posterior_predictive"]["x"].isel(chain=0, draw=0)
     lines = [
         ("original", originals),

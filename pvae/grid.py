@@ -5,11 +5,16 @@ from __future__ import annotations
 import ast
 import itertools
 import multiprocessing
+import os
 import re
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+import signal
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
@@ -20,6 +25,7 @@ from pvae.data import Dataset
 from pvae.errors import Refused, UserError
 from pvae.recipe import Recipe
 from pvae.runs import Variant
+from pvae.training import Interrupted
 
 __all__ = ["Cell", "Pool", "Shelf", "axis", "cells", "sound", "train"]
 
@@ -124,9 +130,8 @@ def cells(own: Recipe, vary: Mapping[str, Sequence[Any]]) -> list[Cell]:
 
 
 def _word(kind: str, value: Any) -> str:
-    if kind not in components.KINDS:
-        return f"{kind.replace('_', ' ')} {value}"
-    return components.label(value, components.defaults(kind, value))
+    """A value as it was given, so that IWAE(K=5) says its K, default or not."""
+    return components.label(value) if kind in components.KINDS else f"{kind.replace('_', ' ')} {value}"
 
 
 def sound(all_cells: list[Cell], shelf: Shelf) -> tuple[list[Cell], dict[str, str]]:
@@ -193,24 +198,51 @@ def _epochs(own: Recipe) -> str:
 
 
 def _train_apart(wanted: list[Cell], folder: Path, pool: Pool, begun: list[bool]) -> None:
-    """Train cells in processes of their own, which share the machine's threads."""
+    """Train cells in processes of their own, which share the machine's threads; a signal ends them all, saved."""
     jobs = min(pool.jobs, len(wanted))
     threads = max(1, torch.get_num_threads() // jobs)
     pool.say(f"training {len(wanted)} variants, {jobs} at a time, {threads} threads each")
     spawning = multiprocessing.get_context("spawn")
     with (
-        ProcessPoolExecutor(jobs, mp_context=spawning) as workers,
+        # In process groups of their own, Ctrl-C reaches them once, through this process, and not twice.
+        ProcessPoolExecutor(jobs, mp_context=spawning, initializer=os.setpgrp) as workers,
         bar("variants", len(wanted), wanted=pool.progress) as show,
+        _signals_raised(),
     ):
-        started = {
-            workers.submit(_train_alone, cell, folder / cell.place, pool.device, pool.data_folder, known, threads): cell
-            for cell, known in zip(wanted, begun, strict=True)
-        }
-        for number, done in enumerate(as_completed(started), 1):
-            if done.exception():
-                workers.shutdown(wait=False, cancel_futures=True)
-            done.result()
-            show(number, _told(started[done]))
+        waiting, running, trained = list(zip(wanted, begun, strict=True)), dict[Any, Cell](), 0
+        try:
+            while waiting or running:
+                while waiting and len(running) < jobs:
+                    cell, known = waiting.pop(0)
+                    place = folder / cell.place
+                    job = workers.submit(_train_alone, cell, place, pool.device, pool.data_folder, known, threads)
+                    running[job] = cell
+                for done in wait(running, return_when=FIRST_COMPLETED).done:
+                    done.result()
+                    trained += 1
+                    show(trained, _told(running.pop(done)))
+        except Interrupted:
+            for process in multiprocessing.active_children():
+                process.terminate()
+            raise
+
+
+@contextmanager
+def _signals_raised() -> Iterator[None]:
+    """Ctrl-C and SIGTERM as an exception that says how to go on."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise Interrupted(f"stopped by {signal.Signals(number).name}; the same command with --resume goes on", number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    usual = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in usual.items():
+            signal.signal(number, handler)
 
 
 def _train_alone(

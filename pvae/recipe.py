@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import tomllib
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, replace
@@ -263,7 +264,7 @@ def write(recipe: Recipe, folder: Path, vary: Mapping[str, list[Any]] | None = N
 def words(recipe: Recipe, vary: Mapping[str, list[Any]] | None = None) -> str:
     """A recipe as the text of a recipe file."""
     keys = {name: value for name, value in asdict(recipe).items() if value is not None}
-    return tomli_w.dumps(keys | ({"vary": vary} if vary else {}))
+    return _dumped(keys | ({"vary": vary} if vary else {}))
 
 
 def read(folder: Path, *, trust: bool = False) -> Recipe:
@@ -314,7 +315,18 @@ def open_file(path: Path, changes: Mapping[str, Any] | None = None, *, trust: bo
 def record(path: Path, expected: Mapping[str, Any]) -> None:
     """Put what a run has found into the table ``expected`` of its recipe file, and leave the rest of the file alone."""
     own, _, _ = path.read_text(encoding="utf-8").partition("\n[expected]")
-    write_text(path, f"{own.rstrip()}\n\n{tomli_w.dumps({'expected': expected})}")
+    write_text(path, f"{own.rstrip()}\n\n{_dumped({'expected': expected})}")
+
+
+def _dumped(keys: Mapping[str, Any]) -> str:
+    """TOML as one writes it by hand: a list on one line, if the line is not too long."""
+
+    def joined(found: re.Match[str]) -> str:
+        line = " ".join(value.strip() for value in found[1].splitlines())
+        return f"[{line[:-1]}]" if len(line) < 100 else found[0]
+
+    plain = r'(?: +(?:"[^\n]*"|[^\[\]\n]+),\n)+'  # values that are no lists
+    return re.sub(rf"\[\n({plain}) *\]", joined, tomli_w.dumps(keys))
 
 
 def _toml(path: Path) -> dict[str, Any]:

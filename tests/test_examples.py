@@ -1,12 +1,61 @@
-"""Every example runs, small."""
+"""Every example runs, small; the components of one of them obey the laws of the package's own."""
 
+import ast
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import test_components as laws
+import torch
+from cases import LATENT
+
+from pvae import components
 
 EXAMPLES = sorted((Path(__file__).parents[1] / "examples").glob("*.py"))
+OWN = Path(__file__).parents[1] / "examples" / "my_components.py"
+
+LIKELIHOOD_LAWS = [
+    laws.test_a_row_does_not_feel_its_neighbours,
+    laws.test_every_parameter_receives_a_finite_gradient,
+    laws.test_every_tensor_moves_with_its_module,
+    laws.test_one_entry_has_mass_one_and_draws_follow_it,
+    laws.test_draws_lie_in_the_support_and_masses_are_on_discrete_ones,
+    laws.test_mean_is_the_mean_of_draws,
+    laws.test_distribution_refuses_what_is_outside_its_likelihoods_support,
+    laws.test_plates_expand_and_masks_hide,
+    laws.test_expected_score_is_zero,
+]
+PRIOR_LAWS = [
+    laws.test_every_parameter_receives_a_finite_gradient,
+    laws.test_state_dict_carries_all_that_was_learned,
+    laws.test_every_tensor_moves_with_its_module,
+    laws.test_density_has_mass_one_and_draws_follow_it,
+    laws.test_draws_of_another_are_scored_row_by_row_under_plates,
+    laws.test_each_place_under_plates_has_a_draw_of_its_own,
+]
+FAMILY_LAWS = [
+    laws.test_a_row_does_not_feel_its_neighbours,
+    laws.test_every_parameter_receives_a_finite_gradient,
+    laws.test_every_tensor_moves_with_its_module,
+    laws.test_expected_score_is_zero,
+    laws.test_density_has_mass_one_and_draws_follow_it,
+    laws.test_pathwise_gradient_is_the_score_functions,
+    laws.test_each_place_under_plates_has_a_draw_of_its_own,
+    laws.test_initial_lam_is_one_finite_row,
+    laws.test_no_entry_of_the_initial_lam_is_stuck,
+]
+
+
+def own(kind, name, **supplied):
+    return components.make(kind, f"{OWN}:{name}", **supplied)
+
+
+CASES = [
+    *((law, lambda: own("likelihood", "Geometric")) for law in LIKELIHOOD_LAWS),
+    *((law, lambda: own("prior", "SpikeAndSlab", dim=LATENT)) for law in PRIOR_LAWS),
+    *((law, lambda: own("family", "Laplace", dim=LATENT)) for law in FAMILY_LAWS),
+]
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
@@ -14,3 +63,24 @@ def test_example_runs(path):
     done = subprocess.run([sys.executable, str(path), "2"], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "nats" in done.stdout
+
+
+def test_a_component_takes_under_twenty_lines():
+    classes = [node for node in ast.parse(OWN.read_text()).body if isinstance(node, ast.ClassDef)]
+    assert [node.name for node in classes] == ["Geometric", "SpikeAndSlab", "Laplace"]
+    assert all(node.end_lineno - node.lineno + 1 < 20 for node in classes)
+
+
+@pytest.mark.parametrize(("law", "make"), CASES, ids=lambda value: getattr(value, "__name__", ""))
+def test_a_component_of_ones_own_obeys(law, make, double):
+    torch.manual_seed(0)
+    law(make)
+
+
+def test_a_component_of_ones_own_is_trained_by_its_word(tmp_path, pvae):
+    words = f"--likelihood {OWN}:Geometric --prior '{OWN}:SpikeAndSlab(spike=0.05)' --family {OWN}:Laplace"
+    assert pvae(f"fit {words} --epochs 1 --out {tmp_path / 'run'}").status == 0
+    refused = pvae(f"evaluate {tmp_path / 'run'} --rows 2 --samples 2 --refine-steps 1")
+    assert refused.status == 2
+    assert "--trust" in refused.err
+    assert pvae(f"evaluate {tmp_path / 'run'} --rows 2 --samples 2 --refine-steps 1 --trust").status == 0

@@ -215,6 +215,28 @@ def test_path_gradient_is_zero_at_the_exact_posterior(kind, oracle):
     assert others.abs().max() > 0.1
 
 
+@pytest.mark.parametrize("objective", [StickingTheLanding(K=2), DReG(K=1), ELBO()])
+def test_a_path_gradient_of_scalar_latents_stays_in_its_row(objective):
+    # ELBO = -(m^2 + s^2) / 2 + log s - ((x - m)^2 + s^2) / 2 + constant, for z ~ N(0, 1), x ~ N(z, 1), q = N(m, s^2).
+    x, copies = torch.tensor([[0.5], [-2.0], [1.0]]), 4000
+    mean = nn.Parameter(torch.tensor([0.3, 0.1, -0.4]))
+
+    def model(x, index=None):
+        with pyro.plate("data", len(x), dim=-1):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x[:, 0])
+
+    def guide(x, index=None):
+        with pyro.plate("data", len(x), dim=-1):
+            pyro.sample("z", dist.Normal(mean.repeat(copies), 0.6))
+
+    found = []
+    for _ in range(30):
+        loss = objective.differentiable_loss(model, guide, x.repeat(copies, 1)) / copies
+        found.append(-torch.autograd.grad(loss, mean)[0])
+    agree(torch.stack(found), (x[:, 0] - 2 * mean).detach())
+
+
 @pytest.mark.parametrize("objective", [ELBO(K=2), IWAE(), Renyi(alpha=0.3), AnalyticKL(), IWAE(kl_weight=0.3)])
 def test_gradient_is_the_values_own_under_fixed_noise(objective, oracle):
     x = oracle.sample(ROWS)

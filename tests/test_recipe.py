@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from pvae import components
+from pvae import compare, components
 from pvae.components import KINDS, find, make, table
 from pvae.data import Dataset
 from pvae.errors import UserError
@@ -414,33 +414,40 @@ def test_own_code_can_be_of_every_kind():
     assert CLASSES.keys() == KINDS.keys()
 
 
+FEW = "--rows 3 --samples 3 --refine-steps 2"
+SMALL = "--data bits.npy --epochs 1 --latent 2 --test-size 3 --out run"
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_own_code_runs_where_it_is_named_and_in_a_run_only_with_trust(mine, pvae, kind, monkeypatch):
-    named, few = f"mine.py:{CLASSES[kind]}", "--rows 3 --samples 3 --refine-steps 2"
-    done = pvae(f"fit --data bits.npy --epochs 1 --latent 2 --test-size 3 --out run --{kind} {named}")
+    done = pvae(f"fit {SMALL} --{kind} mine.py:{CLASSES[kind]}")
     assert done.status == 0, done.err
     (mine / "mark").unlink()
     (mine / "elsewhere").mkdir()
     monkeypatch.chdir("elsewhere")
-    done = pvae(f"evaluate ../run {few}")
+    done = pvae(f"evaluate ../run {FEW}")
     assert (done.status, done.err.count("\n")) == (2, 1)
-    for said in (f"{kind} is code in {mine / 'mine.py'}", "--trust"):
-        assert said in done.err
+    assert f"{kind} is code in {mine / 'mine.py'}, which runs only if you give --trust" in done.err
     assert not (mine / "mark").exists()
-    done = pvae(f"evaluate ../run {few} --trust")
-    assert done.status == 0, done.err
-    assert json.loads((mine / "run/results.json").read_text())["groups"][0]["rows"][0][kind] == CLASSES[kind]
+    (found,) = compare.load(compare.Job(mine / "run", trust=True))
+    assert found.variants[0].recipe.name(kind) == CLASSES[kind]
+    assert (mine / "mark").exists()
 
 
 def test_own_code_of_a_comparison_is_found_from_anywhere(mine, pvae, monkeypatch):
-    line = "compare --data bits.npy --epochs 1 --latent 2 --test-size 3 --out run --rows 3 --samples 3 --refine-steps 2"
-    assert pvae(f"{line} --vary 'prior=StandardNormal,mine.py:Wide(df=5.0)'").status == 0
+    line = f"compare {SMALL} {FEW} --vary 'prior=StandardNormal,mine.py:Wide(df=5.0)' --guide mine.py:Source"
+    done = pvae(line)
+    assert done.status == 0, done.err
+    (mine / "mark").unlink()
     (mine / "elsewhere").mkdir()
     monkeypatch.chdir("elsewhere")
-    done = pvae("evaluate ../run --rows 3 --samples 3 --refine-steps 2")
-    assert (done.status, "--trust" in done.err) == (2, True)
-    done = pvae("evaluate ../run --rows 3 --samples 3 --refine-steps 2 --trust")
+    done = pvae(f"evaluate ../run {FEW}")
+    assert (done.status, "--trust" in done.err, (mine / "mark").exists()) == (2, True, False)
+    done = pvae(f"evaluate ../run {FEW} --trust")
     assert done.status == 0, done.err
+    rows = json.loads((mine / "run/results.json").read_text())["groups"][0]["rows"]
+    assert [row["name"] for row in rows] == ["Source / StandardNormal", "Source / Wide(df=5.0)"]
+    assert {row["guide"] for row in rows} == {"Source"}
 
 
 @pytest.mark.parametrize(

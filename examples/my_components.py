@@ -1,0 +1,73 @@
+"""A likelihood, a prior and a family of your own: write each as a class here, and name it as file.py:Class.
+
+python examples/my_components.py [epochs]
+pvae fit --likelihood examples/my_components.py:Geometric --epochs 2
+"""
+
+import sys
+
+import pyro.distributions as dist
+import torch
+from torch import Tensor, nn
+from torch.distributions import constraints
+
+from pvae.evaluation import bounds
+from pvae.families import Family, scale_of
+from pvae.likelihoods import Likelihood
+from pvae.priors import Prior
+from pvae.recipe import Recipe, build, load_data, resolve
+from pvae.training import fit
+
+
+class Geometric(Likelihood):
+    r"""Counts that fall off by a constant factor, :math:`p(x|z) = \prod_d q_d^{x_d} (1 - q_d)`, log-odds of q eta."""
+
+    support = constraints.nonnegative_integer
+    base_measure = "mass"
+
+    def forward(self, eta: Tensor) -> dist.TorchDistribution:
+        return dist.Geometric(logits=-eta).to_event(1)
+
+
+class SpikeAndSlab(Prior):
+    r"""Codes of which many are nearly 0, :math:`p(z) = \prod_d w N(z_d; 0, s^2) + (1 - w) N(z_d; 0, 1)`, w learned."""
+
+    def __init__(self, dim: int, *, spike: float = 0.1) -> None:
+        super().__init__(dim)
+        self.logits = nn.Parameter(torch.zeros(2))
+        self.register_buffer("scales", torch.tensor([spike, 1.0]))
+
+    def forward(self) -> dist.TorchDistribution:
+        weights = dist.Categorical(logits=self.logits.expand(self.dim, 2))
+        return dist.MixtureSameFamily(weights, dist.Normal(0.0, self.scales.expand(self.dim, 2))).to_event(1)
+
+
+class Laplace(Family):
+    r"""Independent Laplace distributions, :math:`q(z|x) = \prod_d e^{-|z_d - m_d| / b_d} / 2 b_d`, lam = (m, log b)."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__(dim)
+        self.size = 2 * dim
+
+    def forward(self, lam: Tensor) -> dist.TorchDistribution:
+        mean, log_scale = lam.chunk(2, -1)
+        return dist.Laplace(mean, scale_of(log_scale)).to_event(1)
+
+
+if __name__ == "__main__":
+    recipe = resolve(
+        Recipe(
+            data="digits",
+            likelihood=f"{__file__}:Geometric",
+            prior=f"{__file__}:SpikeAndSlab(spike=0.05)",
+            family=f"{__file__}:Laplace",
+            epochs=int(sys.argv[1]) if len(sys.argv) > 1 else 50,
+        )
+    )
+    data = load_data(recipe)
+    print(data.summary())
+    program, guide, objective = build(recipe, data)
+    fit(program.model, guide, data, epochs=recipe.epochs, learning_rate=recipe.learning_rate, objective=objective)
+    found = bounds(program.model, guide, data.test, K=100).summary()
+    print(f"test IWAE-100: {found['iwae'].mean:.2f} ± {found['iwae'].se:.2f} nats of mass per row")
+    print(f"share of the spike: {program.prior.logits.softmax(-1)[0].item():.2f}")

@@ -1,0 +1,61 @@
+"""What docs and README say of commands and components is so."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import typer
+
+from pvae import likelihoods
+from pvae.cli import app
+from pvae.components import KINDS
+from pvae.recipe import Recipe, resolve
+
+ROOT = Path(__file__).parents[1]
+TEXTS = {name: (ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "docs/how-to.md")}
+COMMANDS = [
+    line.partition(" #")[0].strip()
+    for text in TEXTS.values()
+    for line in text.splitlines()
+    if line.startswith("    pvae ")
+]
+
+
+@pytest.mark.parametrize("line", COMMANDS)
+def test_command_can_be_given(line):
+    _, name, *arguments = shlex.split(line)
+    command = typer.main.get_command(app).commands[name]
+    command.make_context(name, arguments)
+    for word in arguments:
+        file = re.match(r"(models|examples)/[\w-]+\.\w+", word)
+        assert file is None or (ROOT / file[0]).is_file()
+
+
+def test_table_of_likelihoods_is_what_the_classes_state():
+    lines = re.findall(
+        r"^\| (\w+) \| .* \| (mass|density) \| (\w+).* \| (\w+) \|$", TEXTS["docs/how-to.md"], re.MULTILINE
+    )
+    stated = {name: rest for name, *rest in lines}
+    assert list(stated) == likelihoods.__all__
+    for name, (measure, outputs, pictures) in stated.items():
+        made = getattr(likelihoods, name)()
+        assert (measure, pictures) == (made.base_measure, resolve(Recipe(likelihood=name)).binarize)
+        assert made.params_per_value == (made.levels if outputs == "levels" else int(outputs))
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "program"])
+def test_readme_names_every_component(kind):
+    for name in KINDS[kind].__all__:
+        assert re.search(rf"\b{name}\b", TEXTS["README.md"])
+
+
+def test_how_to_names_every_key_of_a_recipe():
+    for name in Recipe.__dataclass_fields__:
+        assert f"`{name}`" in TEXTS["docs/how-to.md"]
+
+
+def test_links_lead_somewhere():
+    for name, text in TEXTS.items():
+        for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", text):
+            assert ((ROOT / name).parent / target).exists(), f"{name}: {target}"
