@@ -86,11 +86,7 @@ def compare(
         raise UserError("--record needs a recipe file to write to")
     job = job_in(Path())
     file = described(path, job.trust, guide=guide)
-    axes = (
-        axes_of(file, guide_of)
-        if guide is None
-        else axes_of(file._replace(vary=file.vary | {"guide": [guide]}), guide_of)
-    )
+    axes = axes_of(file, guide_of)
     job = replace(job, folder=out or _folder("compare", path or file.recipe.data))
     results = comparing.compare(file.recipe, job, vary=axes, data_folder=data_dir, overwrite=overwrite, resume=resume)
     _show(results, job.folder)

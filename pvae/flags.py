@@ -73,6 +73,9 @@ def recipe_flags(
             found = recipe.RecipeFile(recipe.Recipe(**changes), {}, {})
         else:
             found = recipe.open_file(path, changes, trust=trust)
+        # A flag for what the recipe varies, or for the guide, which a comparison varies unless told, fixes it.
+        fixed = {name: [value] for name, value in changes.items() if name in (*found.vary, "guide")}
+        found = found._replace(vary=found.vary | fixed)
         if hidden is None:
             return found
         network = components.table(found.recipe.network) | {"hidden": _whole_numbers("--hidden", hidden)}

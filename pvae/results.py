@@ -57,7 +57,9 @@ def expected(results: Mapping[str, Any]) -> dict[str, Any]:
     found: dict[str, Any] = {"versions": results["versions"], "machine": results["machine"], "date": f"{date.today()}"}
     for group in results["groups"]:
         for row in group["rows"]:
-            names = [name for name in ("log_joint", "elbo", "iwae", "evidence") if name in row["test"]]
+            names = [
+                name for name in ("log_joint", "elbo", "iwae", "evidence", "reconstruction") if name in row["test"]
+            ]
             kept = {name: row["test"][name] for name in names}
             means = {name: [round(v[key], 3) for key in ("mean", "se")] for name, v in kept.items()}
             draws = next(iter(kept.values()))["K"]

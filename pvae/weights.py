@@ -198,7 +198,7 @@ def _path_density(name: str, site: Site) -> Tensor:
     leaf = value.detach().requires_grad_()
     (score,) = torch.autograd.grad(fn.log_prob(leaf).sum(), leaf)
     moved = (value - value.detach()) * score
-    return log_q.detach() + moved.reshape(log_q.shape + (-1,)).sum(-1)
+    return log_q.detach() + moved.reshape((*log_q.shape, -1)).sum(-1)
 
 
 def _kl(name: str, q: Site, p: Site) -> Tensor:
