@@ -190,7 +190,7 @@ def check(
         typer.echo(f"{name} is left out: {reason}")
     for cell in kept:
         for line in checked(cell.recipe, shelf[cell.recipe]):
-            typer.echo(f"{cell.name}: {line}" if file.vary else line)
+            typer.echo(f"{cell.name}: {line}" if len(kept) > 1 else line)
 
 
 @app.command("list")

@@ -116,10 +116,11 @@ def cells(own: Recipe, vary: Mapping[str, Sequence[Any]]) -> list[Cell]:
     seeds = list(vary.get("seed", [own.seed]))
     axes = {name: values for name, values in vary.items() if name != "seed"}
     base = replace(own, split_seed=seeds[0] if own.split_seed is None else own.split_seed)
+    told = [name for name, values in axes.items() if len(values) > 1]
     found = []
     for values in itertools.product(*axes.values()):
         chosen = dict(zip(axes, values, strict=True))
-        name = " / ".join(_word(kind, value) for kind, value in chosen.items()) or own.name("guide")
+        name = " / ".join(_word(kind, chosen[kind]) for kind in told or axes) or own.name("guide")
         for seed in seeds:
             resolved = recipe.resolve(replace(base, **chosen, seed=seed))
             place = re.sub(r"[^\w.=,-]+", "_", name).strip("_") + (f",seed={seed}" if len(seeds) > 1 else "")

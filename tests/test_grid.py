@@ -237,7 +237,7 @@ def test_a_signal_ends_all_processes_and_the_cells_that_wait(pvae):
     assert done.status == 128 + signal.SIGINT
     assert done.err.splitlines()[-1] == "error: stopped by SIGINT; the same command with --resume goes on"
     assert not multiprocessing.active_children()
-    assert [path.name for path in Path("run/Amortized_learning_rate_0.3").iterdir()] == ["recipe.toml"]
+    assert [path.name for path in Path("run/learning_rate_0.3").iterdir()] == ["recipe.toml"]
 
 
 # Results of several seeds
@@ -341,7 +341,7 @@ def test_flags_add_axes_to_a_recipes_own(pvae):
     done = pvae(f"compare my.toml --guide Amortized --latent 3 --out run {FEW}")
     assert done.status == 0, done.err
     (group,) = read("run")["groups"]
-    assert [row["name"] for row in group["rows"]] == ["StandardNormal / Amortized", "StudentT / Amortized"]
+    assert [row["name"] for row in group["rows"]] == ["StandardNormal", "StudentT"]
     assert {row["latent"] for row in group["rows"]} == {3}
     assert recipe.open_file(Path("run/recipe.toml")).vary == {
         "prior": ["StandardNormal", "StudentT"],

@@ -107,7 +107,7 @@ def test_what_a_run_finds_is_recorded_in_its_recipe_and_nothing_else_of_it_chang
     file, kept = opened(path), opened(MODELS / "beta-vae.toml")
     assert (file.recipe, file.vary) == (kept.recipe, kept.vary)
     assert set(file.expected) == {cell.name for cell in variants(path)} | set(TABLES)
-    assert {"elbo", "iwae", "evidence", "seconds", "rows", "K"} == set(file.expected["ELBO"])
+    assert {"elbo", "iwae", "evidence", "reconstruction", "seconds", "rows", "K"} == set(file.expected["ELBO"])
 
 
 def test_recording_needs_a_recipe(pvae):

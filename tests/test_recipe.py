@@ -446,7 +446,7 @@ def test_own_code_of_a_comparison_is_found_from_anywhere(mine, pvae, monkeypatch
     done = pvae(f"evaluate ../run {FEW} --trust")
     assert done.status == 0, done.err
     rows = json.loads((mine / "run/results.json").read_text())["groups"][0]["rows"]
-    assert [row["name"] for row in rows] == ["Source / StandardNormal", "Source / Wide(df=5.0)"]
+    assert [row["name"] for row in rows] == ["StandardNormal", "Wide(df=5.0)"]
     assert {row["guide"] for row in rows} == {"Source"}
 
 
