@@ -19,6 +19,7 @@ from pvae.errors import Refused, UserError, fits, nearest
 from pvae.families import Family
 from pvae.files import write_text
 from pvae.guides import local_bound
+from pvae.networks import Standardized
 from pvae.objectives import Objective
 from pvae.runtime import seeded
 from pvae.sites import Sites, find_sites
@@ -240,6 +241,9 @@ class _Posterior:
         """The encoder of the recipe's network for the family as it is."""
         sizes = {"inputs": self.dataset.train.shape[1], "outputs": self.family.size, "shape": self.dataset.shape}
         self.encoder = make("network", self.recipe.network, **sizes, labels=self.dataset.classes, decodes=False)
+        rows = self.dataset.train
+        if rows.min() < 0 or rows.max() > 1:  # intensities are fit for a network as they are
+            self.encoder = Standardized(self.encoder, rows)
 
     def fit_to(self, sites: Sites) -> None:
         """Size family and encoder anew where the program's latents are not the recipe's D dimensions."""

@@ -130,17 +130,8 @@ def draw(
         path: gradients of log_q reach the guide's parameters through the draws alone, not through q's density.
         analytic: log_prior is :math:`-KL(q \| p)` in closed form and log_q is 0.
     """
-    dim = -1 - max_plate_nesting
-    # A single draw goes without the samples' plate: a guide that refines inside its own trace draws this way.
-    with pyro.plate("samples", K, dim=dim) if K > 1 else nullcontext():
-        guide_trace = poutine.trace(guide).get_trace(x, index)
-        drawn = {name: dict(site) for name, site in random_sites(guide_trace)}
-        if through:
-            for name, site in drawn.items():
-                guide_trace.nodes[name]["value"] = through(site["value"], site["fn"].event_dim)
-        model_trace = poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(x, index)
-    shape, scored = (K, len(x)), dict(random_sites(model_trace))
-    _check_match(scored, drawn)
+    dim, shape = -1 - max_plate_nesting, (K, len(x))
+    scored, drawn = _sites(model, guide, x, index, K, dim, through)
     log_lik, log_prior, log_q = (x.new_zeros(shape) for _ in range(3))
     for name, site in scored.items():
         if site["is_observed"]:
@@ -159,6 +150,23 @@ def draw(
         if keep_latents and not site["is_observed"]
     }
     return LogWeights(log_lik, log_prior, log_q, latents, _subsampling(scored))
+
+
+def _sites(
+    model: Program, guide: Program, x: Tensor, index: Tensor | None, K: int, dim: int, through: Through | None
+) -> tuple[dict[str, Site], dict[str, Site]]:
+    """The model's sites at the guide's draws, and the guide's own."""
+    # A single draw goes without the samples' plate: a guide that refines inside its own trace draws this way.
+    with pyro.plate("samples", K, dim=dim) if K > 1 else nullcontext():
+        guide_trace = poutine.trace(guide).get_trace(x, index)
+        drawn = {name: dict(site) for name, site in random_sites(guide_trace)}
+        if through:
+            for name, site in drawn.items():
+                guide_trace.nodes[name]["value"] = through(site["value"], site["fn"].event_dim)
+        model_trace = poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(x, index)
+    scored = dict(random_sites(model_trace))
+    _check_match(scored, drawn)
+    return scored, drawn
 
 
 def random_sites(trace: Any) -> Iterator[tuple[str, Site]]:

@@ -8,7 +8,7 @@ from torch import nn
 
 from pvae import networks
 from pvae.errors import UserError
-from pvae.networks import MLP, Conv, ResidualMLP
+from pvae.networks import MLP, Conv, ResidualMLP, Standardized
 
 LATENT, PARAMETERS = 2, 3  # D, and P parameters of each value
 
@@ -177,3 +177,13 @@ def test_bad_option_is_named(build, words):
     with pytest.raises(UserError) as error:
         build()
     assert words in str(error.value)
+
+
+def test_standardized_rows_are_in_standard_units_and_an_odd_value_does_not_swamp_them():
+    rows = torch.randn(500, 3) * torch.tensor([2.0, 300.0, 0.0]) + torch.tensor([-5.0, 1e3, 7.0])
+    seen = Standardized(nn.Identity(), rows)(rows)
+    torch.testing.assert_close(seen.mean(0), torch.zeros(3), atol=1e-9, rtol=0)
+    assert seen.std(0, correction=0)[1].item() == pytest.approx(1)
+    assert seen[:, 2].eq(0).all()
+    odd = torch.tensor([[-5.0, 1e3, 8.0]])
+    assert Standardized(nn.Identity(), rows)(odd)[0, 2] < 0.1  # a column that never varied

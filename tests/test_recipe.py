@@ -13,7 +13,8 @@ from pvae import compare, components
 from pvae.components import KINDS, find, make, table
 from pvae.data import Dataset
 from pvae.errors import UserError
-from pvae.recipe import Recipe, build, open_file, read, resolve, words, write
+from pvae.networks import Standardized
+from pvae.recipe import Recipe, build, load_data, open_file, read, resolve, words, write
 from pvae.runtime import seeded
 
 COLUMNS, ROWS = 6, 10
@@ -501,3 +502,15 @@ def test_own_code_that_does_not_go_is_refused_in_one_line(mine, kind, name, said
         build(resolve(Recipe(latent=2, **{kind: name})), rows())
     assert said in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(("factor", "standardized"), [(1.0, False), (16.0, True)])
+def test_an_encoder_sees_intensities_as_they_are_and_other_units_standardized(factor, standardized):
+    own = resolve(Recipe(likelihood="Gaussian", binarize="none", network={"type": "MLP", "hidden": [4]}))
+    data = load_data(own)
+    scaled = replace(data, train=factor * data.train, test=factor * data.test)
+    guide = build(own, scaled).guide
+    assert isinstance(guide.encoder, Standardized) == standardized
+    if standardized:
+        names = guide.state_dict()
+        assert {"encoder.mean", "encoder.scale"} <= set(names)
