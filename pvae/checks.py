@@ -66,7 +66,8 @@ class _Keeping(FusedAdam):
 
 def _two_steps(own: Recipe, built: runs.Built, data: Dataset) -> float:
     program, guide, objective = built
-    objective.epoch = 0.9 * objective.warm_up  # where the KL has a weight
+    # The KL bears on the loss, as it will sooner or later.
+    objective.epoch, objective.free_bits = 0.9 * objective.warm_up, 0.0
     optimizer = _Keeping(program, guide, learning_rate=own.learning_rate or 1e-3)
     loop, loss = SVI(program.model, guide, optimizer, objective), 0.0
     with seeded(own.seed), unchecked():

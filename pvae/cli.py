@@ -86,7 +86,7 @@ def compare(
         raise UserError("--record needs a recipe file to write to")
     job = job_in(Path())
     file = described(path, job.trust, guide=guide)
-    axes = axes_of(file, guide_of)
+    axes = axes_of(file, guide_of, described)
     job = replace(job, folder=out or _folder("compare", path or file.recipe.data))
     results = comparing.compare(file.recipe, job, vary=axes, data_folder=data_dir, overwrite=overwrite, resume=resume)
     _show(results, job.folder)
@@ -147,7 +147,7 @@ def evaluate(job_in: Any, run: Run, data_dir: DataDir = None) -> None:
     from pvae import compare as comparing
 
     job = job_in(run)
-    _show(comparing.judge(comparing.load(job, data_dir), job), run)
+    _show(comparing.judge(comparing.load(job, data_dir), job, comparing.left_out(run)), run)
 
 
 @app.command()
@@ -164,7 +164,7 @@ def show(described: Any, guide_of: Any, path: RecipePath = None, guide: Guide = 
     """Write out a recipe with everything that its data and components fill in."""
     from pvae import recipe
 
-    file = described(path, trust, guide=guide)
+    file = _guided(described(path, trust, guide=guide), guide_of)
     typer.echo(recipe.words(_resolved(file.recipe, guide_of), file.vary), nl=False)
 
 
@@ -182,8 +182,8 @@ def check(
     from pvae import grid
     from pvae.checks import check as checked
 
-    file = described(path, trust, guide=guide)
-    own = replace(file.recipe, guide=guide_of(file.recipe.guide))
+    file = _guided(described(path, trust, guide=guide), guide_of)
+    own = file.recipe
     shelf = grid.Shelf(data_dir)
     kept, left_out = grid.sound(grid.cells(own, file.vary), shelf)
     for name, reason in left_out.items():
@@ -216,6 +216,12 @@ def list_(kind: Annotated[str | None, typer.Argument(help="One kind, with its co
         console.print(f"[italic]--binarize[/italic]\n{', '.join(data.BINARIZATIONS)}")
         console.print("\n`pvae list prior` shows the arguments of priors, and so on. Give them in brackets,")
         console.print("as in --objective 'IWAE(K=20)'; file.py:Class names a class of your own.")
+
+
+def _guided(file: Any, guide_of: Callable[[Any], Any]) -> Any:
+    """What a recipe file says, with what the flags say of its guides."""
+    vary = {name: [guide_of(v) for v in values] if name == "guide" else values for name, values in file.vary.items()}
+    return file._replace(recipe=replace(file.recipe, guide=guide_of(file.recipe.guide)), vary=vary)
 
 
 def _resolved(own: Any, guide_of: Callable[[Any], Any]) -> Any:

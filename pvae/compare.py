@@ -11,13 +11,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from pvae import checks, components, export, grid, recipe, runs
+from pvae import checkpoints, checks, components, export, grid, recipe, runs
 from pvae.components import KINDS
 from pvae.console import bar
 from pvae.data import Batch, Dataset
 from pvae.errors import UserError
 from pvae.evaluation import Budget, bounds, evaluate, reconstruct, refinement_curve, sample
-from pvae.files import write_json
+from pvae.files import read_json, write_json
 from pvae.grid import Cell, Pool, Shelf
 from pvae.guides import local_bound
 from pvae.recipe import Recipe
@@ -28,7 +28,7 @@ from pvae.sites import base_measure
 from pvae.verdicts import Judged, SameDecoder
 from pvae.weights import log_weights
 
-__all__ = ["SOURCES", "Entry", "Job", "compare", "judge", "load"]
+__all__ = ["SOURCES", "Entry", "Job", "compare", "judge", "left_out", "load"]
 
 SOURCES = ("Amortized", "PerDatapoint", "SemiAmortized")
 EXPORTED_DRAWS, PRIOR_SAMPLES = 20, 32
@@ -125,15 +125,31 @@ def load(job: Job, data_folder: str | Path | None = None) -> list[Entry]:
     if not axes:
         variant = runs.load(job.folder, shelf[own], device=job.device, trust=job.trust)
         return [Entry(own.name("guide"), [variant], shelf[own])]
+    begun = [cell for cell in grid.cells(own, axes) if (job.folder / cell.place / "recipe.toml").is_file()]
     there = [
         replace(cell, recipe=recipe.read(job.folder / cell.place, trust=job.trust))
-        for cell in grid.cells(own, axes)
-        if (job.folder / cell.place / "recipe.toml").is_file()
+        for cell in begun
+        if (job.folder / cell.place / checkpoints.FILE).is_file()
     ]
     if not there:
         raise UserError(f"{job.folder} holds no trained variant; the command that began it with --resume goes on")
     found = [runs.load(job.folder / c.place, shelf[c.recipe], device=job.device, trust=job.trust) for c in there]
+    for cell in begun:
+        if cell.place not in {other.place for other in there}:
+            job.say(f"warning: {cell.place} is not trained and stays out; the first command with --resume trains it")
+    for cell, variant in zip(there, found, strict=True):
+        done, wanted = len(variant.fit.history), cell.recipe.epochs or 0
+        if done < wanted and variant.fit.stopped != "early":
+            job.say(f"warning: {cell.place} has had {done} of its {wanted} epochs; --resume trains the rest")
     return _entries(there, found, shelf)
+
+
+def left_out(folder: Path) -> dict[str, str]:
+    """The variants that a run's results say were left out, with the reasons; none where there are no results."""
+    if not (folder / "results.json").is_file():
+        return {}
+    results = read_json(folder / "results.json", f"pvae evaluate {folder} writes it")
+    return dict(results.get("left_out", {})) if isinstance(results, dict) else {}
 
 
 def _entries(wanted: list[Cell], variants: list[Variant], shelf: Shelf) -> list[Entry]:
@@ -150,7 +166,7 @@ def judge(entries: list[Entry], job: Job, left_out: Mapping[str, str] | None = N
         f"at most {job.budget.steps} refinement steps"
     )
     groups = []
-    for number, members in enumerate(_groups(entries), 1):
+    for number, members in enumerate(_groups(entries, job), 1):
         group = _group(members, job)
         draws = {e.name: _draws(e.variants[0], j, group.test.x) for e, j in zip(members, group.judged, strict=True)}
         labels = None if group.data.test_labels is None else group.data.test_labels[: job.rows]
@@ -163,11 +179,12 @@ def judge(entries: list[Entry], job: Job, left_out: Mapping[str, str] | None = N
     return results
 
 
-def _groups(entries: list[Entry]) -> list[list[Entry]]:
+def _groups(entries: list[Entry], job: Job) -> list[list[Entry]]:
     """Entries whose nats can be compared: of the same rows and the same base measure."""
     found: dict[tuple[str, ...], list[Entry]] = {}
     for entry in entries:
-        measure = base_measure(entry.variants[0].built.program.model, entry.data.train[:2])
+        rows = entry.data.train[:2].to(pick_device(job.device))
+        measure = base_measure(entry.variants[0].built.program.model, rows)
         found.setdefault((entry.data.identity, entry.data.digest, measure), []).append(entry)
     return list(found.values())
 
@@ -178,16 +195,21 @@ def _group(entries: list[Entry], job: Job) -> Group:
     judged = [_judged(entry, splits, job) for entry in entries]
     measure = base_measure(entries[0].variants[0].built.program.model, data.train[:2])
     group = Group(data, measure, splits["test"], [e.variants for e in entries], judged)
-    base = next((e.variants[0] for e in entries if e.variants[0].recipe.name("guide") == "Amortized"), None)
+    base = next((e.variants[0] for e in entries if _source(e) == "Amortized"), None)
     if base is None or not _differ_in_guide_alone(entries) or base.built.guide.family.point_mass:
         return group
     job.say("evaluating every source on the amortized variant's decoder")
     test, seed = splits["test"].x, base.recipe.seed
-    chosen = {str(components.table(e.variants[0].recipe.guide)["type"]): e.variants[0].recipe.guide for e in entries}
+    chosen = {e.name: e.variants[0].recipe.guide for e in entries if _source(e) != "Amortized"}
+    missing = {source: source for source in SOURCES[1:] if source not in map(_source, entries)}
     return group._replace(
-        same=_same_decoder(base, chosen, test, job.budget.K),
+        same=_same_decoder(base, {"Amortized": base.recipe.guide} | chosen | missing, test, job.budget.K),
         curve=refinement_curve(base.built.program.model, base.built.guide, test, seed=seed),
     )
+
+
+def _source(entry: Entry) -> str:
+    return str(components.table(entry.variants[0].recipe.guide)["type"])
 
 
 def _differ_in_guide_alone(entries: list[Entry]) -> bool:
@@ -230,14 +252,14 @@ def _same_decoder(base: Variant, chosen: Mapping[str, Any], x: Tensor, K: int) -
     model, own, found = base.built.program.model, base.built.guide, []
     bound = local_bound(model, own.family, own.sites)
     supplied = {"encoder": own.encoder, "family": own.family, "num_data": 1, "bound": bound, "sites": own.sites}
-    for source in SOURCES:
-        guide = components.make("guide", chosen.get(source, source), **supplied).to(x.device).eval()
+    for name, component in chosen.items():
+        guide = components.make("guide", component, **supplied).to(x.device).eval()
         start = time.perf_counter()
         with unchecked(), torch.no_grad(), seeded(base.recipe.seed):
             guide.params(x)
         seconds = time.perf_counter() - start
         elbo = bounds(model, guide, x, K=K, seed=base.recipe.seed).values["elbo"]
-        found.append(SameDecoder(source, elbo, seconds / len(x)))
+        found.append(SameDecoder(name, elbo, seconds / len(x)))
     return found
 
 

@@ -99,7 +99,14 @@ def split(words: str) -> list[str]:
     >>> split("ELBO, IWAE(K=5, warm_up=10),DReG")
     ['ELBO', 'IWAE(K=5, warm_up=10)', 'DReG']
     """
-    return [word.strip() for word in re.split(r",(?![^(]*\))(?![^\[]*\])", words)]
+    found, depth = [""], 0
+    for letter in words:
+        depth += (letter in "([") - (letter in ")]")
+        if letter == "," and depth == 0:
+            found.append("")
+        else:
+            found[-1] += letter
+    return [word.strip() for word in found]
 
 
 def label(component: Component, defaults: Mapping[str, Any] | None = None) -> str:
@@ -146,16 +153,19 @@ def find(kind: str, name: str) -> Any:
 def _from_file(kind: str, path: Path, name: str) -> Any:
     if path.suffix != ".py" or not path.is_file():
         raise UserError(f"{kind} {path}:{name}: there is no Python file {path}")
-    where = f"pvae_user_{path.stem}"
+    where = "pvae_user_" + re.sub(r"\W", "_", str(path.resolve()))
     spec = importlib.util.spec_from_file_location(where, path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[where] = module  # as an import would: dataclasses and get_type_hints look there
+    sys.path.insert(0, str(path.resolve().parent))  # as for a script, so that it finds its neighbours
     try:
         spec.loader.exec_module(module)
     except Exception as error:
         raise UserError(f"{kind} {path}: the file fails with {type(error).__name__}: {error}") from error
+    finally:
+        sys.path.remove(str(path.resolve().parent))
     classes = [n for n, v in vars(module).items() if inspect.isclass(v) and v.__module__ == where]
     if name not in classes:
         raise UserError(f"{path} has no class '{name}'{nearest(name, classes)}")
@@ -194,7 +204,8 @@ def spelled_out(kind: str, component: Component) -> dict[str, Any]:
         n: list(v) if isinstance(v, tuple) else v for n, v in (defaults(kind, given) | given).items()
     }
     plain["type"] = table(rooted(given))["type"]
-    return {"type": plain["type"]} | {name: value for name, value in plain.items() if name != "type"}
+    # TOML has no word for None, which is then the default anyway.
+    return {"type": plain["type"]} | {n: v for n, v in plain.items() if n != "type" and v is not None}
 
 
 def defaults(kind: str, component: Component) -> dict[str, Any]:

@@ -81,6 +81,7 @@ def recipe_flags(
         network = components.table(found.recipe.network) | {"hidden": _whole_numbers("--hidden", hidden)}
         return found._replace(recipe=recipe.replace(found.recipe, network=network))
 
+    described.given = given | ({} if hidden is None else {"network": None})  # type: ignore[attr-defined]
     return described
 
 
@@ -110,12 +111,12 @@ def grid_flags(
     vary: Annotated[list[str] | None, Flag(help="An axis, as prior=StandardNormal,VampPrior; repeatable.")] = None,
     guides: Annotated[str | None, Flag(help="Short for --vary guide=...: guides to compare, by commas.")] = None,
     seeds: Annotated[int, Flag(help="Train each variant from so many seeds.")] = 1,
-) -> Callable[[Any, Callable[[Any], Any]], dict[str, list[Any]]]:
+) -> Callable[[Any, Callable[[Any], Any], Any], dict[str, list[Any]]]:
     """A function from what a recipe file says, and what flags say of guides, to the axes of the comparison."""
     if seeds < 1:
         raise UserError(f"--seeds is {seeds}, but it must be at least 1")
 
-    def axes(file: Any, guide_of: Callable[[Any], Any]) -> dict[str, list[Any]]:
+    def axes(file: Any, guide_of: Callable[[Any], Any], described: Any) -> dict[str, list[Any]]:
         from pvae import grid
         from pvae.compare import SOURCES
 
@@ -124,6 +125,12 @@ def grid_flags(
         if len(given) < len(words):
             raise UserError("--vary names an axis twice")
         found = file.vary | given or {"guide": list(SOURCES)}
+        for name in described.given:
+            if name in given or (name == "network" and len(found.get(name, ())) > 1):
+                flag = "hidden" if described.given[name] is None else name.replace("_", "-")
+                raise UserError(f"--{flag} fixes what --vary {name} varies; give one of them")
+        if seeds > 1 and "seed" in found:
+            raise UserError("--seeds and an axis of seeds exclude each other")
         if "guide" in found:
             found["guide"] = [guide_of(guide) for guide in found["guide"]]
         if seeds > 1:

@@ -91,7 +91,7 @@ def axis(words: str) -> tuple[str, list[Any]]:
     name, equals, values = words.partition("=")
     name = name.strip().replace("-", "_")
     found = [_value(name, word) for word in components.split(values)]
-    if not equals or "" in found or len(found) != len({str(value) for value in found}):
+    if not equals or "" in found or None in found or len(found) != len({str(value) for value in found}):
         raise UserError(f"--vary {words}: write {name}=VALUE,VALUE,... with different values")
     for value in found:
         recipe.check_value(name, value, f"--vary {words}: ")

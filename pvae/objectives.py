@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pyro
@@ -59,6 +60,8 @@ class Objective(pyro.infer.ELBO):
         for word, value in {"kl_weight": kl_weight, "warm_up": warm_up, "cycle": cycle, "free_bits": free_bits}.items():
             if not 0 <= value < math.inf:
                 raise UserError(f"{name}: {word} is {value}, but it must be 0 or positive, and finite")
+        if 0 < cycle <= warm_up:
+            raise UserError(f"{name}: cycle is {cycle}, but it must be longer than the warm-up of {warm_up} epochs")
         super().__init__(num_particles=K, max_plate_nesting=1)
         self.K, self.kl_weight, self.warm_up, self.cycle, self.free_bits = K, kl_weight, warm_up, cycle, free_bits
         self.epoch = 0.0
@@ -71,7 +74,7 @@ class Objective(pyro.infer.ELBO):
 
     def draw(self, model: Program, guide: Program, x: Tensor, index: Tensor | None = None) -> LogWeights:
         """Log-densities of K draws, with the gradients that the estimator takes."""
-        return draw(model, guide, x, index, self.K)
+        return draw(model, guide, x, index, self.K, learning=torch.is_grad_enabled())
 
     def bound(self, w: LogWeights) -> Tensor:
         """The bound of each datapoint, [B] in nats, from log-weights that bear the KL weight."""
@@ -81,8 +84,8 @@ class Objective(pyro.infer.ELBO):
         """The same draws with the KL weight on log p(z) and log q(z|x), or with the free bits in the KL's place."""
         if self.free_bits and (w.log_q - w.log_prior).detach().mean() < self.free_bits:
             nothing = torch.zeros_like(w.log_prior)
-            return LogWeights(w.log_lik, nothing, nothing + self.weight * self.free_bits, scale=w.scale)
-        return LogWeights(w.log_lik, self.weight * w.log_prior, self.weight * w.log_q, scale=w.scale)
+            return replace(w, log_prior=nothing, log_q=nothing + self.weight * self.free_bits)
+        return replace(w, log_prior=self.weight * w.log_prior, log_q=self.weight * w.log_q)
 
     def differentiable_loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> Tensor:
         """Minus the bound, summed over the batch, in nats."""
@@ -135,10 +138,6 @@ class ELBO(Objective, Trace_ELBO):
         kind: Any = Trace_ELBO if self.plain else Objective
         return kind.loss(self, model, guide, *args, **kwargs)
 
-    def loss_and_grads(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> float:
-        kind: Any = Trace_ELBO if self.plain else Objective
-        return kind.loss_and_grads(self, model, guide, *args, **kwargs)
-
     def _get_trace(self, model: Any, guide: Any, args: Any, kwargs: Any) -> tuple[Trace, Trace]:
         model_trace, guide_trace = Trace_ELBO._get_trace(self, model, guide, args, kwargs)
         for trace in (guide_trace, model_trace):
@@ -158,7 +157,7 @@ class AnalyticKL(Objective):
     """
 
     def draw(self, model: Program, guide: Program, x: Tensor, index: Tensor | None = None) -> LogWeights:
-        return draw(model, guide, x, index, self.K, analytic=True)
+        return draw(model, guide, x, index, self.K, learning=torch.is_grad_enabled(), analytic=True)
 
     def bound(self, w: LogWeights) -> Tensor:
         return w.log_w.mean(0)
@@ -265,7 +264,7 @@ class DReG(_Several):
     def bound(self, w: LogWeights) -> Tensor:
         share = w.log_w.detach().softmax(0)
         # A point mass, or free bits: there is no score of q to turn into a path.
-        beta = self.weight if w.log_q.requires_grad else 0.0
+        beta = self.weight if w.log_q.requires_grad and not w.point_mass else 0.0
         self._factor = 1 - beta + beta * share
         climb = (share * (w.log_lik + w.log_prior - self._factor * w.log_q)).sum(0)
         return log_mean_exp(w.log_w).detach() + climb - climb.detach()

@@ -185,6 +185,8 @@ class VampPrior(Prior):
 
     posterior: Callable[[Tensor], dist.TorchDistribution]
 
+    unit: Tensor
+
     def __init__(
         self, dim: int, *, pseudo_inputs: int = 500, posterior: Callable[[Tensor], dist.TorchDistribution], data: Tensor
     ) -> None:
@@ -197,11 +199,13 @@ class VampPrior(Prior):
         rows = rows + 0.01 * data.std() * torch.randn_like(rows) if data.numel() > 1 else rows
         self.unit_interval = bool(data.min() >= 0 and data.max() <= 1)
         # Not nearer to 0 and 1 than 0.05: out there the logistic map has hardly a slope left.
-        self.rows = nn.Parameter(rows.clamp(0.05, 0.95).logit() if self.unit_interval else rows)
+        # In units in which a step of the optimizer means about the same for any data.
+        self.register_buffer("unit", data.std().clamp_min(1e-6) if data.numel() > 1 else torch.ones(()))
+        self.rows = nn.Parameter(rows.clamp(0.05, 0.95).logit() if self.unit_interval else rows / self.unit)
 
     def inputs(self) -> Tensor:
         """The pseudo-inputs u, [K, columns]."""
-        return self.rows.sigmoid() if self.unit_interval else self.rows
+        return self.rows.sigmoid() if self.unit_interval else self.rows * self.unit
 
     def forward(self) -> dist.TorchDistribution:
         q = self.posterior(self.inputs())

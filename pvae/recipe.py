@@ -157,6 +157,8 @@ def check_value(key: str, value: Any, where: str = "") -> None:
         raise UserError(f"{where.removesuffix('vary.')}unknown key '{key}'{nearest(key, hints)}")
     if not fits(value, hints[key]):
         raise UserError(f"{where}{key} is {value!r}, but it takes {components.type_words(hints[key])}")
+    if isinstance(value, Mapping) and not isinstance(value.get("type"), str):
+        raise UserError(f'{where}{key} has no type; write type = "{getattr(Recipe, key)}", say, in its table')
 
 
 def _check_range(recipe: Recipe, where: str = "") -> None:
@@ -248,6 +250,10 @@ class _Posterior:
     def fit_to(self, sites: Sites) -> None:
         """Size family and encoder anew where the program's latents are not the recipe's D dimensions."""
         if sites.dim != self.family.dim:
+            if components.takes("prior", self.recipe.prior, "posterior") and components.takes(
+                "program", self.recipe.program, "prior"
+            ):
+                raise Refused(f"prior {self.recipe.name('prior')} needs z to be the program's only latent")
             self.family = make("family", self.recipe.family, dim=sites.dim)
             self.make_encoder()
 
@@ -318,7 +324,9 @@ def open_file(path: Path, changes: Mapping[str, Any] | None = None, *, trust: bo
 
 def record(path: Path, expected: Mapping[str, Any]) -> None:
     """Put what a run has found into the table ``expected`` of its recipe file, and leave the rest of the file alone."""
-    own, _, _ = path.read_text(encoding="utf-8").partition("\n[expected]")
+    own = re.sub(
+        r"^\[expected[.\]].*?(?=^\[(?!expected[.\]])|\Z)", "", path.read_text(encoding="utf-8"), flags=re.M | re.S
+    )
     write_text(path, f"{own.rstrip()}\n\n{_dumped({'expected': expected})}")
 
 

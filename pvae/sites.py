@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,6 +21,7 @@ from pvae.weights import Program, random_sites
 __all__ = ["Site", "Sites", "base_measure", "find_sites", "innermost", "vector"]
 
 JOINT = "_latents"
+BOUNDS = ("lower_bound", "upper_bound")
 
 
 @dataclass(frozen=True)
@@ -139,9 +141,23 @@ def _site(name: str, site: dict[str, Any], rows: int) -> Site:
         raise UserError(f"latent '{name}' is discrete, and no family here holds it; sum it out of the program")
     if fn.batch_shape != (rows,):
         raise UserError(f"latent '{name}' has batch shape {tuple(fn.batch_shape)}, but plate \"data\" has {rows} rows")
-    real = innermost(fn.support) is constraints.real  # a mixture's support, say, which biject_to does not know
-    support = constraints.independent(constraints.real, fn.event_dim) if real else fn.support
-    return Site(name, tuple(fn.event_shape), support)
+    return Site(name, tuple(fn.event_shape), _support(name, fn))
+
+
+def _support(name: str, fn: Any) -> Any:
+    """The support of one datapoint's latent, free of the shapes of the rows at hand."""
+    inner = innermost(fn.support)
+    bounds = {key: value for key in BOUNDS if isinstance(value := getattr(inner, key, None), Tensor) and value.dim()}
+    if inner is constraints.real:  # also behind a mixture's support, say, which biject_to does not know
+        return constraints.independent(constraints.real, fn.event_dim)
+    if not bounds:
+        return fn.support
+    inner = copy.copy(inner)
+    for key, value in bounds.items():
+        if (value != value.flatten()[0]).any():
+            raise UserError(f"the support of latent '{name}' is not the same everywhere; its bounds must be numbers")
+        setattr(inner, key, value.flatten()[0].item())
+    return constraints.independent(inner, fn.event_dim)
 
 
 def base_measure(model: Program, x: Tensor) -> str:

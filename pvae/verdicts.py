@@ -86,8 +86,12 @@ def number(estimate: Estimate) -> str:
     return f"{estimate.mean:z.{digits}f} ± {estimate.se:.{digits}f}"
 
 
-def _clear(estimate: Estimate) -> bool:
-    return abs(estimate.mean) > CLEAR * estimate.se
+def _clear(estimate: Estimate, seeds: int = 1) -> bool:
+    """Whether a difference is beyond its error; of few seeds the error is itself so uncertain that more is asked."""
+    from scipy.stats import norm, t
+
+    asked = CLEAR if seeds == 1 else float(t.isf(norm.sf(CLEAR), seeds - 1))
+    return abs(estimate.mean) > asked * estimate.se
 
 
 def _lead(one: Judged, other: Judged, quantity: str) -> Estimate:
@@ -111,7 +115,9 @@ def _own_decoders(judged: list[Judged]) -> Iterator[str]:
     leads = []
     for j in rest:
         lead = _lead(best, j, "evidence")
-        leads.append(f"{number(lead)} above {j.name}" + ("" if _clear(lead) else " (no clear difference)"))
+        leads.append(
+            f"{number(lead)} above {j.name}" + ("" if _clear(lead, 1 + len(best.further)) else " (no clear difference)")
+        )
     times = ", ".join(f"{j.name} {_seconds(j):.3g} s" for j in judged)
     repeated = f", over {1 + len(best.further)} seeds" if best.further else ""
     yield (

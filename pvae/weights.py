@@ -38,6 +38,7 @@ class LogWeights:
         log_q: log q(z|x), [K, B].
         latents: the draws by site, [K, B, ...], a site's plates inside "data" before B; empty unless asked for.
         scale: rows in the data for each row in the batch, where the program's plate "data" subsamples; else 1.
+        point_mass: the guide's draws have no density of their own.
     """
 
     log_lik: Tensor
@@ -45,6 +46,7 @@ class LogWeights:
     log_q: Tensor
     latents: dict[str, Tensor] = field(default_factory=dict)
     scale: float = 1.0
+    point_mass: bool = False
 
     @property
     def log_w(self) -> Tensor:
@@ -120,6 +122,7 @@ def draw(
     max_plate_nesting: int = 1,
     keep_latents: bool = False,
     through: Through | None = None,
+    learning: bool = False,
     path: bool = False,
     analytic: bool = False,
 ) -> LogWeights:
@@ -127,11 +130,16 @@ def draw(
 
     Arguments:
         through: (value, event dimensions) to the latent that the model is to see in the value's place.
+        learning: refuse latents whose draws pass no gradient.
         path: gradients of log_q reach the guide's parameters through the draws alone, not through q's density.
         analytic: log_prior is :math:`-KL(q \| p)` in closed form and log_q is 0.
     """
     dim, shape = -1 - max_plate_nesting, (K, len(x))
     scored, drawn = _sites(model, guide, x, index, K, dim, through)
+    if learning or path:
+        _check_gradients(drawn, path)
+    if analytic and [name for name in drawn if name in scored] != [name for name in scored if name in drawn]:
+        raise Refused("the guide draws its latents in another order than the model: there is no KL in closed form")
     log_lik, log_prior, log_q = (x.new_zeros(shape) for _ in range(3))
     for name, site in scored.items():
         if site["is_observed"]:
@@ -141,7 +149,7 @@ def draw(
             log_prior = log_prior + _rows(name, site, log_p, shape, dim)
     for name, site in drawn.items():
         if not analytic:
-            log_q = log_q + _rows(name, site, _path_density(name, site) if path else _density(site), shape, dim)
+            log_q = log_q + _rows(name, site, _path_density(site) if path else _density(site), shape, dim)
         elif name not in scored:
             raise Refused(f"the guide draws '{name}' jointly for all latents: there is no KL in closed form")
     latents = {
@@ -149,7 +157,8 @@ def draw(
         for name, site in scored.items()
         if keep_latents and not site["is_observed"]
     }
-    return LogWeights(log_lik, log_prior, log_q, latents, _subsampling(scored))
+    point_mass = all(isinstance(site["fn"], pyro.distributions.Delta) for site in drawn.values())
+    return LogWeights(log_lik, log_prior, log_q, latents, _subsampling(scored), point_mass)
 
 
 def _sites(
@@ -195,11 +204,20 @@ def _density(site: Site) -> Tensor:
     return site["fn"].log_prob(site["value"])
 
 
-def _path_density(name: str, site: Site) -> Tensor:
+def _check_gradients(drawn: dict[str, Site], path: bool) -> None:
+    for name, site in drawn.items():
+        if not site["fn"].has_rsample:
+            raise Refused(f"latent '{name}' is not reparametrized: only ELBO(), without weights, has a gradient for it")
+    several = [name for name, site in drawn.items() if not isinstance(site["fn"], pyro.distributions.Delta)]
+    if path and len(several) > 1:
+        raise Refused(
+            f"the guide draws {', '.join(several)} one by one: a path gradient needs them drawn jointly, as ours do"
+        )
+
+
+def _path_density(site: Site) -> Tensor:
     """log q of a draw, whose gradient is the score at the draw times the draw's own."""
     fn, value = site["fn"], site["value"]
-    if not fn.has_rsample:
-        raise Refused(f"latent '{name}' is not reparametrized: this objective has no gradient for it; use ELBO")
     log_q = fn.log_prob(value)
     if not (torch.is_grad_enabled() and value.requires_grad) or isinstance(fn, pyro.distributions.Delta):
         return log_q

@@ -447,7 +447,7 @@ MISTAKES = {
     "axis of another type": (f"{COMPARE} --vary latent=2,many", "--vary latent 'many' whole number"),
     "axis of one name": (f"{COMPARE} --vary latent=2,2", "--vary latent=2,2 different"),
     "axis twice": (f"{COMPARE} --vary latent=2,3 --vary latent=4", "--vary twice"),
-    "axis out of range": (f"{COMPARE} --vary latent=2,0", "--latent 0 least 1"),
+    "axis out of range": (f"{COMPARE} --vary batch_size=2,0", "--batch-size 0 least 1"),
     "axis of an unknown prior": (f"{COMPARE} --vary prior=VampPriar", "prior 'VampPriar' 'VampPrior'?"),
     "seeds": (f"{COMPARE} --seeds 0", "--seeds 0 least 1"),
     "jobs": (f"{COMPARE} --jobs 0", "--jobs 0 least 1"),

@@ -10,6 +10,7 @@ from oracles import LinearGaussian
 from pyro import poutine
 from pyro.infer import SVI, TraceMeanField_ELBO
 from torch import nn
+from torch.distributions import constraints
 
 from pvae import objectives
 from pvae.errors import Refused, UserError
@@ -21,6 +22,7 @@ from pvae.networks import MLP
 from pvae.objectives import ELBO, IWAE, AnalyticKL, DReG, NonFinite, Renyi, StickingTheLanding
 from pvae.priors import StandardNormal
 from pvae.runtime import LocalModule
+from pvae.sites import Site, Sites
 from pvae.training import FusedAdam, fit
 from pvae.weights import log_weights
 
@@ -436,8 +438,10 @@ def test_elbo_still_takes_latents_that_are_not_reparametrized():
     for _ in range(60):
         loop.step(x)
     assert guide.logits(x).min() > 2
-    with pytest.raises(UserError, match="'z' is not reparametrized"):
-        StickingTheLanding().loss(model, guide, x)
+    for objective in (StickingTheLanding(), IWAE(), ELBO(K=2), ELBO(warm_up=1.0)):
+        with pytest.raises(UserError, match="'z' is not reparametrized"):
+            objective.loss_and_grads(model, guide, x)
+    assert math.isfinite(IWAE().loss(model, guide, x))  # a value needs no gradient
 
 
 @every
@@ -471,3 +475,81 @@ def test_bad_option_is_named(kind, options, words):
 def test_renyi_has_no_order_one():
     with pytest.raises(UserError, match="alpha is 1"):
         Renyi(alpha=1.0)
+
+
+class Ladder(LocalModule):
+    """A guide that draws z1 and then z2 given z1, for a model that draws them the other way round."""
+
+    def __init__(self):
+        super().__init__()
+        self.slope = nn.Parameter(torch.tensor(0.5))
+
+    def model(self, x, index=None):
+        with pyro.plate("data", len(x), dim=-1):
+            above = pyro.sample("z2", dist.Normal(0.0, 1.0))
+            z = pyro.sample("z1", dist.Normal(above, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x[:, 0])
+
+    def forward(self, x, index=None):
+        with pyro.plate("data", len(x), dim=-1):
+            z = pyro.sample("z1", dist.Normal(x[:, 0], 1.0))
+            pyro.sample("z2", dist.Normal(self.slope * z, 1.0))
+
+
+@pytest.mark.parametrize(
+    ("objective", "words"),
+    [
+        (AnalyticKL(), "in another order than the model"),
+        (DReG(), "z1, z2 one by one"),
+        (StickingTheLanding(), "jointly"),
+    ],
+)
+def test_chains_of_draws_that_would_bias_an_estimator_are_refused(objective, words):
+    ladder = Ladder()
+    with pytest.raises(Refused, match=words):
+        objective.loss_and_grads(ladder.model, ladder, torch.ones(3, 1))
+    assert math.isfinite(IWAE().loss_and_grads(ladder.model, ladder, torch.ones(3, 1)))
+
+
+@every
+def test_modules_that_are_not_pyros_are_trained(kind):
+    class Plain(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.mean = nn.Parameter(torch.zeros(()))
+
+        def model(self, x, index=None):
+            with pyro.plate("data", len(x), dim=-1):
+                z = pyro.sample("z", dist.Normal(self.mean, 1.0))
+                pyro.sample("x", dist.Normal(z, 1.0), obs=x[:, 0])
+
+        def forward(self, x, index=None):
+            with pyro.plate("data", len(x), dim=-1):
+                pyro.sample("z", dist.Normal(self.mean, 0.7))
+
+    model, guide = Plain(), Plain()
+    fit(model.model, guide, 3 + torch.zeros(20, 1), epochs=60, learning_rate=0.1, objective=kind())
+    assert model.mean > 0.5
+    assert guide.mean > 0.5
+
+
+def test_dreg_leaves_a_point_mass_over_a_bounded_latent_its_gradient():
+    sites = Sites((Site("s", (), constraints.positive),))
+
+    def model(x, index=None):
+        with pyro.plate("data", len(x), dim=-1):
+            s = pyro.sample("s", dist.Gamma(2.0, 1.0))
+            pyro.sample("x", dist.Poisson(s), obs=x[:, 0])
+
+    found = []
+    for objective in (ELBO(), DReG(K=5), IWAE(K=5)):
+        lam = torch.full((3, 1), 0.2, requires_grad=True)
+        loss = objective.differentiable_loss(model, given(Delta(1), lam, sites), torch.tensor([[1.0], [2.0], [5.0]]))
+        found.append(torch.autograd.grad(loss, lam)[0])
+    torch.testing.assert_close(found[1], found[0])
+    torch.testing.assert_close(found[2], found[0])
+
+
+def test_a_cycle_leaves_room_for_its_warm_up():
+    with pytest.raises(UserError, match=r"cycle is 5.0, but it must be longer than the warm-up of 10.0 epochs"):
+        IWAE(warm_up=10.0, cycle=5.0)

@@ -6,16 +6,20 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from pyro import poutine
 from torch.distributions import biject_to, constraints
 
+from pvae import priors
 from pvae.errors import UserError
 from pvae.families import DiagonalNormal, FullRankNormal
+from pvae.generative import VAE
 from pvae.guides import Amortized, given, local_bound, local_optimum
+from pvae.likelihoods import Bernoulli
 from pvae.networks import MLP
 from pvae.runtime import seeded
 from pvae.sites import Site, Sites, base_measure, find_sites, vector
 from pvae.stats import log_mean_exp, log_mean_exp_se
-from pvae.weights import log_weights
+from pvae.weights import log_weights, random_sites
 
 ROWS = torch.arange(12.0).view(4, 3)
 
@@ -247,3 +251,44 @@ def test_the_base_measure_is_that_of_all_observed_sites(kinds, measure):
                 pyro.sample(kind.__name__, kind(torch.full_like(x, 0.5)).to_event(1), obs=x)
 
     assert base_measure(model, ROWS) == measure
+
+
+@pytest.mark.parametrize(
+    ("latent", "shape"),
+    [
+        (lambda n: dist.Uniform(torch.zeros(n), torch.ones(n)), ()),
+        (lambda n: dist.Uniform(torch.zeros(n, 4), 2 * torch.ones(n, 4)).to_event(1), (4,)),
+        (lambda n: dist.Pareto(torch.ones(n), torch.ones(n)), ()),
+    ],
+)
+def test_bounds_given_by_row_do_not_make_rows_dimensions(latent, shape):
+    def model(x, index=None):
+        with pyro.plate("data", len(x), dim=-1):
+            s = pyro.sample("s", latent(len(x)))
+            pyro.sample("x", dist.Poisson(s.sum(-1) if shape else s), obs=x[:, 0])
+
+    x = torch.ones(7, 1)
+    sites = find_sites(model, x)
+    assert (sites.sites[0].shape, sites.dim) == (shape, 4 if shape else 1)
+    q = DiagonalNormal(sites.dim)
+    assert log_weights(model, given(q, torch.zeros(7, q.size), sites), x, K=3).log_w.isfinite().all()
+
+
+def test_bounds_that_differ_by_row_are_refused():
+    def model(x, index=None):
+        with pyro.plate("data", len(x), dim=-1):
+            s = pyro.sample("s", dist.Uniform(torch.zeros(len(x)), 1 + torch.arange(1.0 * len(x))))
+            pyro.sample("x", dist.Poisson(s), obs=x[:, 0])
+
+    with pytest.raises(UserError, match="the support of latent 's' is not the same everywhere"):
+        find_sites(model, torch.ones(3, 1))
+
+
+@pytest.mark.parametrize("prior", [priors.StandardNormal(3), priors.GaussianMixture(3), priors.FlowPrior(3)], ids=str)
+def test_one_real_vector_is_drawn_as_itself(prior):
+    """Not through an auxiliary site, which has no closed forms and costs a copy."""
+    vae = VAE(MLP(3, 4, hidden=[5]), Bernoulli(), prior)
+    sites = find_sites(vae.model, torch.zeros(4, 4))
+    assert sites.sites[0].plain
+    guide = Amortized(MLP(4, 6, hidden=[5]), DiagonalNormal(3), sites=sites)
+    assert set(dict(random_sites(poutine.trace(guide).get_trace(torch.zeros(4, 4))))) == {"z"}
