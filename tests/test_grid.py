@@ -480,3 +480,65 @@ def test_a_program_of_bounded_latents_is_compared_by_all_sources(pvae):
     done = pvae("check --data counts.npy --program mine.py:Kinds")
     assert (done.status, done.err.count("\n")) == (2, 1)
     assert "latent 'kind' is discrete" in done.err
+
+
+# What is said rather than ignored
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("--vary prior=StandardNormal,Laplace --prior StudentT", "--prior fixes what --vary prior varies"),
+        ("--vary network=MLP,ResidualMLP --hidden 7", "--hidden fixes what --vary network varies"),
+        ("--vary seed=5,6 --seeds 2", "--seeds and an axis of seeds exclude each other"),
+        ("--vary patience=None,3", "write patience=VALUE,VALUE"),
+    ],
+)
+def test_flags_that_contradict_an_axis_are_refused(line, words, pvae):
+    done = pvae(f"compare --data bits.npy --epochs 1 {line}")
+    assert done.status == 2
+    assert words in done.err
+    assert not Path("runs").exists()
+
+
+def test_flags_of_guides_reach_an_axis_that_is_checked(pvae):
+    Path("my.toml").write_text('data = "bits.npy"\nlatent = 2\n[vary]\nguide = ["Amortized", "PerDatapoint"]\n')
+    done = pvae("check my.toml --local-steps 0")
+    assert (done.status, "local_steps is 0" in done.err) == (2, True)
+
+
+def test_a_recipe_with_free_bits_and_a_learned_prior_is_sound(pvae):
+    done = pvae("check --data bits.npy --latent 2 --prior GaussianMixture --objective 'ELBO(free_bits=8.0)'")
+    assert (done.status, done.err) == (0, "")
+
+
+def test_an_unfinished_grid_is_evaluated_as_far_as_it_goes_and_says_so(pvae):
+    assert pvae(f"compare {TINY} --vary prior=StandardNormal,Laplace,StudentT --out run").status == 0
+    Path("run/Laplace/checkpoint.safetensors").unlink()
+    recipe_file = Path("run/StudentT/recipe.toml")
+    recipe_file.write_text(recipe_file.read_text().replace("epochs = 1\n", "epochs = 7\n"))
+    done = pvae(f"evaluate run {FEW.replace('--epochs 1', '')}")
+    assert done.status == 0, done.err
+    assert "warning: Laplace is not trained and stays out" in done.out
+    assert "warning: StudentT has had 1 of its 7 epochs" in done.out
+    assert [row["name"] for row in read("run")["groups"][0]["rows"]] == ["StandardNormal", "StudentT"]
+
+
+def test_reasons_for_what_was_left_out_survive_an_evaluation(pvae):
+    assert pvae(f"compare {TINY} {PAIRS} --out run").status == 0
+    before = read("run")["left_out"]
+    assert pvae(f"evaluate run {FEW.replace('--epochs 1', '')}").status == 0
+    assert read("run")["left_out"] == before != {}
+
+
+def test_each_variant_of_a_source_stands_on_the_same_decoder(pvae):
+    guides = "guide=Amortized,SemiAmortized(steps=1),SemiAmortized(steps=2)"
+    done = pvae(f"compare {TINY} --vary '{guides}' --out run")
+    assert done.status == 0, done.err
+    rows = read("run")["groups"][0]["same_decoder"]["rows"]
+    assert [row["guide"] for row in rows] == [
+        "Amortized",
+        "SemiAmortized(steps=1)",
+        "SemiAmortized(steps=2)",
+        "PerDatapoint",
+    ]

@@ -12,9 +12,9 @@ import torch
 from pvae import compare, components
 from pvae.components import KINDS, find, make, table
 from pvae.data import Dataset
-from pvae.errors import UserError
+from pvae.errors import Refused, UserError
 from pvae.networks import Standardized
-from pvae.recipe import Recipe, build, load_data, open_file, read, resolve, words, write
+from pvae.recipe import Recipe, build, load_data, open_file, read, record, resolve, words, write
 from pvae.runtime import seeded
 
 COLUMNS, ROWS = 6, 10
@@ -514,3 +514,54 @@ def test_an_encoder_sees_intensities_as_they_are_and_other_units_standardized(fa
     if standardized:
         names = guide.state_dict()
         assert {"encoder.mean", "encoder.scale"} <= set(names)
+
+
+def test_recording_leaves_tables_after_the_recorded_one_alone(tmp_path):
+    path = tmp_path / "my.toml"
+    path.write_text(
+        'latent = 3\n\n[expected.old]\nelbo = 1\n\n[vary]\nprior = ["Laplace"]\n\n[network]\ntype = "MLP"\n'
+    )
+    for value in (2, 3):
+        record(path, {"new": {"elbo": value}})
+    file = open_file(path)
+    assert (file.recipe.latent, file.recipe.network) == (3, {"type": "MLP"})
+    assert (file.vary, file.expected) == ({"prior": ["Laplace"]}, {"new": {"elbo": 3}})
+
+
+def test_a_table_without_type_is_named(tmp_path):
+    (tmp_path / "my.toml").write_text("[likelihood]\nscale = 2.0\n")
+    with pytest.raises(UserError, match="likelihood has no type; write type = "):
+        open_file(tmp_path / "my.toml")
+
+
+def test_arguments_that_may_be_none_are_left_out_of_the_file(tmp_path):
+    (tmp_path / "own.py").write_text(
+        "from pvae.likelihoods import Gaussian\n"
+        "class Mine(Gaussian):\n"
+        "    def __init__(self, *, width: float | None = None) -> None:\n"
+        "        super().__init__(scale=width or 1.0)\n"
+    )
+    own = resolve(Recipe(likelihood=f"{tmp_path / 'own.py'}:Mine"))
+    write(own, tmp_path)
+    assert read(tmp_path, trust=True) == own
+
+
+def test_vamp_prior_is_refused_where_z_is_not_the_only_latent(tmp_path):
+    (tmp_path / "own.py").write_text(
+        "import pyro, pyro.distributions as dist\n"
+        "from pvae.runtime import LocalModule, local_method\n"
+        "class Two(LocalModule):\n"
+        "    def __init__(self, *, prior, likelihood, decoder) -> None:\n"
+        "        super().__init__()\n"
+        "        self.prior, self.likelihood, self.decoder = prior, likelihood, decoder\n"
+        "    @local_method\n"
+        "    def model(self, x, index=None):\n"
+        "        with pyro.plate('data', len(x), dim=-1):\n"
+        "            s = pyro.sample('s', dist.LogNormal(0.0, 1.0))\n"
+        "            z = pyro.sample('z', self.prior())\n"
+        "            pyro.sample('x', self.likelihood(s[..., None] * self.decoder(z)), obs=x)\n"
+    )
+    own = resolve(Recipe(program=f"{tmp_path / 'own.py'}:Two", prior="VampPrior(pseudo_inputs=3)", latent=2))
+    with pytest.raises(Refused, match="needs z to be the program's only latent"):
+        build(own, load_data(own))
+    build(replace(own, prior="StandardNormal"), load_data(own))
