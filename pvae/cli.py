@@ -120,7 +120,7 @@ def fit(
     from pvae.verdicts import number
 
     where = pick_device(device)
-    own = _resolved(described(path, trust, guide=guide).recipe, guide_of)
+    own = recipe.resolve(_guided(described(path, trust, guide=guide), guide_of).recipe)
     dataset = recipe.load_data(own, data_dir)
     typer.echo(dataset.summary())
     runs.check(own, dataset)
@@ -165,7 +165,7 @@ def show(described: Any, guide_of: Any, path: RecipePath = None, guide: Guide = 
     from pvae import recipe
 
     file = _guided(described(path, trust, guide=guide), guide_of)
-    typer.echo(recipe.words(_resolved(file.recipe, guide_of), file.vary), nl=False)
+    typer.echo(recipe.words(recipe.resolve(file.recipe), file.vary), nl=False)
 
 
 @app.command()
@@ -183,9 +183,8 @@ def check(
     from pvae.checks import check as checked
 
     file = _guided(described(path, trust, guide=guide), guide_of)
-    own = file.recipe
     shelf = grid.Shelf(data_dir)
-    kept, left_out = grid.sound(grid.cells(own, file.vary), shelf)
+    kept, left_out = grid.sound(grid.cells(file.recipe, file.vary), shelf)
     for name, reason in left_out.items():
         typer.echo(f"{name} is left out: {reason}")
     for cell in kept:
@@ -222,12 +221,6 @@ def _guided(file: Any, guide_of: Callable[[Any], Any]) -> Any:
     """What a recipe file says, with what the flags say of its guides."""
     vary = {name: [guide_of(v) for v in values] if name == "guide" else values for name, values in file.vary.items()}
     return file._replace(recipe=replace(file.recipe, guide=guide_of(file.recipe.guide)), vary=vary)
-
-
-def _resolved(own: Any, guide_of: Callable[[Any], Any]) -> Any:
-    from pvae import recipe
-
-    return recipe.resolve(replace(own, guide=guide_of(own.guide)))
 
 
 def _show(results: dict[str, Any], folder: Path) -> None:

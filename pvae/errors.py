@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
-__all__ = ["Refused", "UserError", "fits", "nearest"]
+__all__ = ["Refused", "UserError", "fits", "nearest", "positive"]
 
 
 class UserError(Exception):
@@ -32,6 +33,16 @@ def nearest(word: str, known: Iterable[str]) -> str:
     close = difflib.get_close_matches(word.lower(), folded, n=1, cutoff=0.5)
     hint = f"; did you mean '{folded[close[0]]}'?" if close else ""
     return f"{hint} (known: {', '.join(words)})"
+
+
+def positive(who: str, **values: float) -> None:
+    """Refuse a value that is not positive and finite; the message names whose it is.
+
+    >>> positive("Laplace", scale=1.0)
+    """
+    for name, value in values.items():
+        if not 0 < value < math.inf:
+            raise UserError(f"{who}: {name} is {value}, but it must be positive and finite")
 
 
 def fits(value: Any, hint: Any) -> bool:

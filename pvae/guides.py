@@ -11,7 +11,7 @@ from pyro.poutine.runtime import effectful
 from torch import Tensor, nn
 from torch.distributions import constraints
 
-from pvae.errors import UserError
+from pvae.errors import UserError, positive
 from pvae.families import Family
 from pvae.refine import NaturalAscent, Refined, RowAdam, RowState, Rule, refine
 from pvae.runtime import LocalModule, mark, seeded
@@ -190,7 +190,7 @@ class SemiAmortized(Guide):
         sites: Sites | None = None,
     ) -> None:
         super().__init__(family, sites)
-        _positive("SemiAmortized", steps=steps, draws=draws, learning_rate=learning_rate)
+        positive("SemiAmortized", steps=steps, draws=draws, learning_rate=learning_rate)
         self.encoder = encoder
         self.steps, self.draws, self.bound, self.unroll = steps, draws, bound, unroll
         self.rule = ascent(family, learning_rate)
@@ -246,7 +246,7 @@ class PerDatapoint(Guide):
         sites: Sites | None = None,
     ) -> None:
         super().__init__(family, sites)
-        _positive(
+        positive(
             "PerDatapoint",
             num_data=num_data,
             local_steps=local_steps,
@@ -302,9 +302,3 @@ class PerDatapoint(Guide):
         if self.bound is None:
             raise UserError("PerDatapoint needs bound=local_bound(model, family) for local steps and for new data")
         return self.bound
-
-
-def _positive(who: str, **values: float) -> None:
-    for name, value in values.items():
-        if not 0 < value < float("inf"):
-            raise UserError(f"{who}: {name} is {value}, but it must be positive and finite")

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 
 import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
-from pvae.errors import UserError
+from pvae.errors import UserError, positive
 from pvae.flows import Flow, Kind, spline
 from pvae.mixtures import DiagonalMixture, well_spread
 
@@ -30,12 +29,6 @@ class Prior(nn.Module):
     def forward(self) -> dist.TorchDistribution:
         """p(z) with event shape [D]."""
         raise NotImplementedError
-
-
-def _positive(who: str, **values: float) -> None:
-    for name, value in values.items():
-        if not (value > 0 and math.isfinite(value)):
-            raise UserError(f"{who}: {name} is {value}, but it must be positive and finite")
 
 
 class StandardNormal(Prior):
@@ -99,7 +92,7 @@ class Laplace(Prior):
 
     def __init__(self, dim: int, *, scale: float = 1.0) -> None:
         super().__init__(dim)
-        _positive("Laplace", scale=scale)
+        positive("Laplace", scale=scale)
         self.register_buffer("mean", torch.zeros(dim), persistent=False)
         self.register_buffer("scale", torch.full((dim,), float(scale)), persistent=False)
 
@@ -126,7 +119,7 @@ class StudentT(Prior):
 
     def __init__(self, dim: int, *, df: float = 4.0) -> None:
         super().__init__(dim)
-        _positive("StudentT", df=df)
+        positive("StudentT", df=df)
         self.register_buffer("mean", torch.zeros(dim), persistent=False)
         self.register_buffer("df", torch.full((dim,), float(df)), persistent=False)
 
@@ -150,7 +143,7 @@ class GaussianMixture(Prior):
 
     def __init__(self, dim: int, *, components: int = 10) -> None:
         super().__init__(dim)
-        _positive("GaussianMixture", components=components)
+        positive("GaussianMixture", components=components)
         self.logits = nn.Parameter(torch.zeros(components))
         self.means = nn.Parameter(well_spread(components, dim))
         self.log_scales = nn.Parameter(torch.zeros(components, dim))
@@ -191,7 +184,7 @@ class VampPrior(Prior):
         self, dim: int, *, pseudo_inputs: int = 500, posterior: Callable[[Tensor], dist.TorchDistribution], data: Tensor
     ) -> None:
         super().__init__(dim)
-        _positive("VampPrior", pseudo_inputs=pseudo_inputs, rows=len(data))
+        positive("VampPrior", pseudo_inputs=pseudo_inputs, rows=len(data))
         # Not by plain assignment, which would register a module's parameters.
         object.__setattr__(self, "posterior", posterior)
         data = data.to(torch.get_default_dtype())
