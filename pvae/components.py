@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import importlib.util
 import inspect
 import re
@@ -150,23 +151,31 @@ def find(kind: str, name: str) -> Any:
     return getattr(KINDS[kind], name)
 
 
-def _from_file(kind: str, path: Path, name: str) -> Any:
-    if path.suffix != ".py" or not path.is_file():
-        raise UserError(f"{kind} {path}:{name}: there is no Python file {path}")
-    where = "pvae_user_" + re.sub(r"\W", "_", str(path.resolve()))
+@functools.cache
+def _run(path: Path, state: tuple[int, int]) -> ModuleType:
+    """The module of a user's file, run once for each state of the file, so that a class stays the same class."""
+    where = "pvae_user_" + re.sub(r"\W", "_", str(path))
     spec = importlib.util.spec_from_file_location(where, path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[where] = module  # as an import would: dataclasses and get_type_hints look there
-    sys.path.insert(0, str(path.resolve().parent))  # as for a script, so that it finds its neighbours
+    sys.path.insert(0, str(path.parent))  # as for a script, so that it finds its neighbours
     try:
         spec.loader.exec_module(module)
+    finally:
+        sys.path.remove(str(path.parent))
+    return module
+
+
+def _from_file(kind: str, path: Path, name: str) -> Any:
+    if path.suffix != ".py" or not path.is_file():
+        raise UserError(f"{kind} {path}:{name}: there is no Python file {path}")
+    try:
+        module = _run(path.resolve(), (path.stat().st_mtime_ns, path.stat().st_size))
     except Exception as error:
         raise UserError(f"{kind} {path}: the file fails with {type(error).__name__}: {error}") from error
-    finally:
-        sys.path.remove(str(path.resolve().parent))
-    classes = [n for n, v in vars(module).items() if inspect.isclass(v) and v.__module__ == where]
+    classes = [n for n, v in vars(module).items() if inspect.isclass(v) and v.__module__ == module.__name__]
     if name not in classes:
         raise UserError(f"{path} has no class '{name}'{nearest(name, classes)}")
     found = getattr(module, name)

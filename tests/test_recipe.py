@@ -424,6 +424,7 @@ def test_own_code_runs_where_it_is_named_and_in_a_run_only_with_trust(mine, pvae
     done = pvae(f"fit {SMALL} --{kind} mine.py:{CLASSES[kind]}")
     assert done.status == 0, done.err
     (mine / "mark").unlink()
+    components._run.cache_clear()  # as in a new process
     (mine / "elsewhere").mkdir()
     monkeypatch.chdir("elsewhere")
     done = pvae(f"evaluate ../run {FEW}")
@@ -440,6 +441,7 @@ def test_own_code_of_a_comparison_is_found_from_anywhere(mine, pvae, monkeypatch
     done = pvae(line)
     assert done.status == 0, done.err
     (mine / "mark").unlink()
+    components._run.cache_clear()  # as in a new process
     (mine / "elsewhere").mkdir()
     monkeypatch.chdir("elsewhere")
     done = pvae(f"evaluate ../run {FEW}")
@@ -565,3 +567,13 @@ def test_vamp_prior_is_refused_where_z_is_not_the_only_latent(tmp_path):
     with pytest.raises(Refused, match="needs z to be the program's only latent"):
         build(own, load_data(own))
     build(replace(own, prior="StandardNormal"), load_data(own))
+
+
+def test_a_users_file_runs_once_until_it_changes(tmp_path):
+    path = tmp_path / "own.py"
+    path.write_text("from pvae.priors import StandardNormal\nclass Mine(StandardNormal): pass\n")
+    word = f"{path}:Mine"
+    first = find("prior", word)
+    assert find("prior", word) is first
+    path.write_text("from pvae.priors import StandardNormal\nclass Mine(StandardNormal):\n    new = True\n")
+    assert find("prior", word).new
