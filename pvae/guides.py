@@ -208,6 +208,28 @@ class SemiAmortized(Guide):
         return found.lam if through else lam + (found.lam - lam).detach()
 
 
+class Optimized(Guide):
+    r"""Another guide's lam, each row's refined until it comes to rest: the best q of the family as far as it is found.
+
+    Not a source one trains with: evaluation asks with it what is left once the source of lam is out of the way.
+
+    Arguments:
+        guide: where the rows start.
+        model: the program whose ELBO they climb.
+        steps: the most steps.
+    """
+
+    def __init__(self, guide: Guide, model: Program, *, steps: int = 300) -> None:
+        super().__init__(guide.family, guide.sites)
+        positive("Optimized", steps=steps)
+        self.start, self.steps = guide, steps
+        self.bound = local_bound(model, guide.family, guide.sites)
+
+    def params(self, x: Tensor, index: Tensor | None = None) -> Tensor:
+        lam = self.start.params(x, index).detach()
+        return local_optimum(self.bound, lam, x, index, steps=self.steps, rule=ascent(self.family)).lam
+
+
 class PerDatapoint(Guide):
     r"""A row of parameters for every datapoint, :math:`\lambda_i = \Lambda_{i\cdot}`, as before there were encoders.
 

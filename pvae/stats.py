@@ -5,10 +5,23 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["Estimate", "effective_sample_size", "log_mean_exp", "log_mean_exp_se", "mean_se"]
+__all__ = [
+    "Estimate",
+    "bootstrap",
+    "chain_ess",
+    "effective_sample_size",
+    "holm",
+    "k_hat",
+    "log_mean_exp",
+    "log_mean_exp_se",
+    "mean_se",
+    "r_hat",
+    "uniform_p",
+]
 
 
 class Estimate(NamedTuple):
@@ -65,3 +78,108 @@ def effective_sample_size(log_w: Tensor, dim: int = 0) -> Tensor:
     """
     w = (log_w - log_w.amax(dim, keepdim=True)).exp()
     return w.sum(dim) ** 2 / (w**2).sum(dim)
+
+
+def bootstrap(values: Tensor, *, level: float = 0.95, repeats: int = 2000, seed: int = 0) -> tuple[float, float]:
+    r"""Percentile bootstrap interval of the mean over datapoints.
+
+    Arguments:
+        values: one value per datapoint, [B].
+        level: share of repeats between the ends.
+        repeats: resamples of all B values.
+        seed: of the resampling.
+
+    Source: Efron and Tibshirani (1993), *An Introduction to the Bootstrap*.
+
+    >>> low, high = bootstrap(torch.arange(100.0))
+    >>> low < 49.5 < high
+    True
+    """
+    own, random = values.double().cpu().numpy(), np.random.default_rng(seed)
+    size = max(1, 1_000_000 // max(1, len(own)))
+    means = np.concatenate(
+        [
+            own[random.integers(len(own), size=(min(size, repeats - done), len(own)))].mean(1)
+            for done in range(0, repeats, size)
+        ]
+    )
+    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
+
+
+def k_hat(log_w: Tensor) -> Tensor:
+    r"""Pareto shape of each datapoint's importance weights, [B]: how heavy the tail of :math:`p(x, z) / q(z|x)` is.
+
+    Arguments:
+        log_w: log weights [K, B], at least 25 draws.
+
+    Returns:
+        k-hat; below 0.5 the weights have a variance, above 0.7 no number of draws that one can afford is enough, and
+        importance sampling from q is not to be trusted. -inf where all weights are equal.
+
+    Source: Vehtari, Simpson, Gelman, Yao, Gabry (2024), *Pareto Smoothed Importance Sampling*, arXiv:1507.02646;
+    computed by arviz-stats.
+
+    >>> k_hat(torch.zeros(100, 2))
+    tensor([-inf, -inf])
+    """
+    from arviz_stats.base import array_stats
+
+    def one(column: np.ndarray) -> float:
+        if np.ptp(column) < 1e-6:  # a constant has no tail
+            return -math.inf
+        return float(array_stats.psislw(-column)[1])  # it takes log likelihoods, whose inverses are the weights
+
+    return torch.tensor([one(column) for column in log_w.detach().double().cpu().numpy().T], dtype=log_w.dtype)
+
+
+def r_hat(draws: Tensor) -> Tensor:
+    r"""Rank-normalized split R-hat of chains [C, T, ...] over the last dimensions; 1 when the chains agree.
+
+    Source: Vehtari, Gelman, Simpson, Carpenter, Buerkner (2021), *Rank-Normalization, Folding, and Localization*,
+    arXiv:1903.08008; computed by arviz-stats.
+
+    >>> bool(r_hat(torch.randn(4, 100, 3, generator=torch.Generator().manual_seed(0))).max() < 1.1)
+    True
+    """
+    from arviz_stats.base import array_stats
+
+    return torch.from_numpy(np.asarray(array_stats.rhat(draws.double().cpu().numpy(), chain_axis=0, draw_axis=1)))
+
+
+def chain_ess(draws: Tensor) -> Tensor:
+    r"""Bulk effective sample size of chains [C, T, ...] over the last dimensions, all chains together.
+
+    Source: as :func:`r_hat`.
+
+    >>> bool(chain_ess(torch.randn(4, 100, 3, generator=torch.Generator().manual_seed(0))).min() > 100)
+    True
+    """
+    from arviz_stats.base import array_stats
+
+    return torch.from_numpy(np.asarray(array_stats.ess(draws.double().cpu().numpy(), chain_axis=0, draw_axis=1)))
+
+
+def uniform_p(u: Tensor) -> Tensor:
+    r"""p-value of each column of u [N, D] in (0, 1) for being uniform, by Kolmogorov and Smirnov's test, [D].
+
+    >>> bool(uniform_p(torch.linspace(0.001, 0.999, 500)[:, None]) > 0.99)
+    True
+    """
+    from scipy.stats import kstest
+
+    return torch.tensor([kstest(column, "uniform").pvalue for column in u.double().cpu().numpy().T])
+
+
+def holm(p: Tensor) -> Tensor:
+    r"""p-values [D] adjusted for being D of them: the smallest is the p-value of "none of them is off".
+
+    Source: Holm (1979), *A Simple Sequentially Rejective Multiple Test Procedure*, Scand. J. Statistics 6.
+
+    >>> holm(torch.tensor([0.01, 0.5, 0.04]))
+    tensor([0.0300, 0.5000, 0.0800])
+    """
+    order = p.argsort()
+    factors = torch.arange(len(p), 0, -1, dtype=p.dtype)
+    adjusted = (p[order] * factors).cummax(0).values.clamp(max=1)
+    return torch.empty_like(p).scatter(0, order, adjusted)

@@ -1,0 +1,57 @@
+"""A ledger of finished parts: what a run has computed once is read again, so that a long job goes on where it stopped."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from pvae.files import replacing
+
+__all__ = ["Ledger"]
+
+Part = TypeVar("Part")
+
+
+class Ledger:
+    """Parts of a job by name, each a dataclass of tensors, kept in files of a folder.
+
+    Arguments:
+        folder: where the parts are; None keeps nothing.
+        key: everything that the parts depend on. A part that was written under another key is computed anew.
+    """
+
+    def __init__(self, folder: Path | None, key: Mapping[str, Any]) -> None:
+        self.folder = folder
+        self.key = hashlib.sha256(json.dumps(key, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+    def part(self, name: str, kind: type[Part], compute: Callable[[], Part]) -> Part:
+        """The part of this name: read if it is there and whole, else computed and written."""
+        if self.folder is None:
+            return compute()
+        path = self.folder / f"{name}.safetensors"
+        found = self._read(path)
+        if found is not None and found.keys() == {field.name for field in fields(kind)}:  # type: ignore[arg-type]
+            return kind(**found)
+        made = compute()
+        tensors = {name: torch.as_tensor(value).detach().cpu().contiguous() for name, value in vars(made).items()}
+        with replacing(path) as temporary:
+            save_file(tensors, temporary, metadata={"key": self.key})
+        return made
+
+    def _read(self, path: Path) -> dict[str, Tensor] | None:
+        try:
+            with safe_open(path, framework="pt") as file:
+                if (file.metadata() or {}).get("key") != self.key:
+                    return None
+                return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError):
+            return None
