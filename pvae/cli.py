@@ -117,7 +117,7 @@ def fit(
     from pvae.evaluation import bounds
     from pvae.runtime import pick_device
     from pvae.tables import QUANTITIES
-    from pvae.verdicts import number
+    from pvae.stats import number
 
     where = pick_device(device)
     own = recipe.resolve(_guided(described(path, trust, guide=guide), guide_of).recipe)

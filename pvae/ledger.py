@@ -1,4 +1,4 @@
-"""A ledger of finished parts: what a run has computed once is read again, so that a long job goes on where it stopped."""
+"""A ledger of finished parts: what a run has computed is read again, so that a long job goes on where it stopped."""
 
 from __future__ import annotations
 

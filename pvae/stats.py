@@ -19,6 +19,7 @@ __all__ = [
     "log_mean_exp",
     "log_mean_exp_se",
     "mean_se",
+    "number",
     "r_hat",
     "uniform_p",
 ]
@@ -45,6 +46,16 @@ def mean_se(values: Tensor) -> Estimate:
     n = values.numel()
     se = values.std().item() / math.sqrt(n) if n > 1 else math.nan
     return Estimate(values.mean().item(), se)
+
+
+def number(estimate: Estimate) -> str:
+    """A mean with its standard error, with as many digits as the error bears out.
+
+    >>> number(Estimate(-16.8912, 0.0312))
+    '-16.89 ± 0.03'
+    """
+    digits = 1 if estimate.se >= 0.3 else 2 if estimate.se >= 0.01 else 3
+    return f"{estimate.mean:z.{digits}f} ± {estimate.se:.{digits}f}"
 
 
 def log_mean_exp(log_w: Tensor, dim: int = 0) -> Tensor:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from pvae.stats import Estimate
-from pvae.verdicts import number
+from pvae.stats import Estimate, number
 
 __all__ = ["QUANTITIES", "Table", "rich_tables", "tables"]
 

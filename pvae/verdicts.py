@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pvae.evaluation import Evaluation, RefinementCurve
-from pvae.stats import Estimate, mean_se
+from pvae.stats import Estimate, mean_se, number
 
 __all__ = ["Judged", "SameDecoder", "verdicts"]
 
@@ -74,16 +74,6 @@ def verdicts(
                 "it has no gaps and stands in no ranking."
             )
     return sentences
-
-
-def number(estimate: Estimate) -> str:
-    """A mean with its standard error, with as many digits as the error bears out.
-
-    >>> number(Estimate(-16.8912, 0.0312))
-    '-16.89 ± 0.03'
-    """
-    digits = 1 if estimate.se >= 0.3 else 2 if estimate.se >= 0.01 else 3
-    return f"{estimate.mean:z.{digits}f} ± {estimate.se:.{digits}f}"
 
 
 def _clear(estimate: Estimate, seeds: int = 1) -> bool:

@@ -22,9 +22,9 @@ from pvae.evaluation import Budget, Evaluation, RefinementCurve
 from pvae.figures import digits_of
 from pvae.files import read_json
 from pvae.recipe import Recipe
-from pvae.stats import Estimate
+from pvae.stats import Estimate, number
 from pvae.tables import tables
-from pvae.verdicts import Judged, SameDecoder, _clear, number, verdicts
+from pvae.verdicts import Judged, SameDecoder, _clear, verdicts
 
 pytestmark = pytest.mark.filterwarnings("ignore:constrained_layout not applied")
 
