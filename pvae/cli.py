@@ -116,8 +116,8 @@ def fit(
     from pvae.checks import warnings
     from pvae.evaluation import bounds
     from pvae.runtime import pick_device
-    from pvae.tables import QUANTITIES
     from pvae.stats import number
+    from pvae.tables import QUANTITIES
 
     where = pick_device(device)
     own = recipe.resolve(_guided(described(path, trust, guide=guide), guide_of).recipe)

@@ -1,8 +1,8 @@
 """Rules of the verdict: one table of what is looked at, where the line is drawn and who drew it, and how it is read.
 
-A fit is judged for each use one may make of it: q as the posterior, q as a proposal for importance weights, the ELBO as
-a stand-in for the evidence, and the model itself. A use fails if one of its rules fires. If no rule fires for the same q
-refined to its best lam, refinement mends it.
+A fit is judged for each use one may make of it: q as the posterior, q as a proposal for importance weights, the ELBO
+as a stand-in for the evidence, and the model itself. A use fails if one of its rules fires; refinement mends it if none
+fires for the same q refined to its best lam.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ class Rule(NamedTuple):
         figure: by name; it fires when the figure is below ``low`` or above ``high``.
         says: the sentence, with the figure in the place of {}.
         source: who drew the line, or why it is drawn there.
-        along: a second figure that must be beyond its own limits too, with these: a p-value falls with the number of rows,
-            so that a rule on one asks for a size as well.
+        along: a second figure and its limits, which it must be beyond too: a p-value falls with the number of rows, so
+            that a rule on one asks for a size as well.
     """
 
     use: str
@@ -102,7 +102,7 @@ RULES = (
         1,
         INF,
         "it has collapsed to the prior: {} latent dimensions are active",
-        "Burda, Grosse, Salakhutdinov 2016, arXiv:1509.00519: active if the variance of its mean over rows exceeds 0.01",
+        "Burda, Grosse, Salakhutdinov 2016, arXiv:1509.00519: active if the mean's variance over rows exceeds 0.01",
     ),
     Rule(
         "proposal",
@@ -110,7 +110,7 @@ RULES = (
         0,
         0.1,
         "k-hat is above 0.7 for a share of {} of the rows",
-        "Vehtari et al. 2024, arXiv:1507.02646; Yao et al. 2018, arXiv:1802.02538: above 0.7 weights can't be relied on",
+        "Vehtari et al. 2024, arXiv:1507.02646; Yao et al. 2018, arXiv:1802.02538: above 0.7 weights are unreliable",
     ),
     Rule(
         "bound",
