@@ -118,6 +118,7 @@ def _row(variants: list[Variant], judged: Judged) -> dict[str, Any]:
         "evaluation_seconds": sum(j.train.seconds + j.test.seconds for j in every) / len(every),
         "history": first.fit.history,
         "seeds": [v.recipe.seed for v in variants],
+        "fitted": [runs.fingerprint(v) for v in variants],
         **{split: _quantities([getattr(j, split) for j in every]) for split in SPLITS},
     }
     if len(variants) > 1:

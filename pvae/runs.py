@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,7 +18,7 @@ from pvae.recipe import Built, Recipe
 from pvae.runtime import pick_device, seeded, unchecked
 from pvae.training import Fit, check_budget, check_support, fit
 
-__all__ = ["Variant", "check", "load", "parameters", "prepare", "train"]
+__all__ = ["Variant", "check", "fingerprint", "load", "parameters", "prepare", "train"]
 
 FILES = (
     "recipe.toml",
@@ -27,7 +28,10 @@ FILES = (
     "results.json",
     "idata.nc",
     "report.html",
+    "diagnosis.json",
 )
+# Folders of finished parts, which a longer job goes on from.
+PARTS = ("evaluation", "diagnosis")
 
 
 class Variant(NamedTuple):
@@ -106,6 +110,10 @@ def _clear(folder: Path) -> None:
     """Remove what pvae wrote, and nothing else."""
     for name in FILES:
         (folder / name).unlink(missing_ok=True)
+    for further in folder.glob("idata-*.nc"):
+        further.unlink()
+    for name in PARTS:
+        shutil.rmtree(folder / name, ignore_errors=True)
     for inner in folder.iterdir():
         if inner.is_dir() and (inner / "recipe.toml").is_file():
             shutil.rmtree(inner)
@@ -161,3 +169,13 @@ def parameters(variant: Variant) -> dict[str, int]:
     shared = {id(p): p.numel() for module in modules for p in module.parameters() if p.requires_grad}
     table = getattr(variant.built.guide, "table", torch.empty(0))
     return {"global": sum(shared.values()), "local": table.numel()}
+
+
+def fingerprint(variant: Variant) -> str:
+    """SHA-256 of all fitted numbers, first 16 hex digits: what was found under another one is not of this fit."""
+    found = hashlib.sha256()
+    for module in (variant.built.program, variant.built.guide):
+        for name, values in module.state_dict().items():
+            found.update(f"{name}{tuple(values.shape)}".encode())
+            found.update(values.detach().cpu().contiguous().numpy().tobytes())
+    return found.hexdigest()[:16]
