@@ -1,5 +1,381 @@
-"""To come."""
+r"""Annealed importance sampling: the evidence of each datapoint along a path from a start that is known, by HMC.
+
+Forward chains give a lower bound of log p(x) in expectation; chains that start from exact posterior draws and go the
+path backward give an upper bound, on data simulated from the model, where such draws are at hand.
+"""
 
 from __future__ import annotations
 
-__all__: list[str] = []
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, get_args
+
+import torch
+from torch import Tensor
+
+from pvae import hmc
+from pvae.errors import UserError, nearest
+from pvae.families import Family
+from pvae.guides import Guide
+from pvae.hmc import TARGET, State, at_least_one, refuse_if_all_diverge
+from pvae.runtime import seeded
+from pvae.stats import effective_sample_size, log_mean_exp, log_mean_exp_se
+from pvae.targets import Target, simulate
+from pvae.weights import ROWS_PER_PASS, Program
+
+__all__ = ["Annealed", "Sandwich", "Schedule", "anneal", "sandwich", "schedule"]
+
+Schedule = Literal["linear", "sigmoid", "geometric"]
+
+# Of the sigmoid's argument, at either end; and the first temperature of the geometric schedule.
+DELTA, FIRST = 4.0, 1e-4
+# The pilot runs at a temperature for every so many of the run's, at no fewer than LEAST; transitions at its first
+# temperature find the step size from scratch.
+EVERY, LEAST, SETTLE = 5, 20, 20
+# Draws that give the start's standard deviations, and the fewest chains from whose spread the pilot learns more.
+SPREAD, ENOUGH = 64, 4
+
+
+@dataclass(frozen=True)
+class Annealed:
+    r"""Log-weights of C chains for each of B datapoints, and how their sampler fared.
+
+    Attributes:
+        log_w: [C, B] in nats; weights average to p(x), those of reverse chains to 1 / p(x). -inf is a weight of 0,
+            NaN stands where every trajectory of a datapoint diverged.
+        position: where the chains ended, [C, B, D].
+        acceptance: mean acceptance probability over the path, [B]; NaN for a single temperature, which has no moves.
+        divergent: share of trajectories that diverged, [B]; likewise.
+        reverse: the chains came from the posterior.
+    """
+
+    log_w: Tensor
+    position: Tensor
+    acceptance: Tensor
+    divergent: Tensor
+    reverse: bool = False
+
+    @property
+    def evidence(self) -> Tensor:
+        r"""log p(x), [B]: :math:`\log \frac1C \sum_c w_c`, below it in expectation; above it for reverse chains."""
+        return -log_mean_exp(self.log_w) if self.reverse else log_mean_exp(self.log_w)
+
+    @property
+    def evidence_se(self) -> Tensor:
+        """Its Monte Carlo error, [B], by the delta method over chains."""
+        return log_mean_exp_se(self.log_w)
+
+    @property
+    def ess(self) -> Tensor:
+        """How many of the C chains count, [B]."""
+        return effective_sample_size(self.log_w)
+
+
+@dataclass(frozen=True)
+class Sandwich:
+    """Bounds of the evidence of B rows simulated from the model, with their Monte Carlo errors, [B] each in nats.
+
+    The evidence lies between ``lower`` and ``upper`` in expectation: where they meet, either is the evidence.
+    """
+
+    x: Tensor
+    forward: Annealed
+    backward: Annealed
+
+    @property
+    def lower(self) -> Tensor:
+        """By forward chains, [B]."""
+        return self.forward.evidence
+
+    @property
+    def upper(self) -> Tensor:
+        """By reverse chains, [B]."""
+        return self.backward.evidence
+
+    @property
+    def width(self) -> Tensor:
+        """Between the bounds, [B]."""
+        return self.upper - self.lower
+
+    def interval(self, errors: float = 2.0) -> tuple[float, float]:
+        """Where the rows' mean evidence lies: the bounds' means, widened by so many of their Monte Carlo errors."""
+        low, high = (
+            (a.evidence.double().mean(), (a.evidence_se.double() ** 2).sum().sqrt() / len(self.x))
+            for a in (self.forward, self.backward)
+        )
+        return (low[0] - errors * low[1]).item(), (high[0] + errors * high[1]).item()
+
+
+def schedule(name: str, temperatures: int) -> Tensor:
+    r"""The T + 1 inverse temperatures :math:`0 = \beta_0 < \dots < \beta_T = 1` in float64, with s = t / T.
+
+    * ``linear``: :math:`\beta = s`.
+    * ``sigmoid``: :math:`\sigma(4 (2 s - 1))`, shifted and stretched to end at 0 and 1 (Grosse et al. 2015).
+    * ``geometric``: 0, then from :math:`10^{-4}` to 1 by a constant factor.
+
+    Raises:
+        UserError: no such schedule, or temperatures below 1.
+
+    >>> schedule("linear", 4).tolist()
+    [0.0, 0.25, 0.5, 0.75, 1.0]
+    """
+    at_least_one(temperatures=temperatures)
+    if name not in get_args(Schedule):
+        raise UserError(f"unknown schedule '{name}'{nearest(name, get_args(Schedule))}")
+    s = torch.linspace(0, 1, temperatures + 1, dtype=torch.double)
+    if name == "sigmoid":
+        s = (DELTA * (2 * s - 1)).sigmoid()
+        return (s - s[0]) / (s[-1] - s[0])
+    if name == "geometric":
+        return torch.cat([s[:1], torch.logspace(1, 0, temperatures, base=FIRST, dtype=torch.double)])
+    return s
+
+
+class _Path(NamedTuple):
+    r"""Densities from a normalized start to p(x, u): :math:`\log f_\beta = \sum_p \alpha_p(\beta) \log f_p`.
+
+    Attributes:
+        draw: a number of chains to draws of the start, [C, B, D].
+        parts: u to the log f_p.
+        powers: beta to the alpha_p.
+    """
+
+    draw: Callable[[int], Tensor]
+    parts: Callable[[Tensor], tuple[Tensor, ...]]
+    powers: Callable[[float], tuple[float, float]]
+
+
+def _from_prior(target: Target) -> _Path:
+    return _Path(target.prior, target.parts, lambda beta: (beta, 1.0))
+
+
+def _from_guide(target: Target, family: Family, lam: Tensor) -> _Path:
+    if family.point_mass:
+        raise UserError(f"{type(family).__name__} is a point mass: a path can't start there; start from the prior")
+    q = family(lam.detach())
+    return _Path(
+        lambda chains: q.sample((chains,)), lambda u: (target(u), q.log_prob(u)), lambda beta: (beta, 1.0 - beta)
+    )
+
+
+def anneal(
+    target: Target,
+    family: Family | None = None,
+    lam: Tensor | None = None,
+    *,
+    chains: int = 16,
+    temperatures: int = 500,
+    schedule: str = "sigmoid",
+    leapfrogs: int = 5,
+    start_from: Tensor | None = None,
+    seed: int = 0,
+    progress: Callable[[float], None] = lambda share: None,
+) -> Annealed:
+    r"""Log-weights of annealed importance sampling, whose mean over chains is an unbiased estimate of p(x).
+
+    .. math:: \log w = \sum_{t=1}^T \log f_{\beta_t}(u_{t-1}) - \log f_{\beta_{t-1}}(u_{t-1}),
+        \qquad f_\beta = q^{1 - \beta}\, p(x, u)^\beta
+
+    Arguments:
+        target: p(x, u) of the rows.
+        family, lam: q = family(lam) with lam [B, P]; the prior of the program unless given.
+        chains: C, for each datapoint.
+        temperatures: T.
+        schedule: of beta, see :func:`schedule`.
+        leapfrogs: of the one HMC transition at each temperature.
+        start_from: exact posterior draws u [B, D] of the rows. All chains of a row start there and go the path from
+            1 to 0; each weight then has mean 1 / p(x), whatever the chains share.
+        seed: of all noise; the random stream outside is left alone.
+        progress: called with the share of the work done.
+
+    Returns:
+        Log-weights. Step sizes and scales come from a pilot run at a fifth of the temperatures, about a fifth of the
+        cost, and stay fixed in the run: adapting them on the way would bias the weights.
+
+    Raises:
+        UserError: a count below 1, an unknown schedule, a point mass to start from, or HMC that diverges everywhere.
+
+    Source: Neal (2001), *Annealed Importance Sampling*, arXiv:physics/9803008; Wu, Burda, Salakhutdinov, Grosse
+    (2017), *On the Quantitative Analysis of Decoder-Based Generative Models*, arXiv:1611.04273.
+    """
+    at_least_one(temperatures=temperatures, chains=chains, leapfrogs=leapfrogs)
+    plan = _Plan(chains, temperatures, schedule, leapfrogs, start_from is not None)
+    parts, rows = [], len(target.x)
+    with seeded(seed):
+        for part in _pieces(rows, chains):
+            own = target.rows(part)
+            path = _from_prior(own) if family is None or lam is None else _from_guide(own, family, lam[part])
+            begin = None if start_from is None else start_from[part]
+            parts.append(_annealed(plan, path, begin, _within(progress, part.start / rows, part.stop / rows)))
+    log_w, position = (torch.cat([getattr(p, name) for p in parts], 1) for name in ("log_w", "position"))
+    acceptance, divergent = (torch.cat([getattr(p, name) for p in parts]) for name in ("acceptance", "divergent"))
+    lost = refuse_if_all_diverge(divergent)
+    return Annealed(torch.where(lost, torch.nan, log_w), position, acceptance, divergent, plan.reverse)
+
+
+def sandwich(
+    model: Program,
+    like: Tensor,
+    guide: Guide | None = None,
+    *,
+    chains: int = 16,
+    temperatures: int = 500,
+    schedule: str = "sigmoid",
+    leapfrogs: int = 5,
+    seed: int = 0,
+    progress: Callable[[float], None] = lambda share: None,
+) -> Sandwich:
+    """Bidirectional Monte Carlo: the evidence of simulated rows between a lower and an upper bound.
+
+    Arguments:
+        model: a Pyro program.
+        like: rows [B, ...]; as many of their shape are simulated.
+        guide: start from its posterior; from the program's prior unless given.
+        chains, temperatures, schedule, leapfrogs: of either direction, see :func:`anneal`.
+        seed: of the rows and of all noise.
+        progress: called with the share of the work done.
+
+    How close the bounds come on simulated rows tells how far the lower bound may be trusted on real rows; it bounds
+    nothing there.
+
+    Source: Grosse, Ghahramani, Adams (2015), *Sandwiching the marginal likelihood using bidirectional Monte Carlo*,
+    arXiv:1511.02543.
+    """
+    u, x = simulate(model, like, guide.sites if guide else None, seed=seed)
+    target = Target(model, x, None, guide.sites if guide else None)
+    family = guide.family if guide else None
+    with seeded(seed + 1), torch.no_grad():
+        lam = guide.params(x) if guide else None
+    forward, backward = (
+        anneal(
+            target,
+            family,
+            lam,
+            chains=chains,
+            temperatures=temperatures,
+            schedule=schedule,
+            leapfrogs=leapfrogs,
+            start_from=begin,
+            seed=seed + 2 + way,
+            progress=_within(progress, way / 2, (way + 1) / 2),
+        )
+        for way, begin in enumerate((None, u))
+    )
+    return Sandwich(x, forward, backward)
+
+
+def _within(progress: Callable[[float], None], begin: float, end: float) -> Callable[[float], None]:
+    """Progress of a part of the work that lies between these shares of the whole."""
+    return lambda share: progress(begin + (end - begin) * share)
+
+
+class _Plan(NamedTuple):
+    chains: int
+    temperatures: int
+    schedule: str
+    leapfrogs: int
+    reverse: bool
+
+    @property
+    def pilot(self) -> _Plan:
+        return self._replace(temperatures=max(LEAST, self.temperatures // EVERY))
+
+    def betas(self) -> list[float]:
+        """In the order of the chains' way."""
+        betas = schedule(self.schedule, self.temperatures).tolist()
+        return betas[::-1] if self.reverse else betas
+
+
+class _Tuning(NamedTuple):
+    """Logarithms of step sizes [T, B] and of scales [T, B, D] along the path."""
+
+    step: Tensor
+    scale: Tensor
+
+    def at(self, share: float) -> tuple[Tensor, Tensor]:
+        """Step size [B] and scale [B, D] at a share of the way."""
+        place = min(max(share, 0.0), 1.0) * (len(self.step) - 1)
+        low = min(int(place), len(self.step) - 2)
+        return tuple(torch.lerp(own[low], own[low + 1], place - low).exp() for own in self)  # type: ignore[return-value]
+
+
+def _pieces(rows: int, chains: int) -> Iterator[slice]:
+    size = max(1, ROWS_PER_PASS // chains)
+    for begin in range(0, rows, size):
+        yield slice(begin, min(begin + size, rows))
+
+
+def _annealed(plan: _Plan, path: _Path, begin: Tensor | None, progress: Callable[[float], None]) -> Annealed:
+    betas = plan.betas()
+    whole = plan.pilot.temperatures + plan.temperatures
+    tuning = _pilot(plan.pilot, path, begin, lambda done: progress(done / whole))
+    state = _begun(plan, path, begin)
+    if plan.reverse:
+        state = _apart(plan, path, state, tuning)
+    log_w = torch.zeros_like(state.log_p)
+    acceptance: list[Tensor] = []
+    divergent: list[Tensor] = []
+    for t in range(1, plan.temperatures + 1):
+        log_w, state = _heated(path, state, betas[t], log_w)
+        if t == plan.temperatures:
+            break
+        step, scale = tuning.at(t / plan.temperatures)
+        state, accepted, diverged = hmc.transition(path.parts, state, step, leapfrogs=plan.leapfrogs, scale=scale)
+        acceptance.append(accepted.mean(0))
+        divergent.append(diverged.to(step).mean(0))
+        progress((plan.pilot.temperatures + t) / whole)
+    return Annealed(log_w, state.position, _mean(acceptance, log_w), _mean(divergent, log_w), plan.reverse)
+
+
+def _mean(shares: list[Tensor], log_w: Tensor) -> Tensor:
+    return torch.stack(shares).mean(0) if shares else torch.full_like(log_w[0], torch.nan)
+
+
+def _begun(plan: _Plan, path: _Path, begin: Tensor | None) -> State:
+    """Chains at the start of their way."""
+    u = path.draw(plan.chains) if begin is None else begin.expand(plan.chains, *begin.shape)
+    powers = path.powers(1.0 if plan.reverse else 0.0)
+    return hmc.start(path.parts, u, torch.tensor(powers, dtype=u.dtype, device=u.device))
+
+
+def _apart(plan: _Plan, path: _Path, state: State, tuning: _Tuning) -> State:
+    """Chains that set out from one posterior draw, moved apart: each stays an exact draw, now nearly its own."""
+    step, scale = tuning.at(0.0)
+    for _ in range(SETTLE):
+        state = hmc.transition(path.parts, state, step, leapfrogs=plan.leapfrogs, scale=scale).state
+    return state
+
+
+def _heated(path: _Path, state: State, beta: float, log_w: Tensor) -> tuple[Tensor, State]:
+    """The weights after a change of temperature, at no new evaluation of the density."""
+    warmer = state._replace(powers=state.powers.new_tensor(path.powers(beta)))
+    gain = (warmer._replace(powers=warmer.powers - state.powers)).log_p
+    return log_w + torch.where(gain.isnan(), -torch.inf, gain), warmer
+
+
+def _pilot(plan: _Plan, path: _Path, begin: Tensor | None, progress: Callable[[int], None]) -> _Tuning:
+    """Go the way at few temperatures, adapting to each datapoint's acceptance and to its chains' spread."""
+    state, betas = _begun(plan, path, begin), plan.betas()
+    log_scale = path.draw(SPREAD).std(0).log()
+    log_step = torch.full_like(log_scale[:, 0], -1.0)
+    steps, scales = [], []
+    for t in range(-SETTLE, plan.temperatures + 1):
+        _, state = _heated(path, state, betas[max(t, 0)], state.log_p)
+        state, accepted, _ = hmc.transition(
+            path.parts, state, log_step.exp(), leapfrogs=plan.leapfrogs, scale=log_scale.exp()
+        )
+        gain = max(0.5, 2.0 / (t + SETTLE + 1) ** 0.5)
+        log_step = log_step + gain * (accepted.mean(0) - TARGET)
+        if plan.chains >= ENOUGH and (t > 0 or not plan.reverse):
+            spread = state.position.std(0).log()
+            log_scale = torch.where(spread.isfinite(), torch.lerp(log_scale, spread, 0.1), log_scale)
+        if t >= 0:
+            steps.append(log_step)
+            scales.append(log_scale)
+            progress(t)
+    return _Tuning(_smooth(torch.stack(steps)), torch.stack(scales))
+
+
+def _smooth(values: Tensor, width: int = 5) -> Tensor:
+    """Moving average over the first dimension; ends average what there is."""
+    return torch.stack([values[max(0, t - width // 2) : t + width // 2 + 1].mean(0) for t in range(len(values))])
