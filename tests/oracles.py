@@ -1,4 +1,4 @@
-"""Models whose posterior and evidence are known in closed form."""
+"""Models whose posterior and evidence are known, in closed form or by quadrature."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from pvae.families import DiagonalNormal
 from pvae.generative import VAE
 from pvae.guides import Amortized, Guide, PerDatapoint, SemiAmortized, local_bound
-from pvae.likelihoods import Gaussian
+from pvae.likelihoods import Bernoulli, Gaussian
 from pvae.priors import StandardNormal
 from pvae.weights import Program
 
-__all__ = ["SOURCES", "LinearGaussian"]
+__all__ = ["SOURCES", "Curved", "LinearGaussian"]
 
 # The three sources of lam for diagonal Gaussians under a program of D latents and M columns, for N rows. A linear
 # encoder holds the best diagonal of LinearGaussian exactly; draws and rates leave little noise in it.
@@ -137,3 +137,56 @@ class LinearGaussian(VAE):
         columns, dim = self.decoder.weight.shape
         z, noise = (torch.randn(count, n, generator=random, dtype=torch.double) for n in (dim, columns))
         return (z @ self.weight.T + self.bias + self.scale * noise).to(self.decoder.weight.dtype)
+
+
+class Curved(VAE):
+    r"""Two latents behind a frozen nonlinear decoder of binary values; integrals by quadrature over a grid.
+
+    Arguments:
+        columns: M, the number of data columns.
+        hidden: width of the decoder's hidden layer.
+        steepness: scale of its weights; at 3 posteriors are bent, with a skewness of up to 1 either way.
+        seed: of the weights.
+
+    :math:`z \sim N(0, I_2)`, :math:`x_m \sim \mathrm{Bernoulli}(\sigma(\eta_m(z)))`. The grid's spacing is far below the
+    decoder's finest features, where the trapezoid rule for smooth integrands converges faster than any power.
+    """
+
+    def __init__(self, columns: int = 8, *, hidden: int = 6, steepness: float = 3.0, seed: int = 0) -> None:
+        decoder = nn.Sequential(nn.Linear(2, hidden), nn.Tanh(), nn.Linear(hidden, columns))
+        super().__init__(decoder, Bernoulli(), StandardNormal(2))
+        random = torch.Generator().manual_seed(seed)
+        self.requires_grad_(False).eval()
+        for weights in (decoder[0].weight, decoder[0].bias, decoder[2].weight):
+            weights.copy_(steepness / 2 * torch.randn(weights.shape, generator=random, dtype=weights.dtype))
+        line = torch.linspace(-7, 7, 351, dtype=torch.double)
+        self.grid, self.cell = torch.cartesian_prod(line, line), (line[1] - line[0]) ** 2
+
+    def train(self, mode: bool = True) -> Curved:
+        """Frozen parameters are not trained; Pyro warns of those that are in training mode."""
+        return super().train(False)
+
+    def log_joint(self, x: Tensor) -> Tensor:
+        """log p(x, z) of the rows x [B, M] at the grid's points, [G, B] in nats."""
+        one, two = self.decoder[0], self.decoder[2]
+        hidden = (self.grid @ one.weight.double().T + one.bias.double()).tanh()
+        eta = hidden @ two.weight.double().T + two.bias.double()
+        prior = -(self.grid**2).sum(-1) / 2 - math.log(2 * math.pi)
+        return eta @ x.double().T + (prior - nn.functional.softplus(eta).sum(-1)).unsqueeze(-1)
+
+    def evidence(self, x: Tensor) -> Tensor:
+        """log p(x), [B]."""
+        return self.log_joint(x).logsumexp(0) + self.cell.log()
+
+    def moments(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Posterior means and standard deviations of the rows x [B, M], [B, 2] each."""
+        weights = self.log_joint(x).softmax(0).T
+        mean = weights @ self.grid
+        return mean, (weights @ self.grid**2 - mean**2).sqrt()
+
+    @torch.no_grad()
+    def sample(self, count: int, seed: int = 0) -> Tensor:
+        """Rows drawn from p(x), [count, M]."""
+        random, weight = torch.Generator().manual_seed(seed), self.decoder[0].weight
+        eta = self.decoder(torch.randn(count, 2, generator=random, dtype=weight.dtype))
+        return (torch.rand(eta.shape, generator=random, dtype=weight.dtype) < eta.sigmoid()).to(weight.dtype)

@@ -5,7 +5,7 @@ import math
 import pyro
 import pytest
 import torch
-from oracles import LinearGaussian
+from oracles import Curved, LinearGaussian
 from torch.distributions import MultivariateNormal, Normal, kl_divergence
 
 SHAPES = [(1, 3), (2, 5), (3, 4)]
@@ -99,3 +99,19 @@ def test_posterior_guide_draws_from_the_posterior(oracle):
     assert ((z.mean(0) - oracle.mean(x[:1])).abs() < 5 * (variance / n).sqrt()).all()
     spread = ((variance.outer(variance) + oracle.covariance**2) / n).sqrt()
     assert ((z.T.cov().reshape(spread.shape) - oracle.covariance).abs() < 5 * spread).all()
+
+
+def test_quadrature_gives_all_rows_of_binary_values_a_total_probability_of_one():
+    x = torch.cartesian_prod(*[torch.tensor([0.0, 1.0])] * 8)
+    assert abs(Curved().evidence(x).exp().sum().item() - 1) < 1e-10  # what lies outside the grid is 4e-12
+
+
+def test_moments_by_quadrature_are_those_of_weighted_draws():
+    oracle = Curved()
+    x, z = oracle.sample(4), torch.randn(100_000, 2, generator=torch.Generator().manual_seed(1)).double()
+    w = oracle.double().likelihood(oracle.decoder(z)).log_prob(x.double().unsqueeze(1)).softmax(-1)
+    mean, sd = oracle.moments(x)
+    errors = ((w**2).unsqueeze(-1) * (z - mean.unsqueeze(1)) ** 2).sum(1).sqrt()
+    assert ((w @ z - mean).abs() < 4.5 * errors).all()  # 4.5 standard errors of the weighted mean
+    spread = (w.unsqueeze(-1) * (z - mean.unsqueeze(1)) ** 2).sum(1).sqrt()
+    torch.testing.assert_close(spread, sd, rtol=0.03, atol=0)  # its standard error is 0.5 to 0.7 percent
