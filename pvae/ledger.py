@@ -16,9 +16,34 @@ from torch import Tensor
 
 from pvae.files import replacing
 
-__all__ = ["Ledger"]
+__all__ = ["Ledger", "contents", "digest"]
 
 Part = TypeVar("Part")
+
+
+def digest(key: Mapping[str, Any]) -> str:
+    """A short name of everything that parts depend on.
+
+    >>> digest({"K": 5}) == digest({"K": 6})
+    False
+    """
+    return hashlib.sha256(json.dumps(key, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def contents(folder: Path, key: str) -> dict[str, dict[str, Tensor]]:
+    """The tensors of all parts in a folder that were written under a key's digest, in the order of their names."""
+    found = {path.stem: _read(path, key) for path in sorted(folder.glob("*.safetensors"))}
+    return {name: tensors for name, tensors in found.items() if tensors is not None}
+
+
+def _read(path: Path, key: str) -> dict[str, Tensor] | None:
+    try:
+        with safe_open(path, framework="pt") as file:
+            if (file.metadata() or {}).get("key") != key:
+                return None
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError):
+        return None
 
 
 class Ledger:
@@ -30,28 +55,18 @@ class Ledger:
     """
 
     def __init__(self, folder: Path | None, key: Mapping[str, Any]) -> None:
-        self.folder = folder
-        self.key = hashlib.sha256(json.dumps(key, sort_keys=True, default=str).encode()).hexdigest()[:16]
+        self.folder, self.key = folder, digest(key)
 
     def part(self, name: str, kind: type[Part], compute: Callable[[], Part]) -> Part:
         """The part of this name: read if it is there and whole, else computed and written."""
         if self.folder is None:
             return compute()
         path = self.folder / f"{name}.safetensors"
-        found = self._read(path)
+        found = _read(path, self.key)
         if found is not None and found.keys() == {field.name for field in fields(kind)}:  # type: ignore[arg-type]
             return kind(**found)
-        made = compute()
-        tensors = {name: torch.as_tensor(value).detach().cpu().contiguous() for name, value in vars(made).items()}
+        made = vars(compute())
+        tensors = {field: torch.as_tensor(value).detach().cpu().contiguous() for field, value in made.items()}
         with replacing(path) as temporary:
             save_file(tensors, temporary, metadata={"key": self.key})
-        return made
-
-    def _read(self, path: Path) -> dict[str, Tensor] | None:
-        try:
-            with safe_open(path, framework="pt") as file:
-                if (file.metadata() or {}).get("key") != self.key:
-                    return None
-                return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except (SafetensorError, OSError):
-            return None
+        return kind(**tensors)
