@@ -67,10 +67,14 @@ class Predictive:
     imputation_marginal: Tensor
 
     def figures(self) -> dict[str, Estimate]:
-        """The p-value of every statistic, the share of columns that are off, and nats per missing value."""
-        found = dict(zip(STATISTICS, (self._p(p) for p in self.statistics_p.tolist()), strict=True))
-        off = ((self.pixel_p < 0.025) | (self.pixel_p > 0.975)).double()
-        found["columns off"] = mean_se(off)
+        """p-values of the statistics, how many of them and what share of columns are off, and nats per missing value.
+
+        A statistic is off with a p-value beyond 0.005 or 0.995, a column beyond 0.025 or 0.975.
+        """
+        found = {f"p of {name}": self._p(p) for name, p in zip(STATISTICS, self.statistics_p.tolist(), strict=True)}
+        off = (self.statistics_p - 0.5).abs() > 0.495
+        found["statistics_off"] = Estimate(float(off.sum()), math.nan)
+        found["columns_off"] = mean_se(((self.pixel_p - 0.5).abs() > 0.475).double())
         if not self.imputation.isnan().all():
             found["imputation"] = mean_se(self.imputation)
             found["imputation_marginal"] = mean_se(self.imputation_marginal)

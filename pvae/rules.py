@@ -98,7 +98,7 @@ RULES = (
     ),
     Rule(
         "posterior",
-        "active",
+        "active_units",
         1,
         INF,
         "it has collapsed to the prior: {} latent dimensions are active",
@@ -138,20 +138,20 @@ RULES = (
     ),
     Rule(
         "model",
-        "aggregate_p",
+        "mmd_p",
         0.01,
         1,
         "the aggregate of q over the rows differs from the prior (MMD, p = {})",
-        "Gretton et al. 2012, JMLR 13; a marginal KL of 1 nat, so that it matters",
-        along=("marginal_kl", -INF, 1),
+        "Gretton et al. 2012, JMLR 13; a distance of 0.1 in some dimension is a tenth of the codes misplaced",
+        along=("ks_distance", -INF, 0.1),
     ),
     Rule(
         "model",
         "columns_off",
         0,
         0.1,
-        "a share of {} of the columns has a mean that data drawn from the model do not have (p < 0.005 or > 0.995)",
-        "Gelman, Meng, Stern 1996, Statistica Sinica 6; a share of 0.01 is expected at most",
+        "a share of {} of the columns has a mean that data drawn from the model do not have (p < 0.025 or > 0.975)",
+        "Gelman, Meng, Stern 1996, Statistica Sinica 6: a share of 0.05 at most is expected",
     ),
     Rule(
         "model",
@@ -220,12 +220,12 @@ NAMES = {
     "coverage_90": "coverage of 90% intervals",
     "sbc_p": "p of ranks",
     "tarp_p": "p of joint coverage",
-    "active": "active dimensions",
+    "active_units": "active dimensions",
     "k_hat_above": "share of rows with k-hat above 0.7",
     "inference_gap": "nats below the evidence",
     "evidence_width": "nats between the bounds of the evidence",
     "holes": "share of the prior without codes",
-    "aggregate_p": "p of the aggregate",
+    "mmd_p": "p of the aggregate",
     "columns_off": "share of columns off",
     "statistics_off": "statistics off",
 }
@@ -244,7 +244,7 @@ def _advice(use: str, level: str, figures: Figures) -> Iterator[str]:
         if value.get("columns_off", 0) > 0.1 or value.get("statistics_off", 0):
             yield "another likelihood or a larger decoder"
         yield "a prior that follows the codes: --prior VampPrior or FlowPrior"
-    if value.get("active", 1) < 1:
+    if value.get("active_units", 1) < 1:
         yield "the collapse: --objective 'ELBO(warm_up=...)' or 'ELBO(free_bits=...)', or a weaker decoder"
     if use == "bound" and level == DISTRUST and value.get("evidence_width", 0) > 1:
         yield "more --temperatures"
