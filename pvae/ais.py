@@ -21,19 +21,21 @@ from pvae.hmc import TARGET, State, at_least_one, refuse_if_all_diverge
 from pvae.runtime import seeded
 from pvae.stats import effective_sample_size, log_mean_exp, log_mean_exp_se
 from pvae.targets import Target, simulate
-from pvae.weights import ROWS_PER_PASS, Program
+from pvae.weights import Program
 
 __all__ = ["Annealed", "Sandwich", "Schedule", "anneal", "sandwich", "schedule"]
+
+# Datapoints times chains that move together, by whether the device is a CPU: there they should stay near its cache.
+ROWS_PER_PASS = {True: 2048, False: 65536}
 
 Schedule = Literal["linear", "sigmoid", "geometric"]
 
 # Of the sigmoid's argument, at either end; and the first temperature of the geometric schedule.
 DELTA, FIRST = 4.0, 1e-4
-# The pilot runs at a temperature for every so many of the run's, at no fewer than LEAST; transitions at its first
-# temperature find the step size from scratch.
-EVERY, LEAST, SETTLE = 5, 20, 20
-# Draws that give the start's standard deviations, and the fewest chains from whose spread the pilot learns more.
-SPREAD, ENOUGH = 64, 4
+# The pilot has a chain for every FEWER of the run's, at least 2; SETTLE transitions at its first temperature find the
+# step sizes from scratch, and SPREAD draws of the start its standard deviations. It makes one more transition at each
+# temperature, several on a short path, LEAST in all; what it found is kept at KEPT places.
+FEWER, SETTLE, SPREAD, LEAST, KEPT = 4, 20, 64, 50, 100
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,7 @@ class Annealed:
             NaN stands where every trajectory of a datapoint diverged.
         position: where the chains ended, [C, B, D].
         acceptance: mean acceptance probability over the path, [B]; NaN for a single temperature, which has no moves.
-        divergent: share of trajectories that diverged, [B]; likewise.
+        divergent: share of trajectories that diverged, [B]; likewise. They are rejected, which biases no weight.
         reverse: the chains came from the posterior.
     """
 
@@ -127,7 +129,7 @@ def schedule(name: str, temperatures: int) -> Tensor:
         s = (DELTA * (2 * s - 1)).sigmoid()
         return (s - s[0]) / (s[-1] - s[0])
     if name == "geometric":
-        return torch.cat([s[:1], torch.logspace(1, 0, temperatures, base=FIRST, dtype=torch.double)])
+        return torch.cat([s[:1], FIRST ** ((1 - s[1:]) * temperatures / max(1, temperatures - 1))])
     return s
 
 
@@ -189,8 +191,8 @@ def anneal(
         progress: called with the share of the work done.
 
     Returns:
-        Log-weights. Step sizes and scales come from a pilot run at a fifth of the temperatures, about a fifth of the
-        cost, and stay fixed in the run: adapting them on the way would bias the weights.
+        Log-weights. Step sizes and scales come from a pilot run of a quarter of the chains (at least 2), which goes
+        before and costs as much, and stay fixed in the run: adapting them on the way would bias the weights.
 
     Raises:
         UserError: a count below 1, an unknown schedule, a point mass to start from, or HMC that diverges everywhere.
@@ -202,7 +204,7 @@ def anneal(
     plan = _Plan(chains, temperatures, schedule, leapfrogs, start_from is not None)
     parts, rows = [], len(target.x)
     with seeded(seed):
-        for part in _pieces(rows, chains):
+        for part in _pieces(target, chains):
             own = target.rows(part)
             path = _from_prior(own) if family is None or lam is None else _from_guide(own, family, lam[part])
             begin = None if start_from is None else start_from[part]
@@ -278,7 +280,7 @@ class _Plan(NamedTuple):
 
     @property
     def pilot(self) -> _Plan:
-        return self._replace(temperatures=max(LEAST, self.temperatures // EVERY))
+        return self._replace(chains=max(2, self.chains // FEWER))
 
     def betas(self) -> list[float]:
         """In the order of the chains' way."""
@@ -287,28 +289,30 @@ class _Plan(NamedTuple):
 
 
 class _Tuning(NamedTuple):
-    """Logarithms of step sizes [T, B] and of scales [T, B, D] along the path."""
+    """Logarithms of step sizes [S, B] and of scales [S, B, D], at every so many temperatures of the way."""
 
-    step: Tensor
-    scale: Tensor
+    log_step: Tensor
+    log_scale: Tensor
+    every: int
 
-    def at(self, share: float) -> tuple[Tensor, Tensor]:
-        """Step size [B] and scale [B, D] at a share of the way."""
-        place = min(max(share, 0.0), 1.0) * (len(self.step) - 1)
-        low = min(int(place), len(self.step) - 2)
-        return tuple(torch.lerp(own[low], own[low + 1], place - low).exp() for own in self)  # type: ignore[return-value]
+    def at(self, t: int) -> tuple[Tensor, Tensor]:
+        """Step size [B] and scale [B, D] after t changes of temperature."""
+        place = min(t / self.every, len(self.log_step) - 1)
+        low = min(int(place), len(self.log_step) - 2)
+        step, scale = (torch.lerp(own[low], own[low + 1], place - low).exp() for own in self[:2])
+        return step, scale
 
 
-def _pieces(rows: int, chains: int) -> Iterator[slice]:
-    size = max(1, ROWS_PER_PASS // chains)
+def _pieces(target: Target, chains: int) -> Iterator[slice]:
+    rows, size = len(target.x), max(1, ROWS_PER_PASS[target.x.device.type == "cpu"] // chains)
     for begin in range(0, rows, size):
         yield slice(begin, min(begin + size, rows))
 
 
 def _annealed(plan: _Plan, path: _Path, begin: Tensor | None, progress: Callable[[float], None]) -> Annealed:
     betas = plan.betas()
-    whole = plan.pilot.temperatures + plan.temperatures
-    tuning = _pilot(plan.pilot, path, begin, lambda done: progress(done / whole))
+    ahead = plan.pilot.chains / (plan.pilot.chains + plan.chains)
+    tuning = _pilot(plan.pilot, path, begin, _within(progress, 0.0, ahead))
     state = _begun(plan, path, begin)
     if plan.reverse:
         state = _apart(plan, path, state, tuning)
@@ -319,11 +323,12 @@ def _annealed(plan: _Plan, path: _Path, begin: Tensor | None, progress: Callable
         log_w, state = _heated(path, state, betas[t], log_w)
         if t == plan.temperatures:
             break
-        step, scale = tuning.at(t / plan.temperatures)
+        step, scale = tuning.at(t)
         state, accepted, diverged = hmc.transition(path.parts, state, step, leapfrogs=plan.leapfrogs, scale=scale)
         acceptance.append(accepted.mean(0))
         divergent.append(diverged.to(step).mean(0))
-        progress((plan.pilot.temperatures + t) / whole)
+        progress(ahead + (1 - ahead) * t / plan.temperatures)
+    progress(1.0)
     return Annealed(log_w, state.position, _mean(acceptance, log_w), _mean(divergent, log_w), plan.reverse)
 
 
@@ -340,7 +345,7 @@ def _begun(plan: _Plan, path: _Path, begin: Tensor | None) -> State:
 
 def _apart(plan: _Plan, path: _Path, state: State, tuning: _Tuning) -> State:
     """Chains that set out from one posterior draw, moved apart: each stays an exact draw, now nearly its own."""
-    step, scale = tuning.at(0.0)
+    step, scale = tuning.at(0)
     for _ in range(SETTLE):
         state = hmc.transition(path.parts, state, step, leapfrogs=plan.leapfrogs, scale=scale).state
     return state
@@ -353,27 +358,27 @@ def _heated(path: _Path, state: State, beta: float, log_w: Tensor) -> tuple[Tens
     return log_w + torch.where(gain.isnan(), -torch.inf, gain), warmer
 
 
-def _pilot(plan: _Plan, path: _Path, begin: Tensor | None, progress: Callable[[int], None]) -> _Tuning:
-    """Go the way at few temperatures, adapting to each datapoint's acceptance and to its chains' spread."""
-    state, betas = _begun(plan, path, begin), plan.betas()
-    log_scale = path.draw(SPREAD).std(0).log()
-    log_step = torch.full_like(log_scale[:, 0], -1.0)
+def _pilot(plan: _Plan, path: _Path, begin: Tensor | None, progress: Callable[[float], None]) -> _Tuning:
+    """Go the way with few chains, adapting to each datapoint's acceptance and to its chains' spread."""
+    state, betas, T = _begun(plan, path, begin), plan.betas(), plan.temperatures
+    variance = path.draw(SPREAD).var(0)
+    log_step = hmc.first_step(path.parts, state, variance.sqrt()).log()
+    each, every = -(-LEAST // T), -(-T // KEPT)
+    rate = min(0.3, max(0.02, 10 / (each * T)))
     steps, scales = [], []
-    for t in range(-SETTLE, plan.temperatures + 1):
-        _, state = _heated(path, state, betas[max(t, 0)], state.log_p)
-        state, accepted, _ = hmc.transition(
-            path.parts, state, log_step.exp(), leapfrogs=plan.leapfrogs, scale=log_scale.exp()
-        )
-        gain = max(0.5, 2.0 / (t + SETTLE + 1) ** 0.5)
-        log_step = log_step + gain * (accepted.mean(0) - TARGET)
-        if plan.chains >= ENOUGH and (t > 0 or not plan.reverse):
-            spread = state.position.std(0).log()
-            log_scale = torch.where(spread.isfinite(), torch.lerp(log_scale, spread, 0.1), log_scale)
-        if t >= 0:
+    for move in range(-SETTLE, each * T + 1):
+        t = -(-max(move, 0) // each)
+        _, state = _heated(path, state, betas[t], state.log_p)
+        scale = variance.sqrt()
+        state, accepted, _ = hmc.transition(path.parts, state, log_step.exp(), leapfrogs=plan.leapfrogs, scale=scale)
+        log_step = log_step + max(0.2, 2 / (move + SETTLE + 1) ** 0.5) * (accepted.mean(0) - TARGET)
+        if move > 0 or not plan.reverse:  # before, reverse chains still lie together
+            variance = torch.lerp(variance, state.position.var(0), rate)
+        if move == t * each and t % every == 0:
             steps.append(log_step)
-            scales.append(log_scale)
-            progress(t)
-    return _Tuning(_smooth(torch.stack(steps)), torch.stack(scales))
+            scales.append(scale.log())
+        progress(t / T)
+    return _Tuning(_smooth(torch.stack(steps)), torch.stack(scales), every)
 
 
 def _smooth(values: Tensor, width: int = 5) -> Tensor:

@@ -16,7 +16,19 @@ from torch import Tensor
 from pvae.errors import UserError
 from pvae.runtime import seeded
 
-__all__ = ["TARGET", "Chains", "Density", "Move", "State", "StepSize", "at_least_one", "sample", "start", "transition"]
+__all__ = [
+    "TARGET",
+    "Chains",
+    "Density",
+    "Move",
+    "State",
+    "StepSize",
+    "at_least_one",
+    "first_step",
+    "sample",
+    "start",
+    "transition",
+]
 
 Density = Callable[[Tensor], Tensor | tuple[Tensor, ...]]
 
@@ -24,6 +36,8 @@ Density = Callable[[Tensor], Tensor | tuple[Tensor, ...]]
 TARGET = 0.65
 # An energy error, in nats, beyond which a trajectory has left the level set it should follow.
 DIVERGENCE = 1000.0
+# How often a first step is halved before it is given up: down to 1e-9.
+HALVINGS = 30
 
 
 class State(NamedTuple):
@@ -123,27 +137,31 @@ def transition(
 
     Arguments:
         density: log f, with gradients.
-        state: where the chains stand; a transition costs one gradient of the density for each leapfrog.
+        state: where the chains stand; a transition costs one gradient of the density a leapfrog.
         step: step size of each datapoint [B], in units of ``scale``.
         leapfrogs: of one trajectory.
         scale: standard deviations [B, D]; momenta are standard normal for u / scale. 1 unless given.
-        jitter: each trajectory's step is drawn from ``step * (1 -+ jitter)``, so that no chain goes round in circles.
+        jitter: a trajectory's number of leapfrogs is drawn from ``leapfrogs * (1 -+ jitter)``, so that no chain goes in
+            circles. Were it the step that varies, it would cross the largest that is stable.
 
     Source: Neal (2011), *MCMC Using Hamiltonian Dynamics*, arXiv:1206.1901.
     """
-    chains = state.position.shape[:2]
     size = step.unsqueeze(-1) if scale is None else step.unsqueeze(-1) * scale
-    size = size * (1 + jitter * (2 * torch.rand(*chains, 1, dtype=step.dtype, device=step.device) - 1))
     momentum = torch.randn_like(state.position)
     energy, end = state.log_p - _kinetic(momentum), state
     momentum = momentum + size / 2 * end.gradient
-    for left in reversed(range(leapfrogs)):
+    for left in reversed(range(_about(leapfrogs, jitter))):
         end = start(density, end.position + size * momentum, state.powers)
         momentum = momentum + (size if left else size / 2) * end.gradient
     gain = end.log_p - _kinetic(momentum) - energy
     gain = torch.where(gain.isnan(), -torch.inf, gain)
     accepted = torch.rand_like(gain).log() < gain
     return Move(_choose(accepted, end, state), gain.clamp(max=0.0).exp(), ~(gain > -DIVERGENCE))
+
+
+def _about(count: int, jitter: float) -> int:
+    most = round(jitter * count)
+    return count + int(torch.randint(-most, most + 1, ())) if most else count
 
 
 def _kinetic(momentum: Tensor) -> Tensor:
@@ -180,8 +198,8 @@ class StepSize:
     """
 
     def __init__(self, step: Tensor) -> None:
-        self.centre = (5 * step).log()
-        self.count, self.error, self.log_step, self.mean = 0, torch.zeros_like(step), step.log(), step.log()
+        self.centre = self.log_step = self.mean = step.log()
+        self.count, self.error = 0, torch.zeros_like(step)
 
     @property
     def step(self) -> Tensor:
@@ -198,6 +216,22 @@ class StepSize:
         self.error = (1 - rate) * self.error + rate * (TARGET - acceptance)
         self.log_step = self.centre - self.count**0.5 / 0.2 * self.error
         self.mean = weight * self.log_step + (1 - weight) * self.mean
+
+
+def first_step(density: Density, state: State, scale: Tensor) -> Tensor:
+    """Step sizes [B] to begin with: 1, halved until single leapfrogs are accepted more often than not.
+
+    >>> def normal(u): return -(u**2).sum(-1) / 2
+    >>> first_step(normal, start(normal, torch.zeros(50, 1, 1)), torch.full((1, 1), 64.0))
+    tensor([0.0156])
+    """
+    step = torch.ones_like(state.position[0, :, 0])
+    for _ in range(HALVINGS):
+        rare = transition(density, state, step, leapfrogs=1, scale=scale).acceptance.mean(0) < 0.5
+        if not rare.any():
+            break
+        step = torch.where(rare, step / 2, step)
+    return step
 
 
 class _Spread:
@@ -270,7 +304,7 @@ def _warmed(
 ) -> tuple[State, Tensor, Tensor]:
     """Chains after their warm-up, the step sizes [B] and the scales [B, D] that they found."""
     state, scale = start(density, u), torch.ones_like(u[0]) if scale is None else scale
-    size, spread = StepSize(torch.full_like(u[0, :, 0], 0.2)), _Spread(u.mean(0))
+    size, spread = StepSize(first_step(density, state, scale)), _Spread(u.mean(0))
     ends = {round(share * steps) for share in WINDOWS}
     for done in range(1, steps + 1):
         state, accepted, _ = transition(density, state, size.step, leapfrogs=leapfrogs, scale=scale)
@@ -289,7 +323,7 @@ def refuse_if_all_diverge(divergent: Tensor) -> Tensor:
     if lost.all():
         raise UserError(
             "HMC diverges everywhere, so there is no number to give: the model's log-density or its gradient is not "
-            "finite where chains went; look for NaN in its parameters and for rows outside its likelihood's support"
+            "finite, or no step is small enough; look for NaN in the parameters and for rows outside the support"
         )
     return lost
 

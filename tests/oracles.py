@@ -148,8 +148,8 @@ class Curved(VAE):
         steepness: scale of its weights; at 3 posteriors are bent, with a skewness of up to 1 either way.
         seed: of the weights.
 
-    :math:`z \sim N(0, I_2)`, :math:`x_m \sim \mathrm{Bernoulli}(\sigma(\eta_m(z)))`. The grid's spacing is far below the
-    decoder's finest features, where the trapezoid rule for smooth integrands converges faster than any power.
+    :math:`z \sim N(0, I_2)`, :math:`x_m \sim \mathrm{Bernoulli}(\sigma(\eta_m(z)))`. The grid's spacing is far below
+    the decoder's finest features, where the trapezoid rule for smooth integrands converges faster than any power.
     """
 
     def __init__(self, columns: int = 8, *, hidden: int = 6, steepness: float = 3.0, seed: int = 0) -> None:

@@ -18,7 +18,7 @@ LATENT, LEAPFROGS = 20, 10
 
 
 def leapfrogs(rows: int, chains: int, repeats: int = 15) -> tuple[float, float]:
-    """Median seconds of a leapfrog, out of a transition of ten, and of a bare pass: z to its gradient by the decoder."""
+    """Median seconds of a leapfrog, out of ten, and of a bare pass from z to its gradient through the decoder."""
     vae, _, _ = program(LATENT)
     target, step = Target(vae.model, binary(rows)), torch.full((rows,), 0.01)
     state = hmc.start(target, torch.randn(chains, rows, LATENT))
@@ -28,7 +28,7 @@ def leapfrogs(rows: int, chains: int, repeats: int = 15) -> tuple[float, float]:
         z = torch.randn(chains, rows, LATENT, requires_grad=True)
         torch.autograd.grad(vae.decoder(z), z, toward)
 
-    jobs = {"bare": bare, "transition": lambda: hmc.transition(target, state, step, leapfrogs=LEAPFROGS)}
+    jobs = {"bare": bare, "transition": lambda: hmc.transition(target, state, step, leapfrogs=LEAPFROGS, jitter=0.0)}
     found = medians(jobs, repeats)
     return found["transition"] / LEAPFROGS, found["bare"]
 
