@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,22 +16,26 @@ from pvae.components import KINDS
 from pvae.console import bar
 from pvae.data import Batch, Dataset
 from pvae.errors import UserError
-from pvae.evaluation import Budget, bounds, evaluate, reconstruct, refinement_curve, sample
+from pvae.evaluation import Budget, bounds, evaluate, refinement_curve
 from pvae.files import read_json, write_json
 from pvae.grid import Cell, Pool, Shelf
 from pvae.guides import local_bound
 from pvae.recipe import Recipe
-from pvae.results import Group, collect
+from pvae.results import SCHEMA, Group, collect
 from pvae.runs import Variant
 from pvae.runtime import pick_device, seeded, unchecked
 from pvae.sites import base_measure
 from pvae.verdicts import Judged, SameDecoder
-from pvae.weights import log_weights
 
-__all__ = ["SOURCES", "Entry", "Job", "compare", "judge", "left_out", "load"]
+__all__ = ["BUDGETS", "SOURCES", "Entry", "Job", "compare", "current", "judge", "left_out", "load"]
 
 SOURCES = ("Amortized", "PerDatapoint", "SemiAmortized")
-EXPORTED_DRAWS, PRIOR_SAMPLES = 20, 32
+# Rows and budget of an evaluation by one word; annealing is for who asks for it.
+BUDGETS = {
+    "quick": (100, Budget(K=200, steps=100)),
+    "standard": (300, Budget()),
+    "thorough": (1000, Budget(K=5000, steps=1000)),
+}
 
 
 @dataclass(frozen=True)
@@ -152,6 +156,17 @@ def left_out(folder: Path) -> dict[str, str]:
     return dict(results.get("left_out", {})) if isinstance(results, dict) else {}
 
 
+def current(folder: Path, entries: list[Entry]) -> dict[str, Any]:
+    """The results that the folder holds, if they are of just these fits; else none."""
+    if not (folder / "results.json").is_file():
+        return {}
+    results = read_json(folder / "results.json", f"pvae evaluate {folder} writes it")
+    if not isinstance(results, dict) or results.get("schema") != SCHEMA:
+        return {}
+    there = {row["name"]: row.get("fitted") for group in results["groups"] for row in group["rows"]}
+    return results if there == {e.name: [runs.fingerprint(v) for v in e.variants] for e in entries} else {}
+
+
 def _entries(wanted: list[Cell], variants: list[Variant], shelf: Shelf) -> list[Entry]:
     found: dict[str, Entry] = {}
     for cell, variant in zip(wanted, variants, strict=True):
@@ -170,8 +185,9 @@ def judge(entries: list[Entry], job: Job, left_out: Mapping[str, str] | None = N
         group = _group(members, job)
         draws = {e.name: _draws(e.variants[0], j, group.test.x) for e, j in zip(members, group.judged, strict=True)}
         labels = None if group.data.test_labels is None else group.data.test_labels[: job.rows]
-        seed = members[0].variants[0].recipe.seed
-        found = export.tree(draws, group.test.x, labels, {"data": group.data.summary(), "seed": seed})
+        recipes = {e.name: asdict(e.variants[0].recipe) for e in members}
+        about = export.attributes(collect([group], {}), recipes)
+        found = export.tree(draws, group.test.x, labels, about)
         export.save(found, job.folder, number)
         groups.append(group)
     results = collect(groups, left_out or {})
@@ -265,12 +281,6 @@ def _same_decoder(base: Variant, chosen: Mapping[str, Any], x: Tensor, K: int) -
 
 def _draws(variant: Variant, judged: Judged, x: Tensor) -> export.Draws:
     """What the export and the page show of a variant, for the test rows x."""
-    model, guide, seed = variant.built.program.model, variant.built.guide, variant.recipe.seed
-    with unchecked(), torch.no_grad(), seeded(seed):
-        q = guide.at(guide.params(x))
-        weights = log_weights(model, q, x, K=EXPORTED_DRAWS, keep_latents=True)
-        pictures = reconstruct(model, q, x, seed=seed)
-    like = x.repeat(-(-PRIOR_SAMPLES // len(x)), 1)[:PRIOR_SAMPLES]
-    prior = sample(model, like, seed=seed)
+    program, guide, _ = variant.built
     values = {split: {n: v.cpu() for n, v in getattr(judged, split).values.items()} for split in ("train", "test")}
-    return export.Draws(weights, pictures, prior, values)
+    return replace(export.drawn(program.model, guide, x, seed=variant.recipe.seed), values=values)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,15 +11,36 @@ from typing import Any
 import numpy as np
 import torch
 import xarray as xr
+from pyro import poutine
 from torch import Tensor
 
 from pvae.errors import UserError
+from pvae.evaluation import reconstruct, sample
 from pvae.files import replacing
-from pvae.weights import LogWeights
+from pvae.guides import Guide
+from pvae.runtime import seeded, unchecked
+from pvae.weights import LogWeights, Program, log_weights, random_sites
 
-__all__ = ["Draws", "file", "load", "save", "tree"]
+__all__ = ["Draws", "attributes", "drawn", "file", "load", "save", "tree"]
 
 FILE = "idata.nc"
+# Draws of each row's latents: at most, at least, and how many numbers they may be. Draws of x, of the prior; pictures.
+MOST, LEAST, NUMBERS = 100, 20, 2**21
+X_DRAWS, PRIOR_DRAWS, PICTURES = 20, 200, 32
+# Bytes of draws of x in one file before they are compressed. Whole numbers shrink to a tenth, others hardly.
+BYTES = {"i": 2**24, "f": 2**23}
+WHOLE = (np.int8, np.int16, np.int32)
+STATISTICS = ("elbo", "ess", "k_hat")
+UNITS = {"ess": "draws", "k_hat": "1"}
+NOTES = {
+    "posterior": "draws from the guide q(z|x), which stands for the posterior",
+    "posterior_predictive": "x: draws of p(x|z) at draws from the guide, for the row that z was inferred from",
+    "log_likelihood": "log p(x|z) at the row's own latents: loo on it does not estimate the density of new rows",
+    "sample_stats": "log_weight: log p(x, z) - log q(z|x) in nats; the rest as in the group test",
+    "prior": "draws of the latents by the program alone",
+    "prior_predictive": "x: draws of p(x|z) at the latents of the group prior, draw by draw",
+    "means": "means of p(x|z): at one draw from the guide, and at draws from the prior",
+}
 
 
 @dataclass
@@ -27,73 +49,181 @@ class Draws:
 
     Attributes:
         weights: log-densities and latents of K draws from the guide, [K, B].
-        reconstruction: mean of p(x|z) at one draw, [B, C].
-        prior_samples: mean of p(x|z) at draws from the prior, [S, C].
+        x: draws of p(x|z) at draws from the guide, for the first R rows, [M, R, C].
+        x_mean: mean of p(x|z) at one draw, [B, C].
+        prior: latents by site, drawn by the program, [S, ...].
+        prior_x: draws of p(x|z) at them, [S, C].
+        prior_mean: means of p(x|z) at draws from the prior, [P, C].
         values: quantities of each row by name, [B], by split.
     """
 
     weights: LogWeights
-    reconstruction: Tensor
-    prior_samples: Tensor
+    x: Tensor
+    x_mean: Tensor
+    prior: dict[str, Tensor]
+    prior_x: Tensor
+    prior_mean: Tensor
     values: dict[str, dict[str, Tensor]] = field(default_factory=dict)
 
 
-def tree(variants: dict[str, Draws], x: Tensor, labels: Tensor | None, attributes: dict[str, Any]) -> xr.DataTree:
-    """A DataTree with the groups that ArviZ knows, each with a dimension ``variant``.
+def drawn(model: Program, guide: Guide, x: Tensor, *, seed: int = 0) -> Draws:
+    """Draw what the export and the page show of a fit, for the rows x [B, C]; ``values`` are left to the caller.
 
-    Groups: ``posterior`` (latents), ``posterior_predictive`` and ``prior_predictive`` (means of x), ``log_likelihood``,
-    ``sample_stats`` (log weights), ``observed_data``, ``constant_data`` (labels), and ours: ``train`` and ``test``
-    with the quantities of each row in nats.
+    Arguments:
+        model: a Pyro program.
+        guide: a family with a source of its parameters, to which the rows are new.
+        x: rows, [B, C].
+        seed: of all draws.
+    """
+    with unchecked(), torch.no_grad(), seeded(seed):
+        lam = guide.params(x)
+        q, K = guide.at(lam), min(MOST, max(LEAST, NUMBERS // (len(x) * guide.sites.dim)))
+        weights = log_weights(model, q, x, K=K, keep_latents=True)
+        mean = reconstruct(model, q, x, seed=seed)
+        rows = _room(BYTES["i"] // (X_DRAWS * x[0].numel()))
+        some = guide.at(lam[:rows])
+        replicates = torch.stack([_replicate(model, some, x[:rows]) for _ in range(X_DRAWS)])
+    prior, prior_x = _from_prior(model, _like(x, PRIOR_DRAWS), seed)
+    return Draws(weights, replicates, mean, prior, prior_x, sample(model, _like(x, PICTURES), seed=seed))
+
+
+def _like(x: Tensor, count: int) -> Tensor:
+    return x.repeat(-(-count // len(x)), 1)[:count]
+
+
+def _room(rows: int) -> int:
+    """Rows of which draws of x are kept: what fits, but those that are pictured."""
+    return max(rows, X_DRAWS)
+
+
+def _replicate(model: Program, q: Program, x: Tensor) -> Tensor:
+    """One draw of the latents from q and of x given them, [R, C]."""
+    trace = poutine.trace(q).get_trace(x, None)
+    return _observed(poutine.trace(poutine.replay(model, trace=trace)).get_trace(x, None), x)
+
+
+def _from_prior(model: Program, like: Tensor, seed: int) -> tuple[dict[str, Tensor], Tensor]:
+    """Latents by site [S, ...] and x given them [S, C], as many as the rows ``like``."""
+    with unchecked(), torch.no_grad(), seeded(seed):
+        trace = poutine.trace(model).get_trace(like, torch.zeros(len(like), dtype=torch.long, device=like.device))
+        latents = {name: site["value"] for name, site in random_sites(trace) if not site["is_observed"]}
+        return latents, _observed(trace, like)
+
+
+def _observed(trace: Any, x: Tensor) -> Tensor:
+    """A draw of the site that the rows are observed at."""
+    for _, site in random_sites(trace):
+        if site["is_observed"] and site["value"].dim() == x.dim():
+            return site["fn"].sample()
+    raise UserError("the program observes no site of the data's shape")
+
+
+def tree(variants: dict[str, Draws], x: Tensor, labels: Tensor | None, attributes: dict[str, Any]) -> xr.DataTree:
+    """A DataTree with the groups that ArviZ knows, most of them with a dimension ``variant``.
+
+    Groups: ``posterior`` and ``prior`` (latents), ``posterior_predictive`` and ``prior_predictive`` (draws of x),
+    ``log_likelihood``, ``sample_stats`` (log weights; ELBO, ESS and k-hat of each row), ``observed_data``,
+    ``constant_data`` (labels, and columns of the rows that the program is given), and ours: ``means`` (of x, for
+    pictures), ``train`` and ``test`` (the quantities of each row). Latents that a variant lacks are NaN. Draws of x
+    are kept of as many first rows as fit into ``BYTES``; the group's attribute ``rows`` says how many.
 
     Arguments:
         variants: draws by the variant's name, all for the same rows.
-        x: the rows, [B, C].
+        x: the rows, [B, C] or, where the program is given further columns, [B, C + G].
         labels: their classes, [B], if there are any.
         attributes: of the root; what is no number or text is written as JSON.
     """
-    import arviz_base
-
-    weights = {name: draws.weights for name, draws in variants.items()}
-
-    def stacked(values: dict[str, Tensor]) -> np.ndarray:
-        """[chain = 1, draw, variant, ...] from [draw, ...] of each variant."""
-        return np.stack([np.asarray(v.cpu()) for v in values.values()], 1)[None]
-
-    latents = _padded({name: w.latents for name, w in weights.items()})
-    groups: dict[str, dict[str, np.ndarray]] = {
-        "posterior": {site: stacked(values) for site, values in latents.items()},
-        "posterior_predictive": {"x": stacked({n: d.reconstruction[None] for n, d in variants.items()})},
-        "log_likelihood": {"x": stacked({n: w.log_lik for n, w in weights.items()})},
-        "sample_stats": {"log_weight": stacked({n: w.log_w for n, w in weights.items()})},
-        "prior_predictive": {"x": stacked({n: d.prior_samples for n, d in variants.items()})},
-        "observed_data": {"x": x.cpu().numpy()},
+    sampled, names, each = ("chain", "draw", "variant"), list(variants), list(variants.values())
+    width = each[0].x.shape[-1]
+    latents = _sites({name: draws.weights.latents for name, draws in variants.items()}, (*sampled, "row"))
+    prior = _sites({name: draws.prior for name, draws in variants.items()}, sampled)
+    replicates, means = _fitting(_stacked([d.x for d in each])), [d.x_mean for d in each]
+    statistics = _quantities(variants, "test", STATISTICS)
+    groups: dict[str, dict[str, Any]] = {
+        "posterior": latents,
+        "posterior_predictive": {"x": ((*sampled, "row", "value"), replicates)},
+        "log_likelihood": {"x": ((*sampled, "row"), _stacked([d.weights.log_lik for d in each]))},
+        "sample_stats": {"log_weight": ((*sampled, "row"), _stacked([d.weights.log_w for d in each]))} | statistics,
+        "prior": prior,
+        "prior_predictive": {"x": ((*sampled, "value"), _compact(_stacked([d.prior_x for d in each])))},
+        "observed_data": {"x": (("row", "value"), _compact(_array(x[:, :width])))},
+        "constant_data": {} if labels is None else {"label": (("row",), _array(labels))},
+        "means": {
+            "posterior": (("variant", "row", "value"), np.stack([_array(mean) for mean in means])),
+            "prior": (("variant", "draw", "value"), np.stack([_array(d.prior_mean) for d in each])),
+        },
     }
-    if labels is not None:
-        groups["constant_data"] = {"label": labels.cpu().numpy()}
-    sites = {
-        site: ["variant", "row", *(f"{site}_dim{i or ''}" for i in range(next(iter(values.values())).dim() - 2))]
-        for site, values in latents.items()
-    }
-    dims = {
-        "log_likelihood": ["variant", "row"],
-        "prior_predictive": ["variant", "value"],
-        "observed_data": ["row", "value"],
-    }
+    if x.shape[1] > width:
+        groups["constant_data"]["given"] = ("row", "column"), _compact(_array(x[:, width:]))
+    groups |= {split: _quantities(variants, split) for split in each[0].values}
     found = xr.DataTree()
-    for group, values in groups.items():
-        own = sites | {
-            "x": dims.get(group, ["variant", "row", "value"]),
-            "log_weight": ["variant", "row"],
-            "label": ["row"],
-        }
-        coords: dict[str, Any] = {"variant": list(variants), "row": np.arange(len(x))}
-        found[group] = arviz_base.from_dict({group: values}, dims=own, coords=coords)[group]
-    for split in next(iter(variants.values())).values:
-        found[split] = xr.DataTree(_quantities(variants, split))
-    for node in found.subtree:  # a time stamp would make equal runs differ
-        node.attrs.pop("created_at", None)
+    for group, arrays in groups.items():
+        if arrays:
+            found[group] = xr.DataTree(_dataset(arrays, names, NOTES.get(group)))
+    found["posterior_predictive"].attrs["rows"] = f"the first {replicates.shape[3]} of {len(x)}"
     found.attrs = {k: v if isinstance(v, (str, int, float)) else json.dumps(v) for k, v in attributes.items()}
     return found
+
+
+def attributes(results: Mapping[str, Any], recipes: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """What made a file's numbers: data, recipe (what its variants share, and each variant's own), versions, seed.
+
+    Arguments:
+        results: of one group, as in ``results.json``.
+        recipes: by the variant's name.
+    """
+    (group,), shared = results["groups"], results["recipe"]
+    about = group["data"]
+    return {
+        "data": about["summary"],
+        **{name: about[name] for name in ("binarize", "base_measure", "digest", "shape")},
+        "seed": next(iter(recipes.values()))["seed"],
+        "recipe": shared,
+        "variants": {n: {key: v for key, v in own.items() if key not in shared} for n, own in recipes.items()},
+        "versions": results["versions"],
+        "estimators": {name: found["estimator"] for row in group["rows"] for name, found in row["test"].items()},
+        "inference_library": "pvae-pyro",
+        "inference_library_version": results["versions"]["pvae-pyro"],
+    }
+
+
+def _array(values: Tensor) -> np.ndarray:
+    return values.detach().cpu().numpy()
+
+
+def _stacked(values: list[Tensor]) -> np.ndarray:
+    """[chain = 1, draw, variant, ...] from [draw, ...] of each variant."""
+    return np.stack([_array(v) for v in values], 1)[None]
+
+
+def _compact(values: np.ndarray) -> np.ndarray:
+    """Whole numbers as the smallest signed integers that hold them, so that differences stay right."""
+    whole = np.isfinite(values).all() and (values == np.rint(values)).all()
+    fits = [kind for kind in WHOLE if whole and np.abs(values).max(initial=0) <= np.iinfo(kind).max]
+    return values.astype(fits[0] if fits else np.float32)
+
+
+def _fitting(values: np.ndarray) -> np.ndarray:
+    """Draws of x [1, M, V, R, C] in compact form, of as many first rows as fit."""
+    found = _compact(values)
+    return found[:, :, :, : _room(BYTES[found.dtype.kind] // (found[..., :1, :].nbytes))]
+
+
+def _sites(latents: dict[str, dict[str, Tensor]], dims: tuple[str, ...]) -> dict[str, Any]:
+    """Each site's dimensions and draws, from draws by variant and site."""
+    found = {}
+    for site, values in _padded(latents).items():
+        array = _stacked(list(values.values()))
+        own = (f"{site}_dim{i or ''}" for i in range(array.ndim - len(dims)))
+        found[site] = ((*dims, *own), array)
+    return found
+
+
+def _dataset(arrays: dict[str, Any], variants: list[str], note: str | None) -> xr.Dataset:
+    """Arrays with a coordinate along each dimension."""
+    found = xr.Dataset(arrays, attrs={"note": note} if note else {})
+    coords = {dim: variants if dim == "variant" else np.arange(size) for dim, size in found.sizes.items()}
+    return found.assign_coords({str(dim): values for dim, values in coords.items()})
 
 
 def _padded(latents: dict[str, dict[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
@@ -111,15 +241,20 @@ def _padded(latents: dict[str, dict[str, Tensor]]) -> dict[str, dict[str, Tensor
     return found
 
 
-def _quantities(variants: dict[str, Draws], split: str) -> xr.Dataset:
-    names = dict.fromkeys(name for draws in variants.values() for name in draws.values[split])
-    rows = max(len(v) for draws in variants.values() for v in draws.values[split].values())
-    blank = np.full(rows, np.nan)
-    arrays = {
-        name: (("variant", "row"), np.stack([np.asarray(d.values[split].get(name, blank)) for d in variants.values()]))
-        for name in names
+def _quantities(variants: dict[str, Draws], split: str, names: tuple[str, ...] = ()) -> dict[str, Any]:
+    """Quantities of each row of a split by name, all or those named; NaN where a variant has none."""
+    every = [draws.values.get(split, {}) for draws in variants.values()]
+    rows = max((len(v) for own in every for v in own.values()), default=0)
+    found = [name for name in dict.fromkeys(n for own in every for n in own) if name in names or not names]
+    blank = torch.full((rows,), torch.nan)
+    return {
+        name: (("variant", "row"), np.stack([_array(own.get(name, blank)) for own in every]), {"units": _unit(name)})
+        for name in found
     }
-    return xr.Dataset(arrays, coords={"variant": list(variants), "row": np.arange(rows)}, attrs={"units": "nats"})
+
+
+def _unit(name: str) -> str:
+    return UNITS.get(name, "nats")
 
 
 def file(group: int = 1) -> str:
@@ -129,8 +264,10 @@ def file(group: int = 1) -> str:
 
 def save(found: xr.DataTree, folder: Path, group: int = 1) -> None:
     """Write ``idata.nc``, whole or not at all."""
+    packed = {"zlib": True, "complevel": 4, "shuffle": True}
+    encoding = {node.path: dict.fromkeys(map(str, node.data_vars), packed) for node in found.leaves}
     with replacing(folder / file(group)) as temporary:
-        found.to_netcdf(temporary, engine="h5netcdf")
+        found.to_netcdf(temporary, engine="h5netcdf", encoding=encoding)
 
 
 def load(folder: Path, group: int = 1) -> xr.DataTree:

@@ -202,7 +202,7 @@ def _grid(axis: Axes, images: np.ndarray, shape: tuple[int, ...], per_line: int)
 def _pictures(idata: xr.DataTree, shape: tuple[int, ...], count: int = 20) -> str:
     """Originals, and below them each variant's reconstruction."""
     originals = idata["observed_data"]["x"].to_numpy()[:count, : int(np.prod(shape))]  # a label comes last
-    found = idata["posterior_predictive"]["x"].isel(chain=0, draw=0)
+    found = idata["means"]["posterior"]
     lines = [
         ("original", originals),
         *((str(v), found.sel(variant=v).to_numpy()[:count]) for v in found.variant.to_numpy()),
@@ -220,7 +220,7 @@ def _pictures(idata: xr.DataTree, shape: tuple[int, ...], count: int = 20) -> st
 
 def _prior(idata: xr.DataTree, shape: tuple[int, ...]) -> str:
     """Means of x at draws from the prior, for each variant."""
-    found = idata["prior_predictive"]["x"].isel(chain=0)
+    found = idata["means"]["prior"]
     return _side_by_side({str(v): found.sel(variant=v).to_numpy() for v in found.variant.to_numpy()}, shape)
 
 
