@@ -20,6 +20,7 @@ MODULES = (
     "data",
     "densities",
     "diagnose",
+    "drawing",
     "errors",
     "evaluation",
     "export",

@@ -2,28 +2,19 @@
 
 from __future__ import annotations
 
-import base64
-import io
 from typing import Any
 
 import numpy as np
 import xarray as xr
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
+from pvae.drawing import COLOURS, STYLE, address, digits_of, framed, sheet
+
 __all__ = ["digits_of", "figures"]
 
-# Okabe and Ito's colours, which people with any colour vision tell apart.
-COLOURS = {"Amortized": "#0072B2", "PerDatapoint": "#D55E00", "SemiAmortized": "#009E73"}
-OTHERS = ("#CC79A7", "#56B4E9", "#E69F00", "#0072B2", "#D55E00", "#009E73", "#000000")
-STYLE: Any = {
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "font.size": 9,
-    "svg.fonttype": "path",
-    "svg.hashsalt": "pvae",
-}
+GUIDES = {"Amortized": COLOURS[0], "PerDatapoint": COLOURS[1], "SemiAmortized": COLOURS[2]}
+OTHERS = (*COLOURS[3:6], *COLOURS[:3], COLOURS[6])
 
 
 def figures(group: dict[str, Any], idata: xr.DataTree) -> dict[str, str]:
@@ -42,24 +33,12 @@ def figures(group: dict[str, Any], idata: xr.DataTree) -> dict[str, str]:
 
 
 def _colour(guide: str, position: int = 0) -> str:
-    return COLOURS.get(guide, OTHERS[position % len(OTHERS)])
-
-
-def _address(figure: Figure, kind: str) -> str:
-    file = io.BytesIO()
-    figure.savefig(file, format=kind, dpi=160, bbox_inches="tight", metadata={"Date": None} if kind == "svg" else None)
-    media = {"svg": "image/svg+xml", "png": "image/png"}[kind]
-    return f"data:{media};base64,{base64.b64encode(file.getvalue()).decode()}"
-
-
-def _panels(columns: int, width: float = 8.6, height: float = 3.2) -> tuple[Figure, list[Axes]]:
-    figure = Figure(figsize=(width, height), layout="constrained")
-    return figure, list(np.atleast_1d(figure.subplots(1, columns)))
+    return GUIDES.get(guide, OTHERS[position % len(OTHERS)])
 
 
 def _curves(rows: list[dict[str, Any]]) -> str:
     """Training objective by epoch and by second."""
-    figure, axes = _panels(2)
+    figure, axes = framed(2)
     last = [row["history"][-1]["objective"] for row in rows if row["history"]]
     for axis, key, label in zip(axes, ("epoch", "seconds"), ("epoch", "training time (s)"), strict=True):
         for position, row in enumerate(rows):
@@ -80,7 +59,7 @@ def _curves(rows: list[dict[str, Any]]) -> str:
             axis.set_ylim(*_window(rows))
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, frameon=False, loc="outside lower center", ncols=min(len(labels), 3), fontsize=8)
-    return _address(figure, "svg")
+    return address(figure, "svg")
 
 
 def _window(rows: list[dict[str, Any]]) -> tuple[float, float]:
@@ -95,7 +74,7 @@ def _window(rows: list[dict[str, Any]]) -> tuple[float, float]:
 def _gaps(rows: list[dict[str, Any]]) -> str:
     """Approximation and amortization gap of each variant, end to end, with errors; train and test."""
     rows = [row for row in rows if "evidence" in row["test"]]
-    figure, axes = _panels(2, height=1.3 + 0.42 * len(rows))
+    figure, axes = framed(2, height=1.3 + 0.42 * len(rows))
     names = [row["name"] for row in rows]
     for axis, split in zip(axes, ("train", "test"), strict=True):
         left = np.zeros(len(rows))
@@ -113,7 +92,7 @@ def _gaps(rows: list[dict[str, Any]]) -> str:
         axis.invert_yaxis()
     axes[1].set_yticklabels([])
     figure.legend(handles=_gap_handles(), loc="outside lower center", ncols=1, frameon=False, fontsize=8)
-    return _address(figure, "svg")
+    return address(figure, "svg")
 
 
 def _gap_handles() -> list[Any]:
@@ -129,7 +108,7 @@ def _gap_handles() -> list[Any]:
 def _refinement(group: dict[str, Any]) -> str:
     """What refinement steps buy: test ELBO against steps, with the family's best and the evidence as lines."""
     curve, same = group["refinement"], group["same_decoder"]
-    figure, (axis, price) = _panels(2)
+    figure, (axis, price) = framed(2)
     mean, se = (np.array([point[key] for point in curve["gain"]], dtype=float) for key in ("mean", "se"))
     ticks = np.arange(len(curve["steps"]))
     axis.errorbar(ticks, mean, yerr=2 * se, color=_colour("Amortized"), marker="o", ms=4, capsize=3)
@@ -156,13 +135,13 @@ def _refinement(group: dict[str, Any]) -> str:
     price.legend(frameon=False, fontsize=8)
     price.axhline(0, color="#999999", lw=0.8)
     price.margins(x=0.25)
-    return _address(figure, "svg")
+    return address(figure, "svg")
 
 
 def _scatter(idata: xr.DataTree, amortized: str) -> str:
     """Each test row's ELBO by the encoder against its best one, and how the loss is spread over rows."""
     values = idata["test"].to_dataset().sel(variant=amortized)
-    figure, (axis, spread) = _panels(2)
+    figure, (axis, spread) = framed(2)
     elbo, best = values["elbo"].to_numpy(), values["best_elbo"].to_numpy()
     limits = [min(elbo.min(), best.min()), max(elbo.max(), best.max())]
     axis.plot(limits, limits, color="#999999", lw=1)
@@ -170,33 +149,7 @@ def _scatter(idata: xr.DataTree, amortized: str) -> str:
     axis.set(xlabel="amortized ELBO (nats)", ylabel="refined ELBO (nats)")
     spread.hist(best - elbo, bins=40, color=_colour("Amortized"))
     spread.set(xlabel="amortization gap (nats)", ylabel="test rows")
-    return _address(figure, "svg")
-
-
-def digits_of(shape: tuple[int, ...]) -> tuple[int, int]:
-    """Height and width as which a row is drawn: an image's own, else one strip."""
-    return (shape[0], shape[1]) if len(shape) == 2 else (1, int(np.prod(shape)))
-
-
-def _grid(axis: Axes, images: np.ndarray, shape: tuple[int, ...], per_line: int) -> None:
-    height, width = digits_of(shape)
-    lines = -(-len(images) // per_line)
-    sheet = np.full((lines * (height + 1) - 1, per_line * (width + 1) - 1), np.nan)
-    for place, image in enumerate(images):
-        top, left = place // per_line * (height + 1), place % per_line * (width + 1)
-        sheet[top : top + height, left : left + width] = image.reshape(height, width)
-    low, high = np.nanmin(sheet), np.nanmax(sheet)
-    binary_like = low >= 0 and high <= 1
-    axis.imshow(
-        sheet,
-        cmap="gray_r",
-        vmin=0 if binary_like else low,
-        vmax=1 if binary_like else high,
-        aspect="equal" if height > 1 else "auto",
-    )
-    axis.set_xticks([])
-    axis.set_yticks([])
-    axis.spines[:].set_visible(False)
+    return address(figure, "svg")
 
 
 def _pictures(idata: xr.DataTree, shape: tuple[int, ...], count: int = 20) -> str:
@@ -213,9 +166,9 @@ def _pictures(idata: xr.DataTree, shape: tuple[int, ...], count: int = 20) -> st
     tall = len(lines) * (0.1 + 7.4 * height / (count * width))
     figure = Figure(figsize=(8.6, 0.35 + tall), layout="constrained")
     for axis, (name, images) in zip(figure.subplots(len(lines), 1), lines, strict=True):
-        _grid(axis, images, shape, count)
+        sheet(axis, images, shape, count)
         axis.set_ylabel(name, rotation=0, ha="right", va="center", fontsize=8)
-    return _address(figure, "png")
+    return address(figure, "png")
 
 
 def _prior(idata: xr.DataTree, shape: tuple[int, ...]) -> str:
@@ -232,6 +185,6 @@ def _side_by_side(panels: dict[str, np.ndarray], shape: tuple[int, ...]) -> str:
     tall = 8.4 / len(panels) * lines * height / (per_line * width)
     figure = Figure(figsize=(8.6, 0.4 + min(max(tall, 1.0), 6.0)), layout="constrained")
     for axis, (name, images) in zip(np.atleast_1d(figure.subplots(1, len(panels))), panels.items(), strict=True):
-        _grid(axis, images, shape, per_line)
+        sheet(axis, images, shape, per_line)
         axis.set_title(name, fontsize=9)
-    return _address(figure, "png")
+    return address(figure, "png")
