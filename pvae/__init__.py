@@ -34,6 +34,7 @@ MODULES = (
     "guides",
     "health",
     "hmc",
+    "latent_panels",
     "ledger",
     "likelihoods",
     "missing",

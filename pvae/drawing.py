@@ -10,11 +10,13 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-__all__ = ["COLOURS", "GREY", "STYLE", "address", "digits_of", "framed", "sheet"]
+__all__ = ["COLOURS", "GREY", "SMALL", "STYLE", "address", "array", "digits_of", "framed", "sheet"]
 
 # Okabe and Ito's colours, which people with any colour vision tell apart; yellow, too pale for lines, comes last.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000", "#F0E442")
 GREY = "#999999"
+# Legends.
+SMALL: Any = {"frameon": False, "fontsize": 8}
 STYLE: Any = {
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -30,6 +32,11 @@ def address(figure: Figure, kind: str) -> str:
     figure.savefig(file, format=kind, dpi=160, bbox_inches="tight", metadata={"Date": None} if kind == "svg" else None)
     media = {"svg": "image/svg+xml", "png": "image/png"}[kind]
     return f"data:{media};base64,{base64.b64encode(file.getvalue()).decode()}"
+
+
+def array(part: Any, name: str) -> np.ndarray:
+    """A tensor of a part as an array of doubles."""
+    return np.asarray(getattr(part, name).detach().cpu().double())
 
 
 def framed(columns: int, width: float = 8.6, height: float = 3.2) -> tuple[Figure, list[Axes]]:

@@ -55,7 +55,7 @@ class Health:
         ks, ks_p: Kolmogorov-Smirnov distance of q(u_d) and p(u_d), [D], and its p-value adjusted for D of them.
         holes, holes_se: share of prior draws farther from every encoding than 99% of other rows' encodings are: about
             0.01 where there are none.
-        codes, prior: draws of q(u), one a row, and of p(u), [M, D] each, M at most 1000.
+        codes, prior: draws of q(u), one a row and in the rows' order, and of p(u), [M, D] each, M at most 1000.
         means: :math:`E_q u`, [N, D].
     """
 
@@ -144,7 +144,9 @@ def latent_health(
         lam = encoded.lam[rows]
         codes = guide.family(lam).sample()
         found = _of_rows(encoded) | _shared(guide, some, lam, codes) | _compared(codes, prior, permutations)
-    return Health(**found, codes=codes[:CODES], prior=prior[:CODES], means=encoded.means)
+    # In the rows' order again, so that labels go with codes.
+    codes = codes[:CODES][rows[:CODES].argsort()]
+    return Health(**found, codes=codes, prior=prior[:CODES], means=encoded.means)
 
 
 class _Encoded(NamedTuple):
