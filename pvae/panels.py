@@ -159,7 +159,8 @@ def _k_histogram(axis: Axes, values: dict[str, np.ndarray]) -> None:
         axis.text(centre, 1.01, word, transform=axis.get_xaxis_transform(), ha="center", va="bottom", fontsize=8)
     axis.set(xlabel="k-hat of a row's importance weights", ylabel="rows", xlim=(low, high))
     axis.yaxis.set_major_locator(MaxNLocator(integer=True))
-    axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=2, **SMALL)
+    noted = bool(np.any((every == -np.inf) | (every > high)))
+    axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=1 if noted else 2, **SMALL)
 
 
 def _pictured(figure: Any, images: np.ndarray, k: np.ndarray) -> None:
@@ -194,10 +195,11 @@ def _reference(found: Mapping[str, Any], shape: tuple[int, ...]) -> str | None:
         coverage.errorbar(
             at, [100 * s.mean() for s in share], [100 * e for e in errors], fmt="none", ecolor="black", lw=1
         )
-    _logarithmic(spreads)
+    spreads.set(xscale="log", yscale="log")
     for axis, what in ((means, "mean"), (spreads, "sd")):
         _diagonal(axis)
         axis.set(xlabel=f"{what} by HMC ({unit})", ylabel=f"{what} of q ({unit})")
+    _plain_ticks(spreads)
     coverage.hlines([50, 90], [-0.45, 0.55], [0.45, 1.45], color="black", lw=1.2, ls="--", label="nominal")
     coverage.set_xticks([0, 1], ["50% intervals", "90% intervals"])
     coverage.set(ylabel="chains' draws inside (%)", ylim=(0, 105))
@@ -208,11 +210,11 @@ def _reference(found: Mapping[str, Any], shape: tuple[int, ...]) -> str | None:
     return address(figure, "png" if sum(p.mean.numel() for p in parts.values()) > 1000 else "svg")
 
 
-def _logarithmic(axis: Axes) -> None:
-    """Logarithmic axes with few ticks, written as plain numbers."""
-    axis.set(xscale="log", yscale="log")
+def _plain_ticks(axis: Axes) -> None:
+    """Few ticks on logarithmic axes, written as plain numbers."""
+    low, high = axis.get_xlim()
     for line in (axis.xaxis, axis.yaxis):
-        line.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=5))
+        line.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=5) if high > 8 * low else MaxNLocator(4))
         line.set_major_formatter("{x:g}")
         line.set_minor_formatter(NullFormatter())
 
