@@ -35,11 +35,11 @@ UNITS = {"ess": "draws", "k_hat": "1"}
 NOTES = {
     "posterior": "draws from the guide q(z|x), which stands for the posterior",
     "posterior_predictive": "x: draws of p(x|z) at draws from the guide, for the row that z was inferred from",
-    "log_likelihood": "log p(x|z) at the row's own latents: loo on it does not estimate the density of new rows",
+    "log_likelihood": "log p(x|z) at draws of the row's own z from q; log p(x) of a row is evidence in the group test",
     "sample_stats": "log_weight: log p(x, z) - log q(z|x) in nats; the rest as in the group test",
     "prior": "draws of the latents by the program alone",
     "prior_predictive": "x: draws of p(x|z) at the latents of the group prior, draw by draw",
-    "means": "means of p(x|z): at one draw from the guide, and at draws from the prior",
+    "means": "means of p(x|z): x at one draw from the guide, prior_x at draws from the prior",
 }
 
 
@@ -149,8 +149,8 @@ def tree(variants: dict[str, Draws], x: Tensor, labels: Tensor | None, attribute
         "observed_data": {"x": (("row", "value"), _compact(_array(x[:, :width])))},
         "constant_data": {} if labels is None else {"label": (("row",), _array(labels))},
         "means": {
-            "posterior": (("variant", "row", "value"), np.stack([_array(mean) for mean in means])),
-            "prior": (("variant", "draw", "value"), np.stack([_array(d.prior_mean) for d in each])),
+            "x": (("variant", "row", "value"), np.stack([_array(mean) for mean in means])),
+            "prior_x": (("variant", "draw", "value"), np.stack([_array(d.prior_mean) for d in each])),
         },
     }
     if x.shape[1] > width:
@@ -278,7 +278,10 @@ def load(folder: Path, group: int = 1) -> xr.DataTree:
     """
     try:
         with xr.open_datatree(folder / file(group), engine="h5netcdf") as found:
-            return found.load()
+            for node in found.subtree:  # DataTree.load leaves a variable out that is named as a group is
+                for variable in node.variables.values():
+                    variable.load()
+            return found
     except FileNotFoundError:
         raise UserError(f"{folder} has no {file(group)}; pvae evaluate {folder} writes it") from None
     except (OSError, ValueError) as error:

@@ -155,7 +155,7 @@ def _scatter(idata: xr.DataTree, amortized: str) -> str:
 def _pictures(idata: xr.DataTree, shape: tuple[int, ...], count: int = 20) -> str:
     """Originals, and below them each variant's reconstruction."""
     originals = idata["observed_data"]["x"].to_numpy()[:count, : int(np.prod(shape))]  # a label comes last
-    found = idata["means"]["posterior"]
+    found = idata["means"]["x"]
     lines = [
         ("original", originals),
         *((str(v), found.sel(variant=v).to_numpy()[:count]) for v in found.variant.to_numpy()),
@@ -173,7 +173,7 @@ def _pictures(idata: xr.DataTree, shape: tuple[int, ...], count: int = 20) -> st
 
 def _prior(idata: xr.DataTree, shape: tuple[int, ...]) -> str:
     """Means of x at draws from the prior, for each variant."""
-    found = idata["means"]["prior"]
+    found = idata["means"]["prior_x"]
     return _side_by_side({str(v): found.sel(variant=v).to_numpy() for v in found.variant.to_numpy()}, shape)
 
 
