@@ -60,6 +60,15 @@ class Family(nn.Module):
         """The lam [P] from which a datapoint's own fit starts."""
         return torch.zeros(self.size)
 
+    def around(self, mean: Tensor, log_scale: Tensor) -> Tensor:
+        """The lam [..., P] nearest to independent normals of this mean and log scale [..., D]; else the initial one."""
+        return self.initial().to(mean).expand(*mean.shape[:-1], -1)
+
+    def _with_normals(self, mean: Tensor, log_scale: Tensor) -> Tensor:
+        """The initial lam with its first entries replaced, where these are (mean, log scale)."""
+        rest = self.initial()[2 * self.dim :].to(mean)
+        return torch.cat([mean, log_scale, rest.expand(*mean.shape[:-1], -1)], -1)
+
     def natural(self, lam: Tensor, gradient: Tensor) -> Tensor:
         r"""Natural gradient :math:`F(\lambda)^{-1} g`, F the Fisher information of q; g itself where F is unknown."""
         return gradient
@@ -81,6 +90,9 @@ class DiagonalNormal(Family):
     def __init__(self, dim: int) -> None:
         super().__init__(dim)
         self.size = 2 * dim
+
+    def around(self, mean: Tensor, log_scale: Tensor) -> Tensor:
+        return self._with_normals(mean, log_scale)
 
     def forward(self, lam: Tensor) -> dist.TorchDistribution:
         mean, log_scale = lam.chunk(2, -1)
@@ -110,6 +122,9 @@ class Delta(Family):
         super().__init__(dim)
         self.size = dim
 
+    def around(self, mean: Tensor, log_scale: Tensor) -> Tensor:
+        return mean
+
     def forward(self, lam: Tensor) -> dist.TorchDistribution:
         return dist.Delta(lam, event_dim=1)
 
@@ -137,6 +152,9 @@ class LowRankNormal(Family):
             raise UserError(f"LowRankNormal: rank is {rank}, but it must be at least 1")
         self.rank = min(rank, dim)
         self.size = dim * (2 + self.rank)
+
+    def around(self, mean: Tensor, log_scale: Tensor) -> Tensor:
+        return self._with_normals(mean, log_scale)
 
     def forward(self, lam: Tensor) -> dist.TorchDistribution:
         mean, log_scale, factor = lam.split([self.dim, self.dim, self.dim * self.rank], -1)
@@ -166,6 +184,9 @@ class FullRankNormal(Family):
         super().__init__(dim)
         self.size = dim + dim * (dim + 1) // 2
         self.register_buffer("below", torch.tril_indices(dim, dim, -1), persistent=False)
+
+    def around(self, mean: Tensor, log_scale: Tensor) -> Tensor:
+        return self._with_normals(mean, log_scale)
 
     def forward(self, lam: Tensor) -> dist.TorchDistribution:
         return dist.MultivariateNormal(lam[..., : self.dim], scale_tril=self._factor(lam))
@@ -219,6 +240,14 @@ class MixtureOfNormals(Family):
         self.components = components
         self.size = components * (1 + 2 * dim)
 
+    def around(self, mean: Tensor, log_scale: Tensor) -> Tensor:
+        # The components a little apart: at one place they would stay together.
+        apart = well_spread(self.components, self.dim).to(mean) / 2
+        means = mean.unsqueeze(-2) + log_scale.exp().unsqueeze(-2) * apart
+        weights = mean.new_zeros(*mean.shape[:-1], self.components)
+        log_scales = log_scale.unsqueeze(-2).expand_as(means)
+        return torch.cat([weights, means.flatten(-2), log_scales.flatten(-2)], -1)
+
     def forward(self, lam: Tensor) -> dist.TorchDistribution:
         logits, normals = lam.split([self.components, self.size - self.components], -1)
         means, log_scales = normals.unflatten(-1, (2, self.components, self.dim)).unbind(-3)
@@ -262,6 +291,9 @@ class FlowFamily(Family):
             raise UserError(f"FlowFamily: context is {context}, but it must be at least 1")
         self.size = 2 * dim + context
         self.transform = spline(dim, context, transforms=transforms, hidden=hidden, bins=bins)
+
+    def around(self, mean: Tensor, log_scale: Tensor) -> Tensor:
+        return self._with_normals(mean, log_scale)
 
     def forward(self, lam: Tensor) -> dist.TorchDistribution:
         mean, log_scale, context = lam.split([self.dim, self.dim, self.size - 2 * self.dim], -1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, TypeVar
@@ -61,12 +61,20 @@ class Ledger:
         """The part of this name: read if it is there and whole, else computed and written."""
         if self.folder is None:
             return compute()
+        names = {field.name for field in fields(kind)}  # type: ignore[arg-type]
+        return kind(**self.tensors(name, lambda: vars(compute()), names))
+
+    def tensors(
+        self, name: str, compute: Callable[[], Mapping[str, Any]], names: Collection[str] | None = None
+    ) -> dict[str, Tensor]:
+        """Likewise a part that is tensors by name, of these names where they are known, on the CPU once it is kept."""
+        if self.folder is None:
+            return dict(compute())
         path = self.folder / f"{name}.safetensors"
         found = _read(path, self.key)
-        if found is not None and found.keys() == {field.name for field in fields(kind)}:  # type: ignore[arg-type]
-            return kind(**found)
-        made = vars(compute())
-        tensors = {field: torch.as_tensor(value).detach().cpu().contiguous() for field, value in made.items()}
+        if found is not None and (names is None or found.keys() == set(names)):
+            return found
+        tensors = {key: torch.as_tensor(value).detach().cpu().contiguous() for key, value in compute().items()}
         with replacing(path) as temporary:
             save_file(tensors, temporary, metadata={"key": self.key})
-        return kind(**tensors)
+        return tensors

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import functools
+import sys
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import pyro
 import torch
@@ -15,9 +16,82 @@ from torch import Tensor, nn
 
 from pvae.errors import UserError, nearest
 
-__all__ = ["LocalModule", "local_method", "mark", "module_of", "pick_device", "seeded", "unchecked"]
+__all__ = [
+    "LocalModule",
+    "RandomState",
+    "in_pieces",
+    "local_method",
+    "mark",
+    "module_of",
+    "pick_device",
+    "seeded",
+    "unchecked",
+]
 
 DEVICES = ("auto", "cpu", "cuda")
+
+Piece = TypeVar("Piece")
+
+
+class RandomState:
+    """Where the random streams of all devices in use stand; ``restore`` takes them back there.
+
+    >>> here = RandomState(); a = torch.rand(1)
+    >>> here.restore(); bool(a == torch.rand(1))
+    True
+    """
+
+    def __init__(self) -> None:
+        self.cpu = torch.get_rng_state()
+        self.cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+
+    def restore(self) -> None:
+        """Let the next draws be those that followed when this was made."""
+        torch.set_rng_state(self.cpu)
+        if self.cuda:
+            torch.cuda.set_rng_state_all(self.cuda)
+
+
+def in_pieces(compute: Callable[[slice], Piece], total: int, size: int, what: str) -> Iterator[Piece]:
+    """Apply a function to slices of a range, smaller ones where the device has no memory for so much at once.
+
+    Arguments:
+        compute: a slice to what is made of it; it may be called again, on the first half, with the random stream
+            where it was.
+        total: end of the range.
+        size: of a slice, at most.
+        what: the range counts, in the plural, for the line on standard error that tells of a smaller size.
+
+    Raises:
+        torch.OutOfMemoryError: a single one is too much.
+
+    >>> list(in_pieces(lambda part: (part.start, part.stop), 5, 2, "rows"))
+    [(0, 2), (2, 4), (4, 5)]
+    """
+    start, wanted = 0, size
+    while start < total:
+        part, before, made = slice(start, min(start + size, total)), RandomState(), None
+        try:
+            made = (compute(part),)
+        except torch.OutOfMemoryError:
+            if part.stop - part.start == 1:
+                raise
+        if made is None:  # here the error is gone, and with it the tensors that its frames held
+            before.restore()
+            torch.cuda.empty_cache()
+            size = (part.stop - part.start) // 2
+            continue
+        if size < wanted:
+            say_once(f"the device is out of memory: going on with {size} instead of {wanted} {what} at a time")
+            wanted = size
+        yield made[0]
+        start = part.stop
+
+
+@functools.cache
+def say_once(line: str) -> None:
+    """Write a line to standard error, the first time that it is said."""
+    print(line, file=sys.stderr, flush=True)
 
 
 @contextmanager

@@ -13,16 +13,24 @@ __all__ = [
     "Estimate",
     "bootstrap",
     "chain_ess",
+    "draws_needed",
     "effective_sample_size",
     "holm",
     "k_hat",
+    "k_hat_of_tail",
+    "k_hat_threshold",
     "log_mean_exp",
     "log_mean_exp_se",
     "mean_se",
     "number",
     "r_hat",
+    "tail_length",
     "uniform_p",
 ]
+
+
+# k-hat beyond which no number of draws that one can afford makes importance weights reliable.
+UNRELIABLE = 0.7
 
 
 class Estimate(NamedTuple):
@@ -49,11 +57,13 @@ def mean_se(values: Tensor) -> Estimate:
 
 
 def number(estimate: Estimate) -> str:
-    """A mean with its standard error, with as many digits as the error bears out.
+    """A mean with its standard error, with as many digits as the error bears out; alone where it has none.
 
     >>> number(Estimate(-16.8912, 0.0312))
     '-16.89 ± 0.03'
     """
+    if not math.isfinite(estimate.se):
+        return f"{estimate.mean:.2g}"
     digits = 1 if estimate.se >= 0.3 else 2 if estimate.se >= 0.01 else 3
     return f"{estimate.mean:z.{digits}f} ± {estimate.se:.{digits}f}"
 
@@ -126,7 +136,7 @@ def k_hat(log_w: Tensor) -> Tensor:
 
     Returns:
         k-hat; below 0.5 the weights have a variance, above 0.7 no number of draws that one can afford is enough, and
-        importance sampling from q is not to be trusted. -inf where all weights are equal.
+        importance sampling from q is not to be trusted. -inf where the largest weights are equal.
 
     Source: Vehtari, Simpson, Gelman, Yao, Gabry (2024), *Pareto Smoothed Importance Sampling*, arXiv:1507.02646;
     computed by arviz-stats.
@@ -134,14 +144,71 @@ def k_hat(log_w: Tensor) -> Tensor:
     >>> k_hat(torch.zeros(100, 2))
     tensor([-inf, -inf])
     """
+    return k_hat_of_tail(log_w.topk(tail_length(len(log_w)) + 1, 0).values, len(log_w))
+
+
+def tail_length(K: int) -> int:
+    r"""How many of K draws' largest weights make the tail, :math:`\lfloor \min(K / 5, 3 \sqrt K) \rfloor`.
+
+    >>> tail_length(100), tail_length(10_000)
+    (20, 300)
+    """
+    return min(K // 5, math.isqrt(9 * K))
+
+
+def k_hat_of_tail(top: Tensor, K: int) -> Tensor:
+    """:func:`k_hat` from the largest log weights alone.
+
+    Arguments:
+        top: the ``tail_length(K) + 1`` largest log weights [M + 1, B] of K draws, at least 25.
+        K: the number of draws.
+    """
     from arviz_stats.base import array_stats
 
-    def one(column: np.ndarray) -> float:
-        if np.ptp(column) < 1e-6:  # a constant has no tail
-            return -math.inf
-        return float(array_stats.psislw(-column)[1])  # it takes log likelihoods, whose inverses are the weights
+    # It is told the number of draws by the length of what it gets, and takes K / r_eff for it in longer tails: that
+    # spares K - 15 sqrt(K) numbers. The hundredth keeps rounding from taking one off where 3 sqrt(K) is whole.
+    length = min(K, 16 + 15 * math.isqrt(K))
+    r_eff = length / (K + 0.01) if length < K else 1.0
 
-    return torch.tensor([one(column) for column in log_w.detach().double().cpu().numpy().T], dtype=log_w.dtype)
+    def one(tail: np.ndarray) -> float:
+        if not np.isfinite(tail.max()):
+            return math.nan
+        weights = np.exp(tail - tail.max())
+        if np.ptp(tail) < 1e-6:  # a constant has no tail
+            return -math.inf
+        if weights[len(tail) - 1 - int(len(tail) / 4 + 0.25)] == weights[-1]:
+            # The fit measures by the tail's lower quartile. Ties there are rounding, or weights that leave a double.
+            return -math.inf if np.ptp(tail) < 700 else math.inf
+        padded = np.full(length, tail.min())
+        padded[: len(tail)] = tail
+        return float(array_stats.psislw(-padded, r_eff=r_eff)[1])  # it takes log likelihoods: weights are inverses
+
+    return torch.tensor([one(tail) for tail in top.detach().double().cpu().numpy().T], dtype=top.dtype)
+
+
+def k_hat_threshold(K: int) -> float:
+    r"""k-hat up to which K draws give a dependable estimate, :math:`\min(1 - 1 / \log_{10} K, 0.7)`.
+
+    Source: as :func:`k_hat`.
+
+    >>> k_hat_threshold(100), k_hat_threshold(100_000)
+    (0.5, 0.7)
+    """
+    return min(1 - 1 / math.log10(K), 0.7) if K > 1 else -math.inf
+
+
+def draws_needed(k: Tensor) -> Tensor:
+    r"""Number of draws from which an estimate with this k-hat is dependable, :math:`10^{1 / (1 - \max(k, 0))}`.
+
+    Beyond 0.7 it grows past what one can afford (2,154 draws at 0.7, 10^10 at 0.9); infinite from 1 on.
+
+    Source: as :func:`k_hat`.
+
+    >>> draws_needed(torch.tensor([-0.2, 0.5, 1.1]))
+    tensor([ 10., 100.,  inf])
+    """
+    k = k.double().clamp(min=0)
+    return torch.where(k < 1, 10 ** (1 / (1 - k)), torch.inf).float()
 
 
 def r_hat(draws: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,8 +16,9 @@ from torch import Tensor
 from torch.distributions import kl_divergence
 
 from pvae.errors import Refused, UserError
+from pvae.runtime import RandomState, in_pieces
 
-__all__ = ["LogWeights", "Program", "draw", "elbo", "log_weights", "random_sites"]
+__all__ = ["LogWeights", "Program", "draw", "elbo", "log_weights", "random_sites", "stream"]
 
 Program = Callable[..., Any]
 Site = dict[str, Any]
@@ -81,11 +82,9 @@ def log_weights(
     Raises:
         UserError: K below 1, or a program that is not of this form; the message names the site.
     """
-    if K < 1:
-        raise UserError(f"K is {K}, but at least 1 draw is needed")
     parts = [
-        draw(model, guide, x, index, size, max_plate_nesting=max_plate_nesting, keep_latents=keep_latents)
-        for size in _chunks(K, max(1, ROWS_PER_PASS // max(1, len(x))))
+        w
+        for (w,) in stream(model, [guide], x, index, K, max_plate_nesting=max_plate_nesting, keep_latents=keep_latents)
     ]
     if len(parts) == 1:
         return parts[0]
@@ -93,7 +92,48 @@ def log_weights(
         torch.cat(p) for p in zip(*((p.log_lik, p.log_prior, p.log_q) for p in parts), strict=True)
     )
     latents = {name: torch.cat([p.latents[name] for p in parts]) for name in parts[0].latents}
-    return LogWeights(log_lik, log_prior, log_q, latents, parts[0].scale)
+    return LogWeights(log_lik, log_prior, log_q, latents, parts[0].scale, parts[0].point_mass)
+
+
+def stream(
+    model: Program,
+    guides: Sequence[Program],
+    x: Tensor,
+    index: Tensor | None = None,
+    K: int = 1,
+    *,
+    max_plate_nesting: int = 1,
+    keep_latents: bool = False,
+) -> Iterator[tuple[LogWeights, ...]]:
+    """The K draws of :func:`log_weights` chunk by chunk, in memory that K does not change.
+
+    Arguments:
+        guides: one or several; each sees the same random numbers, so that two of one family are compared without
+            their noise. The next chunk goes on where the first guide's stream ended.
+
+    Returns:
+        The guides' log-weights [k, B] of one chunk after the other, k adding up to K. Where the device has no memory
+        for a chunk it is halved, and so are those that follow.
+
+    Raises:
+        UserError: as :func:`log_weights`.
+        torch.OutOfMemoryError: not even one draw for each of these rows fits.
+    """
+    if K < 1:
+        raise UserError(f"K is {K}, but at least 1 draw is needed")
+
+    def chunk(part: slice) -> tuple[LogWeights, ...]:
+        size, before, found = part.stop - part.start, RandomState(), list[LogWeights]()
+        after = before
+        for guide in guides:
+            before.restore()
+            own = draw(model, guide, x, index, size, max_plate_nesting=max_plate_nesting, keep_latents=keep_latents)
+            after = after if found else RandomState()
+            found.append(own)
+        after.restore()
+        return tuple(found)
+
+    yield from in_pieces(chunk, K, max(1, ROWS_PER_PASS // max(1, len(x))), "draws for each row")
 
 
 def elbo(
@@ -105,11 +145,6 @@ def elbo(
     """
     w = log_weights(model, guide, x, index, K)
     return (w.log_lik + kl_weight * (w.log_prior - w.log_q)).mean(0)
-
-
-def _chunks(total: int, size: int) -> Iterator[int]:
-    for start in range(0, total, size):
-        yield min(size, total - start)
 
 
 def draw(

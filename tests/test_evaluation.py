@@ -10,11 +10,20 @@ import torch
 from oracles import LinearGaussian
 from torch import Tensor, nn
 
-from pvae import evaluation
+from pvae import evaluation, runtime
 from pvae.errors import UserError
-from pvae.evaluation import Budget, Evaluation, bounds, evaluate, reconstruct, refinement_curve, sample
-from pvae.families import Delta, DiagonalNormal
-from pvae.guides import Amortized, PerDatapoint, local_bound
+from pvae.evaluation import (
+    Budget,
+    Evaluation,
+    bounds,
+    evaluate,
+    reconstruct,
+    refinement_curve,
+    sample,
+)
+from pvae.families import Delta, DiagonalNormal, FullRankNormal
+from pvae.guides import Amortized, Guide, PerDatapoint, local_bound
+from pvae.ledger import Ledger
 from pvae.stats import mean_se
 
 B, LATENT, COLUMNS = 200, 2, 5
@@ -37,7 +46,7 @@ class Beside(nn.Module):
 
     def __init__(self, oracle, aside):
         super().__init__()
-        self.best, self.aside = oracle.best, torch.tensor(aside)
+        self.best, self.aside = oracle.best, torch.as_tensor(aside)
 
     def forward(self, x):
         return self.best(x) + self.aside
@@ -148,7 +157,7 @@ def test_the_exact_posterior_loses_nothing(oracle):
 def test_bounds_are_those_of_evaluate(oracle):
     x, guide = oracle.sample(20), amortized(oracle)
     found, alone = evaluate(oracle.model, guide, x, budget=Budget(50, 5)), bounds(oracle.model, guide, x, K=50)
-    assert alone.values.keys() == {"elbo", "iwae", "kl", "reconstruction"}
+    assert alone.values.keys() == {"elbo", "elbo_se", "iwae", "iwae_se", "kl", "reconstruction", "ess", "k_hat"}
     assert all(torch.equal(values, found.values[name]) for name, values in alone.values.items())
     assert alone.K == found.K == 50
 
@@ -220,6 +229,134 @@ def test_more_draws_tighten_iwae_and_leave_the_elbo(oracle):
     gain, same = mean_se(many["iwae"] - few["iwae"]), mean_se(many["elbo"] - few["elbo"])
     assert gain.mean > 4 * gain.se  # 0.7 nats at a standard error of 0.08
     assert abs(same.mean) < 4 * same.se
+
+
+# Signs
+
+
+def test_a_negative_gap_is_reported_as_it_is(monkeypatch):
+    oracle = LinearGaussian(LATENT, COLUMNS)
+    monkeypatch.setattr(
+        evaluation, "best", lambda model, guide, rows, K, steps: (rows.lam + 1, torch.zeros(len(rows.x)))
+    )
+    found = evaluate(oracle.model, amortized(oracle, "best"), oracle.sample(20), budget=Budget(50, 1))
+    assert (found.values["amortization_gap"] < -0.5).all()
+    low, high = found.intervals()["amortization_gap"]
+    assert low < found.summary()["amortization_gap"].mean < high < 0
+
+
+# Importance weights
+
+
+class Scaled(Guide):
+    """The exact posterior with its standard deviations times a factor."""
+
+    def __init__(self, oracle, factor):
+        super().__init__(FullRankNormal(len(oracle.covariance)))
+        self.oracle, self.factor = oracle, factor
+
+    def params(self, x, index=None):
+        root = torch.linalg.cholesky(self.oracle.covariance) * self.factor
+        rest = torch.cat([root.diag().log(), root[tuple(self.family.below)]])
+        return torch.cat([self.oracle.mean(x), rest.expand(len(x), -1)], -1).to(x.dtype)
+
+
+@pytest.mark.parametrize("factor", [0.5, 0.33])
+def test_k_hat_of_a_narrowed_gaussian_has_its_closed_form(factor):
+    # In two dimensions the weights of a posterior narrowed by s have exactly a Pareto tail of k = 1 - s^2. The fit's
+    # prior counts as 10 of 300 draws with k = 0.5. Standard error over rows 0.009 (measured).
+    oracle, K, tail = LinearGaussian(2, 5), 10_000, 300
+    found = bounds(oracle.model, Scaled(oracle, factor), oracle.sample(100), K=K).values["k_hat"]
+    off = mean_se(found - (tail * (1 - factor**2) + 5) / (tail + 10))
+    assert abs(off.mean) < 4 * off.se
+    assert off.se < 0.012
+
+
+def test_k_hat_is_small_for_the_exact_and_for_a_widened_guide(oracle):
+    x = oracle.sample(100)
+    for factor in (1.0, 1.5):
+        assert bounds(oracle.model, Scaled(oracle, factor), x, K=1000).values["k_hat"].max() < 0.5
+
+
+def test_ess_has_its_closed_form(oracle):
+    # Each direction of a posterior widened by s: (E w)^2 / E w^2 = sqrt(2 s^2 - 1) / s^2.
+    s, K = 1.5, 2000
+    found = bounds(oracle.model, Scaled(oracle, s), oracle.sample(100), K=K).values["ess"] / K
+    off = mean_se(found - (2 * s**2 - 1) / s**4)  # standard error 0.0007
+    assert abs(off.mean) < 4 * off.se + 1 / K
+
+
+@pytest.mark.parametrize("name", ["elbo", "iwae"])
+def test_the_noise_of_a_rows_bound_is_what_it_says(oracle, name):
+    x = oracle.sample(1).repeat(400, 1)
+    found = bounds(oracle.model, Scaled(oracle, 1.3), x, K=500).values
+    ratio = found[f"{name}_se"].mean() / found[name].std()
+    assert ratio.item() == pytest.approx(1, abs=4 / (2 * 399) ** 0.5)  # 4 standard errors
+
+
+def test_too_few_draws_have_no_k_hat(oracle):
+    assert "k_hat" not in bounds(oracle.model, amortized(oracle), oracle.sample(3), K=24).values
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"K": 0}, "K is 0"),
+        ({"steps": -1}, "steps is -1"),
+        ({"temperatures": -1}, "temperatures is -1"),
+        ({"chains": 0}, "chains is 0"),
+        ({"schedule": "sigmoids"}, "unknown schedule 'sigmoids'"),
+        ({"start": "posterior"}, "unknown start 'posterior'"),
+    ],
+)
+def test_a_budget_that_buys_nothing_is_refused(wrong, message):
+    with pytest.raises(UserError, match=message):
+        Budget(**wrong)
+
+
+# Parts that are kept
+
+
+def test_an_evaluation_goes_on_where_it_stopped(oracle, monkeypatch, tmp_path):
+    monkeypatch.setattr(evaluation, "ROWS", 4)
+    x, guide, budget = oracle.sample(10), amortized(oracle), Budget(30, 2)
+    whole, done = evaluate(oracle.model, guide, x, budget=budget), []
+
+    def stop(rows):
+        done.append(rows)
+        if len(done) == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(oracle.model, guide, x, budget=budget, ledger=Ledger(tmp_path, {}), prefix="test", progress=stop)
+    names = ["test-000000-000004", "test-000004-000008"]
+    assert sorted(path.stem for path in tmp_path.iterdir()) == names
+    searched = []
+    best = evaluation.best
+    monkeypatch.setattr(evaluation, "best", lambda *args: searched.append(len(args[2].x)) or best(*args))
+    again = evaluate(oracle.model, guide, x, budget=budget, ledger=Ledger(tmp_path, {}), prefix="test")
+    assert searched == [2]
+    assert equal(whole, again)
+
+
+def test_rows_that_do_not_fit_are_halved(oracle, capsys):
+    runtime.say_once.cache_clear()
+    x, guide, sizes = oracle.sample(100), amortized(oracle), []
+
+    class Small(nn.Module):
+        def forward(self, x, index=None):
+            sizes.append(len(x))
+            if len(x) > 30:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            oracle.model(x, index)
+
+    found = bounds(Small(), guide, x, K=400).values
+    assert found["elbo"].shape == (100,)
+    off = mean_se(found["elbo"] - oracle.elbo(guide.params(x), x))  # standard error 0.006 nats
+    assert abs(off.mean) < 4 * off.se
+    said = capsys.readouterr().err.splitlines()
+    assert said == ["the device is out of memory: going on with 25 instead of 250 rows at a time"]
+    runtime.say_once.cache_clear()
 
 
 # Refinement

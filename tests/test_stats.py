@@ -6,7 +6,15 @@ import numpy as np
 import pytest
 import torch
 
-from pvae.stats import effective_sample_size, log_mean_exp, log_mean_exp_se, mean_se
+from pvae.stats import (
+    draws_needed,
+    effective_sample_size,
+    k_hat,
+    k_hat_threshold,
+    log_mean_exp,
+    log_mean_exp_se,
+    mean_se,
+)
 
 
 @pytest.fixture
@@ -83,3 +91,39 @@ def test_effective_sample_size_is_kishs_and_between_1_and_K(spread):
 def test_effective_sample_size_does_not_feel_a_shift_in_float32(shift):
     equal = torch.full((1000,), shift)
     assert effective_sample_size(equal).item() == pytest.approx(1000, rel=1e-5)
+
+
+@pytest.mark.parametrize("K", [25, 100, 225, 226, 400, 900, 5000, 10_000])
+def test_k_hat_needs_the_tail_alone(K):
+    from arviz_stats.base import array_stats
+
+    log_w = 2 * torch.randn(K, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    whole = [float(array_stats.psislw(-column)[1]) for column in log_w.numpy().T]
+    assert k_hat(log_w).tolist() == pytest.approx(whole, rel=1e-12)
+
+
+@pytest.mark.parametrize("k", [0.2, 0.5, 0.75, 0.9])
+def test_k_hat_is_the_shape_of_a_pareto_tail(k):
+    K, tail = 10_000, 300
+    u = torch.rand(K, 200, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    found = mean_se(k_hat(-k * u.log()))  # weights u^-k; standard error 0.005
+    # The fit's prior counts as 10 draws of k = 0.5.
+    assert abs(found.mean - (tail * k + 5) / (tail + 10)) < 5 * found.se
+
+
+def test_k_hat_of_what_is_not_a_number_is_none():
+    assert k_hat(torch.full((30, 1), math.nan)).isnan().all()
+    assert k_hat(torch.full((30, 1), -math.inf)).isnan().all()
+
+
+def test_k_hat_of_weights_equal_but_for_rounding_and_of_weights_beyond_a_double():
+    equal = torch.where(torch.arange(1000) % 10 > 0, 0.0, -1e-5).unsqueeze(-1)
+    assert k_hat(equal).item() == -math.inf
+    assert k_hat(-1000.0 * torch.arange(1000.0).unsqueeze(-1)).item() == math.inf
+
+
+def test_draws_needed_and_the_threshold_are_inverse():
+    for K in (10, 100, 1000):
+        assert draws_needed(torch.tensor(k_hat_threshold(K))).item() == pytest.approx(K, rel=1e-4)
+    assert k_hat_threshold(10**6) == 0.7
+    assert draws_needed(torch.tensor([1.0, 2.0])).tolist() == [math.inf] * 2

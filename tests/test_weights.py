@@ -10,13 +10,13 @@ from oracles import LinearGaussian
 from pyro import poutine
 from torch.distributions import Gamma, LogNormal, Normal
 
-from pvae import weights
+from pvae import runtime, weights
 from pvae.errors import UserError
 from pvae.families import DiagonalNormal
 from pvae.guides import given
 from pvae.runtime import seeded
 from pvae.stats import log_mean_exp
-from pvae.weights import elbo, log_weights
+from pvae.weights import elbo, log_weights, stream
 
 
 @pytest.fixture
@@ -272,3 +272,92 @@ def test_programs_without_weights_are_refused_in_one_line(model, guide, message,
 def test_no_draw_is_refused(oracle, K):
     with pytest.raises(UserError, match=f"K is {K}, but at least 1 draw"):
         log_weights(oracle.model, oracle.posterior, oracle.sample(3), K=K)
+
+
+def test_a_stream_is_the_log_weights_in_chunks(oracle, monkeypatch):
+    monkeypatch.setattr(weights, "ROWS_PER_PASS", 70)
+    x = oracle.sample(10)
+    guide, _ = diagonal(oracle, x)
+    with seeded(11):
+        whole = log_weights(oracle.model, guide, x, K=20)
+    with seeded(11):
+        parts = [w for (w,) in stream(oracle.model, [guide], x, K=20)]
+    assert [len(part.log_q) for part in parts] == [7, 7, 6]
+    for name in ("log_lik", "log_prior", "log_q"):
+        assert torch.equal(torch.cat([getattr(part, name) for part in parts]), getattr(whole, name))
+
+
+def test_guides_of_one_stream_see_the_same_noise(oracle, monkeypatch):
+    monkeypatch.setattr(weights, "ROWS_PER_PASS", 70)
+    x = oracle.sample(10)
+    (one, lam), (two, wide) = diagonal(oracle, x), diagonal(oracle, x, widen=0.4)
+    with seeded(12):
+        both = list(stream(oracle.model, [one, two], x, K=20, keep_latents=True))
+    with seeded(12):
+        alone = list(stream(oracle.model, [one], x, K=20, keep_latents=True))
+    for (a, b), (c,) in zip(both, alone, strict=True):
+        assert torch.equal(a.latents["z"], c.latents["z"])  # company changes nothing
+        noise = [(w.latents["z"] - own[:, :2]) / own[:, 2:].exp() for w, own in ((a, lam), (b, wide))]
+        torch.testing.assert_close(*noise, atol=1e-5, rtol=1e-5)
+
+
+class Small:
+    """A device on which a program's pass over more than so many rows fails for want of memory."""
+
+    def __init__(self, program, most):
+        self.program, self.most, self.passes = program, most, []
+
+    def __call__(self, x, index=None):
+        z = poutine.trace(self.program).get_trace(x, index).nodes["z"]["value"]
+        self.passes.append(z.shape[:-1].numel())
+        if self.passes[-1] > self.most:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+@pytest.fixture
+def silent():
+    runtime.say_once.cache_clear()
+    yield
+    runtime.say_once.cache_clear()
+
+
+def test_a_pass_that_is_too_large_is_halved_and_told_once(oracle, silent, capsys):
+    x, K = oracle.sample(10), 4000
+    guide, lam = diagonal(oracle, x)
+    small = Small(oracle.model, 300)
+    for seed in (13, 14):
+        with torch.no_grad(), seeded(seed):
+            log_w = log_weights(small, guide, x, K=K).log_w.double()
+        assert log_w.shape == (K, 10)
+        assert len(log_w.unique(dim=0)) == K
+        assert ((log_w.mean(0) - oracle.elbo(lam, x)).abs() < 5 * log_w.std(0) / K**0.5).all()
+    # 819 draws of 10 rows, then 409, 204, 102, 51 and 25
+    assert [size for size in small.passes if size > 300][:5] == [8190, 4090, 2040, 1020, 510]
+    line = "the device is out of memory: going on with 25 instead of 819 draws for each row at a time\n"
+    assert capsys.readouterr().err == line
+
+
+def test_memory_enough_is_not_talked_of(oracle, silent, capsys):
+    x = oracle.sample(10)
+    log_weights(Small(oracle.model, 8190), diagonal(oracle, x)[0], x, K=1000)
+    assert capsys.readouterr().err == ""
+
+
+def test_a_single_draw_that_does_not_fit_is_an_error(oracle, silent):
+    x = oracle.sample(10)
+    with pytest.raises(torch.OutOfMemoryError):
+        log_weights(Small(oracle.model, 9), diagonal(oracle, x)[0], x, K=8)
+
+
+def test_what_a_failed_pass_drew_is_drawn_again():
+    def compute(part):
+        drawn = torch.rand(4)[part]
+        if len(drawn) > 1:
+            raise torch.OutOfMemoryError
+        return drawn
+
+    with seeded(15):
+        halved = list(runtime.in_pieces(compute, 2, 2, "numbers"))
+    with seeded(15):
+        expected = [torch.rand(4)[:1], torch.rand(4)[1:2]]
+    assert all(torch.equal(a, b) for a, b in zip(halved, expected, strict=True))
