@@ -151,6 +151,33 @@ def evaluate(job_in: Any, run: Run, data_dir: DataDir = None) -> None:
 
 
 @app.command()
+def diagnose(
+    run: Run,
+    budget: Annotated[str, typer.Option(help="quick, standard or thorough: how closely to look.")] = "standard",
+    only: Annotated[str | None, typer.Option(help="Variants to look at, by commas (default all).")] = None,
+    device: Device = "auto",
+    data_dir: DataDir = None,
+    trust: Trust = False,
+) -> None:
+    """Say how far each posterior of a run is from the truth, why, and for which rows: figures, verdicts, the page.
+
+    What is finished is kept: the same command goes on where it was stopped.
+    """
+    from pvae import compare as comparing
+    from pvae import diagnose as diagnosing
+    from pvae.stages import PLANS
+
+    if budget not in PLANS:
+        raise UserError(f"--budget is '{budget}'{nearest(budget, PLANS)}")
+    rows, own = comparing.BUDGETS[budget]
+    job = comparing.Job(run, device, rows, own, trust=trust, progress=True, say=typer.echo)
+    entries = comparing.load(job, data_dir)
+    results = comparing.current(run, entries) or comparing.judge(entries, job, comparing.left_out(run))
+    found = diagnosing.diagnose(entries, results, job, PLANS[budget], only.split(",") if only else ())
+    _show_diagnosis(found, run)
+
+
+@app.command()
 def report(run: Run) -> None:
     """Write the page of an evaluated run anew."""
     from pvae import report as page
@@ -241,6 +268,29 @@ def _show(results: dict[str, Any], folder: Path) -> None:
         for sentence in group["verdicts"]:
             console.print(Padding(f"- {sentence}", (0, 0, 0, 2)), markup=False, highlight=False)
     typer.echo(f"\nthe page: {page.write(folder)}")
+
+
+def _show_diagnosis(found: dict[str, Any], folder: Path) -> None:
+    """Figures and verdicts of each variant on the screen, and the page."""
+    from rich.console import Console
+    from rich.padding import Padding
+
+    from pvae import report as page
+    from pvae.rules import USES
+    from pvae.tables import diagnosed, rich_table
+
+    console = Console()
+    for variant in found["variants"]:
+        for table in diagnosed(variant):
+            console.print(rich_table(table))
+        console.print(f"[bold]How far may {variant['name']} be trusted?[/bold]")
+        for verdict in variant["verdicts"]:
+            console.print(f"\n  [bold]{verdict['level']}[/bold]: {USES[verdict['use']]}", highlight=False)
+            first = [f"change first: {verdict['first']}"] if verdict["first"] else []
+            for sentence in (*verdict["because"], *first):
+                console.print(Padding(f"- {sentence}", (0, 0, 0, 4)), markup=False, highlight=False)
+        console.print()
+    typer.echo(f"the page: {page.write(folder)}")
 
 
 def _folder(verb: str, source: str | Path) -> Path:

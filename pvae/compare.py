@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,12 +18,14 @@ from pvae.console import bar
 from pvae.data import Batch, Dataset
 from pvae.errors import UserError
 from pvae.evaluation import Budget, bounds, evaluate, refinement_curve
+from pvae.families import Family
 from pvae.files import read_json, write_json
 from pvae.grid import Cell, Pool, Shelf
 from pvae.guides import local_bound
+from pvae.ledger import Ledger
 from pvae.recipe import Recipe
 from pvae.results import SCHEMA, Group, collect
-from pvae.runs import Variant
+from pvae.runs import PARTS, Variant, place
 from pvae.runtime import pick_device, seeded, unchecked
 from pvae.sites import base_measure
 from pvae.verdicts import Judged, SameDecoder
@@ -47,6 +50,7 @@ class Job:
         device: ``auto``, ``cpu`` or ``cuda``.
         rows: how many rows of each split are evaluated.
         budget: of the evaluation.
+        families: words for other posterior families; evaluation says what each would win.
         jobs: variants that are trained at a time, each in a process of its own.
         trust: run the code of files that a run's recipe names.
         progress: show progress bars.
@@ -57,6 +61,7 @@ class Job:
     device: str = "auto"
     rows: int = 300
     budget: Budget = field(default_factory=Budget)
+    families: Sequence[str] = ()
     jobs: int = 1
     trust: bool = False
     progress: bool = False
@@ -244,23 +249,47 @@ def _judged(entry: Entry, splits: dict[str, Batch], job: Job) -> Judged:
             done += rows
             show(done, entry.name)
 
+        budget = replace(job.budget, families={word: _maker(word) for word in job.families})
         for variant in entry.variants:
             own, (program, guide, _) = variant.recipe, variant.built
+            ledger = _ledger(entry, variant, job)
             values: dict[str, Any] = {
                 split: evaluate(
                     program.model,
                     guide,
                     x,
                     index if split == "train" else None,
-                    budget=job.budget,
+                    budget=budget,
                     seed=own.seed,
                     progress=count,
+                    ledger=ledger,
+                    prefix=f"{split}-{own.seed}",
                 )
                 for split, (x, index) in splits.items()
             }
             name = str(components.table(own.guide)["type"])
             found.append(Judged(entry.name, variant.fit.seconds, **values, source=name))
     return replace(found[0], further=tuple(found[1:]))
+
+
+def _maker(word: str) -> Callable[[int], Family]:
+    """From a number of dimensions to the family of a word, as ``LowRankNormal(rank=4)``."""
+    component = components.parse(word)
+    components.find("family", components.table(component)["type"])
+    return lambda dim: components.make("family", component, dim=dim)
+
+
+def _ledger(entry: Entry, variant: Variant, job: Job) -> Ledger:
+    """Where finished parts of a fit's evaluation are kept, under all that they depend on."""
+    key = {
+        "fitted": runs.fingerprint(variant),
+        "data": entry.data.digest,
+        "rows": job.rows,
+        "budget": asdict(job.budget),
+        "families": job.families,
+        "version": version("pvae-pyro"),
+    }
+    return Ledger(job.folder / PARTS[0] / place(entry.name), key)
 
 
 def _same_decoder(base: Variant, chosen: Mapping[str, Any], x: Tensor, K: int) -> list[SameDecoder]:

@@ -1,5 +1,172 @@
-"""To come."""
+"""The diagnosis of a run: how far each posterior is from the truth, why, for which rows, and what to make of it."""
 
 from __future__ import annotations
 
-__all__: list[str] = []
+import math
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pvae import runs
+from pvae.compare import Entry, Job
+from pvae.console import bar
+from pvae.errors import UserError, nearest
+from pvae.evaluation import bounds
+from pvae.files import read_json, write_json
+from pvae.guides import Optimized
+from pvae.ledger import Ledger, contents
+from pvae.rules import judge
+from pvae.runtime import pick_device
+from pvae.stages import Part, Plan, Subject, joined, stages
+from pvae.stats import Estimate
+
+__all__ = ["diagnose", "load", "parts"]
+
+FILE, SCHEMA = "diagnosis.json", 1
+FOLDER = runs.PARTS[1]
+
+
+def diagnose(
+    entries: Sequence[Entry], results: Mapping[str, Any], job: Job, plan: Plan, only: Sequence[str] = ()
+) -> dict[str, Any]:
+    """Diagnose fitted variants on test rows and write ``diagnosis.json``; finished parts are kept and not made again.
+
+    Arguments:
+        entries: the variants, see :func:`pvae.compare.load`; of several seeds the first is looked at.
+        results: what evaluation found of them, as in ``results.json``.
+        job: where and how; its rows and budget are evaluation's and not used here.
+        plan: how closely to look.
+        only: names of variants; all unless given.
+
+    Raises:
+        UserError: an unknown name, or HMC diverges everywhere.
+    """
+    chosen = _chosen(entries, only)
+    kept = [own for own in load(job.folder).get("variants", []) if only and own["name"] not in only]
+    rows = {row["name"]: row for group in results["groups"] for row in group["rows"]}
+    found = []
+    for entry in chosen:
+        subject = _subject(entry, job, plan)
+        if entry is chosen[0]:
+            job.say(_price(subject, plan, len(chosen)))
+        start = time.perf_counter()
+        made = _made(subject, _ledger(entry, job, plan), plan, job)
+        guide, best = _figures(made, rows[entry.name])
+        found.append(
+            {
+                "name": entry.name,
+                "plan": asdict(plan),
+                "fitted": runs.fingerprint(entry.variants[0]),
+                "parts": _ledger(entry, job, plan).key,
+                "seconds": time.perf_counter() - start,
+                "figures": {name: value._asdict() for name, value in guide.items()},
+                "refined": {name: value._asdict() for name, value in best.items()},
+                "verdicts": [verdict._asdict() for verdict in judge(guide, best)],
+            }
+        )
+    whole = {"schema": SCHEMA, "variants": found + kept}
+    write_json(job.folder / FILE, whole)
+    return whole
+
+
+def load(folder: Path) -> dict[str, Any]:
+    """What ``diagnose`` has written, or an empty mapping where it has not.
+
+    Raises:
+        UserError: it is broken or of another version.
+    """
+    path = folder / FILE
+    if not path.is_file():
+        return {}
+    found = read_json(path, f"pvae diagnose {folder} writes it")
+    if not isinstance(found, dict) or found.get("schema") != SCHEMA:
+        raise UserError(f"{path} is of another version; pvae diagnose {folder} writes it anew")
+    return found
+
+
+def parts(folder: Path, variant: Mapping[str, Any]) -> dict[str, Any]:
+    """The arrays behind a variant's figures, by part; what is not there is left out."""
+    found: dict[str, list[Any]] = {}
+    for name, tensors in contents(folder / FOLDER / runs.place(variant["name"]), variant["parts"]).items():
+        part = Part(name, 0, lambda: None)
+        found.setdefault(part.of, []).append(part.kind(**tensors))
+    return {name: joined(pieces) for name, pieces in found.items()}
+
+
+def _chosen(entries: Sequence[Entry], only: Sequence[str]) -> list[Entry]:
+    known = {entry.name: entry for entry in entries}
+    for name in only:
+        if name not in known:
+            raise UserError(f"--only {name}: the run has no such variant{nearest(name, known)}")
+    return [known[name] for name in only] or list(entries)
+
+
+def _subject(entry: Entry, job: Job, plan: Plan) -> Subject:
+    variant, device = entry.variants[0], pick_device(job.device)
+    program, guide = variant.built.program, variant.built.guide
+    x = entry.data.test[: plan.rows].to(device)
+    best = Optimized(guide, program.model, steps=plan.steps).to(device).eval()
+    labels = torch.empty(0) if entry.data.test_labels is None else entry.data.test_labels[: plan.rows]
+    return Subject(entry.name, program.model, guide, best, x, labels, variant.recipe.seed)
+
+
+def _ledger(entry: Entry, job: Job, plan: Plan) -> Ledger:
+    variant = entry.variants[0]
+    key = {
+        "fitted": runs.fingerprint(variant),
+        "rows": entry.data.digest,
+        "plan": asdict(plan),
+        "seed": variant.recipe.seed,
+        "version": version("pvae-pyro"),
+    }
+    return Ledger(job.folder / FOLDER / runs.place(entry.name), key)
+
+
+def _price(subject: Subject, plan: Plan, variants: int) -> str:
+    """What a diagnosis is going to cost, by the time that a few thousand passes take here."""
+    passes, rows = sum(plan.passes().values()), subject.x[:50]
+    start = time.perf_counter()
+    bounds(subject.model, subject.guide, rows, K=100)
+    minutes = passes * (time.perf_counter() - start) / (100 * len(rows)) / 60
+    each = f" for each of {variants} variants" if variants > 1 else ""
+    return f"diagnosis: {passes / 1e6:.0f} million rows through the decoder, about {minutes:.0f} min{each} at the most"
+
+
+def _made(subject: Subject, ledger: Ledger, plan: Plan, job: Job) -> dict[str, Any]:
+    """All parts of a variant's diagnosis, by name, from the ledger or made now."""
+    work = list(stages(subject, plan))
+    found: dict[str, list[Any]] = {}
+    done, total = 0.0, sum(part.passes for part in work)
+    with bar("%", 100, wanted=job.progress) as show:
+        for part in work:
+            show(int(100 * done / total), f"{subject.name}: {part.name}")
+            found.setdefault(part.of, []).append(ledger.part(part.name, part.kind, part.compute))
+            done += part.passes
+        show(100, subject.name)
+    return {name: joined(pieces) for name, pieces in found.items()}
+
+
+def _figures(parts: dict[str, Any], row: Mapping[str, Any]) -> tuple[dict[str, Estimate], dict[str, Estimate]]:
+    """What the rules look at: of the guide, and of the same q refined."""
+    guide, best = dict(_of_evaluation(row)), dict[str, Estimate]()
+    for name, part in parts.items():
+        found = part.figures()
+        if name.endswith("-best"):
+            best |= found
+        else:
+            guide |= found
+    if "approximation_gap" in guide:
+        best["inference_gap"] = guide["approximation_gap"]
+    return guide, best
+
+
+def _of_evaluation(row: Mapping[str, Any]) -> Iterator[tuple[str, Estimate]]:
+    for name in ("elbo", "evidence", "inference_gap", "approximation_gap", "amortization_gap"):
+        if name in row["test"]:
+            value = row["test"][name]
+            yield name, Estimate(value["mean"], math.nan if value["se"] is None else value["se"])

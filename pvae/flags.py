@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from pvae.errors import UserError
+from pvae.errors import UserError, nearest
 
 __all__ = [
     "DataDir",
@@ -142,23 +142,47 @@ def grid_flags(
 
 def job_flags(
     device: Device = "auto",
-    rows: Annotated[int, Flag(help="Rows of each split to evaluate.")] = 300,
-    samples: Annotated[int, Flag(help="K, draws for each row and bound.")] = 1000,
-    refine_steps: Annotated[int, Flag(help="The most steps in search of the best lam of the family.")] = 300,
+    budget: Annotated[str, Flag(help="quick, standard or thorough; flags below change its numbers.")] = "standard",
+    rows: Annotated[int | None, Flag(help="Rows of each split to evaluate (standard: 300).")] = None,
+    samples: Annotated[int | None, Flag(help="K, draws for each row and bound (standard: 1000).")] = None,
+    refine_steps: Annotated[int | None, Flag(help="The most steps in search of the best lam (standard: 300).")] = None,
+    ais: Annotated[bool, Flag("--ais", help="Estimate the evidence by annealed importance sampling too.")] = False,
+    temperatures: Annotated[int | None, Flag(help="Of annealing; implies --ais (standard: 500).")] = None,
+    chains: Annotated[int | None, Flag(help="Of annealing, for each row (standard: 16).")] = None,
+    schedule: Annotated[str, Flag(help="Of annealing: sigmoid, linear or geometric.")] = "sigmoid",
+    start: Annotated[str, Flag(help="Where annealing starts: prior or guide.")] = "prior",
+    families: Annotated[str | None, Flag(help="What would these families of q win? By commas.")] = None,
     jobs: Annotated[int, Flag(help="Variants that are trained at a time.")] = 1,
     trust: Trust = False,
 ) -> Callable[[Path], Any]:
     """A function from a run's folder to the job that the flags describe."""
-    for name, value, least in (("rows", rows, 2), ("samples", samples, 2), ("refine-steps", refine_steps, 1)):
-        if value < least:
-            raise UserError(f"--{name} is {value}, but it must be at least {least}")
+    least = {"rows": 2, "samples": 2, "refine-steps": 1, "temperatures": 1, "chains": 1}
+    given = {"rows": rows, "samples": samples, "refine-steps": refine_steps, "temperatures": temperatures}
+    for name, value in (given | {"chains": chains}).items():
+        if value is not None and value < least[name]:
+            raise UserError(f"--{name} is {value}, but it must be at least {least[name]}")
 
     def job(folder: Path) -> Any:
-        from pvae.compare import Job
-        from pvae.evaluation import Budget
+        from dataclasses import replace
 
-        budget = Budget(samples, refine_steps)
-        return Job(folder, device, rows, budget, jobs=jobs, trust=trust, progress=True, say=typer.echo)
+        from pvae.compare import BUDGETS, Job
+
+        if budget not in BUDGETS:
+            raise UserError(f"--budget is '{budget}'{nearest(budget, BUDGETS)}")
+        preset_rows, preset = BUDGETS[budget]
+        annealed = preset.temperatures if ais or temperatures is not None else 0
+        chosen = replace(
+            preset,
+            K=samples or preset.K,
+            steps=refine_steps or preset.steps,
+            temperatures=temperatures or annealed,
+            chains=chains or preset.chains,
+            schedule=schedule,
+            start=start,
+        )
+        words = tuple(families.split(",")) if families else ()
+        own = Job(folder, device, rows or preset_rows, chosen, words, jobs=jobs, trust=trust)
+        return replace(own, progress=True, say=typer.echo)
 
     return job
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from pvae import export
+from pvae import diagnose, export
 from pvae.errors import UserError
 from pvae.figures import figures
 from pvae.files import read_json, write_text
-from pvae.tables import tables
+from pvae.panels import CAPTIONS, panels
+from pvae.rules import USES
+from pvae.tables import diagnosed, tables
 
 __all__ = ["write"]
 
@@ -28,7 +30,7 @@ def write(folder: Path) -> Path:
     try:
         groups = results["groups"]
         pictures = [figures(group, export.load(folder, n)) for n, group in enumerate(groups, 1)]
-        page = render(results, pictures)
+        page = render(results, pictures, [_diagnoses(folder, group) for group in groups])
     except (KeyError, IndexError, TypeError) as error:
         path = folder / "results.json"
         raise UserError(f"{path} lacks {error} or does not go with {export.FILE}; pvae evaluate writes both") from error
@@ -36,7 +38,29 @@ def write(folder: Path) -> Path:
     return folder / FILE
 
 
-def render(results: dict[str, Any], pictures: list[dict[str, str]]) -> str:
+def _diagnoses(folder: Path, group: dict[str, Any]) -> list[dict[str, Any]]:
+    """The diagnosis of each variant of a group, with its panels; one of an earlier fit is left out."""
+    rows, shape = {row["name"]: row for row in group["rows"]}, tuple(group["data"]["shape"])
+    found = []
+    for own in diagnose.load(folder).get("variants", []):
+        row = rows.get(own["name"], {})
+        if own["fitted"] in row.get("fitted", []):
+            parts = diagnose.parts(folder, own) | {"gaps": _gaps(row["test"])}
+            found.append(own | {"tables": diagnosed(own), "panels": panels(parts, shape)})
+    return found
+
+
+def _gaps(test: dict[str, Any]) -> dict[str, tuple[float, float, float]]:
+    """Mean and interval of each gap of a variant's test rows, and of what other families would win, in words."""
+    gaps = {f"{cause}_gap": f"{cause} gap" for cause in ("inference", "approximation", "amortization")}
+    gains = {name: f"{name[12:-1]} would win" for name in test if name.startswith("family_gain[")}
+    there = {name: words for name, words in (gaps | gains).items() if "interval" in test.get(name, {})}
+    return {words: (test[name]["mean"], *test[name]["interval"]) for name, words in there.items()}
+
+
+def render(
+    results: dict[str, Any], pictures: list[dict[str, str]], diagnoses: list[list[dict[str, Any]]] | None = None
+) -> str:
     """The page's HTML, with each group's pictures; everything that comes from data, flags or files is escaped."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
@@ -45,4 +69,10 @@ def render(results: dict[str, Any], pictures: list[dict[str, str]]) -> str:
     )
     template = environment.get_template("report.html.jinja")
     told = [tables(group) for group in results["groups"]]
-    return template.render(results=results, groups=list(zip(results["groups"], told, pictures, strict=True)))
+    return template.render(
+        results=results,
+        groups=list(zip(results["groups"], told, pictures, strict=True)),
+        diagnosed=diagnoses or [[] for _ in told],
+        captions=CAPTIONS,
+        uses=USES,
+    )

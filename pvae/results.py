@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -16,7 +17,7 @@ from pvae.data import Batch, Dataset
 from pvae.evaluation import Evaluation, RefinementCurve
 from pvae.recipe import Recipe
 from pvae.runs import Variant
-from pvae.stats import Estimate, mean_se
+from pvae.stats import UNRELIABLE, Estimate, mean_se
 from pvae.verdicts import Judged, SameDecoder, verdicts
 
 __all__ = ["SCHEMA", "Group", "collect", "expected"]
@@ -129,8 +130,8 @@ def _row(variants: list[Variant], judged: Judged) -> dict[str, Any]:
 def _quantities(found: list[Evaluation]) -> dict[str, Any]:
     """Each quantity's mean and error: over rows for one seed, over the seeds' means for several."""
     K = found[0].K
-    named = {"iwae": f"IWAE-{K}", "evidence": f"IWAE-{K} from the best lam of the family"}
-    summaries = [one.summary() for one in found]
+    named = {"iwae": f"IWAE-{K}", "evidence": found[0].estimator}
+    summaries, intervals = [_summary(one) for one in found], found[0].intervals()
     over = "draws and rows" if len(found) == 1 else f"draws, rows and {len(found)} seeds; the error is over seeds"
     quantities = {}
     for name, first in summaries[0].items():
@@ -139,7 +140,19 @@ def _quantities(found: list[Evaluation]) -> dict[str, Any]:
         quantities[name] = estimate._asdict() | {"K": K, "estimator": named.get(name, f"mean over {over}")}
         if len(found) > 1:
             quantities[name]["by_seed"] = means
+        elif name in intervals:
+            quantities[name]["interval"] = intervals[name]
     return quantities
+
+
+def _summary(found: Evaluation) -> dict[str, Estimate]:
+    """Means and errors, and the share of rows whose weights are unreliable; the mean k-hat is of finite ones."""
+    summary = found.summary()
+    if "k_hat" in summary:
+        k_hat = found.values["k_hat"]
+        summary["k_hat"] = mean_se(k_hat[k_hat.isfinite()]) if k_hat.isfinite().any() else Estimate(math.nan, math.nan)
+        summary["k_hat_above"] = mean_se((k_hat > UNRELIABLE).double())
+    return summary
 
 
 def _same_decoder(judged: list[Judged], same: Sequence[SameDecoder]) -> dict[str, Any]:

@@ -192,26 +192,24 @@ def _verdict(use: str, guide: Figures, refined: Figures) -> Verdict:
     left = [rule for rule in fired if rule.figure not in refined or rule.fires(refined)]
     level = TRUST if not fired else DISTRUST if left else REFINE
     because = [_sentence(rule, guide, refined) for rule in fired] or [_silent(use, guide)]
+    if use == "posterior" and "sound" in guide and guide["sound"].mean < 0.5:
+        because.append(
+            f"no number from long chains: they agree for a share of {number(guide['sound'])} of the rows alone"
+        )
     return Verdict(use, level, because, _first(use, level, guide))
 
 
 def _sentence(rule: Rule, guide: Figures, refined: Figures) -> str:
-    said = rule.says.format(_told(guide[rule.figure]))
+    said = rule.says.format(number(guide[rule.figure]))
     if rule.figure not in refined:
         return said
-    return f"{said}; after refinement {_told(refined[rule.figure])}"
+    return f"{said}; after refinement {number(refined[rule.figure])}"
 
 
 def _silent(use: str, figures: Figures) -> str:
     """What was looked at and found to be within its limits."""
     looked = [rule for rule in RULES if rule.use == use and rule.figure in figures]
-    return "within limits: " + ", ".join(f"{NAMES[r.figure]} {_told(figures[r.figure])}" for r in looked)
-
-
-def _told(value: Estimate) -> str:
-    if math.isfinite(value.se):
-        return number(value)
-    return f"{value.mean:.3g}"
+    return "within limits: " + ", ".join(f"{NAMES[r.figure]} {number(figures[r.figure])}" for r in looked)
 
 
 NAMES = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,7 +19,7 @@ from pvae.recipe import Built, Recipe
 from pvae.runtime import pick_device, seeded, unchecked
 from pvae.training import Fit, check_budget, check_support, fit
 
-__all__ = ["Variant", "check", "fingerprint", "load", "parameters", "prepare", "train"]
+__all__ = ["Variant", "check", "fingerprint", "load", "parameters", "place", "prepare", "train"]
 
 FILES = (
     "recipe.toml",
@@ -179,3 +180,8 @@ def fingerprint(variant: Variant) -> str:
             found.update(f"{name}{tuple(values.shape)}".encode())
             found.update(values.detach().cpu().contiguous().numpy().tobytes())
     return found.hexdigest()[:16]
+
+
+def place(name: str) -> str:
+    """The folder of a variant's parts."""
+    return re.sub(r"[^\w=.,()+-]", "_", name)

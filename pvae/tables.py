@@ -6,13 +6,14 @@ from typing import Any, NamedTuple
 
 from pvae.stats import Estimate, number
 
-__all__ = ["QUANTITIES", "Table", "rich_tables", "tables"]
+__all__ = ["QUANTITIES", "Table", "diagnosed", "rich_table", "rich_tables", "tables"]
 
 # Quantities in the order of the tables, with the words that stand for them.
 QUANTITIES = {
     "log_joint": "log p(x, z)",
     "elbo": "ELBO",
     "iwae": "IWAE",
+    "ais": "AIS",
     "best_elbo": "best ELBO in family",
     "evidence": "evidence",
     "approximation_gap": "approximation gap",
@@ -20,6 +21,57 @@ QUANTITIES = {
     "optimization_gap": "optimization gap",
     "kl": "KL",
     "reconstruction": "reconstruction",
+}
+
+# The figures of a diagnosis by what they tell of, with the words that stand for them; others are not shown.
+FIGURES = {
+    "Evidence and weights, test rows": {
+        "elbo": "ELBO (nats)",
+        "evidence": "evidence (nats)",
+        "inference_gap": "below the evidence (nats)",
+        "approximation_gap": "of it by the family of q",
+        "amortization_gap": "of it by the source of lam",
+        "k_hat_above": "share of rows with k-hat above 0.7",
+        "ess": "effective draws",
+        "evidence_width": "between bounds of the evidence, simulated rows (nats)",
+    },
+    "Against long chains, test rows": {
+        "sound": "share of rows whose chains agree",
+        "mean_error": "error of means (posterior sd)",
+        "sd_ratio": "ratio of sds, q to chains",
+        "coverage_50": "coverage of 50% intervals",
+        "coverage_90": "coverage of 90% intervals",
+        "reference_p": "p of means and sds",
+    },
+    "Calibration, simulated rows": {
+        "sbc_p": "p of ranks",
+        "sbc_distance": "their largest distance",
+        "tarp_p": "p of joint coverage (TARP)",
+        "tarp_distance": "its distance",
+        "sbc_coverage_50": "coverage of 50% intervals",
+        "sbc_coverage_90": "coverage of 90% intervals",
+        "z_mean": "largest mean z-score",
+        "z_sd": "spread of z-scores",
+        "contraction": "contraction",
+    },
+    "Latents, test rows": {
+        "total_kl": "KL (nats)",
+        "mutual_information": "mutual information (nats)",
+        "marginal_kl": "KL of the aggregate (nats)",
+        "active_units": "active dimensions",
+        "mmd": "squared MMD of the aggregate",
+        "mmd_p": "its p",
+        "ks_distance": "largest distance of a marginal",
+        "ks_p": "its p",
+        "holes": "share of the prior without codes",
+    },
+    "Predictive checks, test rows": {
+        "statistics_off": "statistics off",
+        "columns_off": "share of columns off",
+        "imputation": "hidden values (nats each)",
+        "imputation_marginal": "the same by columns alone",
+        "imputation_gain": "won by looking at the rest",
+    },
 }
 
 # Variants beyond which they stand one below the other on a terminal.
@@ -34,12 +86,40 @@ class Table(NamedTuple):
     rows: list[list[str]]
 
 
-def tables(group: dict[str, Any]) -> list[Table]:
-    """The tables of a group in ``results.json``: test and training rows, cost of each variant, and the same decoder."""
-    found = [_quantities(group, "test"), _quantities(group, "train"), _cost(group)]
+def tables(group: dict[str, Any]) -> dict[str, Table]:
+    """The tables of a group in ``results.json`` by name, of what is there.
+
+    ``test`` and ``train`` rows, ``weights`` of q, ``families`` that q could be of, ``cost`` of each variant, and every
+    source on the ``same_decoder``.
+    """
+    found = {"test": _quantities(group, "test"), "train": _quantities(group, "train")}
+    if any("k_hat" in row["test"] for row in group["rows"]):
+        found["weights"] = _weights(group)
+    if any(name.startswith("family_gain[") for row in group["rows"] for name in row["test"]):
+        found["families"] = _families(group)
+    found["cost"] = _cost(group)
     if "same_decoder" in group:
-        found.append(_same_decoder(group))
+        found["same_decoder"] = _same_decoder(group)
     return found
+
+
+def _weights(group: dict[str, Any]) -> Table:
+    rows = [row for row in group["rows"] if "k_hat" in row["test"]]
+    K = rows[0]["test"]["ess"]["K"]
+    names = ("k_hat", "k_hat_above", "ess")
+    header = ["variant", "k-hat", "share of rows above 0.7", f"effective draws of {K}"]
+    cells = [[row["name"], *(_estimate(row["test"].get(name)) for name in names)] for row in rows]
+    return Table("Importance weights of q, test rows", header, cells)
+
+
+def _families(group: dict[str, Any]) -> Table:
+    gains = {
+        row["name"]: {n: v for n, v in row["test"].items() if n.startswith("family_gain[")} for row in group["rows"]
+    }
+    names = list(dict.fromkeys(name for own in gains.values() for name in own))
+    header = ["variant", *(name.removeprefix("family_gain[").removesuffix("]") for name in names)]
+    cells = [[name, *(_estimate(own.get(gain)) for gain in names)] for name, own in gains.items() if own]
+    return Table("What the best q of another family would win, test rows (nats of ELBO per row)", header, cells)
 
 
 def _quantities(group: dict[str, Any], split: str) -> Table:
@@ -94,28 +174,47 @@ def _same_decoder(group: dict[str, Any]) -> Table:
     return Table("All on the amortized variant's decoder, test rows (nats per row)", header, rows)
 
 
+def diagnosed(variant: dict[str, Any]) -> list[Table]:
+    """The figures of a variant's diagnosis: of the guide and, where that changes them, of the same q refined."""
+    guide, refined = variant["figures"], variant["refined"]
+    found = []
+    for title, words in FIGURES.items():
+        known = [name for name in words if name in guide]
+        both = any(name in refined for name in known)
+        rows = [[words[n], _estimate(guide[n]), *([_estimate(refined.get(n))] if both else [])] for n in known]
+        if rows:
+            found.append(Table(title, ["", "the guide", *(["refined"] if both else [])], rows))
+    return found
+
+
 def _estimate(value: dict[str, Any] | None) -> str:
     if value is None or value["mean"] is None:
         return "–"
-    return number(Estimate(value["mean"], value["se"] if value["se"] is not None else float("nan")))
+    return number(Estimate(value["mean"], float("nan") if value["se"] is None else value["se"]))
+
+
+def rich_table(own: Table) -> Any:
+    """A table for a terminal, as it stands."""
+    import rich.box
+    from rich.table import Table as RichTable
+
+    title, header, rows = own
+    table = RichTable(title=title, title_justify="left", box=rich.box.SIMPLE_HEAD, title_style="bold")
+    table.add_column(header[0])
+    for name in header[1:]:
+        table.add_column(name, justify="right")
+    for line in rows:
+        table.add_row(*line)
+    return table
 
 
 def rich_tables(results: dict[str, Any]) -> list[Any]:
     """The tables of all groups for a terminal, turned so that few variants stand side by side."""
-    import rich.box
-    from rich.table import Table as RichTable
-
     found = []
     for group in results["groups"]:
         data, alone = group["data"], len(results["groups"]) == 1
         several = "" if alone else f" - {data['identity']}, {data['base_measure']}"
-        for title, header, rows in tables(group):
-            table = RichTable(title=title + several, title_justify="left", box=rich.box.SIMPLE_HEAD, title_style="bold")
+        for title, header, rows in tables(group).values():
             across = [header, *rows] if len(rows) > MANY else [list(line) for line in zip(header, *rows, strict=True)]
-            table.add_column(across[0][0])
-            for name in across[0][1:]:
-                table.add_column(name, justify="right")
-            for line in across[1:]:
-                table.add_row(*line)
-            found.append(table)
+            found.append(rich_table(Table(title + several, across[0], across[1:])))
     return found

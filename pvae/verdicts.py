@@ -61,7 +61,8 @@ def verdicts(
         dynamic: binarization is drawn afresh for each batch.
     """
     judged = [j for j in own if "evidence" in j.test.values]
-    sentences = [*_own_decoders(judged), *_amortization(judged, same, curve), *_rows(judged), *_faults(judged)]
+    sentences = [*_own_decoders(judged), *_amortization(judged, same, curve)]
+    sentences += [*_families(judged), *_rows(judged), *_faults(judged)]
     if dynamic and any(j.source == "PerDatapoint" for j in own):
         sentences.append(
             "Under dynamic binarization a row of PerDatapoint is fitted to all binarizations of its image at once, "
@@ -148,6 +149,15 @@ def _amortization(judged: list[Judged], same: list[SameDecoder], curve: Refineme
         gains = [(s.guide, mean_se(s.elbo - same[0].elbo)) for s in same[1:]]
         parts = ", ".join(f"{guide} {'+' if gain.mean >= 0 else ''}{number(gain)}" for guide, gain in gains)
         yield f"On the same decoder, against its own encoder, nats of test ELBO: {parts}."
+
+
+def _families(judged: list[Judged]) -> Iterator[str]:
+    for j in judged:
+        gains = {name: _mean(j, name) for name in j.test.values if name.startswith("family_gain[")}
+        gains = {name: gain for name, gain in gains.items() if not name.endswith("_se")}
+        if gains:
+            told = [f"{name[12:-1]} {'+' if gain.mean >= 0 else ''}{number(gain)}" for name, gain in gains.items()]
+            yield f"The best q of another family on the decoder of {j.name}, nats of test ELBO won: {_listed(told)}."
 
 
 def _rows(judged: list[Judged]) -> Iterator[str]:

@@ -134,7 +134,7 @@ def test_the_page_says_all_that_the_results_say(page):
     (group,) = results["groups"]
     for sentence in group["verdicts"]:
         assert words(sentence) in text
-    for table in tables(group):
+    for table in tables(group).values():
         assert table.title in text
         for line in (table.header, *table.rows):
             assert all(words(cell) in text for cell in line)
@@ -264,7 +264,7 @@ def test_tables_name_their_draws_and_mark_what_is_missing():
         return {"name": name, "seeds": [0], "test": known, "train": known} | cost
 
     rows = [row("A", elbo=-2.0, iwae=-1.0), row("B", elbo=None, log_joint=-3.0)]
-    test, train, cost = tables({"rows": rows})
+    test, train, cost = tables({"rows": rows}).values()
     assert test.header == train.header == ["variant", "log p(x, z)", "ELBO", "IWAE-7"]
     assert test.rows == [["A", "–", "-2.00 ± 0.10", "-1.00 ± 0.10"], ["B", "-3.00 ± 0.10", "–", "–"]]
     assert cost.rows[0][1:] == ["1,234,567", "0", "4", "2.0", "0.5", "0.5"]
