@@ -117,11 +117,11 @@ def calibrate(
 ) -> Calibration:
     r"""Draw latents and rows from the model, ask the guide for q of these rows, and see where the latents stand in it.
 
-    :math:`u^* \sim p(u), x^* \sim p(x|u^*)`: then u* is a draw from p(u|x*), and its rank among draws of q(u|x*) is uniform
-    if q is the posterior. The rows are new to the guide: one that has a table fits them as it does new data, so that
-    each source of lam is judged by itself. TARP's reference point is one more draw of q, and its distances are in
-    standard deviations of q; both depend on x* alone, so that its ranks, too, are exactly uniform. It sees all dimensions
-    at once, but a q that is off in its means alone it sees only if that is so in many dimensions; ranks see both.
+    :math:`u^* \sim p(u), x^* \sim p(x|u^*)`: then u* is a draw from p(u|x*), and its rank among draws of q(u|x*) is
+    uniform if q is the posterior. The rows are new to the guide: one that has a table fits them as it does new data, so
+    that each source of lam is judged by itself. TARP's reference point is one more draw of q, and its distances are in
+    standard deviations of q; both depend on x* alone, so that its ranks, too, are exactly uniform. It sees all
+    dimensions at once, but a q that is off in its means alone only if it is so in many; ranks see that in one.
 
     Arguments:
         model: a Pyro program.
