@@ -6,7 +6,7 @@ path backward give an upper bound, on data simulated from the model, where such 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, get_args
 
@@ -18,7 +18,7 @@ from pvae.errors import UserError, nearest
 from pvae.families import Family
 from pvae.guides import Guide
 from pvae.hmc import TARGET, State, at_least_one, refuse_if_all_diverge
-from pvae.runtime import seeded
+from pvae.runtime import in_pieces, seeded
 from pvae.stats import effective_sample_size, log_mean_exp, log_mean_exp_se
 from pvae.targets import Target, simulate
 from pvae.weights import Program
@@ -190,6 +190,8 @@ def anneal(
         seed: of all noise; the random stream outside is left alone.
         progress: called with the share of the work done.
 
+    Rows go in pieces, which are halved where the device has no memory for them.
+
     Returns:
         Log-weights. Step sizes and scales come from a pilot run of a quarter of the chains (at least 2), which goes
         before and costs as much, and stay fixed in the run: adapting them on the way would bias the weights.
@@ -202,13 +204,17 @@ def anneal(
     """
     at_least_one(temperatures=temperatures, chains=chains, leapfrogs=leapfrogs)
     plan = _Plan(chains, temperatures, schedule, leapfrogs, start_from is not None)
-    parts, rows = [], len(target.x)
+    rows = len(target.x)
+
+    def some(part: slice) -> Annealed:
+        own = target.rows(part)
+        path = _from_prior(own) if family is None or lam is None else _from_guide(own, family, lam[part])
+        begin = None if start_from is None else start_from[part]
+        return _annealed(plan, path, begin, _within(progress, part.start / rows, part.stop / rows))
+
+    size = max(1, ROWS_PER_PASS[target.x.device.type == "cpu"] // chains)
     with seeded(seed):
-        for part in _pieces(target, chains):
-            own = target.rows(part)
-            path = _from_prior(own) if family is None or lam is None else _from_guide(own, family, lam[part])
-            begin = None if start_from is None else start_from[part]
-            parts.append(_annealed(plan, path, begin, _within(progress, part.start / rows, part.stop / rows)))
+        parts = list(in_pieces(some, rows, size, "rows of annealed chains"))
     log_w, position = (torch.cat([getattr(p, name) for p in parts], 1) for name in ("log_w", "position"))
     acceptance, divergent = (torch.cat([getattr(p, name) for p in parts]) for name in ("acceptance", "divergent"))
     lost = refuse_if_all_diverge(divergent)
@@ -301,12 +307,6 @@ class _Tuning(NamedTuple):
         low = min(int(place), len(self.log_step) - 2)
         step, scale = (torch.lerp(own[low], own[low + 1], place - low).exp() for own in self[:2])
         return step, scale
-
-
-def _pieces(target: Target, chains: int) -> Iterator[slice]:
-    rows, size = len(target.x), max(1, ROWS_PER_PASS[target.x.device.type == "cpu"] // chains)
-    for begin in range(0, rows, size):
-        yield slice(begin, min(begin + size, rows))
 
 
 def _annealed(plan: _Plan, path: _Path, begin: Tensor | None, progress: Callable[[float], None]) -> Annealed:

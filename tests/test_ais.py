@@ -26,7 +26,7 @@ ROWS = 40
 CASES = [
     (2, 1.0, 0.5, 60),
     (2, 100.0, 0.1, 100),
-    (10, 1.0, 0.5, 250),
+    (10, 1.0, 0.5, 100),
     *(pytest.param(*case, marks=pytest.mark.slow) for case in ((10, 100.0, 0.1, 300), (50, 1.0, 1.0, 400))),
     pytest.param(50, 100.0, 0.1, 1000, marks=pytest.mark.slow),
 ]
@@ -35,8 +35,12 @@ each_case = pytest.mark.parametrize(("dim", "conditioning", "scale", "temperatur
 
 def off(weights):
     """How many standard errors weights over p(x) [C, B] are off their mean of 1; the rows are independent."""
-    rows = weights.mean(0)
-    return ((rows.mean() - 1) / rows.std() * len(rows) ** 0.5).item()
+    return above(weights.mean(0) - 1)
+
+
+def above(errors):
+    """How many standard errors the mean of independent rows [B] is above 0."""
+    return (errors.mean() / errors.std() * len(errors) ** 0.5).item()
 
 
 def linear(dim, conditioning, scale):
@@ -65,7 +69,7 @@ def test_annealed_weights_from_the_prior_average_to_the_evidence(dim, conditioni
     oracle, _, x = linear(dim, conditioning, scale)
     found = anneal(Target(oracle.model, x), chains=8, temperatures=temperatures, seed=1)
     assert abs(off((found.log_w - oracle.evidence(x)).exp())) < 4  # standard errors
-    assert (found.evidence - oracle.evidence(x)).mean().abs() < 0.2
+    assert above(found.evidence - oracle.evidence(x)) < 4  # a lower bound in expectation
     assert found.divergent.max() < 0.2
 
 
@@ -83,7 +87,7 @@ def test_reverse_weights_average_to_one_over_the_evidence(dim, conditioning, sca
     oracle, u, x = linear(dim, conditioning, scale)
     found = anneal(Target(oracle.model, x), chains=8, temperatures=temperatures, start_from=u, seed=1)
     assert abs(off((found.log_w + oracle.evidence(x)).exp())) < 4  # standard errors
-    assert (found.evidence - oracle.evidence(x)).mean().abs() < 0.2
+    assert above(found.evidence - oracle.evidence(x)) > -4  # an upper bound in expectation
 
 
 @pytest.mark.parametrize("name", ["linear", "sigmoid", "geometric"])
@@ -113,8 +117,7 @@ def test_a_broken_sampler_misses_the_evidence(reverse, fault, monkeypatch):
     fault(monkeypatch)
     oracle, u, x = linear(2, 3.0, 0.5)
     found = anneal(Target(oracle.model, x), chains=8, temperatures=50, start_from=u if reverse else None, seed=1)
-    wrong = found.evidence - oracle.evidence(x)
-    assert abs(wrong.mean() / wrong.std() * ROWS**0.5) > 8  # standard errors
+    assert abs(above(found.evidence - oracle.evidence(x))) > 8  # standard errors
 
 
 def test_more_temperatures_leave_a_smaller_error():
@@ -151,8 +154,8 @@ def test_bounded_latents_have_their_evidence():
 
 def test_step_sizes_meet_their_acceptance_for_every_datapoint():
     """Rows whose posteriors differ much in width: a step of all would suit none."""
-    x = torch.tensor([[0.0, 1.0, 0.0], [20.0, 300.0, 4.0], [90.0, 100.0, 200.0], [0.0, 0.0, 0.0]])
-    found = anneal(Target(counts, x), chains=16, temperatures=150, seed=1)
+    x = torch.tensor([[0.0, 1.0, 0.0], [20.0, 30.0, 4.0], [90.0, 100.0, 200.0], [0.0, 0.0, 0.0]])
+    found = anneal(Target(counts, x), chains=16, temperatures=100, seed=1)
     assert ((found.acceptance - hmc.TARGET).abs() < 0.1).all()
 
 
@@ -173,7 +176,7 @@ def test_evidence_is_what_quadrature_finds():
 @pytest.mark.parametrize("oracle", [LinearGaussian(2, 8), Curved()], ids=["linear", "curved"])
 def test_a_short_path_leaves_the_bounds_apart_and_a_long_one_closes_them(oracle):
     widths = []
-    for temperatures in (3, 60):
+    for temperatures in (3, 40):
         found = sandwich(oracle.double().model, torch.zeros(ROWS, 8), chains=8, temperatures=temperatures, seed=1)
         low, high = found.interval()
         assert low < oracle.evidence(found.x).mean() < high
@@ -294,6 +297,21 @@ def test_many_datapoints_go_in_pieces(monkeypatch):
     assert max(seen) <= 100
     assert found.log_w.shape == (8, ROWS)
     assert abs(off((found.log_w - oracle.evidence(x)).exp())) < 4  # standard errors
+
+
+def test_a_device_without_memory_gets_smaller_pieces_and_the_evidence_stays(monkeypatch, capsys):
+    oracle, _, x = linear(2, 3.0, 0.5)
+    own = Target.parts
+
+    def parts(self, u):
+        if u.shape[1] > 15:
+            raise torch.OutOfMemoryError
+        return own(self, u)
+
+    monkeypatch.setattr(Target, "parts", parts)
+    found = anneal(Target(oracle.model, x), chains=8, temperatures=30, seed=1)
+    assert abs(off((found.log_w - oracle.evidence(x)).exp())) < 4  # standard errors
+    assert "going on with 10 instead of" in capsys.readouterr().err
 
 
 def test_progress_rises_to_one():
