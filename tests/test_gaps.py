@@ -105,7 +105,7 @@ def test_rows_that_annealing_lost_have_their_other_bound(oracle, monkeypatch):
 MAKERS = {"FullRankNormal": FullRankNormal, "FlowFamily": lambda dim: FlowFamily(dim, hidden=[16])}
 
 
-@pytest.mark.parametrize(("conditioning", "left"), [(1.0, 0.005), (100.0, 0.01)])
+@pytest.mark.parametrize(("conditioning", "left"), [pytest.param(1.0, 0.005, marks=pytest.mark.slow), (100.0, 0.01)])
 def test_another_family_buys_what_the_closed_form_says(conditioning, left):
     # Correlated normals hold the posterior: they win the whole approximation gap, 0 and 0.27 nats.
     oracle = LinearGaussian(2, 5, conditioning=conditioning)

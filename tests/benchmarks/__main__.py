@@ -146,6 +146,12 @@ def memory() -> list[tuple[str, str, float, float | None]]:
     ]
 
 
+def evaluations() -> list[tuple[str, str, float, float | None]]:
+    from tests.benchmarks.iwae import rows
+
+    return rows()
+
+
 def main() -> None:
     torch.manual_seed(0)
     lines = [
@@ -154,12 +160,12 @@ def main() -> None:
         "Written by `make bench`. A ratio is of medians of jobs that took turns in one run on one machine. The peer,",
         "at 1, is the first line of its group: Pyro's `SVI.step` with `pyro.optim.Adam` and `Trace_ELBO` on the same",
         "model (784-400-20, batch 128); an epoch of Pyro's VAE example with its DataLoader (784-400-50, batch 256);",
-        "the same step with fewer rows; the table's own size.",
+        "the same step with fewer rows; the table's own size; the decoder's bare forward passes on as many draws.",
         "",
         "| | median | ratio | goal |",
         "|---|---|---|---|",
     ]
-    for group in (steps, epochs, tables, memory):
+    for group in (steps, epochs, tables, memory, evaluations):
         for name, figure, ratio, goal in group():
             shown = f"**{ratio:.2f}**" if goal and ratio > goal else f"{ratio:.2f}"
             line = f"| {name} | {figure} | {shown} | {f'at most {goal}' if goal else ''} |"
