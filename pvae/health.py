@@ -95,7 +95,7 @@ class Health:
         error = self.activity * (2 / (len(self.means) - 1)) ** 0.5
         sure = Normal(0.0, 1.0).cdf((self.activity - ACTIVE) / error.clamp(min=1e-12))
         found["active_units"] = Estimate(float(self.active()), (sure * (1 - sure)).sum().sqrt().item())
-        found["mmd_p"] = Estimate(self.mmd_p.item(), 0.0)
+        found["mmd_p"] = Estimate(self.mmd_p.item(), math.nan)
         found["ks_p"] = Estimate(self.ks_p.min().item(), math.nan)
         found["ks_distance"] = Estimate(self.ks.max().item(), math.nan)
         return found

@@ -74,7 +74,7 @@ class Ledger:
         found = _read(path, self.key)
         if found is not None and (names is None or found.keys() == set(names)):
             return found
-        tensors = {key: torch.as_tensor(value).detach().cpu().contiguous() for key, value in compute().items()}
+        tensors = {key: torch.as_tensor(value).detach().cpu().contiguous().clone() for key, value in compute().items()}
         with replacing(path) as temporary:
             save_file(tensors, temporary, metadata={"key": self.key})
         return tensors

@@ -80,6 +80,12 @@ def test_without_a_folder_nothing_is_kept(tmp_path, made, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+def test_numbers_that_share_memory_are_kept_each(tmp_path):
+    one = torch.ones(3)
+    found = Ledger(tmp_path, {}).part("here", Found, lambda: Found(one, one, one[:1]))
+    assert torch.equal(found.values, found.sound)
+
+
 def test_a_part_that_fails_leaves_nothing(tmp_path):
     def fail():
         raise RuntimeError("no")
