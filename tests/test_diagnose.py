@@ -64,7 +64,7 @@ def test_what_is_finished_is_not_made_again(run, monkeypatch):
         monkeypatch.setattr(stages, stage, no)
     after = diagnosed(run)
     for one, other in zip(before["variants"], after["variants"], strict=True):
-        assert {k: v for k, v in one.items() if k != "seconds"} == {k: v for k, v in other.items() if k != "seconds"}
+        assert json.dumps(one | {"seconds": 0}) == json.dumps(other | {"seconds": 0})
 
 
 def test_it_goes_on_where_it_was_stopped(run, monkeypatch):
