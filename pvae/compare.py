@@ -24,6 +24,7 @@ from pvae.grid import Cell, Pool, Shelf
 from pvae.guides import local_bound
 from pvae.ledger import Ledger
 from pvae.recipe import Recipe
+from pvae.refine import MARKS
 from pvae.results import SCHEMA, Group, collect
 from pvae.runs import PARTS, Variant, place
 from pvae.runtime import pick_device, seeded, unchecked
@@ -222,10 +223,11 @@ def _group(entries: list[Entry], job: Job) -> Group:
     job.say("evaluating every source on the amortized variant's decoder")
     test, seed = splits["test"].x, base.recipe.seed
     chosen = {e.name: e.variants[0].recipe.guide for e in entries if _source(e) != "Amortized"}
+    steps = [mark for mark in MARKS if mark <= max(job.budget.steps, 1)]
     missing = {source: source for source in SOURCES[1:] if source not in map(_source, entries)}
     return group._replace(
         same=_same_decoder(base, {"Amortized": base.recipe.guide} | chosen | missing, test, job.budget.K),
-        curve=refinement_curve(base.built.program.model, base.built.guide, test, seed=seed),
+        curve=refinement_curve(base.built.program.model, base.built.guide, test, steps=steps, seed=seed),
     )
 
 

@@ -41,6 +41,8 @@ __all__ = [
 ROWS = 250
 
 STARTS = ("prior", "guide")
+# What a kept part calls the time that it took when it was made.
+SECONDS = "seconds"
 
 
 @dataclass(frozen=True)
@@ -371,16 +373,16 @@ def _without_holes(values: Tensor, others: Tensor) -> Tensor:
 
 def _collect(job: _Job, K: int, judge: Callable[[Rows], dict[str, Tensor]]) -> Evaluation:
     """Apply ``judge`` to batches of rows, smaller ones where the device has no memory for them."""
-    start = time.perf_counter()
     for program in (job.model, job.guide):
         module_of(program).eval()
     ledger = job.ledger or Ledger(None, {})
 
     def judged(part: slice) -> dict[str, Tensor]:
         def compute() -> dict[str, Tensor]:
-            rows = job.rows(part)
+            start, rows = time.perf_counter(), job.rows(part)
             with seeded(rows.seed):
-                return judge(rows)
+                values = judge(rows)
+            return values | {SECONDS: torch.tensor(time.perf_counter() - start)}
 
         values = ledger.tensors(f"{job.prefix}-{part.start:06}-{part.stop:06}", compute)
         job.progress(part.stop - part.start)
@@ -388,5 +390,5 @@ def _collect(job: _Job, K: int, judge: Callable[[Rows], dict[str, Tensor]]) -> E
 
     with torch.no_grad(), unchecked(), pyro.get_param_store().scope():
         parts = list(in_pieces(judged, len(job.x), ROWS, "rows"))
-    values = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-    return Evaluation(values, K, time.perf_counter() - start)
+    seconds = sum(part.pop(SECONDS).item() for part in parts)
+    return Evaluation({name: torch.cat([part[name] for part in parts]) for name in parts[0]}, K, seconds)

@@ -141,8 +141,8 @@ def transition(
         step: step size of each datapoint [B], in units of ``scale``.
         leapfrogs: of one trajectory.
         scale: standard deviations [B, D]; momenta are standard normal for u / scale. 1 unless given.
-        jitter: a trajectory's number of leapfrogs is drawn from ``leapfrogs * (1 -+ jitter)``, so that no chain goes in
-            circles. Were it the step that varies, it would cross the largest that is stable.
+        jitter: a trajectory's number of leapfrogs is drawn from ``leapfrogs -+ jitter * (leapfrogs - 1)``, so that no
+            chain goes in circles. Were it the step that varies, it would cross the largest that is stable.
 
     Source: Neal (2011), *MCMC Using Hamiltonian Dynamics*, arXiv:1206.1901.
     """
@@ -160,7 +160,7 @@ def transition(
 
 
 def _about(count: int, jitter: float) -> int:
-    most = round(jitter * count)
+    most = round(jitter * (count - 1))
     return count + int(torch.randint(-most, most + 1, ())) if most else count
 
 
@@ -275,7 +275,8 @@ def sample(
         u: where the chains start, best spread wider than f.
         draws: T, kept for each chain, one in every ``thin`` transitions.
         warm_up: transitions that are thrown away; from 200 on the scale is learned well.
-        leapfrogs: of each transition.
+        leapfrogs: of a transition, on average: their number varies from 1 to twice that, since chains that go for
+            half a period each time mirror their position and never learn of its size.
         scale: a first guess of f's standard deviations, [B, D]; 1 unless given.
         seed: of all noise; the random stream outside is left alone.
         progress: called with the share of the transitions made.
@@ -289,7 +290,7 @@ def sample(
         state, size, scale = _warmed(density, u, warm_up, leapfrogs, scale, lambda done: progress(done / total))
         kept, acceptance, divergent = [], torch.zeros_like(size), torch.zeros_like(size)
         for done in range(1, draws * thin + 1):
-            state, accepted, diverged = transition(density, state, size, leapfrogs=leapfrogs, scale=scale)
+            state, accepted, diverged = transition(density, state, size, leapfrogs=leapfrogs, scale=scale, jitter=1.0)
             acceptance, divergent = acceptance + accepted.mean(0), divergent + diverged.to(size).mean(0)
             if done % thin == 0:
                 kept.append(state.position)
@@ -307,7 +308,7 @@ def _warmed(
     size, spread = StepSize(first_step(density, state, scale)), _Spread(u.mean(0))
     ends = {round(share * steps) for share in WINDOWS}
     for done in range(1, steps + 1):
-        state, accepted, _ = transition(density, state, size.step, leapfrogs=leapfrogs, scale=scale)
+        state, accepted, _ = transition(density, state, size.step, leapfrogs=leapfrogs, scale=scale, jitter=1.0)
         size.learn(accepted.mean(0))
         spread.see(state.position)
         if done in ends:

@@ -25,8 +25,9 @@ __all__ = ["KINDS", "PLANS", "Bounds", "Part", "Plan", "Rows", "Subject", "Weigh
 
 # Rows of a part: small, so that a long job can stop and go on anywhere, and shows how far it is.
 SOME = 10
-# A quarter of a period at usual steps: a draw then forgets both the side and the distance of the one before.
-LEAPFROGS = 3
+# Leapfrogs of a transition of long chains, on average, and the transitions of their warm-up: about a quarter of a period
+# at usual steps, after which a draw has forgotten the one before.
+LEAPFROGS, WARM_UP, CHAINS = 3, 300, 8
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class Plan:
         temperatures, chains: of annealing.
         simulated: rows that are simulated for calibration.
         references: test rows that long chains are run for.
-        length: draws of each of these chains, after as many of warm-up.
+        length: draws of each of these eight chains.
     """
 
     rows: int
@@ -61,14 +62,14 @@ class Plan:
             "weights": self.rows * (2 * self.draws + refine),
             "sandwich": 2 * 3 * 5 * self.annealed * self.chains * self.temperatures,
             "calibration": self.simulated * refine,
-            "reference": self.references * (8 * 3 * LEAPFROGS * 2 * self.length + 2 * refine),
+            "reference": self.references * (CHAINS * 3 * LEAPFROGS * (WARM_UP + self.length) + 2 * refine),
             "health": self.rows * 10,
             "predictive": self.rows * (refine + 200 + 2 * self.draws),
         }
 
 
 PLANS = {
-    "quick": Plan(200, 500, 100, 20, 200, 8, 200, 10, 500),
+    "quick": Plan(200, 500, 100, 20, 200, 8, 200, 10, 600),
     "standard": Plan(500, 1000, 300, 50, 500, 16, 500, 50, 1000),
     "thorough": Plan(1000, 5000, 1000, 100, 5000, 16, 2000, 100, 4000),
 }
@@ -209,8 +210,9 @@ def _chains(subject: Subject, plan: Plan, batch: slice) -> Chains:
         subject.x[batch],
         None,
         subject.guide.sites,
+        chains=CHAINS,
         draws=plan.length,
-        warm_up=plan.length,
+        warm_up=WARM_UP,
         leapfrogs=LEAPFROGS,
         seed=subject.seed + batch.start,
     )

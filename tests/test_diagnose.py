@@ -29,6 +29,11 @@ def run(tmp_path_factory):
     return folder, results
 
 
+@pytest.fixture(autouse=True)
+def short_warm_up(monkeypatch):
+    monkeypatch.setattr(stages, "WARM_UP", 8)
+
+
 def diagnosed(run, plan=SMALL, only=(), say=lambda line: None):
     folder, results = run
     job = compare.Job(folder, **JOB, say=say)

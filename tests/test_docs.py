@@ -59,3 +59,34 @@ def test_links_lead_somewhere():
     for name, text in TEXTS.items():
         for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", text):
             assert ((ROOT / name).parent / target).exists(), f"{name}: {target}"
+
+
+def test_the_documents_rules_are_those_of_the_verdict():
+    from pvae.rules import RULES
+
+    text = (ROOT / "docs" / "diagnosis.md").read_text()
+    lines = [line.split(" | ") for line in text.splitlines() if line.count(" | ") == 5 and line.startswith("| ")]
+    told = {(cells[0].removeprefix("| "), cells[1]): cells for cells in lines if cells[1] != "figure"}
+    assert list(told) == [(rule.use, rule.figure) for rule in RULES]
+    for rule in RULES:
+        _, _, low, high, along, source = told[rule.use, rule.figure]
+        assert source.removesuffix(" |") == rule.source
+        assert low.strip() in ("", f"{rule.low:g}")
+        assert high.strip() in ("", f"{rule.high:g}")
+        assert low.strip() or high.strip()
+        assert along.strip() == ("" if rule.along is None else f"{rule.along[0]} above {rule.along[2]:g}")
+
+
+def test_the_documents_budgets_are_those_of_the_commands():
+    from pvae.compare import BUDGETS
+    from pvae.stages import PLANS
+
+    text = (ROOT / "docs" / "diagnosis.md").read_text()
+    for word, (rows, budget) in BUDGETS.items():
+        plan = PLANS[word]
+        evaluated = f"{rows}, {budget.K}, {budget.steps}"
+        diagnosed = (
+            f"{plan.rows}, {plan.draws}, {plan.steps}; {plan.annealed} x {plan.temperatures} x {plan.chains}; "
+            f"{plan.simulated}; {plan.references} x {plan.length}"
+        )
+        assert f"| {word} | {evaluated} | {diagnosed} |" in text
