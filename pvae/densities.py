@@ -6,7 +6,7 @@ Counts are scored in float64 inside, whatever comes in: differences of lgamma ne
 from __future__ import annotations
 
 import copy
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pyro.distributions as dist
 import torch
@@ -16,6 +16,7 @@ from torch.distributions import constraints
 from torch.types import _size
 
 __all__ = [
+    "Bernoulli",
     "Categorical",
     "ContinuousBernoulli",
     "DiscretizedLogistic",
@@ -73,6 +74,47 @@ class _Values(dist.TorchDistribution):
 
     def _draw(self, shape: torch.Size) -> Tensor:
         raise NotImplementedError
+
+
+class Bernoulli(dist.Bernoulli):
+    r"""Truth values from log-odds, :math:`\log p(x) = \log \sigma(\eta) - (1 - x) \eta`, in few passes over memory.
+
+    >>> Bernoulli(logits=torch.tensor([0.0, 1e4])).log_prob(torch.ones(2))
+    tensor([-0.6931,  0.0000])
+    """
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        if self._validate_args:
+            self._validate_sample(value)
+        eta, _ = torch.broadcast_tensors(self.logits, value)
+        return _BernoulliScore.apply(eta, value.to(eta))
+
+
+class _BernoulliScore(torch.autograd.Function):
+    """log p(x) of log-odds eta [...] and x, which broadcasts to them; its gradient for eta is x - sigma(eta)."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(eta: Tensor, x: Tensor) -> Tensor:
+        # log sigma(eta), as F.logsigmoid, which makes a second array.
+        return F.softplus(eta, beta=-1, threshold=40).addcmul_(eta, x - 1)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, Tensor | None]:  # type: ignore[override]
+        eta, x = ctx.saved_tensors
+        to_eta = to_x = None
+        if ctx.needs_input_grad[0]:
+            sigma = eta.sigmoid()
+            # Memory is what costs time here; a gradient that is to be differentiated needs its steps kept.
+            to_eta = (x - sigma) * slope if torch.is_grad_enabled() else torch.sub(x, sigma, out=sigma).mul_(slope)
+        if ctx.needs_input_grad[1]:
+            to_x = (eta * slope).sum_to_size(x.shape)
+        return to_eta, to_x
 
 
 class StudentT(dist.StudentT):

@@ -81,7 +81,7 @@ class Bernoulli(Likelihood):
     base_measure = "mass"
 
     def forward(self, eta: Tensor) -> dist.TorchDistribution:
-        return dist.Bernoulli(logits=eta).to_event(1)
+        return densities.Bernoulli(logits=eta).to_event(1)
 
 
 class ContinuousBernoulli(Likelihood):

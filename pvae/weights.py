@@ -26,7 +26,7 @@ Through = Callable[[Tensor, int], Tensor]
 
 # Datapoints times samples in one pass through the program: large enough for the matrix products to rule,
 # small enough to stay near the cache.
-ROWS_PER_PASS = 8192
+ROWS_PER_PASS = 4096
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from scipy import stats
 from torch import Tensor
 from torch.distributions import biject_to, constraints
 
-from pvae import families, likelihoods, networks, priors
+from pvae import densities, families, likelihoods, networks, priors
 from pvae.errors import UserError
 
 N = 40_000
@@ -315,6 +315,28 @@ def test_continuous_bernoulli_is_exact_through_zero_and_in_its_tails():
     steep = likelihoods.ContinuousBernoulli()(torch.tensor([80.0, -80], dtype=torch.float32))
     assert steep.log_prob(torch.tensor([1.0, 0])).item() == pytest.approx(2 * math.log(80), rel=1e-6)
     torch.testing.assert_close(steep.mean.double(), torch.tensor([1 - 1 / 80, 1 / 80]), rtol=1e-5, atol=0)
+
+
+def test_bernoulli_in_few_passes_is_pyros_with_both_its_derivatives():
+    x = torch.tensor([0, 1, 0.3])[:, None]
+    eta = torch.tensor([0, 1e-8, 1, -1, 25, -25, 90, -90, 1e4, -1e4]).repeat(3, 1).requires_grad_()
+
+    def looks(kind):
+        """Log-density, its slope and its curvature; the slope by the pass that keeps no steps too."""
+        log_p = kind(logits=eta, validate_args=False).log_prob(x)
+        (quick,) = torch.autograd.grad(log_p.sum(), eta, retain_graph=True)
+        (slope,) = torch.autograd.grad(log_p.sum(), eta, create_graph=True)
+        return log_p, quick, slope, *torch.autograd.grad(slope.sum(), eta)
+
+    for found, expected in zip(looks(densities.Bernoulli), looks(dist.Bernoulli), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    inputs = torch.randn(2, 3, 4).requires_grad_(), torch.rand(3, 1).requires_grad_()
+
+    def score(eta, x):
+        return densities.Bernoulli(logits=eta, validate_args=False).log_prob(x)
+
+    assert torch.autograd.gradcheck(score, inputs)
+    assert torch.autograd.gradgradcheck(score, inputs)
 
 
 @pytest.mark.parametrize(
