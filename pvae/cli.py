@@ -6,7 +6,8 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from difflib import get_close_matches
 from pathlib import Path
@@ -18,6 +19,7 @@ from pvae.errors import UserError, nearest
 from pvae.flags import (
     DataDir,
     Device,
+    Jobs,
     Out,
     Overwrite,
     RecipePath,
@@ -77,6 +79,7 @@ def compare(
     out: Out = None,
     overwrite: Overwrite = False,
     resume: Resume = False,
+    jobs: Jobs = 1,
     record: Annotated[bool, typer.Option("--record", help="Write what is found into the recipe's [expected].")] = False,
 ) -> None:
     """Train variants side by side, by default amortized, per-datapoint and semi-amortized inference: table and page."""
@@ -87,8 +90,11 @@ def compare(
     job = job_in(Path())
     file = described(path, job.trust, guide=guide)
     axes = axes_of(file, guide_of, described)
-    job = replace(job, folder=out or _folder("compare", path or file.recipe.data))
-    results = comparing.compare(file.recipe, job, vary=axes, data_folder=data_dir, overwrite=overwrite, resume=resume)
+    job = replace(job, folder=out or _folder("compare", path or file.recipe.data), jobs=jobs)
+    with _going_on(job.folder, "--resume instead of --overwrite" if overwrite else "--resume"):
+        results = comparing.compare(
+            file.recipe, job, vary=axes, data_folder=data_dir, overwrite=overwrite, resume=resume
+        )
     _show(results, job.folder)
     if record and path is not None:
         from pvae import recipe
@@ -143,17 +149,24 @@ def fit(
 @app.command()
 @takes(job_flags)
 def evaluate(job_in: Any, run: Run, data_dir: DataDir = None) -> None:
-    """Evaluate a run that fit or compare has trained: bounds, evidence and gaps with errors."""
+    """Evaluate a run that fit or compare has trained: bounds, evidence and gaps with errors.
+
+    What is finished is kept: the same command goes on where it was stopped.
+    """
     from pvae import compare as comparing
 
     job = job_in(run)
-    _show(comparing.judge(comparing.load(job, data_dir), job, comparing.left_out(run)), run)
+    with _going_on(run):
+        results = comparing.judge(comparing.load(job, data_dir), job, comparing.left_out(run))
+    _show(results, run)
 
 
 @app.command()
 def diagnose(
     run: Run,
-    budget: Annotated[str, typer.Option(help="quick, standard or thorough: how closely to look.")] = "standard",
+    budget: Annotated[
+        str, typer.Option(help="quick, standard (about 10 times its work) or thorough (about 100 times).")
+    ] = "standard",
     only: Annotated[str | None, typer.Option(help="Variants to look at, by commas (default all).")] = None,
     device: Device = "auto",
     data_dir: DataDir = None,
@@ -161,10 +174,13 @@ def diagnose(
 ) -> None:
     """Say how far each posterior of a run is from the truth, why, and for which rows: figures, verdicts, the page.
 
+    Bounds and gaps are those of the last pvae evaluate; a run without one is evaluated first, at the same budget.
+    Of several seeds the first is looked at. The cost is said before it begins.
     What is finished is kept: the same command goes on where it was stopped.
     """
     from pvae import compare as comparing
     from pvae import diagnose as diagnosing
+    from pvae.components import split
     from pvae.stages import PLANS
 
     if budget not in PLANS:
@@ -172,9 +188,16 @@ def diagnose(
     rows, own = comparing.BUDGETS[budget]
     job = comparing.Job(run, device, rows, own, trust=trust, progress=True, say=typer.echo)
     entries = comparing.load(job, data_dir)
-    results = comparing.current(run, entries) or comparing.judge(entries, job, comparing.left_out(run))
-    found = diagnosing.diagnose(entries, results, job, PLANS[budget], only.split(",") if only else ())
-    _show_diagnosis(found, run)
+    wanted = [] if only is None else list(dict.fromkeys(split(only)))
+    diagnosing.chosen(entries, wanted)
+    with _going_on(run):
+        results = comparing.current(run, entries)
+        if results:
+            typer.echo(f"{_evaluated(results)}; pvae evaluate {run} --budget {budget} makes them anew")
+        else:
+            results = comparing.judge(entries, job, comparing.left_out(run))
+        found = diagnosing.diagnose(entries, results, job, PLANS[budget], wanted)
+    _show_diagnosis([own for own in found["variants"] if not wanted or own["name"] in wanted], run)
 
 
 @app.command()
@@ -270,7 +293,7 @@ def _show(results: dict[str, Any], folder: Path) -> None:
     typer.echo(f"\nthe page: {page.write(folder)}")
 
 
-def _show_diagnosis(found: dict[str, Any], folder: Path) -> None:
+def _show_diagnosis(variants: list[dict[str, Any]], folder: Path) -> None:
     """Figures and verdicts of each variant on the screen, and the page."""
     from rich.console import Console
     from rich.padding import Padding
@@ -280,7 +303,8 @@ def _show_diagnosis(found: dict[str, Any], folder: Path) -> None:
     from pvae.tables import diagnosed, rich_table
 
     console = Console()
-    for variant in found["variants"]:
+    for variant in variants:
+        console.rule(f"Diagnosis of {variant['name']}", align="left", style="bold")
         for table in diagnosed(variant):
             console.print(rich_table(table))
         console.print(f"[bold]How far may {variant['name']} be trusted?[/bold]")
@@ -291,6 +315,34 @@ def _show_diagnosis(found: dict[str, Any], folder: Path) -> None:
                 console.print(Padding(f"- {sentence}", (0, 0, 0, 4)), markup=False, highlight=False)
         console.print()
     typer.echo(f"the page: {page.write(folder)}")
+
+
+def _evaluated(results: dict[str, Any]) -> str:
+    """Which evaluation a diagnosis takes bounds and gaps from."""
+    own = [
+        (g["data"]["evaluated_rows"]["test"], next(iter(g["rows"][0]["test"].values()))["K"]) for g in results["groups"]
+    ]
+    return "bounds and gaps of the last evaluation: " + ", ".join(
+        f"{rows} test rows, K = {K}" for rows, K in dict.fromkeys(own)
+    )
+
+
+class _Stopped(Exception):
+    """Ctrl-C in work that keeps what is finished; says how to go on."""
+
+    signal = signal.SIGINT
+
+
+@contextmanager
+def _going_on(folder: Path, flag: str = "") -> Iterator[None]:
+    """Let Ctrl-C in the block say that the same command, with this flag, goes on in the folder."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if not (folder / "recipe.toml").is_file():
+            raise
+        how = f"the same command{f' with {flag}' if flag else ''} goes on"
+        raise _Stopped(f"stopped; what is finished is kept in {folder}; {how}") from None
 
 
 def _folder(verb: str, source: str | Path) -> Path:
@@ -316,6 +368,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         given = list(sys.argv[1:] if arguments is None else arguments)
         status = typer.main.get_command(app).main(args=given, prog_name="pvae", standalone_mode=False)
+        if status == 128 + signal.SIGINT:  # how typer says that it has caught Ctrl-C
+            return _fail("stopped", status)
         return status if isinstance(status, int) else 0
     except typer.TyperException as error:
         return _fail(_usage(error), error.exit_code)

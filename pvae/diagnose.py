@@ -25,7 +25,7 @@ from pvae.runtime import pick_device
 from pvae.stages import Part, Plan, Subject, joined, stages
 from pvae.stats import Estimate
 
-__all__ = ["diagnose", "load", "parts"]
+__all__ = ["chosen", "diagnose", "load", "parts"]
 
 FILE, SCHEMA = "diagnosis.json", 1
 FOLDER = runs.PARTS[1]
@@ -46,14 +46,14 @@ def diagnose(
     Raises:
         UserError: an unknown name, or HMC diverges everywhere.
     """
-    chosen = _chosen(entries, only)
+    wanted = chosen(entries, only)
     kept = [own for own in load(job.folder).get("variants", []) if only and own["name"] not in only]
     rows = {row["name"]: row for group in results["groups"] for row in group["rows"]}
     found = []
-    for entry in chosen:
+    for entry in wanted:
         subject = _subject(entry, job, plan)
-        if entry is chosen[0]:
-            job.say(_price(subject, plan, len(chosen)))
+        if entry is wanted[0]:
+            job.say(_price(subject, plan, len(wanted)))
         start = time.perf_counter()
         made = _made(subject, _ledger(entry, job, plan), plan, job)
         guide, best = _figures(made, rows[entry.name])
@@ -98,7 +98,12 @@ def parts(folder: Path, variant: Mapping[str, Any]) -> dict[str, Any]:
     return {name: joined(pieces) for name, pieces in found.items()}
 
 
-def _chosen(entries: Sequence[Entry], only: Sequence[str]) -> list[Entry]:
+def chosen(entries: Sequence[Entry], only: Sequence[str]) -> list[Entry]:
+    """The variants of these names, all of them where none is given.
+
+    Raises:
+        UserError: the run has none of such a name.
+    """
     known = {entry.name: entry for entry in entries}
     for name in only:
         if name not in known:

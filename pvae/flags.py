@@ -15,6 +15,7 @@ from pvae.errors import UserError, nearest
 __all__ = [
     "DataDir",
     "Device",
+    "Jobs",
     "Out",
     "Overwrite",
     "RecipePath",
@@ -29,6 +30,8 @@ __all__ = [
 ]
 
 Flag = typer.Option
+# Of annealing, where it is asked for and no number is given.
+TEMPERATURES = 500
 Run = Annotated[Path, typer.Argument(help="Folder of a run.")]
 RecipePath = Annotated[Path | None, typer.Argument(help="A recipe (TOML); flags override its keys.")]
 Device = Annotated[str, Flag(help="auto, cpu or cuda.")]
@@ -36,6 +39,7 @@ DataDir = Annotated[Path | None, Flag(help="Where torchvision's data sets are; e
 Overwrite = Annotated[bool, Flag("--overwrite", help="Replace the run that the folder holds.")]
 Resume = Annotated[bool, Flag("--resume", help="Go on with the run that the folder holds.")]
 Out = Annotated[Path | None, Flag(help="Folder of the run (default runs/<verb>-<data or recipe>).")]
+Jobs = Annotated[int, Flag(help="Variants that are trained at a time.")]
 Trust = Annotated[bool, Flag("--trust", help="Run the code of files that the recipe names.")]
 
 
@@ -142,17 +146,22 @@ def grid_flags(
 
 def job_flags(
     device: Device = "auto",
-    budget: Annotated[str, Flag(help="quick, standard or thorough; flags below change its numbers.")] = "standard",
-    rows: Annotated[int | None, Flag(help="Rows of each split to evaluate (standard: 300).")] = None,
-    samples: Annotated[int | None, Flag(help="K, draws for each row and bound (standard: 1000).")] = None,
-    refine_steps: Annotated[int | None, Flag(help="The most steps in search of the best lam (standard: 300).")] = None,
+    budget: Annotated[
+        str,
+        Flag(
+            help="quick (100 rows of each split, K = 200, 100 steps), standard (300, 1000, 300) or thorough "
+            "(1000, 5000, 1000); flags below change its numbers."
+        ),
+    ] = "standard",
+    rows: Annotated[int | None, Flag(help="Rows of each split to evaluate.")] = None,
+    samples: Annotated[int | None, Flag(help="K, draws for each row and bound; k-hat asks for 25.")] = None,
+    refine_steps: Annotated[int | None, Flag(help="The most steps in search of the best lam.")] = None,
     ais: Annotated[bool, Flag("--ais", help="Estimate the evidence by annealed importance sampling too.")] = False,
-    temperatures: Annotated[int | None, Flag(help="Of annealing; implies --ais (standard: 500).")] = None,
-    chains: Annotated[int | None, Flag(help="Of annealing, for each row (standard: 16).")] = None,
-    schedule: Annotated[str, Flag(help="Of annealing: sigmoid, linear or geometric.")] = "sigmoid",
-    start: Annotated[str, Flag(help="Where annealing starts: prior or guide.")] = "prior",
+    temperatures: Annotated[int | None, Flag(help="Of annealing, as the three below (default 500).")] = None,
+    chains: Annotated[int | None, Flag(help="For each row (default 16).")] = None,
+    schedule: Annotated[str | None, Flag(help="sigmoid (default), linear or geometric.")] = None,
+    start: Annotated[str | None, Flag(help="prior (default) or guide; each of these four implies --ais.")] = None,
     families: Annotated[str | None, Flag(help="What would these families of q win? By commas.")] = None,
-    jobs: Annotated[int, Flag(help="Variants that are trained at a time.")] = 1,
     trust: Trust = False,
 ) -> Callable[[Path], Any]:
     """A function from a run's folder to the job that the flags describe."""
@@ -161,6 +170,8 @@ def job_flags(
     for name, value in (given | {"chains": chains}).items():
         if value is not None and value < least[name]:
             raise UserError(f"--{name} is {value}, but it must be at least {least[name]}")
+    numbers: dict[str, Any] = {"K": samples, "steps": refine_steps}
+    annealing: dict[str, Any] = {"temperatures": temperatures, "chains": chains, "schedule": schedule, "start": start}
 
     def job(folder: Path) -> Any:
         from dataclasses import replace
@@ -170,21 +181,26 @@ def job_flags(
         if budget not in BUDGETS:
             raise UserError(f"--budget is '{budget}'{nearest(budget, BUDGETS)}")
         preset_rows, preset = BUDGETS[budget]
-        annealed = preset.temperatures if ais or temperatures is not None else 0
-        chosen = replace(
-            preset,
-            K=samples or preset.K,
-            steps=refine_steps or preset.steps,
-            temperatures=temperatures or annealed,
-            chains=chains or preset.chains,
-            schedule=schedule,
-            start=start,
-        )
-        words = tuple(families.split(",")) if families else ()
-        own = Job(folder, device, rows or preset_rows, chosen, words, jobs=jobs, trust=trust)
-        return replace(own, progress=True, say=typer.echo)
+        if ais or any(value is not None for value in annealing.values()):
+            preset = replace(preset, temperatures=TEMPERATURES)
+        own = replace(preset, **{name: value for name, value in (numbers | annealing).items() if value is not None})
+        words = () if families is None else _families(families)
+        return Job(folder, device, rows or preset_rows, own, words, trust=trust, progress=True, say=typer.echo)
 
     return job
+
+
+def _families(text: str) -> tuple[str, ...]:
+    """Words of posterior families that can be asked what they would win, each tried before anything long runs."""
+    from pvae import components
+    from pvae.runtime import seeded
+
+    words = tuple(dict.fromkeys(components.split(text)))
+    for word in words:
+        with seeded(0):
+            if components.make("family", components.parse(word), dim=2).point_mass:
+                raise UserError(f"--families {word}: a point mass has no ELBO to compare; name a family with a density")
+    return words
 
 
 def takes(*groups: Callable[..., Any]) -> Callable[[Callable[..., None]], Callable[..., None]]:

@@ -19,10 +19,12 @@ import numpy as np
 import pytest
 import torch
 
-from pvae import checkpoints, recipe, runs, training
+from pvae import checkpoints, compare, flags, recipe, report, runs, stages, training
 from pvae.cli import main
+from pvae.compare import BUDGETS
 from pvae.components import KINDS
 from pvae.errors import UserError
+from pvae.evaluation import Budget
 from pvae.recipe import Recipe
 
 pytestmark = pytest.mark.filterwarnings("ignore:constrained_layout not applied")
@@ -482,6 +484,17 @@ MISTAKES = {
     "samples": (f"{COMPARE} --samples 1", "--samples 1 least 2"),
     "refine steps": (f"{COMPARE} --refine-steps 0", "--refine-steps 0 least 1"),
     "rows of a run": ("evaluate run --rows 0", "--rows 0 least 2"),
+    "jobs of an evaluation": ("evaluate run --jobs 2", "--jobs"),
+    "temperatures": ("evaluate run --ais --temperatures 0", "--temperatures 0 least 1"),
+    "chains": ("evaluate run --chains -1", "--chains -1 least 1"),
+    "schedule": ("evaluate run --schedule lin", "schedule 'lin' 'linear'?"),
+    "start": ("evaluate run --start guid", "start 'guid' 'guide'?"),
+    "budget": ("evaluate run --budget thoro", "--budget 'thoro' 'thorough'?"),
+    "families": ("evaluate run --families DiagonalNormal,FullRankNorml", "'FullRankNorml' 'FullRankNormal'?"),
+    "families of a comparison": (f"{COMPARE} --families FlowFamly", "'FlowFamly' 'FlowFamily'?"),
+    "no families": ("evaluate run --families ''", "family ''"),
+    "argument of a family": ("evaluate run --families 'LowRankNormal(rnk=1)'", "LowRankNormal 'rnk' 'rank'?"),
+    "a family without a density": ("evaluate run --families Delta", "--families Delta point mass ELBO"),
     "out is a file": (f"fit {SMALL} --out taken", "--out taken file"),
     "out below a file": (f"fit {SMALL} --out taken/new", "taken/new --out"),
     "compare below a file": (f"{COMPARE} --out taken/new", "taken/new --out"),
@@ -512,6 +525,15 @@ MISTAKES = {
     "evaluate strange": ("evaluate strange-run", "strange-run/recipe.toml 'latnet' 'latent'?"),
     "evaluate other rows": ("evaluate moved-run", "moved-run rows digits-threshold"),
     "evaluate worded": ("evaluate worded-run", "worded-run seed"),
+    "diagnose nothing": ("diagnose new", "new recipe.toml"),
+    "diagnose a file": ("diagnose taken", "taken"),
+    "diagnose untrained": ("diagnose bare-run", "bare-run checkpoint.safetensors"),
+    "diagnose truncated": ("diagnose cut-run", "cut-run/checkpoint.safetensors truncated"),
+    "diagnose another model": ("diagnose foreign-run", "foreign-run/checkpoint.safetensors (16, 3) (16, 2)"),
+    "diagnose other rows": ("diagnose moved-run", "moved-run rows digits-threshold"),
+    "diagnose with a budget": ("diagnose run --budget qick", "--budget 'qick' 'quick'?"),
+    "diagnose a variant": ("diagnose run --only Amortised", "--only Amortised variant 'Amortized'?"),
+    "diagnose on a device": ("diagnose run --device cud", "device 'cud' 'cuda'?"),
     "report nothing": ("report new", "new/results.json evaluate"),
     "report a file": ("report taken", "taken"),
     "report no run": ("report empty-folder", "empty-folder/results.json evaluate"),
@@ -554,6 +576,133 @@ def test_with_debug_the_traceback_comes_through(pvae, kept):
             main(["--debug", *line.split()])
     assert pvae("--debug list").status == 0
     assert pvae("evaluate new").status == 2
+
+
+# Evaluating and diagnosing: what the flags ask for, what is kept, how it goes on.
+
+
+@pytest.mark.parametrize(
+    ("given", "found"),
+    [
+        ({}, (0, 16, "sigmoid", "prior")),
+        ({"ais": True}, (500, 16, "sigmoid", "prior")),
+        ({"temperatures": 7}, (7, 16, "sigmoid", "prior")),
+        ({"chains": 3}, (500, 3, "sigmoid", "prior")),
+        ({"schedule": "linear"}, (500, 16, "linear", "prior")),
+        ({"start": "guide", "temperatures": 7}, (7, 16, "sigmoid", "guide")),
+    ],
+)
+def test_every_flag_of_annealing_anneals(given, found):
+    own = flags.job_flags(**given)(Path()).budget
+    assert (own.temperatures, own.chains, own.schedule, own.start) == found
+
+
+def test_a_budget_is_one_word_and_a_flag_goes_before_it():
+    for word, (rows, own) in BUDGETS.items():
+        job = flags.job_flags(budget=word)(Path())
+        assert (job.rows, job.budget) == (rows, own)
+        job = flags.job_flags(budget=word, rows=7, samples=30)(Path())
+        assert (job.rows, job.budget.K, job.budget.steps) == (7, 30, own.steps)
+
+
+def test_the_help_says_what_a_budget_holds(pvae):
+    words = " ".join(pvae("evaluate --help").out.replace("│", " ").split())
+    (rows, quick), (more, standard), (most, thorough) = BUDGETS.values()
+    assert f"quick ({rows} rows of each split, K = {quick.K}, {quick.steps} steps)" in words
+    assert f"standard ({more}, {standard.K}, {standard.steps})" in words
+    assert f"thorough ({most}, {thorough.K}, {thorough.steps})" in words
+    job = flags.job_flags(ais=True)(Path()).budget
+    assert f"(default {job.temperatures})" in words
+    assert f"(default {job.chains})" in words
+
+
+def test_the_help_says_how_a_diagnosis_grows(pvae):
+    words = " ".join(pvae("diagnose --help").out.replace("│", " ").split())
+    quick, standard, thorough = (sum(plan.passes().values()) for plan in stages.PLANS.values())
+    stated = [int(times) for times in re.findall(r"about (\d+) times", words)]
+    assert stated == [10, 100]
+    for times, cost in zip(stated, (standard, thorough), strict=True):
+        assert times / 1.3 < cost / quick < times * 1.3
+
+
+@pytest.fixture
+def quickly(monkeypatch):
+    """Let a diagnosis at any budget take a second, and the page, which is looked at elsewhere, none."""
+    monkeypatch.setattr(report, "write", lambda folder: folder / "report.html")
+    plan = stages.Plan(
+        rows=12, draws=30, steps=3, annealed=3, temperatures=4, chains=2, simulated=20, references=2, length=8
+    )
+    for word in stages.PLANS:
+        monkeypatch.setitem(stages.PLANS, word, plan)
+        monkeypatch.setitem(BUDGETS, word, (20, Budget(30, 5)))
+
+
+def test_families_are_split_at_commas_outside_brackets(pvae, kept, quickly):
+    shutil.copytree(kept(f"fit {SMALL}"), "run")
+    done = pvae("evaluate run --rows 4 --families 'LowRankNormal(rank=1, ),FullRankNormal' --temperatures 2 --chains 1")
+    assert done.status == 0
+    (row,) = alone("run")["rows"]
+    assert {"ais", "family_gain[LowRankNormal(rank=1, )]", "family_gain[FullRankNormal]"} <= row["test"].keys()
+
+
+def test_a_diagnosis_evaluates_what_was_not_and_makes_broken_parts_again(pvae, kept, quickly):
+    shutil.copytree(kept(f"fit {SMALL}"), "run")
+    done = pvae("diagnose run")
+    assert done.status == 0
+    assert "evaluating on up to 20 training and test rows, K = 30" in done.out
+    for text in ("Diagnosis of Amortized", "How far may Amortized be trusted?", "the page: run/report.html"):
+        assert text in done.out
+    assert {"results.json", "diagnosis.json"} <= set(snapshot("run"))
+    before = json.loads(Path("run/diagnosis.json").read_text())["variants"]
+    parts = Path("run/diagnosis/Amortized")
+    os.truncate(parts / "health.safetensors", 100)
+    (parts / "weights-best.safetensors").write_text("garbage")
+    (parts / "rows.safetensors").unlink()
+    again = pvae("diagnose run --budget quick --only Amortized,Amortized")
+    assert again.status == 0
+    assert "evaluating" not in again.out
+    assert "the last evaluation: 20 test rows, K = 30; pvae evaluate run --budget quick" in again.out
+    assert again.out.count("Diagnosis of ") == 1
+    after = json.loads(Path("run/diagnosis.json").read_text())["variants"]
+    assert [own["figures"] for own in after] == [own["figures"] for own in before]
+
+
+def test_only_the_variants_asked_for_are_looked_at_and_shown(pvae, kept, quickly):
+    shutil.copytree(
+        kept(f"compare --epochs 1 {TINY} {FEW} --family Delta --vary 'objective=ELBO,ELBO(K=2, warm_up=0.5)'"), "run"
+    )
+    wanted = "ELBO(K=2, warm_up=0.5)"
+    for name, other in (("ELBO", wanted), (wanted, "ELBO")):
+        done = pvae(f"diagnose run --only '{name}'")
+        assert done.status == 0
+        assert f"Diagnosis of {name} ─" in done.out
+        assert f"Diagnosis of {other} ─" not in done.out
+
+
+@pytest.mark.parametrize(
+    ("line", "module", "name"), [("diagnose", stages, "sandwich"), ("evaluate", compare, "evaluate")]
+)
+def test_ctrl_c_says_that_the_same_command_goes_on_and_it_does(pvae, kept, quickly, monkeypatch, line, module, name):
+    shutil.copytree(kept(f"fit {SMALL}"), "run")
+    with monkeypatch.context() as patched:
+        patched.setattr(module, name, lambda *args, **kwargs: signal.raise_signal(signal.SIGINT))
+        done = pvae(f"{line} run")
+    assert done.status == 128 + signal.SIGINT
+    assert done.err.splitlines()[-1] == "error: stopped; what is finished is kept in run; the same command goes on"
+    assert pvae(f"{line} run").status == 0
+
+
+def test_ctrl_c_while_a_comparison_is_evaluated_asks_for_resume(pvae, monkeypatch):
+    monkeypatch.setattr(compare, "evaluate", lambda *args, **kwargs: signal.raise_signal(signal.SIGINT))
+    done = pvae(f"{COMPARE} --guides Amortized --out run")
+    assert done.status == 128 + signal.SIGINT
+    assert done.err.splitlines()[-1].endswith("kept in run; the same command with --resume goes on")
+
+
+def test_ctrl_c_anywhere_else_says_that_it_stopped(pvae, monkeypatch):
+    monkeypatch.setattr(recipe, "resolve", lambda own: signal.raise_signal(signal.SIGINT))
+    done = pvae("show")
+    assert (done.status, done.err) == (128 + signal.SIGINT, "error: stopped\n")
 
 
 # Divergence. A batch of all rows makes one step an epoch, so that the first is still good.
