@@ -105,7 +105,7 @@ class _BernoulliScore(torch.autograd.Function):
         ctx.save_for_backward(*inputs)
 
     @staticmethod
-    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, Tensor | None]:  # type: ignore[override]
+    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, Tensor | None]:
         eta, x = ctx.saved_tensors
         to_eta = to_x = None
         if ctx.needs_input_grad[0]:
