@@ -185,9 +185,10 @@ def main() -> None:
         "The epoch's ratio depends on how fast the machine serves single images: pvae's own time is mostly that of the",
         "matrix products.",
         "",
-        "Of a chunk of IWAE (16 draws for each of 250 rows) the decoder takes 70%, the likelihood 17%, the encoder,",
-        "which runs once a chunk, 5%, Pyro and the totals 8%. A leapfrog costs 2 ms of Pyro and Python whatever its size,",
-        "so that it meets its goal from rows x chains of about 1,000 on (64 x 16: 1.40); annealing moves 2,048 at once.",
+        "Of a chunk of IWAE (16 draws for each of 250 rows) the decoder takes 70%, the likelihood 17%,",
+        "the encoder, which runs once a chunk, 5%, Pyro and the totals 8%. A leapfrog costs 2 ms of Pyro and Python",
+        "whatever its size, so that it meets its goal from rows x chains of about 1,000 on (64 x 16: 1.40); annealing",
+        "moves 2,048 at once.",
     ]
     PAGE.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
