@@ -286,7 +286,7 @@ class _Plan(NamedTuple):
 
     @property
     def pilot(self) -> _Plan:
-        return self._replace(chains=max(2, self.chains // FEWER))
+        return self._replace(chains=max(2, self.chains // FEWER), reverse=False)
 
     def betas(self) -> list[float]:
         """In the order of the chains' way."""
@@ -312,7 +312,7 @@ class _Tuning(NamedTuple):
 def _annealed(plan: _Plan, path: _Path, begin: Tensor | None, progress: Callable[[float], None]) -> Annealed:
     betas = plan.betas()
     ahead = plan.pilot.chains / (plan.pilot.chains + plan.chains)
-    tuning = _pilot(plan.pilot, path, begin, _within(progress, 0.0, ahead))
+    tuning = _pilot(plan.pilot, path, _within(progress, 0.0, ahead))
     state = _begun(plan, path, begin)
     if plan.reverse:
         state = _apart(plan, path, state, tuning)
@@ -323,7 +323,7 @@ def _annealed(plan: _Plan, path: _Path, begin: Tensor | None, progress: Callable
         log_w, state = _heated(path, state, betas[t], log_w)
         if t == plan.temperatures:
             break
-        step, scale = tuning.at(t)
+        step, scale = tuning.at(plan.temperatures - t if plan.reverse else t)
         state, accepted, diverged = hmc.transition(path.parts, state, step, leapfrogs=plan.leapfrogs, scale=scale)
         acceptance.append(accepted.mean(0))
         divergent.append(diverged.to(step).mean(0))
@@ -345,7 +345,7 @@ def _begun(plan: _Plan, path: _Path, begin: Tensor | None) -> State:
 
 def _apart(plan: _Plan, path: _Path, state: State, tuning: _Tuning) -> State:
     """Chains that set out from one posterior draw, moved apart: each stays an exact draw, now nearly its own."""
-    step, scale = tuning.at(0)
+    step, scale = tuning.at(plan.temperatures)
     for _ in range(SETTLE):
         state = hmc.transition(path.parts, state, step, leapfrogs=plan.leapfrogs, scale=scale).state
     return state
@@ -358,9 +358,13 @@ def _heated(path: _Path, state: State, beta: float, log_w: Tensor) -> tuple[Tens
     return log_w + torch.where(gain.isnan(), -torch.inf, gain), warmer
 
 
-def _pilot(plan: _Plan, path: _Path, begin: Tensor | None, progress: Callable[[float], None]) -> _Tuning:
-    """Go the way with few chains, adapting to each datapoint's acceptance and to its chains' spread."""
-    state, betas, T = _begun(plan, path, begin), plan.betas(), plan.temperatures
+def _pilot(plan: _Plan, path: _Path, progress: Callable[[float], None]) -> _Tuning:
+    """Go the way with few chains, adapting to each datapoint's acceptance and to its chains' spread.
+
+    Forward for reverse chains too: had their pilot set out from the draw that they set out from, their moves would
+    depend on it, and no longer leave the densities as they are.
+    """
+    state, betas, T = _begun(plan, path, None), plan.betas(), plan.temperatures
     variance = path.draw(SPREAD).var(0)
     log_step = hmc.first_step(path.parts, state, variance.sqrt()).log()
     each, every = -(-LEAST // T), -(-T // KEPT)
@@ -372,8 +376,7 @@ def _pilot(plan: _Plan, path: _Path, begin: Tensor | None, progress: Callable[[f
         scale = variance.sqrt()
         state, accepted, _ = hmc.transition(path.parts, state, log_step.exp(), leapfrogs=plan.leapfrogs, scale=scale)
         log_step = log_step + max(0.2, 2 / (move + SETTLE + 1) ** 0.5) * (accepted.mean(0) - TARGET)
-        if move > 0 or not plan.reverse:  # before, reverse chains still lie together
-            variance = torch.lerp(variance, state.position.var(0), rate)
+        variance = torch.lerp(variance, state.position.var(0), rate)
         if move == t * each and t % every == 0:
             steps.append(log_step)
             scales.append(scale.log())

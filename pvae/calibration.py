@@ -33,7 +33,8 @@ class Calibration:
         ranks: share of L draws of q below the true u, with a uniform number added so that it is exactly uniform on
             (0, 1) if q is the posterior, [N, D].
         tarp: share of draws nearer to a reference point than the true u, likewise uniform, [N].
-        z_score: (mean of q - true u) / standard deviation of q, [N, D]; mean 0 and variance 1 if q is the posterior.
+        z_score: (mean of q - true u) / standard deviation of q, [N, D], corrected for the noise of these two; mean 0
+            and variance 1 if q is the posterior.
         contraction: 1 - variance of q / variance of the prior, [N, D]: what the row told of u.
         draws: L.
     """
@@ -163,7 +164,9 @@ def calibrate(
             progress(min(1.0, (begin + ROWS) / rows))
     ranks, tarp, mean, sd = (torch.cat(values).cpu() for values in zip(*parts, strict=True))
     u = u.cpu()
-    return Calibration(ranks, tarp, (mean - u) / sd, 1 - sd**2 / u.var(0), torch.tensor(draws))
+    # The mean and standard deviation of L draws are noisy themselves, which makes (mean - u) / sd wider by this.
+    wider = ((1 + 1 / draws) * (draws - 1) / (draws - 3)) ** 0.5 if draws > 3 else 1.0
+    return Calibration(ranks, tarp, (mean - u) / sd / wider, 1 - sd**2 / u.var(0), torch.tensor(draws))
 
 
 def _placed(u: Tensor, guide: Guide, x: Tensor, draws: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -156,21 +157,25 @@ def load(job: Job, data_folder: str | Path | None = None) -> list[Entry]:
 
 def left_out(folder: Path) -> dict[str, str]:
     """The variants that a run's results say were left out, with the reasons; none where there are no results."""
-    if not (folder / "results.json").is_file():
-        return {}
-    results = read_json(folder / "results.json", f"pvae evaluate {folder} writes it")
-    return dict(results.get("left_out", {})) if isinstance(results, dict) else {}
+    return dict(_results(folder).get("left_out", {}))
 
 
 def current(folder: Path, entries: list[Entry]) -> dict[str, Any]:
-    """The results that the folder holds, if they are of just these fits; else none."""
-    if not (folder / "results.json").is_file():
-        return {}
-    results = read_json(folder / "results.json", f"pvae evaluate {folder} writes it")
-    if not isinstance(results, dict) or results.get("schema") != SCHEMA:
-        return {}
-    there = {row["name"]: row.get("fitted") for group in results["groups"] for row in group["rows"]}
-    return results if there == {e.name: [runs.fingerprint(v) for v in e.variants] for e in entries} else {}
+    """The results that the folder holds, if they are whole and of just these fits; else none."""
+    results = _results(folder)
+    there = {row["name"]: row.get("fitted") for group in results.get("groups", []) for row in group["rows"]}
+    exports = (folder / export.file(number) for number, _ in enumerate(results.get("groups", []), 1))
+    same = there == {e.name: [runs.fingerprint(v) for v in e.variants] for e in entries}
+    return results if same and all(path.is_file() for path in exports) else {}
+
+
+def _results(folder: Path) -> dict[str, Any]:
+    """``results.json`` as far as it can be used: what can't is made anew by who asks for it."""
+    with suppress(UserError, KeyError, TypeError):
+        results = read_json(folder / "results.json", "")
+        if results["schema"] == SCHEMA and all(row["name"] for group in results["groups"] for row in group["rows"]):
+            return results
+    return {}
 
 
 def _entries(wanted: list[Cell], variants: list[Variant], shelf: Shelf) -> list[Entry]:
@@ -288,7 +293,7 @@ def _ledger(entry: Entry, variant: Variant, job: Job) -> Ledger:
         "data": entry.data.digest,
         "rows": job.rows,
         "budget": asdict(job.budget),
-        "families": job.families,
+        "families": {word: components.code(components.parse(word)) for word in job.families},
         "version": version("pvae-pyro"),
     }
     return Ledger(job.folder / PARTS[0] / place(entry.name), key)

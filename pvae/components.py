@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import functools
+import hashlib
 import importlib.util
 import inspect
 import re
@@ -126,6 +127,12 @@ def own_file(component: Component) -> str | None:
     """The file whose code a component would run, or None for one of this package."""
     file, colon, _ = str(table(component).get("type", "")).rpartition(":")
     return file if colon else None
+
+
+def code(component: Component) -> str:
+    """SHA-256 of the file whose code a component would run, first 16 hex digits; empty for one of this package."""
+    file = own_file(component)
+    return "" if file is None else hashlib.sha256(Path(file).read_bytes()).hexdigest()[:16]
 
 
 def rooted(component: Component) -> Component:

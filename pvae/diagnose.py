@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -29,6 +30,7 @@ __all__ = ["chosen", "diagnose", "load", "parts"]
 
 FILE, SCHEMA = "diagnosis.json", 1
 FOLDER = runs.PARTS[1]
+FIELDS = {"name", "plan", "fitted", "parts", "seconds", "figures", "refined", "verdicts"}
 
 
 def diagnose(
@@ -47,7 +49,7 @@ def diagnose(
         UserError: an unknown name, or HMC diverges everywhere.
     """
     wanted = chosen(entries, only)
-    kept = [own for own in load(job.folder).get("variants", []) if only and own["name"] not in only]
+    kept = [own for own in _readable(job.folder) if only and own["name"] not in only]
     rows = {row["name"]: row for group in results["groups"] for row in group["rows"]}
     found = []
     for entry in wanted:
@@ -66,7 +68,7 @@ def diagnose(
                 "seconds": time.perf_counter() - start,
                 "figures": {name: value._asdict() for name, value in guide.items()},
                 "refined": {name: value._asdict() for name, value in best.items()},
-                "verdicts": [verdict._asdict() for verdict in judge(guide, best)],
+                "verdicts": [verdict._asdict() for verdict in judge(guide, best, **_classes(entry))],
             }
         )
     whole = {"schema": SCHEMA, "variants": found + kept}
@@ -84,9 +86,18 @@ def load(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     found = read_json(path, f"pvae diagnose {folder} writes it")
-    if not isinstance(found, dict) or found.get("schema") != SCHEMA:
-        raise UserError(f"{path} is of another version; pvae diagnose {folder} writes it anew")
-    return found
+    try:
+        if found["schema"] == SCHEMA and all(own.keys() >= FIELDS for own in found["variants"]):
+            return found
+    except (KeyError, TypeError, AttributeError):
+        pass
+    raise UserError(f"{path} is broken or of another version; pvae diagnose {folder} writes it anew")
+
+
+def _readable(folder: Path) -> list[dict[str, Any]]:
+    with suppress(UserError):
+        return list(load(folder).get("variants", []))
+    return []
 
 
 def parts(folder: Path, variant: Mapping[str, Any]) -> dict[str, Any]:
@@ -139,8 +150,9 @@ def _price(subject: Subject, plan: Plan, variants: int) -> str:
         start = time.perf_counter()
         bounds(subject.model, subject.guide, rows, K=100)
     minutes = passes * (time.perf_counter() - start) / (100 * len(rows)) / 60
+    told = "less than a minute" if minutes < 1 else f"about {minutes:.0f} min"
     each = f" for each of {variants} variants" if variants > 1 else ""
-    return f"diagnosis: {passes / 1e6:.0f} million rows through the decoder, about {minutes:.0f} min{each} at the most"
+    return f"diagnosis: {passes / 1e6:.2g} million rows through the decoder, {told}{each} at the most"
 
 
 def _made(subject: Subject, ledger: Ledger, plan: Plan, job: Job) -> dict[str, Any]:
@@ -155,6 +167,11 @@ def _made(subject: Subject, ledger: Ledger, plan: Plan, job: Job) -> dict[str, A
             done += part.passes
         show(100, subject.name)
     return {name: joined(pieces) for name, pieces in found.items()}
+
+
+def _classes(entry: Entry) -> dict[str, str]:
+    own = entry.variants[0].recipe
+    return {"source": own.name("guide"), "family": own.name("family")}
 
 
 def _figures(parts: dict[str, Any], row: Mapping[str, Any]) -> tuple[dict[str, Estimate], dict[str, Estimate]]:
@@ -172,7 +189,9 @@ def _figures(parts: dict[str, Any], row: Mapping[str, Any]) -> tuple[dict[str, E
 
 
 def _of_evaluation(row: Mapping[str, Any]) -> Iterator[tuple[str, Estimate]]:
-    for name in ("elbo", "evidence", "inference_gap", "approximation_gap", "amortization_gap"):
+    for name in ("elbo", "ais", "evidence", "inference_gap", "approximation_gap", "amortization_gap"):
         if name in row["test"]:
             value = row["test"][name]
-            yield name, Estimate(value["mean"], math.nan if value["se"] is None else value["se"])
+            # The other figures are of the first seed, and so are these.
+            mean, se = (value["by_seed"][0], None) if "by_seed" in value else (value["mean"], value["se"])
+            yield name, Estimate(*(math.nan if number is None else number for number in (mean, se)))

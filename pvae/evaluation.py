@@ -391,4 +391,5 @@ def _collect(job: _Job, K: int, judge: Callable[[Rows], dict[str, Tensor]]) -> E
     with torch.no_grad(), unchecked(), pyro.get_param_store().scope():
         parts = list(in_pieces(judged, len(job.x), ROWS, "rows"))
     seconds = sum(part.pop(SECONDS).item() for part in parts)
-    return Evaluation({name: torch.cat([part[name] for part in parts]) for name in parts[0]}, K, seconds)
+    # On the CPU whether they were kept or made just now.
+    return Evaluation({name: torch.cat([part[name].cpu() for part in parts]) for name in parts[0]}, K, seconds)

@@ -31,7 +31,8 @@ def replacing(path: Path) -> Iterator[Path]:
         yield temporary
         os.replace(temporary, path)
     except OSError as error:
-        raise UserError(f"can't write {path}: {error.strerror or error}; choose another --out") from error
+        reason = error.strerror or error
+        raise UserError(f"can't write {path}: {reason}; make the folder writable or choose another") from error
     finally:
         temporary.unlink(missing_ok=True) if temporary.parent.is_dir() else None
 

@@ -91,6 +91,7 @@ class Health:
         """Every number with its standard error; p-values are given without."""
         measured = ("total_kl", "mutual_information", "marginal_kl", "mmd", "holes")
         found = {name: Estimate(getattr(self, name).item(), getattr(self, f"{name}_se").item()) for name in measured}
+        found["information_bound"] = Estimate(math.log(min(len(self.means), AGGREGATE)), math.nan)
         # A variance of N values is known to a share of sqrt(2 / (N - 1)), which leaves units near the threshold open.
         error = self.activity * (2 / (len(self.means) - 1)) ** 0.5
         sure = Normal(0.0, 1.0).cdf((self.activity - ACTIVE) / error.clamp(min=1e-12))

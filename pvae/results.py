@@ -151,7 +151,7 @@ def _summary(found: Evaluation) -> dict[str, Estimate]:
     if "k_hat" in summary:
         k_hat = found.values["k_hat"]
         summary["k_hat"] = mean_se(k_hat[k_hat.isfinite()]) if k_hat.isfinite().any() else Estimate(math.nan, math.nan)
-        summary["k_hat_above"] = mean_se((k_hat > UNRELIABLE).double())
+        summary["k_hat_above"] = mean_se((~(k_hat <= UNRELIABLE)).double())
     return summary
 
 

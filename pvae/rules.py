@@ -115,7 +115,7 @@ RULES = (
     Rule(
         "bound",
         "inference_gap",
-        0,
+        -INF,
         1,
         "it lies {} nats below the best estimate of log p(x)",
         "one nat is the size of differences that papers report between models",
@@ -123,9 +123,9 @@ RULES = (
     Rule(
         "bound",
         "evidence_width",
-        0,
+        -INF,
         1,
-        "the evidence itself is known only within {} nats: lower and upper bound by annealing on simulated data",
+        "annealing brackets the evidence of simulated rows only within {} nats",
         "Grosse, Ghahramani, Adams 2015, arXiv:1511.02543",
     ),
     Rule(
@@ -164,6 +164,15 @@ RULES = (
 )
 
 
+# Without one of these figures nothing was looked at that could speak for a use.
+ASKED = {
+    "posterior": ("mean_error", "sbc_p"),
+    "proposal": ("k_hat_above",),
+    "bound": ("inference_gap",),
+    "model": ("mmd_p", "columns_off"),
+}
+
+
 class Verdict(NamedTuple):
     """What the rules say of one use: the level, the sentences of those that fired, and what to change first."""
 
@@ -173,30 +182,45 @@ class Verdict(NamedTuple):
     first: str
 
 
-def judge(guide: Figures, refined: Figures) -> list[Verdict]:
+def judge(guide: Figures, refined: Figures, *, source: str = "", family: str = "") -> list[Verdict]:
     """The verdict for each use.
 
     Arguments:
         guide: figures of the guide as it was trained.
         refined: figures of the same q refined to its best lam; what refinement does not change may be left out.
+        source, family: the guide's classes, so that no advice names what is there.
     """
-    return [_verdict(use, guide, refined) for use in USES if _known(use, guide)]
+    return [_verdict(use, guide, refined, _advice(use, guide, source, family)) for use in USES]
 
 
-def _known(use: str, figures: Figures) -> bool:
-    return any(rule.use == use and rule.figure in figures for rule in RULES)
+def _verdict(use: str, guide: Figures, refined: Figures, advice: Mapping[str, str]) -> Verdict:
+    after = {**guide, **refined}
+    rules = [rule for rule in RULES if rule.use == use]
+    asked = any(name in guide for name in ASKED[use])
+    fired = [rule for rule in rules if asked and rule.fires(guide)]
+    left = [rule for rule in rules if rule.fires(after)] if fired else []
+    notes = list(_missing(use, guide, after))
+    if fired:
+        level = DISTRUST if left else REFINE
+        because = [_sentence(rule, guide, refined) for rule in (*fired, *(r for r in left if r not in fired))]
+    else:
+        looked = [rule for rule in rules if rule.figure in guide]
+        level = UNKNOWN if notes else TRUST
+        because = [_silent(looked, guide)] if asked and looked else []
+    return Verdict(use, level, [*because, *notes], advice[level])
 
 
-def _verdict(use: str, guide: Figures, refined: Figures) -> Verdict:
-    fired = [rule for rule in RULES if rule.use == use and rule.fires(guide)]
-    left = [rule for rule in fired if rule.figure not in refined or rule.fires(refined)]
-    level = TRUST if not fired else DISTRUST if left else REFINE
-    because = [_sentence(rule, guide, refined) for rule in fired] or [_silent(use, guide)]
+def _missing(use: str, guide: Figures, refined: Figures) -> Iterator[str]:
+    """What would have to be known for a verdict, and is not."""
+    if not any(name in guide for name in ASKED[use]):
+        yield "not looked at: it takes a q with a density, and 25 draws at least for k-hat"
     if use == "posterior" and "sound" in guide and guide["sound"].mean < 0.5:
-        because.append(
-            f"no number from long chains: they agree for a share of {number(guide['sound'])} of the rows alone"
+        yield f"no number from long chains: they agree for a share of {number(guide['sound'])} of the rows alone"
+    if use == "bound" and "ais" not in guide and "k_hat_above" in refined and refined["k_hat_above"].mean > 0.1:
+        yield (
+            f"the evidence is by importance sampling, with k-hat above 0.7 for {number(refined['k_hat_above'])} of the "
+            "rows even from the refined q, and may be too low: evaluate with --ais"
         )
-    return Verdict(use, level, because, _first(use, level, guide))
 
 
 def _sentence(rule: Rule, guide: Figures, refined: Figures) -> str:
@@ -206,9 +230,8 @@ def _sentence(rule: Rule, guide: Figures, refined: Figures) -> str:
     return f"{said}; after refinement {number(refined[rule.figure])}"
 
 
-def _silent(use: str, figures: Figures) -> str:
+def _silent(looked: list[Rule], figures: Figures) -> str:
     """What was looked at and found to be within its limits."""
-    looked = [rule for rule in RULES if rule.use == use and rule.figure in figures]
     return "within limits: " + ", ".join(f"{NAMES[r.figure]} {number(figures[r.figure])}" for r in looked)
 
 
@@ -221,7 +244,7 @@ NAMES = {
     "active_units": "active dimensions",
     "k_hat_above": "share of rows with k-hat above 0.7",
     "inference_gap": "nats below the evidence",
-    "evidence_width": "nats between the bounds of the evidence",
+    "evidence_width": "nats between annealing's bounds on simulated rows",
     "holes": "share of the prior without codes",
     "mmd_p": "p of the aggregate",
     "columns_off": "share of columns off",
@@ -229,26 +252,23 @@ NAMES = {
 }
 
 
-def _first(use: str, level: str, figures: Figures) -> str:
-    """What to change first, by the figure that weighs most."""
-    return next(_advice(use, level, figures), "")
-
-
-def _advice(use: str, level: str, figures: Figures) -> Iterator[str]:
-    if level == TRUST:
-        return
+def _advice(use: str, figures: Figures, source: str, family: str) -> dict[str, str]:
+    """What to change first at each level, by the figure that weighs most."""
     value = {name: figure.mean for name, figure in figures.items()}
+    encoder = "refine rows when they are used" + ("" if source == "SemiAmortized" else ", or --guide SemiAmortized")
+    others = [name for name in ("FullRankNormal", "FlowFamily") if name != family]
+    of_family = f"the family of q: --family {' or '.join(others)}"
+    gaps = value.get("approximation_gap", 0.0), value.get("amortization_gap", 0.0)
+    change = f"the source of lam, then the family: {encoder}" if gaps[1] > gaps[0] else of_family
+    if use == "bound" and value.get("evidence_width", 0) > 1:
+        change = "more --temperatures"
     if use == "model":
-        if value.get("columns_off", 0) > 0.1 or value.get("statistics_off", 0):
-            yield "another likelihood or a larger decoder"
-        yield "a prior that follows the codes: --prior VampPrior or FlowPrior"
-    if value.get("active_units", 1) < 1:
-        yield "the collapse: --objective 'ELBO(warm_up=...)' or 'ELBO(free_bits=...)', or a weaker decoder"
-    if use == "bound" and level == DISTRUST and value.get("evidence_width", 0) > 1:
-        yield "more --temperatures"
-    if level == REFINE:
-        yield "the source of lam: --guide SemiAmortized, or refine rows when they are used; else a larger encoder"
-    family, encoder = value.get("approximation_gap", 0.0), value.get("amortization_gap", 0.0)
-    if encoder > family:
-        yield "the source of lam, then the family: --guide SemiAmortized, or a larger encoder"
-    yield "the family of q: --family FullRankNormal or FlowFamily"
+        likelihood = value.get("columns_off", 0) > 0.1 or value.get("statistics_off", 0) > 0
+        change = (
+            "another likelihood or a larger decoder"
+            if likelihood
+            else "a prior that follows the codes: --prior VampPrior or FlowPrior"
+        )
+    if use != "model" and value.get("active_units", 1) < 1:
+        change = "the collapse: --objective 'ELBO(warm_up=...)' or 'ELBO(free_bits=...)', or a weaker decoder"
+    return {TRUST: "", UNKNOWN: "", REFINE: f"the source of lam: {encoder}; else a larger encoder", DISTRUST: change}

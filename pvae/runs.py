@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 import shutil
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
-from pvae import checkpoints, recipe
+from pvae import checkpoints, components, recipe
 from pvae.data import Dataset
 from pvae.errors import UserError
 from pvae.objectives import NonFinite
@@ -173,8 +175,13 @@ def parameters(variant: Variant) -> dict[str, int]:
 
 
 def fingerprint(variant: Variant) -> str:
-    """SHA-256 of all fitted numbers, first 16 hex digits: what was found under another one is not of this fit."""
-    found = hashlib.sha256()
+    """SHA-256 of a fit, first 16 hex digits: its numbers, its recipe, and the code of files that this names.
+
+    What was found under another one is not of this fit.
+    """
+    own = variant.recipe
+    found = hashlib.sha256(json.dumps(asdict(own), sort_keys=True, default=str).encode())
+    found.update("".join(components.code(getattr(own, kind)) for kind in components.KINDS).encode())
     for module in (variant.built.program, variant.built.guide):
         for name, values in module.state_dict().items():
             found.update(f"{name}{tuple(values.shape)}".encode())

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache, partial
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -25,8 +26,8 @@ __all__ = ["KINDS", "PLANS", "Bounds", "Part", "Plan", "Rows", "Subject", "Weigh
 
 # Rows of a part: small, so that a long job can stop and go on anywhere, and shows how far it is.
 SOME = 10
-# Leapfrogs of a transition of long chains, on average, and the transitions of their warm-up: about a quarter of a period
-# at usual steps, after which a draw has forgotten the one before.
+# Leapfrogs of a transition of long chains, on average: about a quarter of a period at usual steps, after which a draw
+# has forgotten the one before. Transitions of their warm-up, and chains for each row.
 LEAPFROGS, WARM_UP, CHAINS = 3, 300, 8
 
 
@@ -109,7 +110,7 @@ class Weights:
 
     def figures(self) -> dict[str, Estimate]:
         """Means over the rows, and the share whose k-hat is above 0.7."""
-        above = (self.k_hat > UNRELIABLE).double()
+        above = (~(self.k_hat <= UNRELIABLE)).double()  # a row whose weights are all zero has none, and is no better
         return {"k_hat_above": mean_se(above), "ess": mean_se(self.ess), "iwae": mean_se(self.iwae)}
 
 
@@ -173,18 +174,19 @@ def stages(subject: Subject, plan: Plan) -> Iterator[Part]:
         yield Part(f"calibration-{who}", cost["calibration"] / 2, work)
     for batch in _batches(plan.annealed):
         work = partial(_bounds, subject, plan, batch)
-        yield Part(f"sandwich.{batch.start:05}", cost["sandwich"] * SOME / plan.annealed, work)
+        yield Part(f"sandwich.{batch.start:05}", cost["sandwich"] * (batch.stop - batch.start) / plan.annealed, work)
     for batch in _batches(min(plan.references, len(x))):
         chains = cache(partial(_chains, subject, plan, batch))
         for who, q in both:
-            work = partial(_reference, chains, q, x[batch], seed)
-            cost_of = cost["reference"] * SOME / plan.references / 2
+            work = partial(_reference, chains, q, x[batch], seed + batch.start)
+            cost_of = cost["reference"] * (batch.stop - batch.start) / plan.references / 2
             yield Part(f"reference-{who}.{batch.start:05}", cost_of, work)
 
 
 def _batches(rows: int) -> Iterator[slice]:
-    for begin in range(0, rows, SOME):
-        yield slice(begin, min(begin + SOME, rows))
+    """Slices of some rows each; the last one takes what is left over."""
+    ends = [*range(SOME, rows - SOME + 1, SOME), rows]
+    return (slice(begin, end) for begin, end in pairwise([0, *ends]))
 
 
 def _weights(subject: Subject, q: Guide, plan: Plan) -> Weights:
@@ -193,10 +195,10 @@ def _weights(subject: Subject, q: Guide, plan: Plan) -> Weights:
 
 
 def _bounds(subject: Subject, plan: Plan, batch: slice) -> Bounds:
-    like = subject.x[:1].repeat(batch.stop - batch.start, *(1,) * (subject.x.dim() - 1))
+    rows = torch.arange(batch.start, batch.stop, device=subject.x.device) % len(subject.x)
     found = sandwich(
         subject.model,
-        like,
+        subject.x[rows],
         chains=plan.chains,
         temperatures=plan.temperatures,
         seed=subject.seed + 1000 * batch.start,

@@ -62,7 +62,7 @@ def number(estimate: Estimate) -> str:
     >>> number(Estimate(-16.8912, 0.0312))
     '-16.89 ± 0.03'
     """
-    if not math.isfinite(estimate.se):
+    if not math.isfinite(estimate.se) or estimate.se == 0:
         return f"{estimate.mean:.2g}"
     digits = 1 if estimate.se >= 0.3 else 2 if estimate.se >= 0.01 else 3
     return f"{estimate.mean:z.{digits}f} ± {estimate.se:.{digits}f}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 from pvae.stats import Estimate, number
@@ -57,6 +58,7 @@ FIGURES = {
     "Latents, test rows": {
         "total_kl": "KL (nats)",
         "mutual_information": "mutual information (nats)",
+        "information_bound": "which can't exceed (log of the rows)",
         "marginal_kl": "KL of the aggregate (nats)",
         "active_units": "active dimensions",
         "mmd": "squared MMD of the aggregate",
@@ -188,7 +190,7 @@ def diagnosed(variant: dict[str, Any]) -> list[Table]:
 
 
 def _estimate(value: dict[str, Any] | None) -> str:
-    if value is None or value["mean"] is None:
+    if value is None or value["mean"] is None or math.isnan(value["mean"]):
         return "–"
     return number(Estimate(value["mean"], float("nan") if value["se"] is None else value["se"]))
 

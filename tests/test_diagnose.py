@@ -73,7 +73,7 @@ def test_what_is_finished_is_not_made_again(run, monkeypatch):
 
 
 def test_it_goes_on_where_it_was_stopped(run, monkeypatch):
-    plan, calls, whole = replace(SMALL, annealed=21), [], stages.sandwich
+    plan, calls, whole = replace(SMALL, annealed=31), [], stages.sandwich
 
     def stopped(*args, **kwargs):
         calls.append(1)
@@ -85,12 +85,12 @@ def test_it_goes_on_where_it_was_stopped(run, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         diagnosed(run, plan, ["DiagonalNormal"])
     found = diagnosed(run, plan, ["DiagonalNormal"])
-    assert len(calls) == 4  # three batches of at most ten rows, one of them twice
-    assert len(diagnose.parts(run[0], found["variants"][0])["sandwich"].lower) == 21
+    assert len(calls) == 4  # three batches, one of them twice
+    assert len(diagnose.parts(run[0], found["variants"][0])["sandwich"].lower) == 31
 
 
 def test_another_plan_does_not_read_what_an_earlier_one_left(run):
-    diagnosed(run, replace(SMALL, annealed=21), ["DiagonalNormal"])
+    diagnosed(run, replace(SMALL, annealed=31), ["DiagonalNormal"])
     found = diagnosed(run, SMALL, ["DiagonalNormal"])
     assert len(diagnose.parts(run[0], found["variants"][0])["sandwich"].lower) == 3
 

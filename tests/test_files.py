@@ -116,7 +116,7 @@ def test_missing_folders_are_made(tmp_path):
 def test_a_file_in_the_place_of_a_folder_is_an_error_and_stays(tmp_path, below):
     taken = tmp_path / "taken"
     taken.write_text("old")
-    with pytest.raises(UserError, match=r"can't write .*taken.*--out") as error:
+    with pytest.raises(UserError, match=r"can't write .*taken.*choose another") as error:
         write_text(taken / below, "new")
     assert "\n" not in str(error.value)
     assert taken.read_text() == "old"

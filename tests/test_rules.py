@@ -4,11 +4,13 @@ import math
 
 import pytest
 
-from pvae.rules import DISTRUST, NAMES, REFINE, RULES, TRUST, USES, Rule, judge
+from pvae.rules import DISTRUST, NAMES, REFINE, RULES, TRUST, UNKNOWN, USES, Rule, judge
 from pvae.stats import Estimate
 
 # Figures with which no rule fires.
 SOUND = {
+    "sound": 0.95,
+    "ais": -90.0,
     "mean_error": 0.1,
     "sd_ratio": 1.0,
     "coverage_90": 0.9,
@@ -33,7 +35,7 @@ def figures(**changed):
 
 
 def beyond(rule: Rule):
-    """Figures with which this rule fires, and its size rule with it: below its lower limit or above its upper one."""
+    """Figures with which this rule fires, and its size with it: below its lower limit or above its upper one."""
     value = rule.high + 0.5 if rule.high < math.inf and not rule.figure.endswith("_p") else rule.low - 0.001
     along = {} if rule.along is None else {rule.along[0]: rule.along[2] + 0.1}
     return {rule.figure: value} | along
@@ -81,9 +83,59 @@ def test_the_level_follows_from_what_refinement_leaves(rule):
         assert all(found[use].level == TRUST for use in USES if use != rule.use)
 
 
-def test_a_use_without_figures_has_no_verdict():
-    known = {name: value for name, value in figures().items() if name != "k_hat_above"}
-    assert "proposal" not in {v.use for v in judge(known, known)}
+def without(*names):
+    return {name: value for name, value in figures().items() if name not in names}
+
+
+@pytest.mark.parametrize(
+    ("use", "names"),
+    [
+        ("posterior", ("mean_error", "sbc_p")),
+        ("proposal", ("k_hat_above",)),
+        ("bound", ("inference_gap",)),
+        ("model", ("mmd_p", "columns_off")),
+    ],
+)
+def test_a_use_that_was_not_looked_at_is_not_trusted(use, names):
+    levels = {v.use: v.level for v in judge(without(*names), without(*names))}
+    assert levels[use] == UNKNOWN
+    assert all(level == TRUST for other, level in levels.items() if other != use)
+
+
+def test_chains_that_disagree_are_no_ground_for_trust():
+    found = {v.use: v for v in judge(figures(sound=0.3), figures())}["posterior"]
+    assert found.level == UNKNOWN
+    assert "no number from long chains" in found.because[-1]
+
+
+def test_evidence_by_unreliable_weights_is_no_ground_for_trust():
+    known = without("ais") | {"k_hat_above": Estimate(0.5, 0.01)}
+    found = {v.use: v for v in judge(known, known)}["bound"]
+    assert found.level == UNKNOWN
+    assert "--ais" in found.because[-1]
+    assert {v.use: v for v in judge(known | {"ais": figures()["ais"]}, known)}["bound"].level == TRUST
+
+
+def test_refinement_that_spoils_something_else_is_no_cure():
+    found = judge(figures(sd_ratio=0.5), figures(mean_error=0.9))
+    posterior = {v.use: v for v in found}["posterior"]
+    assert posterior.level == DISTRUST
+    assert any("miss those of long HMC chains" in sentence for sentence in posterior.because)
+
+
+@pytest.mark.parametrize("name", ["inference_gap", "evidence_width"])
+def test_a_gap_that_is_negative_by_noise_is_no_fault(name):
+    assert {v.level for v in judge(figures(**{name: -0.002}), figures())} == {TRUST}
+
+
+def test_no_advice_names_what_is_there():
+    wrong = figures(inference_gap=4.0, k_hat_above=0.9, amortization_gap=2.0, approximation_gap=1.0)
+    said = " ".join(v.first for v in judge(wrong, wrong, source="SemiAmortized", family="FlowFamily"))
+    assert "SemiAmortized" not in said
+    wrong = figures(inference_gap=4.0, k_hat_above=0.9, amortization_gap=1.0, approximation_gap=2.0)
+    said = " ".join(v.first for v in judge(wrong, wrong, source="Amortized", family="FlowFamily"))
+    assert "FullRankNormal" in said
+    assert "FlowFamily" not in said
 
 
 def test_sentences_give_the_figure_its_error_and_what_refinement_makes_of_it():
