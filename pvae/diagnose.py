@@ -157,11 +157,10 @@ def _price(subject: Subject, plan: Plan, variants: int) -> str:
 
 def _made(subject: Subject, ledger: Ledger, plan: Plan, job: Job) -> dict[str, Any]:
     """All parts of a variant's diagnosis, by name, from the ledger or made now."""
-    work = list(stages(subject, plan))
     found: dict[str, list[Any]] = {}
-    done, total = 0.0, sum(part.passes for part in work)
+    done, total = 0.0, sum(part.passes for part in stages(subject, plan))
     with bar("%", 100, wanted=job.progress) as show:
-        for part in work:
+        for part in stages(subject, plan):  # one after the other: a part may hold the chains of its rows
             show(int(100 * done / total), f"{subject.name}: {part.name}")
             found.setdefault(part.of, []).append(ledger.part(part.name, part.kind, part.compute))
             done += part.passes
