@@ -43,6 +43,4 @@ for name, q in {"guide": guide, "refined": Optimized(guide, vae.model, steps=50)
         f"  means miss the chains' by {reference.mean_error.square().mean().sqrt():.2f} posterior sd (root mean square)"
     )
     print(f"  90% intervals hold {reference.coverage_90.mean():.0%} of the chains' draws, and of the true latents of")
-    print(
-        f"  simulated rows {known['sbc_coverage_90'].mean:.0%}, whose ranks are uniform with p = {known['sbc_p'].mean:.2g}"
-    )
+    print(f"  simulated rows {known['sbc_coverage_90'].mean:.0%}, ranks uniform with p = {known['sbc_p'].mean:.2g}")
