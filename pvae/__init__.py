@@ -17,6 +17,7 @@ MODULES = (
     "compare",
     "components",
     "console",
+    "curvature",
     "data",
     "densities",
     "diagnose",

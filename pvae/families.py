@@ -64,6 +64,10 @@ class Family(nn.Module):
         """The lam [..., P] nearest to independent normals of this mean and log scale [..., D]; else the initial one."""
         return self.initial().to(mean).expand(*mean.shape[:-1], -1)
 
+    def shaped(self, mean: Tensor, covariance: Tensor) -> Tensor:
+        """The lam [..., P] near a normal of this mean [..., D] and covariance [..., D, D]; where one is held at all."""
+        raise NotImplementedError
+
     def _with_normals(self, mean: Tensor, log_scale: Tensor) -> Tensor:
         """The initial lam with its first entries replaced, where these are (mean, log scale)."""
         rest = self.initial()[2 * self.dim :].to(mean)
@@ -156,6 +160,13 @@ class LowRankNormal(Family):
     def around(self, mean: Tensor, log_scale: Tensor) -> Tensor:
         return self._with_normals(mean, log_scale)
 
+    def shaped(self, mean: Tensor, covariance: Tensor) -> Tensor:
+        # The best independent scales, and the directions in which the normal is wider than these.
+        scale = torch.linalg.inv(covariance).diagonal(dim1=-2, dim2=-1).rsqrt()
+        wider, directions = torch.linalg.eigh(covariance / scale.unsqueeze(-1) / scale.unsqueeze(-2))
+        lengths = (wider[..., -self.rank :] - 1).clamp(min=0.01).sqrt()
+        return torch.cat([mean, scale.log(), (directions[..., -self.rank :] * lengths.unsqueeze(-2)).flatten(-2)], -1)
+
     def forward(self, lam: Tensor) -> dist.TorchDistribution:
         mean, log_scale, factor = lam.split([self.dim, self.dim, self.dim * self.rank], -1)
         # V in units of s, so that I + V^T V, which is factorized, does not depend on the scales.
@@ -187,6 +198,10 @@ class FullRankNormal(Family):
 
     def around(self, mean: Tensor, log_scale: Tensor) -> Tensor:
         return self._with_normals(mean, log_scale)
+
+    def shaped(self, mean: Tensor, covariance: Tensor) -> Tensor:
+        factor, (rows, columns) = torch.linalg.cholesky(covariance), self.below
+        return torch.cat([mean, factor.diagonal(dim1=-2, dim2=-1).log(), factor[..., rows, columns]], -1)
 
     def forward(self, lam: Tensor) -> dist.TorchDistribution:
         return dist.MultivariateNormal(lam[..., : self.dim], scale_tril=self._factor(lam))

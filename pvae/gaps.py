@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from pvae.ais import anneal
+from pvae.curvature import best_normal
 from pvae.families import DiagonalNormal, Family
 from pvae.guides import NEW_DRAWS, Guide, ascent, given, local_bound, local_optimum
 from pvae.refine import NaturalAscent, RowAdam, Rule
-from pvae.runtime import seeded
+from pvae.runtime import seeded, unchecked
 from pvae.sites import Sites
 from pvae.tally import Moments, Tally
 from pvae.targets import Target
@@ -21,8 +22,9 @@ from pvae.weights import Program, stream
 
 __all__ = ["Annealing", "FamilyGain", "Rows", "annealed", "best", "compared", "family_gain"]
 
-# Which of a batch's random streams reports bounds, chooses between candidates, anneals, fits another family.
-REPORT, CHOOSE, ANNEAL, OTHER = 2, 3, 4, 5
+# Which of a batch's random streams reports bounds, chooses between candidates, anneals, fits another family, and
+# shapes correlated normals.
+REPORT, CHOOSE, ANNEAL, OTHER, SHAPE = 2, 3, 4, 5, 6
 
 
 class Rows(NamedTuple):
@@ -75,14 +77,18 @@ def best(model: Program, guide: Guide, rows: Rows, K: int, steps: int) -> tuple[
     """The best lam of the guide's family that different searches find, [B, P], and what they may have left, [B].
 
     Searches start at the guide's lam and, by another rule, at the family's initial one; for correlated normals also at
-    the best independent ones. The best of all ends and of the guide's own lam counts.
+    the best correlated one, see :func:`~pvae.curvature.best_normal`, or at the best independent ones. The best of all
+    starts and ends but the initial one counts.
     """
     family = guide.family
     fresh = family.initial().to(rows.lam).expand_as(rows.lam)
     starts: list[tuple[Tensor, Rule]] = [(rows.lam, ascent(family)), (fresh, RowAdam())]
+    known = [rows.lam]
     if _correlated(family):
-        starts.append((family.around(*_diagonal(model, guide.sites, rows, K, steps)), _gentle(family)))
-    return _searched(model, family, guide.sites, rows, K, steps, starts, [rows.lam])
+        normals = _diagonal(model, guide.sites, rows, K, steps)
+        known.append(_near(model, family, guide.sites, rows, K, normals))
+        starts.append((known[-1], _gentle(family)))
+    return _searched(model, family, guide.sites, rows, K, steps, starts, known)
 
 
 def annealed(model: Program, guide: Guide, lam: Tensor, rows: Rows, plan: Annealing) -> dict[str, Tensor]:
@@ -111,7 +117,7 @@ def family_gain(
         family = make(guide.sites.dim).to(rows.lam)
     plain = type(guide.family) is DiagonalNormal
     normals = lam.chunk(2, -1) if plain else _diagonal(model, guide.sites, rows, K, steps)
-    start = family.around(*normals).to(rows.lam)
+    start = _near(model, family, guide.sites, rows, K, normals)
     if any(p.requires_grad for p in family.parameters()):
         start = _fitted_together(model, family, guide.sites, start, rows, steps)
     searches: list[tuple[Tensor, Rule]] = [(start, _gentle(family))]
@@ -121,14 +127,30 @@ def family_gain(
     return FamilyGain(tallies[1].elbo, gains[1].mean.to(dtype), gains[1].se.to(dtype))
 
 
+def _near(model: Program, family: Family, sites: Sites, rows: Rows, K: int, normals: Sequence[Tensor]) -> Tensor:
+    """The better lam [B, P] for each row: around these independent normals, or near the best correlated one."""
+    around = family.around(*normals).to(rows.lam)
+    if not _shapes(family):
+        return around
+    target = Target(model, rows.x, rows.index, sites)
+    shaped = family.shaped(*best_normal(target, *normals, seed=rows.seed + SHAPE)).to(rows.lam)
+    return _chosen(model, family, sites, rows, K, [around, shaped])
+
+
 def _correlated(family: Family) -> bool:
     return type(family) is not DiagonalNormal and type(family).around is not Family.around and not family.point_mass
+
+
+def _shapes(family: Family) -> bool:
+    return type(family).shaped is not Family.shaped
 
 
 def _gentle(family: Family) -> Rule:
     """Near an optimum of many entries a step is mostly noise: half as long, it loses a quarter as much to it."""
     rule = ascent(family)
-    return NaturalAscent(rule.natural, rule.learning_rate / 2) if isinstance(rule, NaturalAscent) else RowAdam(0.02)
+    if isinstance(rule, NaturalAscent):
+        return NaturalAscent(rule.natural, rule.learning_rate / 2)
+    return RowAdam(0.005 if _shapes(family) else 0.02)
 
 
 def _searched(
@@ -143,16 +165,21 @@ def _searched(
 ) -> tuple[Tensor, Tensor]:
     """The best of the searches' ends and of the lam that are known, [B, P], and the least that a search may leave."""
     bound = local_bound(model, family, sites)
-    found = [
-        local_optimum(bound, start, rows.x, rows.index, steps=steps, rule=rule, seed=rows.seed)
-        for start, rule in starts
-    ]
-    # Chosen on draws that the reported bounds do not use, so that the choice does not flatter them.
-    candidates = torch.stack([*known, *(f.lam for f in found)])
-    tallies, _ = compared(model, [given(family, lam, sites) for lam in candidates], rows, K, CHOOSE)
-    chosen = torch.stack([tally.elbo for tally in tallies]).argmax(0)
+    with unchecked():  # a row of many entries that its steps throw out has its best look before that
+        found = [
+            local_optimum(bound, start, rows.x, rows.index, steps=steps, rule=rule, seed=rows.seed)
+            for start, rule in starts
+        ]
     left = torch.stack([f.gap for f in found]).amin(0)
-    return candidates[chosen, torch.arange(len(chosen), device=chosen.device)], left
+    return _chosen(model, family, sites, rows, K, [*known, *(f.lam for f in found)]), left
+
+
+def _chosen(model: Program, family: Family, sites: Sites, rows: Rows, K: int, candidates: Sequence[Tensor]) -> Tensor:
+    """The best of several lam for each row, [B, P]."""
+    # Chosen on draws that the reported bounds do not use, so that the choice does not flatter them.
+    tallies, _ = compared(model, [given(family, lam, sites) for lam in candidates], rows, K, CHOOSE)
+    best = torch.stack([tally.elbo.nan_to_num(-torch.inf) for tally in tallies]).argmax(0)
+    return torch.stack(list(candidates))[best, torch.arange(len(best), device=best.device)]
 
 
 def _diagonal(model: Program, sites: Sites, rows: Rows, K: int, steps: int) -> tuple[Tensor, ...]:

@@ -60,9 +60,14 @@ def local_bound(model: Program, family: Family, sites: Sites | None = None) -> B
 
 
 def ascent(family: Family, learning_rate: float = 0.2) -> Rule:
-    """Natural gradient steps where the family knows its Fisher information, else Adam's."""
-    known = type(family).natural is not Family.natural
-    return NaturalAscent(family.natural, learning_rate) if known else RowAdam(learning_rate)
+    """Natural gradient steps where the family knows its Fisher information, else Adam's.
+
+    A step's noise grows with the entries of lam for each dimension; beyond 6 of these natural steps become shorter. At
+    D = 50 full rank has 26, and steps of 0.2 with 8 draws throw it out; steps of 0.04 do not.
+    """
+    if type(family).natural is Family.natural:
+        return RowAdam(learning_rate)
+    return NaturalAscent(family.natural, learning_rate * min(1.0, 6 * family.dim / family.size))
 
 
 def local_optimum(
