@@ -32,7 +32,7 @@ def replacing(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
     except OSError as error:
         reason = error.strerror or error
-        raise UserError(f"can't write {path}: {reason}; make the folder writable or choose another") from error
+        raise UserError(f"can't write {path}: {reason}; make the folder writable or choose another (--out)") from error
     finally:
         temporary.unlink(missing_ok=True) if temporary.parent.is_dir() else None
 

@@ -116,7 +116,7 @@ FAULTS = {
 def test_a_broken_sampler_misses_the_evidence(reverse, fault, monkeypatch):
     fault(monkeypatch)
     oracle, u, x = linear(2, 3.0, 0.5)
-    found = anneal(Target(oracle.model, x), chains=8, temperatures=50, start_from=u if reverse else None, seed=1)
+    found = anneal(Target(oracle.model, x), chains=24, temperatures=50, start_from=u if reverse else None, seed=1)
     assert abs(above(found.evidence - oracle.evidence(x))) > 8  # standard errors
 
 
@@ -176,7 +176,7 @@ def test_evidence_is_what_quadrature_finds():
 @pytest.mark.parametrize("oracle", [LinearGaussian(2, 8), Curved()], ids=["linear", "curved"])
 def test_a_short_path_leaves_the_bounds_apart_and_a_long_one_closes_them(oracle):
     widths = []
-    for temperatures in (3, 40):
+    for temperatures in (3, 160):
         found = sandwich(oracle.double().model, torch.zeros(ROWS, 8), chains=8, temperatures=temperatures, seed=1)
         low, high = found.interval()
         assert low < oracle.evidence(found.x).mean() < high

@@ -36,8 +36,17 @@ COMPARE = f"compare {SMALL} {FEW}"
 FIT = f"fit {SMALL} --out new"
 GUIDES = ("Amortized", "PerDatapoint", "SemiAmortized")
 FITTED = ("checkpoint.safetensors", "history.csv", "recipe.toml", "state.json")
-BOUNDS = {"elbo", "iwae", "kl", "reconstruction"}
-GAPS = {"best_elbo", "evidence", "approximation_gap", "amortization_gap", "inference_gap", "optimization_gap"}
+PARTS = [f"{split}-0-000000-000020.safetensors" for split in ("train", "test")]
+BOUNDS = {"elbo", "iwae", "kl", "reconstruction", "ess"}
+GAPS = {
+    "best_elbo",
+    "best_iwae",
+    "evidence",
+    "approximation_gap",
+    "amortization_gap",
+    "inference_gap",
+    "optimization_gap",
+}
 
 
 @pytest.fixture(autouse=True)
@@ -92,7 +101,10 @@ def untimed(value):
 
 def test_a_comparison_leaves_its_files_and_nothing_else(compared):
     inner = {f"{guide}/{name}" for guide in GUIDES for name in FITTED}
-    assert set(snapshot(compared)) == {"recipe.toml", "results.json", "idata.nc", "report.html", *GUIDES, *inner}
+    kept = {f"evaluation/{guide}/{part}" for guide in GUIDES for part in PARTS}
+    folders = {"evaluation", *(f"evaluation/{guide}" for guide in GUIDES)}
+    written = {"recipe.toml", "results.json", "idata.nc", "report.html"}
+    assert set(snapshot(compared)) == {*written, *GUIDES, *inner, *folders, *kept}
 
 
 def test_results_follow_their_schema(compared):
@@ -120,21 +132,23 @@ def test_results_follow_their_schema(compared):
     for row in found["rows"]:
         assert row.keys() == {
             *("name", "guide", "settings", "program", "family", "likelihood", "prior", "network", "objective"),
-            *("latent", "parameters", "epochs", "seconds", "evaluation_seconds", "history", "seeds", "train", "test"),
+            *("latent", "parameters", "epochs", "history", "seeds", "fitted", "train", "test"),
+            *("seconds", "evaluation_seconds"),
         }
         assert (row["latent"], row["seeds"], row["family"]) == (2, [0], "DiagonalNormal")
         assert row["parameters"]["local"] == (1438 * 4 if row["guide"] == "PerDatapoint" else 0)
         for split in ("train", "test"):
             assert row[split].keys() == BOUNDS | GAPS
             for name, quantity in row[split].items():
-                assert quantity.keys() == {"mean", "se", "K", "estimator"}
+                interval = {"interval"} if name.endswith("_gap") else set()
+                assert quantity.keys() == {"mean", "se", "K", "estimator"} | interval
                 assert quantity["K"] == 20
                 assert ("IWAE-20" in quantity["estimator"]) == (name in ("iwae", "evidence"))
                 for value in (quantity["mean"], quantity["se"]):
                     assert value is None or math.isfinite(value)
                 assert quantity["se"] >= 0
     assert [row["guide"] for row in found["same_decoder"]["rows"]] == list(GUIDES)
-    assert found["refinement"]["steps"] == [0, 1, 2, 5, 10, 20, 50, 100]
+    assert found["refinement"]["steps"] == [0, 1, 2, 5, 10, 20]
     assert all(isinstance(sentence, str) for sentence in found["verdicts"])
 
 
@@ -187,7 +201,8 @@ def test_one_variant_of_a_comparison_is_a_run_of_its_own(compared, pvae):
     assert pvae(f"evaluate run {FEW}").status == 0
     (row,) = alone("run")["rows"]
     assert untimed(row) == untimed(alone(compared)["rows"][2])
-    assert set(snapshot("run")) == {*FITTED, "results.json", "idata.nc", "report.html"}
+    kept = {"evaluation", "evaluation/SemiAmortized", *(f"evaluation/SemiAmortized/{part}" for part in PARTS)}
+    assert set(snapshot("run")) == {*FITTED, "results.json", "idata.nc", "report.html", *kept}
 
 
 # Fitting, resuming, overwriting
