@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
-__all__ = ["Refused", "UserError", "fits", "nearest", "positive"]
+__all__ = ["Diverged", "Refused", "UserError", "fits", "nearest", "positive"]
 
 
 class UserError(Exception):
@@ -20,6 +20,16 @@ class UserError(Exception):
 
 class Refused(UserError):
     """Two components that do not go together; a grid of variants leaves such a pair out and says why."""
+
+
+class Diverged(UserError):
+    """Every trajectory of every datapoint diverged, so that there is no number to give."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "HMC diverges everywhere, so there is no number to give: the model's log-density or its gradient is not "
+            "finite, or no step is small enough; look for NaN in the parameters and for rows outside the support"
+        )
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

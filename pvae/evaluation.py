@@ -14,7 +14,7 @@ from pyro import poutine
 from torch import Tensor
 
 from pvae.ais import schedule as temperatures_of
-from pvae.errors import UserError, nearest
+from pvae.errors import Diverged, UserError, nearest
 from pvae.families import Family
 from pvae.gaps import Annealing, FamilyGain, Rows, annealed, best, compared, family_gain
 from pvae.guides import NEW_DRAWS, Guide, ascent, local_bound, local_optimum
@@ -353,6 +353,8 @@ def _with_evidence(found: Evaluation, budget: Budget) -> Evaluation:
     values = dict(found.values)
     estimators = {"best_iwae": f"IWAE-{budget.K} from the best lam of the family"}
     if "ais" in values:
+        if values["ais"].isnan().all():
+            raise Diverged
         start = "the prior" if budget.start == "prior" else "the best lam of the family"
         estimators["ais"] = f"AIS over {budget.temperatures} temperatures of {budget.chains} chains from {start}"
     bound = {name: _without_holes(values[name], values["best_iwae"]) for name in estimators}

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pvae.errors import UserError
+from pvae.errors import Diverged, UserError
 from pvae.runtime import seeded
 
 __all__ = [
@@ -322,10 +322,7 @@ def refuse_if_all_diverge(divergent: Tensor) -> Tensor:
     """The datapoints [B] of which every trajectory diverged; if these are all, there is no number to give."""
     lost = divergent == 1
     if lost.all():
-        raise UserError(
-            "HMC diverges everywhere, so there is no number to give: the model's log-density or its gradient is not "
-            "finite, or no step is small enough; look for NaN in the parameters and for rows outside the support"
-        )
+        raise Diverged
     return lost
 
 

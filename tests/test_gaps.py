@@ -9,6 +9,7 @@ from torch import nn
 
 from pvae import evaluation, gaps
 from pvae.curvature import best_normal
+from pvae.errors import UserError
 from pvae.evaluation import Budget, evaluate, family_gains
 from pvae.families import DiagonalNormal, Family, FlowFamily, FullRankNormal
 from pvae.guides import Amortized
@@ -213,3 +214,13 @@ def test_rows_whose_curvature_is_lost_keep_the_start_at_independent_normals(orac
 
 def lost(u):
     return u.sum(-1) * torch.nan
+
+
+def test_a_batch_whose_chains_all_diverge_does_not_end_the_rest(oracle, monkeypatch):
+    monkeypatch.setattr(evaluation, "ROWS", 4)
+    x, budget = oracle.sample(8), Budget(30, 3, temperatures=4, chains=4)
+    x[4:] = torch.nan
+    found = evaluate(oracle.model, amortized(oracle), x, budget=budget).values["ais"]
+    assert found.isnan().tolist() == 4 * [False] + 4 * [True]
+    with pytest.raises(UserError, match="HMC diverges everywhere"):
+        evaluate(oracle.model, amortized(oracle), x[4:], budget=budget)
