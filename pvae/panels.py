@@ -248,7 +248,7 @@ def _ranks(axis: Axes, ranks: np.ndarray, tarp: np.ndarray) -> None:
     N, D = ranks.shape
     at = np.linspace(0, 1, 201)
     lines = np.stack([_excess(ranks[:, d], at) for d in range(D)])
-    worst = int(np.abs(lines).max(1).argmax())
+    worst = int(np.argmax(np.max(np.abs(lines), axis=1)))
     axis.axhspan(-band(N, D), band(N, D), color=GREY, alpha=0.2, lw=0, label="95% band of all dimensions")
     others = [d for d in range(D) if d != worst]
     if others:

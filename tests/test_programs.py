@@ -237,7 +237,8 @@ def test_every_source_reaches_the_exact_evidence_of_factor_analysis(guide, famil
     fit(program.model, posterior, data, epochs=10, learning_rate=own.learning_rate)
     found = evaluate(program.model, posterior, data.test[:100], budget=Budget(4000, 50)).values
     off = mean_se(found["evidence"] - program.evidence(data.test[:100]).detach())
-    assert abs(off.mean) <= 4 * off.se
+    rounding = 2e-6  # of values near 20 in float32; q = FullRankNormal may be exact, and then has no other error
+    assert abs(off.mean) <= 4 * off.se + rounding
     assert off.se < 0.005
     wrong = mean_se(found["elbo"] - program.evidence(data.test[:100]).detach())
     assert wrong.mean < -4 * wrong.se  # the check sees a bound that is not tight

@@ -136,7 +136,7 @@ class Fixed(Guide):
 @pytest.fixture(scope="module")
 def folds():
     x = torch.tensor([[0.0], [6.0], [0.0]])
-    return against_chains(folded, Fixed(), x, draws=500, warm_up=200, temperatures=30)
+    return against_chains(folded, Fixed(), x, draws=1000, warm_up=200, temperatures=30)
 
 
 def some(found, rows):
