@@ -152,7 +152,7 @@ def _price(subject: Subject, plan: Plan, variants: int) -> str:
     minutes = passes * (time.perf_counter() - start) / (100 * len(rows)) / 60
     told = "less than a minute" if minutes < 1 else f"about {minutes:.0f} min"
     each = f" for each of {variants} variants" if variants > 1 else ""
-    return f"diagnosis: {passes / 1e6:.2g} million rows through the decoder, {told}{each} at the most"
+    return f"diagnosis: {passes / 1e6:.2g} million rows through the decoder, {told}{each}"
 
 
 def _made(subject: Subject, ledger: Ledger, plan: Plan, job: Job) -> dict[str, Any]:
