@@ -89,7 +89,7 @@ class Evaluation:
     """Quantities of each datapoint in nats, by name, [B] each, and what it took.
 
     ``elbo``, ``iwae``, ``kl``, ``reconstruction`` belong to the guide, and so do ``ess``, the number of its draws that
-    count, and ``k_hat``, the Pareto shape of its weights (from 25 draws on). ``best_elbo`` belongs to the best lam of
+    count, and ``k_hat``, the Pareto shape of its weights (from 30 draws on). ``best_elbo`` belongs to the best lam of
     its family that refinement found, and ``best_iwae`` is IWAE-K from there. ``ais`` is annealed, with its mean
     acceptance probability ``ais_acceptance``, where the budget asks for it. ``evidence`` is that of ``best_iwae`` and
     ``ais`` with the highest mean over rows: each is a lower bound of log p(x) in expectation. ``estimator`` names it.

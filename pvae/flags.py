@@ -154,7 +154,7 @@ def job_flags(
         ),
     ] = "standard",
     rows: Annotated[int | None, Flag(help="Rows of each split to evaluate.")] = None,
-    samples: Annotated[int | None, Flag(help="K, draws for each row and bound; k-hat asks for 25.")] = None,
+    samples: Annotated[int | None, Flag(help="K, draws for each row and bound; k-hat asks for 30.")] = None,
     refine_steps: Annotated[int | None, Flag(help="The most steps in search of the best lam.")] = None,
     ais: Annotated[bool, Flag("--ais", help="Estimate the evidence by annealed importance sampling too.")] = False,
     temperatures: Annotated[int | None, Flag(help="Of annealing, as the three below (default 500).")] = None,

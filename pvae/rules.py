@@ -213,7 +213,7 @@ def _verdict(use: str, guide: Figures, refined: Figures, advice: Mapping[str, st
 def _missing(use: str, guide: Figures, refined: Figures) -> Iterator[str]:
     """What would have to be known for a verdict, and is not."""
     if not any(name in guide for name in ASKED[use]):
-        yield "not looked at: it takes a q with a density, and 25 draws at least for k-hat"
+        yield "not looked at: it takes a q with a density, and 30 draws at least for k-hat"
     if use == "posterior" and "sound" in guide and guide["sound"].mean < 0.5:
         yield f"no number from long chains: they agree for a share of {number(guide['sound'])} of the rows alone"
     if use == "bound" and "ais" not in guide and "k_hat_above" in refined and refined["k_hat_above"].mean > 0.1:

@@ -132,7 +132,7 @@ def k_hat(log_w: Tensor) -> Tensor:
     r"""Pareto shape of each datapoint's importance weights, [B]: how heavy the tail of :math:`p(x, z) / q(z|x)` is.
 
     Arguments:
-        log_w: log weights [K, B], at least 25 draws.
+        log_w: log weights [K, B], at least 30 draws.
 
     Returns:
         k-hat; below 0.5 the weights have a variance, above 0.7 no number of draws that one can afford is enough, and
@@ -160,7 +160,7 @@ def k_hat_of_tail(top: Tensor, K: int) -> Tensor:
     """:func:`k_hat` from the largest log weights alone.
 
     Arguments:
-        top: the ``tail_length(K) + 1`` largest log weights [M + 1, B] of K draws, at least 25.
+        top: the ``tail_length(K) + 1`` largest log weights [M + 1, B] of K draws, at least 30.
         K: the number of draws.
     """
     from arviz_stats.base import array_stats

@@ -13,7 +13,7 @@ from pvae.weights import LogWeights
 __all__ = ["LEAST", "Moments", "Tally"]
 
 # Draws below which k-hat has no tail to look at.
-LEAST = 25
+LEAST = 30
 
 
 class Moments:

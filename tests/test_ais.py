@@ -173,7 +173,10 @@ def test_evidence_is_what_quadrature_finds():
     assert abs(off((found.log_w - oracle.evidence(x)).exp())) < 4  # standard errors
 
 
-@pytest.mark.parametrize("oracle", [LinearGaussian(2, 8), Curved()], ids=["linear", "curved"])
+@pytest.mark.parametrize(
+    "oracle",
+    [pytest.param(LinearGaussian(2, 8), id="linear", marks=pytest.mark.slow), pytest.param(Curved(), id="curved")],
+)
 def test_a_short_path_leaves_the_bounds_apart_and_a_long_one_closes_them(oracle):
     widths = []
     for temperatures in (3, 160):
