@@ -56,15 +56,15 @@ def diagnose(
         subject = _subject(entry, job, plan)
         if entry is wanted[0]:
             job.say(_price(subject, plan, len(wanted)))
-        start = time.perf_counter()
-        made = _made(subject, _ledger(entry, job, plan), plan, job)
+        start, ledger = time.perf_counter(), _ledger(entry, job, plan)
+        made = _made(subject, ledger, plan, job)
         guide, best = _figures(made, rows[entry.name])
         found.append(
             {
                 "name": entry.name,
                 "plan": asdict(plan),
                 "fitted": runs.fingerprint(entry.variants[0]),
-                "parts": _ledger(entry, job, plan).key,
+                "parts": ledger.key,
                 "seconds": time.perf_counter() - start,
                 "figures": {name: value._asdict() for name, value in guide.items()},
                 "refined": {name: value._asdict() for name, value in best.items()},

@@ -13,13 +13,14 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 from pvae.calibration import band
 from pvae.drawing import COLOURS, GREY, SMALL, STYLE, address, array, framed
 from pvae.latent_panels import aggregate, kl, predictive
+from pvae.stats import UNRELIABLE
 
 __all__ = ["CAPTIONS", "panels"]
 
 BLUE, ORANGE, GREEN = COLOURS[:3]
 # The guide, and the same posterior family with each row's parameters refined.
 WHO = {"guide": ("the guide", BLUE), "best": ("refined", ORANGE)}
-USABLE, UNRELIABLE, WORST = 0.5, 0.7, 12
+USABLE, WORST = 0.5, 12
 # A k-hat above it is drawn at the edge.
 BEYOND = 2.5
 

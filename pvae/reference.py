@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -111,22 +112,11 @@ class Reference:
 
 
 def against_chains(
-    model: Program,
-    guide: Guide,
-    x: Tensor,
-    index: Tensor | None = None,
-    *,
-    chains: int = 8,
-    draws: int = 1500,
-    warm_up: int = 300,
-    temperatures: int = 100,
-    leapfrogs: int = 5,
-    seed: int = 0,
-    progress: Callable[[float], None] = lambda share: None,
+    model: Program, guide: Guide, x: Tensor, index: Tensor | None = None, *, seed: int = 0, **options: Any
 ) -> Reference:
     """Hold a guide's q against the posterior of rows x [B, ...] as long HMC chains find it.
 
-    :func:`long_chains`, then :func:`compare`, which see; several guides can be held against the same chains.
+    :func:`long_chains` with these options, then :func:`compare`; several guides can be held against the same chains.
 
     >>> from pvae.families import DiagonalNormal; from pvae.generative import VAE; from pvae.guides import Amortized
     >>> from pvae.likelihoods import Bernoulli; from pvae.priors import StandardNormal
@@ -136,19 +126,7 @@ def against_chains(
     torch.Size([3, 2])
     """
     _check(guide)
-    found = long_chains(
-        model,
-        x,
-        index,
-        guide.sites,
-        chains=chains,
-        draws=draws,
-        warm_up=warm_up,
-        temperatures=temperatures,
-        leapfrogs=leapfrogs,
-        seed=seed,
-        progress=progress,
-    )
+    found = long_chains(model, x, index, guide.sites, seed=seed, **options)
     return compare(found, guide, x, index, seed=seed)
 
 
@@ -186,8 +164,8 @@ def long_chains(
     """
     at_least_one(chains=chains, draws=draws, warm_up=warm_up, leapfrogs=leapfrogs)
     target = Target(model, x, index, sites)
-    # 6 / 5 of the particles' leapfrogs, pilot included, in shares of all.
-    annealing, sampling = 6 * PARTICLES * temperatures, leapfrogs * (draws + warm_up)
+    # Five leapfrogs a temperature and a quarter more for the pilot, in shares of all.
+    annealing, sampling = 6.25 * PARTICLES * temperatures, leapfrogs * (draws + warm_up)
     first = annealing / (annealing + sampling)
     particles = anneal(
         target,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache, partial
@@ -19,7 +20,7 @@ from pvae.health import Health, latent_health
 from pvae.hmc import Chains
 from pvae.predictive import Predictive, predictive_checks
 from pvae.reference import Reference, compare, long_chains
-from pvae.stats import UNRELIABLE, Estimate, mean_se
+from pvae.stats import UNRELIABLE, Estimate, draws_needed, mean_se
 from pvae.weights import Program
 
 __all__ = ["KINDS", "PLANS", "Bounds", "Part", "Plan", "Rows", "Subject", "Weights", "joined", "stages"]
@@ -95,8 +96,9 @@ class Bounds:
     upper: Tensor
 
     def figures(self) -> dict[str, Estimate]:
-        """Nats between the bounds."""
-        return {"evidence_width": mean_se(self.upper - self.lower)}
+        """Nats between the bounds, of the rows that annealing did not lose."""
+        width = self.upper - self.lower
+        return {"evidence_width": mean_se(width[width.isfinite()])}
 
 
 @dataclass(frozen=True)
@@ -109,9 +111,11 @@ class Weights:
     ess: Tensor
 
     def figures(self) -> dict[str, Estimate]:
-        """Means over the rows, and the share whose k-hat is above 0.7."""
+        """Means over the rows, the share whose k-hat is above 0.7, and the draws that half of the rows need."""
         above = (~(self.k_hat <= UNRELIABLE)).double()  # a row whose weights are all zero has none, and is no better
-        return {"k_hat_above": mean_se(above), "ess": mean_se(self.ess), "iwae": mean_se(self.iwae)}
+        needed = Estimate(draws_needed(self.k_hat).median().item(), math.nan)
+        means = {"ess": mean_se(self.ess), "iwae": mean_se(self.iwae)}
+        return {"k_hat_above": mean_se(above), "draws_needed": needed} | means
 
 
 KINDS: dict[str, type] = {

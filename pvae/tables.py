@@ -33,6 +33,7 @@ FIGURES = {
         "approximation_gap": "of it by the family of q",
         "amortization_gap": "of it by the source of lam",
         "k_hat_above": "share of rows with k-hat above 0.7",
+        "draws_needed": "draws that half of the rows need for weights to hold",
         "ess": "effective draws",
         "evidence_width": "between bounds of the evidence, simulated rows (nats)",
     },
