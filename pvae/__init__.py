@@ -39,6 +39,7 @@ MODULES = (
     "latent_panels",
     "ledger",
     "likelihoods",
+    "mapped",
     "missing",
     "mixtures",
     "networks",
@@ -61,6 +62,7 @@ MODULES = (
     "tally",
     "targets",
     "training",
+    "values",
     "verdicts",
     "weights",
 )

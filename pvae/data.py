@@ -1,4 +1,4 @@
-"""Data sets: resident tensors with fixed splits, and binarization as part of the data's identity."""
+"""Data sets: fixed splits, resident or read from disk, and binarization as part of the data's identity."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import hashlib
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import starmap
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,20 +16,25 @@ from torch import Tensor
 
 from pvae.errors import UserError, nearest
 from pvae.files import read_table
+from pvae.mapped import Mapped, available_memory, piece
+from pvae.values import BINARIZATIONS, FIXED_SEED, binarized, check_shape, checked, draw_once
 
 __all__ = ["BINARIZATIONS", "NAMES", "Batch", "Dataset", "load"]
 
 TORCHVISION = {"mnist": "MNIST", "fashion-mnist": "FashionMNIST", "kmnist": "KMNIST"}
 NAMES = ("digits", *TORCHVISION)
-BINARIZATIONS = ("none", "threshold", "dynamic", "levels")
 
 # The brightest level of pictures, which are read as intensities from 0 to 1.
 TOP_LEVEL = {"digits": 16} | dict.fromkeys(TORCHVISION, 255)
 
-# Seed of everything that belongs to the data's identity and must not change with a run's seed.
-FIXED_SEED = 20140410
-
 PARTS = ("train", "validation", "test")
+
+# Values of the test rows that are held out unless told, at most: 1 GiB as float32. It depends on the data alone, lest
+# the same file be split in another way where memory is short.
+HELD_OUT = 2**28
+
+# Values of the first training rows that stand for all of those on disk: 64 MiB as float32.
+SAMPLE = 2**24
 
 
 class Batch(NamedTuple):
@@ -40,12 +46,13 @@ class Batch(NamedTuple):
 
 @dataclass(frozen=True)
 class Dataset:
-    """Data resident in memory or on the device, split once and for all.
+    """Data split once and for all, resident in memory or on the device but for training rows that stay on disk.
 
     Attributes:
         name: where the data come from.
         train, validation, test: rows [N, D], [V, D], [M, D]; under dynamic binarization ``train`` holds the
-            intensities, while validation and test are drawn once with a fixed seed.
+            intensities, while validation and test are drawn once with a fixed seed. Training rows on disk are a
+            :class:`~pvae.mapped.Mapped`, which is indexed as a tensor is.
         shape: of one datapoint, for pictures.
         binarize: ``none``, ``threshold`` (x > 0.5), ``dynamic`` (drawn afresh for each batch) or ``levels`` (whole
             numbers from 0, as a picture is stored).
@@ -54,7 +61,7 @@ class Dataset:
     """
 
     name: str
-    train: Tensor
+    train: Tensor | Mapped
     validation: Tensor
     test: Tensor
     shape: tuple[int, ...]
@@ -70,12 +77,32 @@ class Dataset:
 
     @property
     def digest(self) -> str:
-        """SHA-256 of all rows, first 16 hex digits."""
-        found = hashlib.sha256()
-        for rows in (self.train, self.validation, self.test):
-            found.update(str(tuple(rows.shape)).encode())
-            found.update(np.ascontiguousarray(rows.cpu().numpy()).tobytes())
-        return found.hexdigest()[:16]
+        """SHA-256 of the hashes of all rows in their order, first 16 hex digits."""
+        return hashlib.sha256(b"".join(map(self._digest, PARTS))).hexdigest()[:16]
+
+    def _digest(self, part: str) -> bytes:
+        rows = getattr(self, part)
+        known = rows.known if isinstance(rows, Mapped) else {}
+        if "digest" not in known:
+            marks = np.empty(len(rows), "V16")
+            for x, index in self.pieces(part):
+                values = np.ascontiguousarray(x.cpu().numpy())
+                marks[index.cpu().numpy()] = [hashlib.sha256(row).digest()[:16] for row in values]
+            known["digest"] = hashlib.sha256(str(tuple(rows.shape)).encode() + marks.tobytes()).digest()
+        return known["digest"]
+
+    @property
+    def sample(self) -> Tensor:
+        """The training rows, or of those on disk the first, which are in random order, that 64 MiB hold."""
+        return self.train[: max(2, SAMPLE // self.train.shape[1])] if isinstance(self.train, Mapped) else self.train
+
+    def pieces(self, part: str) -> Iterator[Batch]:
+        """All rows of a part, few at a time, with their positions; those on disk come in the order of the file."""
+        rows = getattr(self, part)
+        if isinstance(rows, Mapped):
+            return starmap(Batch, rows.pieces())
+        size = piece(rows.shape[1])
+        return map(Batch, rows.split(size), torch.arange(len(rows), device=rows.device).split(size))
 
     def to(self, device: torch.device) -> Dataset:
         """The same data with its rows on a device."""
@@ -86,29 +113,37 @@ class Dataset:
     def batches(self, batch_size: int, seed: int, epoch: int, start: int = 0) -> Iterator[Batch]:
         """The batches of one epoch, from batch ``start`` on, in the order that seed and epoch fix."""
         generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-        order = torch.randperm(len(self.train), generator=generator).to(self.train.device)
-        for first in range(start * batch_size, len(order), batch_size):
-            index = order[first : first + batch_size]
-            x = self.train[index]
+        order = torch.randperm(len(self.train), generator=generator)
+        order = order if isinstance(self.train, Mapped) else order.to(self.train.device)
+        indices = (order[first : first + batch_size] for first in range(start * batch_size, len(order), batch_size))
+        for x, index in self._rows(indices):
             yield Batch(torch.bernoulli(x) if self.binarize == "dynamic" else x, index)
+
+    def _rows(self, indices: Iterator[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+        if isinstance(self.train, Mapped):
+            return self.train.batches(indices)
+        return ((self.train[index], index) for index in indices)
 
     def fixed_train(self, rows: int) -> Batch:
         """The first training rows as evaluation sees them: under dynamic binarization drawn once, with a fixed seed."""
         x = self.train[:rows]
-        x = _draw_once(x.cpu()).to(x.device) if self.binarize == "dynamic" else x
+        x = draw_once(x.cpu()).to(x.device) if self.binarize == "dynamic" else x
         return Batch(x, torch.arange(len(x), device=x.device))
 
     def summary(self) -> str:
         """One line: N, shape, range, support and binarization."""
-        values = self.train[:, : self.train.shape[1] - self.classes]
-        low, high = values.min().item(), values.max().item()
-        kind = "0 or 1" if set(values[:1000].unique().tolist()) <= {0.0, 1.0} else f"from {low:g} to {high:g}"
+        columns = self.train.shape[1] - self.classes
+        lows, highs = zip(*(x[:, :columns].aminmax() for x, _ in self.pieces("train")), strict=True)
+        first = set(self.train[:1000][:, :columns].unique().tolist())
+        kind = "0 or 1" if first <= {0.0, 1.0} else f"from {min(lows).item():g} to {max(highs).item():g}"
         how = {
             "none": "taken as they are",
             "threshold": "binarized at 0.5",
             "dynamic": "binarized afresh for each batch",
             "levels": "as whole numbers",
-        }[self.binarize] + (f", each with its label of {self.classes}" if self.classes else "")
+        }[self.binarize]
+        how += f", each with its label of {self.classes}" if self.classes else ""
+        how += ", read from disk as it goes" if isinstance(self.train, Mapped) else ""
         held_out = f"{len(self.validation)} validation + " if len(self.validation) else ""
         sizes = f"{len(self.train)} training + {held_out}{len(self.test)} test rows"
         shape = " x ".join(map(str, self.shape))
@@ -124,6 +159,7 @@ def load(
     validation_size: float = 0,
     seed: int = 0,
     with_labels: bool = False,
+    stream: bool | None = None,
 ) -> Dataset:
     """Read a data set, check it, split it and binarize it.
 
@@ -133,11 +169,13 @@ def load(
             [0, 1], and ``levels`` gives whole numbers.
         folder: where torchvision's data sets are; else ``PVAE_DATA``, else the user's cache. What isn't there is
             downloaded.
-        test_size: rows held out for the test, as a count or, below 1, as a fraction. Data sets that come with
-            a test set take none.
+        test_size: rows held out for the test, as a count or, below 1, as a fraction; unless given a fifth, but no
+            more than 1 GiB. Data sets that come with a test set take none.
         validation_size: rows taken out of the training rows, likewise.
         seed: of the splits.
         with_labels: append each row's label, one-hot, for programs that take it.
+        stream: leave the training rows of a .npy file on disk and read them as they are needed; unless given, where
+            they would take more than half of the memory that is left. Batches, split and digest are the same.
 
     Raises:
         UserError: an unknown name; a file that is missing, broken or not numeric; NaN or infinity (names the row);
@@ -149,22 +187,22 @@ def load(
     if binarize not in BINARIZATIONS:
         raise UserError(f"unknown binarization '{binarize}'{nearest(binarize, BINARIZATIONS)}")
     rows = _read(name, folder)
+    if _streams(name, rows["x_train"], stream):
+        if with_labels:
+            raise UserError(f"{name}: the program takes labels, and a .npy file has none; use an .npz with x and y")
+        return _streamed(Path(name), rows["x_train"], binarize, test_size, validation_size, seed)
     for part in ("train", "test"):
         if f"x_{part}" in rows:
-            where = f"{name} (test rows)" if part == "test" else name
-            rows[f"x_{part}"] = _checked(where, np.asarray(rows[f"x_{part}"]), binarize, TOP_LEVEL.get(name, 1))
-    generator = torch.Generator().manual_seed(seed + FIXED_SEED)
-    if "x_test" not in rows:
-        _split(rows, "test", 0.2 if test_size is None else test_size, generator)
-    elif test_size is not None:
-        raise UserError(f"{name} comes with its own test set of {len(rows['x_test'])} rows; leave --test-size out")
-    _split(rows, "validation", validation_size, generator)
-    x = {part: torch.from_numpy(rows[f"x_{part}"]) for part in PARTS}
+            where, x = f"{name} (test rows)" if part == "test" else name, np.asarray(rows[f"x_{part}"])
+            check_shape(where, x)
+            rows[f"x_{part}"] = checked(where, x, binarize, TOP_LEVEL.get(name, 1))
+    _hold_out(name, rows, rows["x_train"][0].size, test_size, validation_size, seed)
+    tensors = {part: torch.from_numpy(rows[f"x_{part}"]) for part in PARTS}
     labels = _labels(name, rows)
-    shape = x["train"].shape[1:]
-    if x["test"].shape[1:] != shape:
-        raise UserError(f"{name}: test rows have shape {tuple(x['test'].shape[1:])}, but training rows {tuple(shape)}")
-    flat = _binarized({part: values.flatten(1).contiguous() for part, values in x.items()}, binarize)
+    shape, other = tensors["train"].shape[1:], tensors["test"].shape[1:]
+    if other != shape:
+        raise UserError(f"{name}: test rows have shape {tuple(other)}, but training rows {tuple(shape)}")
+    flat = binarized({part: values.flatten(1).contiguous() for part, values in tensors.items()}, binarize)
     classes = 0
     if with_labels:
         flat, classes = _labelled(name, flat, labels)
@@ -177,6 +215,39 @@ def load(
         test_labels=labels["test"],
         classes=classes,
     )
+
+
+def _streams(name: str, x: np.ndarray, stream: bool | None) -> bool:
+    if not isinstance(x, np.memmap):
+        if stream:
+            raise UserError(f"{name}: only a .npy file can be read as it goes; save the rows as one")
+        return False
+    return 4 * x.size > available_memory() / 2 if stream is None else stream
+
+
+def _streamed(
+    path: Path, x: np.ndarray, binarize: str, test_size: float | None, validation_size: float, seed: int
+) -> Dataset:
+    """The data of a .npy file whose training rows stay there; it is read once, to check every value."""
+    check_shape(str(path), x)
+    if not x.flags.c_contiguous:
+        raise UserError(
+            f"{path}: is stored column by column, so that rows can't be read; save np.ascontiguousarray of it"
+        )
+    columns = x[0].size
+    rows: dict[str, Any] = {"x_train": np.arange(len(x))}
+    _hold_out(str(path), rows, columns, test_size, validation_size, seed)
+    held = len(rows["x_test"]) + len(rows["x_validation"])
+    if 4 * held * columns > available_memory() / 2:
+        raise UserError(
+            f"{path}: {held} test and validation rows take {4 * held * columns / 2**30:.3g} GiB, more than half of the "
+            "memory that is left; give counts as --test-size and --validation-size"
+        )
+    for first in range(0, len(x), piece(columns)):
+        checked(str(path), x[first : first + piece(columns)], binarize, 1, first)
+    parts = {part: Mapped(path, rows[f"x_{part}"], threshold=binarize == "threshold") for part in PARTS}
+    held_out = binarized({part: parts[part].resident() for part in ("validation", "test")}, binarize)
+    return Dataset(path.stem, parts["train"], held_out["validation"], held_out["test"], x.shape[1:], binarize)
 
 
 def _labelled(name: str, x: dict[str, Tensor], labels: dict[str, Tensor | None]) -> tuple[dict[str, Tensor], int]:
@@ -211,16 +282,17 @@ def _first_missing(labels: np.ndarray) -> int:
     return next(i for i, value in enumerate(labels.tolist()) if value is None or value != value)
 
 
-def _draw_once(x: Tensor) -> Tensor:
-    return torch.bernoulli(x, generator=torch.Generator().manual_seed(FIXED_SEED))
-
-
-def _binarized(x: dict[str, Tensor], binarize: str) -> dict[str, Tensor]:
-    if binarize in ("none", "levels"):
-        return x
-    if binarize == "threshold":
-        return {part: (values > 0.5).float() for part, values in x.items()}
-    return {part: values if part == "train" else _draw_once(values) for part, values in x.items()}
+def _hold_out(
+    name: str, rows: dict[str, Any], columns: int, test_size: float | None, validation_size: float, seed: int
+) -> None:
+    """Take test rows, where there are none, and validation rows out of the training rows."""
+    generator = torch.Generator().manual_seed(seed + FIXED_SEED)
+    if "x_test" not in rows:
+        usual = min(0.2, HELD_OUT / columns / len(rows["x_train"]))
+        _split(rows, "test", usual if test_size is None else test_size, generator)
+    elif test_size is not None:
+        raise UserError(f"{name} comes with its own test set of {len(rows['x_test'])} rows; leave --test-size out")
+    _split(rows, "validation", validation_size, generator)
 
 
 def _split(rows: dict[str, np.ndarray], part: str, size: float, generator: torch.Generator) -> None:
@@ -242,33 +314,6 @@ def _split(rows: dict[str, np.ndarray], part: str, size: float, generator: torch
         if f"{kind}_train" in rows:
             whole = rows[f"{kind}_train"]
             rows[f"{kind}_{part}"], rows[f"{kind}_train"] = whole[order[:count]], whole[order[count:]]
-
-
-def _checked(where: str, x: np.ndarray, binarize: str, top_level: int) -> np.ndarray:
-    """The values as float32, refused if they are no numbers, not finite, or can't be binarized."""
-    if x.dtype.kind not in "biuf":
-        raise UserError(f"{where}: the values are of type {x.dtype}, but numbers are needed")
-    if x.ndim < 2 or x.size == 0 or len(x) < 2:
-        raise UserError(f"{where}: the array has shape {x.shape}, but at least 2 rows of at least 1 value are needed")
-    with np.errstate(over="ignore"):
-        values = x.astype(np.float32)
-    _refuse(where, x, ~np.isfinite(values), "remove or fill such values")
-    if binarize == "levels":
-        values = np.rint(values * top_level) if top_level > 1 else values
-        _refuse(where, x, (values < 0) | (values != np.rint(values)), "--binarize levels takes whole numbers from 0")
-    elif binarize != "none":
-        advice = f"but --binarize {binarize} takes values from 0 to 1; scale the data, or use --binarize none"
-        _refuse(where, x, (values < 0) | (values > 1), advice)
-    return values
-
-
-def _refuse(where: str, x: np.ndarray, bad: np.ndarray, advice: str) -> None:
-    places = np.argwhere(bad)
-    if len(places):
-        row, *rest = places[0].tolist()
-        column = ", ".join(map(str, rest))
-        value = f"{x[tuple(places[0])]:g}"
-        raise UserError(f"{where}: row {row}, column {column} is {value}; {advice} ({len(places)} in all)")
 
 
 def _read(name: str, folder: str | Path | None) -> dict[str, Any]:

@@ -77,7 +77,8 @@ def read_table(path: Path) -> dict[str, np.ndarray]:
 
     Returns:
         Arrays ``x_train`` and, where the file has them, ``y_train``, ``x_test``, ``y_test``: an .npz file may have
-        arrays of these names, or ``x`` and ``y``; a .csv or .parquet may have a column ``label``.
+        arrays of these names, or ``x`` and ``y``; a .csv or .parquet may have a column ``label``. That of an .npy
+        file is a memory map, read when it is indexed.
 
     Raises:
         UserError: no such file, unknown format, truncated, pickled, empty, ragged or not numeric.
@@ -100,15 +101,17 @@ def read_table(path: Path) -> dict[str, np.ndarray]:
         raise
     except Exception as error:  # numpy, zipfile and pyarrow raise many kinds; all mean that the file is unreadable
         reason = " ".join(str(error).split())
-        if "allow_pickle" in reason and path.read_bytes()[:2] not in (b"\x93N", b"PK"):
+        with path.open("rb") as file:
+            foreign = file.read(2) not in (b"\x93N", b"PK")
+        if "allow_pickle" in reason and foreign:
             reason = "it has another format's bytes"
-        elif "allow_pickle" in reason:
+        elif "allow_pickle" in reason or "Python objects" in reason:
             reason = "it holds pickled Python objects, which are never loaded; save a plain numeric array"
         raise UserError(f"{path}: not a readable {path.suffix} file ({reason})") from error
 
 
 def _read_npy(path: Path) -> dict[str, np.ndarray]:
-    found = np.load(path, allow_pickle=False)
+    found = np.load(path, mmap_mode="r", allow_pickle=False)
     if not isinstance(found, np.ndarray):
         raise UserError(f"{path}: holds an .npz archive; name it so")
     return {"x_train": found}
