@@ -8,7 +8,7 @@ compare: .venv/.installed
 	$(BIN)/pvae compare --out runs/compare --overwrite
 
 test: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 lint: .venv/.installed-test
 	$(BIN)/ruff check .

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 import torch
 
-from pvae import checkpoints, compare, flags, recipe, report, runs, stages, training
+from pvae import ais, checkpoints, compare, flags, recipe, report, runs, stages, training
 from pvae.cli import main
 from pvae.compare import BUDGETS
 from pvae.components import KINDS
@@ -644,6 +644,9 @@ def test_the_help_says_how_a_diagnosis_grows(pvae):
 def quickly(monkeypatch):
     """Let a diagnosis at any budget take a second, and the page, which is looked at elsewhere, none."""
     monkeypatch.setattr(report, "write", lambda folder: folder / "report.html")
+    monkeypatch.setattr(stages, "WARM_UP", 8)
+    monkeypatch.setattr(ais, "SETTLE", 4)
+    monkeypatch.setattr(ais, "LEAST", 8)
     plan = stages.Plan(
         rows=12, draws=30, steps=3, annealed=3, temperatures=4, chains=2, simulated=20, references=2, length=8
     )

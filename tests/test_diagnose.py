@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from pvae import compare, diagnose, stages
+from pvae import ais, compare, diagnose, stages
 from pvae.errors import UserError
 from pvae.evaluation import Budget
 from pvae.files import write_json
@@ -32,6 +32,8 @@ def run(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def short_warm_up(monkeypatch):
     monkeypatch.setattr(stages, "WARM_UP", 8)
+    monkeypatch.setattr(ais, "SETTLE", 4)
+    monkeypatch.setattr(ais, "LEAST", 8)
 
 
 def diagnosed(run, plan=SMALL, only=(), say=lambda line: None):

@@ -44,7 +44,7 @@ def test_fit_reaches_the_best_diagonal(oracle, source):
     x, index = oracle.sample(200), torch.arange(200)
     torch.manual_seed(0)
     guide = SOURCES[source](oracle.model, 2, 5, 200)
-    fit(oracle.model, guide, x, epochs=400, batch_size=100, learning_rate=0.01)
+    fit(oracle.model, guide, x, epochs=200, batch_size=100, learning_rate=0.02)
     with torch.no_grad(), seeded(1):
         missing = shortfall(oracle, guide.params(x, index), x)
     assert missing.min() > -1e-6

@@ -136,7 +136,7 @@ class Fixed(Guide):
 @pytest.fixture(scope="module")
 def folds():
     x = torch.tensor([[0.0], [6.0], [0.0]])
-    return against_chains(folded, Fixed(), x, draws=1000, warm_up=200, temperatures=30)
+    return against_chains(folded, Fixed(), x, draws=700, warm_up=200, temperatures=30)
 
 
 def some(found, rows):
@@ -163,7 +163,7 @@ def test_where_most_chains_are_refused_there_is_no_number(folds):
 def test_chains_that_are_too_short_are_refused():
     oracle = LinearGaussian(2, 5)
     x = oracle.sample(4)
-    found = against_chains(oracle.model, Exact(oracle), x, draws=30, warm_up=100, temperatures=10)
+    found = against_chains(oracle.model, Exact(oracle), x, draws=30, warm_up=30, temperatures=10)
     assert not found.sound.any()
 
 
