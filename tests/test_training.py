@@ -273,23 +273,20 @@ from pathlib import Path
 import torch
 torch.set_num_threads(1)
 import test_training
+test_training.training.CHECKPOINT_SECONDS = 0
 test_training.die(sys.argv[1], Path(sys.argv[2]), sys.argv[3])
 """
 
 
 def die(source, folder, how):
     """Train in a process to which a signal is sent in the third epoch's second step, or while it is being saved."""
-    training.CHECKPOINT_SECONDS = 0
     vae, guide = modules(source)
     if how == "saving":
         checkpoints.save_file = half_saved(checkpoints.save_file)
     else:
         per_step = {"Amortized": 1, "SemiAmortized": 4, "PerDatapoint": 5}[source]
-        vae.at, vae.event = 1 + 7 * per_step + 1, lambda: os.kill(os.getpid(), signal.Signals[how])
-    try:
-        fit(vae.model, guide, tiny(), epochs=EPOCHS, batch_size=BATCH, learning_rate=0.01, folder=folder)
-    except Interrupted as stop:
-        print(stop.signal, stop)
+        vae.at, vae.event = 1 + 7 * per_step + 1, lambda: signal.raise_signal(signal.Signals[how])
+    fit(vae.model, guide, tiny(), epochs=EPOCHS, batch_size=BATCH, learning_rate=0.01, folder=folder)
 
 
 def half_saved(save):
@@ -305,26 +302,30 @@ def half_saved(save):
     return saved
 
 
-@pytest.mark.parametrize(
-    ("source", "how"),
-    [(source, "SIGKILL") for source in SOURCES]
-    + [("Amortized", "saving"), ("SemiAmortized", "SIGINT"), ("PerDatapoint", "SIGTERM")],
-)
+def check_the_rest(source, folder, batch):
+    """What was kept in the third epoch after some batches goes on to the end of a training that nothing ended."""
+    state = json.loads((folder / "state.json").read_text())
+    assert (state["epoch"], state["batch"]) == (2, batch)
+    whole, report = trained(source)
+    rest, after = resumed(source, folder)
+    assert same(rest, whole)
+    assert untimed(after.history) == untimed(report.history)
+
+
+@pytest.mark.parametrize(("source", "how"), [*((source, "SIGKILL") for source in SOURCES), ("Amortized", "saving")])
 def test_a_killed_process_is_gone_on_with_bit_for_bit(source, how, tmp_path):
     child = [sys.executable, "-c", CHILD, source, str(tmp_path), how]
     done = subprocess.run(child, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=60)
-    killed = how in ("SIGKILL", "saving")
-    assert done.returncode == (-signal.SIGKILL if killed else 0), done.stderr
-    state = json.loads((tmp_path / "state.json").read_text())
-    if killed:
-        assert (state["epoch"], state["batch"]) == (2, 0)
-    else:
-        assert done.stdout.startswith(f"{signal.Signals[how].value} stopped in epoch 3 by {how}; saved in")
-        assert (state["epoch"], state["batch"]) == (2, 2)
-    whole, report = trained(source)
-    rest, after = resumed(source, tmp_path)
-    assert same(rest, whole)
-    assert untimed(after.history) == untimed(report.history)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    check_the_rest(source, tmp_path, batch=0)
+
+
+@pytest.mark.parametrize(("source", "how"), [("SemiAmortized", "SIGINT"), ("PerDatapoint", "SIGTERM")])
+def test_a_stopped_training_is_gone_on_with_bit_for_bit(source, how, tmp_path):
+    with pytest.raises(Interrupted, match=f"stopped in epoch 3 by {how}; saved in") as stop:
+        die(source, tmp_path, how)
+    assert stop.value.signal == signal.Signals[how]
+    check_the_rest(source, tmp_path, batch=2)
 
 
 def test_signals_have_their_usual_effect_after_training():
