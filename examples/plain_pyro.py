@@ -14,7 +14,7 @@ from pvae.guides import PerDatapoint, local_bound
 from pvae.likelihoods import Gaussian
 from pvae.networks import MLP
 from pvae.priors import StandardNormal
-from pvae.training import FusedAdam
+from pvae.optimizer import FusedAdam
 
 steps = int(sys.argv[1]) if len(sys.argv) > 1 else 500
 data = load("digits")

@@ -11,9 +11,9 @@ from pvae import runs
 from pvae.components import make
 from pvae.data import Dataset
 from pvae.errors import UserError
+from pvae.optimizer import FusedAdam
 from pvae.recipe import Recipe
 from pvae.runtime import seeded, unchecked
-from pvae.training import FusedAdam
 
 __all__ = ["check", "warnings"]
 
@@ -67,7 +67,7 @@ class _Keeping(FusedAdam):
 def _two_steps(own: Recipe, built: runs.Built, data: Dataset) -> float:
     program, guide, objective = built
     # The KL bears on the loss, as it will sooner or later.
-    objective.epoch, objective.free_bits = 0.9 * objective.warm_up, 0.0
+    objective.weight, objective.free_bits = objective.weight_at(0.9 * objective.warm_up), 0.0
     optimizer = _Keeping(program, guide, learning_rate=own.learning_rate or 1e-3)
     loop, loss = SVI(program.model, guide, optimizer, objective), 0.0
     with seeded(own.seed), unchecked():

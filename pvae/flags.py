@@ -62,6 +62,9 @@ def recipe_flags(
     batch_size: Annotated[int | None, Flag(help="Datapoints in a step (default 128).")] = None,
     learning_rate: Annotated[float | None, Flag(help="Of Adam, on what the datapoints share.")] = None,
     patience: Annotated[int | None, Flag(help="Stop after so many epochs without a better validation ELBO.")] = None,
+    engine: Annotated[
+        str | None, Flag(help="How a step is made: auto (default), pyro, traced, compiled or graph (CUDA).")
+    ] = None,
     seed: Annotated[int | None, Flag(help="Of splits, initial parameters, batches and draws (default 0).")] = None,
 ) -> Any:
     """A function from a recipe file, if any, to what it says with the flags in the place of its keys."""

@@ -28,7 +28,7 @@ class Bound(Protocol):
     """Each datapoint's own bound as a function of its own lam."""
 
     def __call__(
-        self, lam: Tensor, x: Tensor, index: Tensor | None = None, K: int = 1, kl_weight: float = 1.0
+        self, lam: Tensor, x: Tensor, index: Tensor | None = None, K: int = 1, kl_weight: float | Tensor = 1.0
     ) -> Tensor:
         """Bound [B] in nats of lam [B, P] for the rows x [B, D], over K draws; training may weigh the KL."""
 
@@ -47,7 +47,9 @@ def given(family: Family, lam: Tensor, sites: Sites | None = None) -> Program:
 def local_bound(model: Program, family: Family, sites: Sites | None = None) -> Bound:
     """Each datapoint's own ELBO under a model, as a function of its own lam, with gradients."""
 
-    def bound(lam: Tensor, x: Tensor, index: Tensor | None = None, K: int = 1, kl_weight: float = 1.0) -> Tensor:
+    def bound(
+        lam: Tensor, x: Tensor, index: Tensor | None = None, K: int = 1, kl_weight: float | Tensor = 1.0
+    ) -> Tensor:
         # K copies of the rows, not a plate of samples: the bound may run inside a trace that has one already,
         # and nothing of it may be seen there.
         rows = x.repeat(K, *(1,) * (x.dim() - 1))
@@ -119,7 +121,8 @@ class Guide(LocalModule):
 
     def __init__(self, family: Family, sites: Sites | None = None) -> None:
         super().__init__()
-        self.family, self.sites, self.kl_weight = family, sites or vector(family.dim), 1.0
+        self.family, self.sites = family, sites or vector(family.dim)
+        self.kl_weight: float | Tensor = 1.0
         if self.sites.dim != family.dim:
             raise UserError(f"the family has {family.dim} dimensions, but the program's latents have {self.sites.dim}")
 
@@ -135,7 +138,7 @@ class Guide(LocalModule):
         self.at(self.params(x, index))(x, index)
 
     @property
-    def _weight(self) -> float:
+    def _weight(self) -> float | Tensor:
         return self.kl_weight if self.training else 1.0
 
 
@@ -312,18 +315,30 @@ class PerDatapoint(Guide):
         self._visited = (index, lam, state)
         return lam
 
+    def visited(self) -> tuple[Tensor, Tensor, RowState]:
+        """Of the last visit in training, once: which rows these were, their lam as a leaf, and their state."""
+        if self._visited is None:
+            raise UserError("PerDatapoint: the rows were not visited in training")
+        found, self._visited = self._visited, None
+        return found
+
+    def moved(self, lam: Tensor, gradient: Tensor, state: RowState) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Rows after their joint step on the loss's gradient, as :meth:`write_rows` takes them."""
+        # The loss is the negative bound, summed over the batch.
+        lam, state = self.rule.step(lam.detach(), -gradient, state)
+        return lam, state.first, state.second, state.steps
+
+    def write_rows(self, index: Tensor, lam: Tensor, first: Tensor, second: Tensor, steps: Tensor) -> None:
+        """Put rows and their state back into the table."""
+        self.table[index], self.first[index], self.second[index], self.row_steps[index] = lam, first, second, steps
+
     def step_rows(self) -> None:
         """After the loss's backward pass: let the visited rows take their joint step, and write them back."""
         if self._visited is None:
             return
-        index, lam, state = self._visited
-        self._visited = None
-        if lam.grad is None:
-            return
-        # The loss is the negative bound, summed over the batch.
-        moved, state = self.rule.step(lam.detach(), -lam.grad, state)
-        self.table[index], self.row_steps[index] = moved, state.steps
-        self.first[index], self.second[index] = state.first, state.second
+        index, lam, state = self.visited()
+        if lam.grad is not None:
+            self.write_rows(index, *self.moved(lam, lam.grad, state))
 
     def _own_bound(self) -> Bound:
         if self.bound is None:

@@ -34,7 +34,7 @@ class Objective(pyro.infer.ELBO):
         free_bits: nats of KL, a batch's mean over all latent dimensions, that cost nothing.
 
     Attributes:
-        epoch: where training stands, in epochs, which :func:`pvae.training.fit` keeps up to date.
+        weight: the KL weight of this moment, which :func:`pvae.training.fit` keeps at :meth:`weight_at` its epoch.
 
     Evaluation never sees the weights. Log-weights are taken without the scales of plates and ``poutine.scale``, which
     an importance-weighted bound can't bear in its exponent; a plate "data" that subsamples scales the loss.
@@ -64,12 +64,12 @@ class Objective(pyro.infer.ELBO):
             raise UserError(f"{name}: cycle is {cycle}, but it must be longer than the warm-up of {warm_up} epochs")
         super().__init__(num_particles=K, max_plate_nesting=1)
         self.K, self.kl_weight, self.warm_up, self.cycle, self.free_bits = K, kl_weight, warm_up, cycle, free_bits
-        self.epoch = 0.0
+        self.weight: float | Tensor = self.weight_at(0.0)
+        self._counted: float | Tensor = self.weight
 
-    @property
-    def weight(self) -> float:
-        """The KL weight of this moment."""
-        since = self.epoch % self.cycle if self.cycle else self.epoch
+    def weight_at(self, epoch: float) -> float:
+        """beta at so many epochs from the beginning."""
+        since = epoch % self.cycle if self.cycle else epoch
         return self.kl_weight * (min(1.0, since / self.warm_up) if self.warm_up else 1.0)
 
     def draw(self, model: Program, guide: Program, x: Tensor, index: Tensor | None = None) -> LogWeights:
@@ -82,15 +82,25 @@ class Objective(pyro.infer.ELBO):
 
     def tempered(self, w: LogWeights) -> LogWeights:
         """The same draws with the KL weight on log p(z) and log q(z|x), or with the free bits in the KL's place."""
-        if self.free_bits and (w.log_q - w.log_prior).detach().mean() < self.free_bits:
-            nothing = torch.zeros_like(w.log_prior)
-            return replace(w, log_prior=nothing, log_q=nothing + self.weight * self.free_bits)
-        return replace(w, log_prior=self.weight * w.log_prior, log_q=self.weight * w.log_q)
+        if not self.free_bits:
+            self._counted = self.weight
+            return replace(w, log_prior=self.weight * w.log_prior, log_q=self.weight * w.log_q)
+        free = (w.log_q - w.log_prior).detach().mean() < self.free_bits
+        self._counted = torch.where(free, 0.0, self.weight)
+        given = torch.where(free, self.weight * self.free_bits, 0.0)
+        return replace(w, log_prior=self._counted * w.log_prior, log_q=self._counted * w.log_q + given)
+
+    def tensor_loss(self, model: Program, guide: Program, x: Tensor, index: Tensor | None = None) -> Tensor:
+        """Minus the bound, summed over the batch, in nats, whatever its value is: no look at it, for recording."""
+        return self._loss(self.tempered(self.draw(model, guide, x, index)))
+
+    def _loss(self, w: LogWeights) -> Tensor:
+        return -w.scale * self.bound(w).sum()
 
     def differentiable_loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> Tensor:
         """Minus the bound, summed over the batch, in nats."""
         w = self.tempered(self.draw(model, guide, *args, **kwargs))
-        loss = -w.scale * self.bound(w).sum()
+        loss = self._loss(w)
         if not math.isfinite(loss.item()):
             parts = {"log p(x|z)": w.log_lik, "log p(z)": w.log_prior, "log q(z|x)": w.log_q}
             broken = [name for name, values in parts.items() if not values.isfinite().all()]
@@ -263,8 +273,8 @@ class DReG(_Several):
 
     def bound(self, w: LogWeights) -> Tensor:
         share = w.log_w.detach().softmax(0)
-        # A point mass, or free bits: there is no score of q to turn into a path.
-        beta = self.weight if w.log_q.requires_grad and not w.point_mass else 0.0
+        # A point mass has no score of q to turn into a path, nor have free bits in the KL's place.
+        beta = self._counted if w.log_q.requires_grad and not w.point_mass else 0.0
         self._factor = 1 - beta + beta * share
         climb = (share * (w.log_lik + w.log_prior - self._factor * w.log_q)).sum(0)
         return log_mean_exp(w.log_w).detach() + climb - climb.detach()

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from pvae import components, data, guides
 from pvae.components import KINDS, Component, make, table
+from pvae.engines import check_engine
 from pvae.errors import Refused, UserError, fits, nearest
 from pvae.families import Family
 from pvae.files import write_text
@@ -58,7 +59,7 @@ class Recipe:
         program, likelihood, prior, family, network, guide, objective: a class's name or ``file.py:Class``, with
             arguments as in ``IWAE(K=20)``, or a table with ``type`` and its arguments.
         latent: number of latent dimensions, D.
-        epochs, batch_size, learning_rate, patience, seed: see :func:`pvae.training.fit`.
+        epochs, batch_size, learning_rate, patience, engine, seed: see :func:`pvae.training.fit`.
         split_seed: of the rows held out; the seed unless given.
     """
 
@@ -78,6 +79,7 @@ class Recipe:
     batch_size: int = 128
     learning_rate: float | None = None
     patience: int | None = None
+    engine: str = "auto"
     seed: int = 0
     split_seed: int | None = None
 
@@ -174,6 +176,7 @@ def _check_range(recipe: Recipe, where: str = "") -> None:
         if value is not None and not least <= value < 2**31:
             bound = f"at least {least}" if value < least else f"below {2**31}"
             raise UserError(f"{where}--{name.replace('_', '-')} is {value}, but it must be {bound}")
+    check_engine(recipe.engine)
     if recipe.learning_rate is not None and not 0 < recipe.learning_rate < math.inf:
         raise UserError(f"{where}--learning-rate is {recipe.learning_rate}, but it must be positive")
 
@@ -223,7 +226,7 @@ def _program(recipe: Recipe, dataset: data.Dataset, posterior: _Posterior) -> An
     if components.takes("program", recipe.program, "prior"):
         if components.takes("prior", recipe.prior, "posterior"):
             posterior.check_has_encoder()
-        known = {"dim": recipe.latent, "posterior": posterior, "data": dataset.train}
+        known = {"dim": recipe.latent, "posterior": posterior, "data": dataset.sample}
         supplied["prior"] = make("prior", recipe.prior, **known)
     return make("program", recipe.program, **supplied)
 
@@ -243,7 +246,7 @@ class _Posterior:
         """The encoder of the recipe's network for the family as it is."""
         sizes = {"inputs": self.dataset.train.shape[1], "outputs": self.family.size, "shape": self.dataset.shape}
         self.encoder = make("network", self.recipe.network, **sizes, labels=self.dataset.classes, decodes=False)
-        rows = self.dataset.train
+        rows = self.dataset.sample
         if rows.min() < 0 or rows.max() > 1:  # intensities are fit for a network as they are
             self.encoder = Standardized(self.encoder, rows)
 

@@ -136,6 +136,7 @@ def train(
         learning_rate=own.learning_rate or 0.0,
         objective=built.objective,
         patience=own.patience,
+        engine=own.engine,
         seed=own.seed,
         device=device,
         folder=folder,
@@ -163,7 +164,7 @@ def load(folder: Path, data: Dataset, *, device: str = "auto", trust: bool = Fal
     for kind, module in (("model", built.program), ("guide", built.guide)):
         checkpoints.fill(module, kind, tensors, folder)
         module.to(pick_device(device)).eval()
-    return Variant(own, built, Fit(header["history"], header["seconds"], header["stopped"]))
+    return Variant(own, built, Fit(header["history"], header["seconds"], header["stopped"], header.get("engine", "")))
 
 
 def parameters(variant: Variant) -> dict[str, int]:

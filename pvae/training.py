@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import signal
 import threading
 import time
@@ -15,18 +16,18 @@ from typing import Any
 import pyro
 import torch
 from pyro import poutine
-from pyro.infer import SVI
-from pyro.optim import PyroOptim
-from torch import Tensor, nn
+from torch import Tensor
 
 from pvae import checkpoints
 from pvae.console import bar
 from pvae.data import Dataset
+from pvae.engines import Choice, check_engine, choose
 from pvae.errors import UserError
 from pvae.files import write_text
-from pvae.guides import Guide, PerDatapoint
+from pvae.guides import Guide
 from pvae.objectives import ELBO, NonFinite, Objective
-from pvae.runtime import module_of, pick_device, seeded, unchecked
+from pvae.optimizer import FusedAdam
+from pvae.runtime import RandomState, module_of, pick_device, seeded, unchecked
 from pvae.sites import innermost
 from pvae.weights import Program, log_weights
 
@@ -51,49 +52,6 @@ class Interrupted(Exception):
         return str(self.args[0])
 
 
-class FusedAdam(PyroOptim):
-    """One fused Adam over all global parameters, in the shape that Pyro's ``SVI`` takes.
-
-    Pyro's own optimizers keep a torch optimizer for each parameter. After the global step this one lets the rows of
-    a :class:`~pvae.guides.PerDatapoint` guide take theirs.
-
-    Arguments:
-        modules: whose parameters are trained.
-        learning_rate: of Adam.
-    """
-
-    def __init__(self, *modules: nn.Module, learning_rate: float = 1e-3) -> None:
-        super().__init__(torch.optim.Adam, {"lr": learning_rate})
-        self.tables = [m for module in modules for m in module.modules() if isinstance(m, PerDatapoint)]
-        own = {id(p): p for module in modules for p in module.parameters() if p.requires_grad}
-        self.adam = torch.optim.Adam(own.values(), lr=learning_rate, fused=True) if own else None
-
-    def __call__(self, params: Any, *args: Any, **kwargs: Any) -> None:
-        if self.adam:
-            self.adam.step()
-            self.adam.zero_grad(set_to_none=True)
-        for table in self.tables:
-            table.step_rows()
-
-    def state_tensors(self, names: dict[int, str]) -> dict[str, Tensor]:
-        """Adam's memory by parameter name; ``names`` maps id(parameter) to it."""
-        state: dict[Any, Any] = self.adam.state if self.adam else {}
-        return {f"{names[id(p)]}.{key}": value for p, entry in state.items() for key, value in entry.items()}
-
-    def load_tensors(self, names: dict[int, str], tensors: dict[str, Tensor]) -> None:
-        """Take back what :meth:`state_tensors` gave."""
-        if self.adam is None:
-            return
-        for group in self.adam.param_groups:
-            for p in group["params"]:
-                found = {k: tensors.get(f"{names[id(p)]}.{k}") for k in ("step", "exp_avg", "exp_avg_sq")}
-                if any(value is not None for value in found.values()):
-                    device = {
-                        k: torch.device("cpu") if k == "step" and p.device.type == "cpu" else p.device for k in found
-                    }
-                    self.adam.state[p] = {k: v.clone().to(device[k]) for k, v in found.items() if v is not None}
-
-
 @dataclass
 class Fit:
     """What a fit did.
@@ -103,11 +61,13 @@ class Fit:
             trained, mean over the epoch, nats per datapoint) and ``validation_elbo`` where there is a validation split.
         seconds: of training, interruptions left out.
         stopped: why it ended: ``finished`` or ``early``.
+        engine: which one made the steps, and why, in a line.
     """
 
     history: list[dict[str, float]] = field(default_factory=list)
     seconds: float = 0.0
     stopped: str = "finished"
+    engine: str = ""
 
 
 def fit(
@@ -122,6 +82,7 @@ def fit(
     patience: int | None = None,
     seed: int = 0,
     device: str = "auto",
+    engine: str = "auto",
     folder: Path | None = None,
     resume: bool = False,
     progress: bool = False,
@@ -138,6 +99,9 @@ def fit(
         patience: stop when the validation ELBO has not risen for so many epochs, and go back to the best.
         seed: of batches and draws; the random stream outside is left alone.
         device: ``auto``, ``cpu`` or ``cuda``; model and guide are moved there.
+        engine: how a step is made, see :mod:`pvae.engines`: ``pyro`` by ``SVI.step``, ``traced`` by replaying what it
+            does, ``compiled`` by Inductor, ``graph`` in a CUDA graph; ``auto`` takes the quickest for this device and
+            number of steps.
         folder: where to keep checkpoints.
         resume: go on from the folder's checkpoint; on the CPU, to bit-identical results.
         progress: show a progress bar.
@@ -150,12 +114,14 @@ def fit(
     if isinstance(data, Tensor):
         data = Dataset("data", data, data[:0], data[:0], tuple(data.shape[1:]))
     check_budget(data, epochs, batch_size, learning_rate, patience)
+    check_engine(engine)
     with seeded(seed), unchecked(), pyro.get_param_store().scope():
         steps = (batch_size, learning_rate, objective or ELBO())
         loop = _Loop(model, guide, data.to(pick_device(device)), *steps, patience, seed, folder)
         check_support(model, loop.data)
         if resume:
             loop.restore()
+        loop.start(engine, epochs)
         with _signals() as caught, bar("epochs", epochs, done=loop.epoch, wanted=progress) as show:
             while loop.epoch < epochs and loop.report.stopped != "early":
                 loop.run_epoch(caught)
@@ -191,18 +157,24 @@ def check_support(model: Program, data: Dataset) -> None:
         if data.classes + columns != data.train.shape[1]:
             continue
         fn = site["fn"]
-        support = innermost(fn.support)
         for part in ("train", "validation", "test"):
-            rows = getattr(data, part)[:, :columns]
-            x = rows[:0] if (part, data.binarize) == ("train", "dynamic") else rows
-            outside = (~support.check(x)).nonzero()
-            if len(outside):
-                row, *column = outside[0].tolist()
-                raise UserError(
-                    f"{part} row {row}, column {', '.join(map(str, column))} is {x[tuple(outside[0])].item():g}, "
-                    f"outside the support of site '{name}' ({type(getattr(fn, 'base_dist', fn)).__name__}, {support}); "
-                    f"choose another --likelihood or --binarize ({len(outside)} such values)"
-                )
+            if (part, data.binarize) != ("train", "dynamic"):
+                _check_part(name, fn, data, part, columns)
+
+
+def _check_part(name: str, fn: Any, data: Dataset, part: str, columns: int) -> None:
+    support = innermost(fn.support)
+    for rows, index in data.pieces(part):
+        x = rows[:, :columns]
+        outside = (~support.check(x)).nonzero()
+        if len(outside):
+            row, *column = outside[0].tolist()
+            raise UserError(
+                f"{part} row {index[row].item()}, column {', '.join(map(str, column))} is "
+                f"{x[tuple(outside[0])].item():g}, outside the support of site '{name}' "
+                f"({type(getattr(fn, 'base_dist', fn)).__name__}, {support}); "
+                f"choose another --likelihood or --binarize ({len(outside)} such values)"
+            )
 
 
 class _Loop:
@@ -225,14 +197,26 @@ class _Loop:
         self.modules = {"model": module_of(model), "guide": module_of(guide)}
         for module in self.modules.values():
             module.to(data.train.device).train()
-        optimizer = FusedAdam(*self.modules.values(), learning_rate=learning_rate)
-        self.optimizer, self.svi = optimizer, SVI(model, guide, optimizer, objective)
-        self.objective = objective
+        self.optimizer, self.objective = FusedAdam(*self.modules.values(), learning_rate=learning_rate), objective
         self.names = {id(p): f"adam.{k}.{n}" for k, m in self.modules.items() for n, p in m.named_parameters()}
-        self.report, self.epoch, self.batch, self.total = Fit(), 0, 0, 0.0
+        self.report, self.epoch, self.batch = Fit(), 0, 0
+        self.total: float | Tensor = 0.0
         self.best: dict[str, Tensor] = {}
         self.digest = data.digest if folder else ""
         self.saved_at = time.perf_counter()
+
+    def start(self, engine: str, epochs: int) -> None:
+        """Choose how steps are made: a run that goes on keeps its engine, and with it its bits."""
+        if engine == "auto" and self.report.engine:
+            engine = self.report.engine.split(":")[0]
+        steps, stream = epochs * -(-len(self.data.train) // self.batch_size), RandomState()
+        batches = self.data.batches(self.batch_size, self.seed, 0)
+        example = next(batches)
+        self._tell_epoch()
+        parts = (self.model, self.guide, self.optimizer, self.objective)
+        self.engine: Choice = choose(engine, parts, example, next(batches, example), steps)
+        self.report.engine = f"{self.engine.name}: {self.engine.why}"
+        stream.restore()
 
     def run_epoch(self, caught: list[int]) -> None:
         """The rest of the current epoch, its row in the history, and a checkpoint where one is due."""
@@ -240,7 +224,7 @@ class _Loop:
         for x, index in self.data.batches(self.batch_size, self.seed, self.epoch, self.batch):
             self._tell_epoch()
             try:
-                self.total -= self.svi.step(x, index)
+                self.total -= self.engine.step(x, index)
             except NonFinite as error:
                 raise self._diverged(str(error), self.epoch + 1) from error
             self.batch += 1
@@ -248,7 +232,10 @@ class _Loop:
                 self.report.seconds += time.perf_counter() - start
                 self.interrupted(caught[0])
         self.report.seconds += time.perf_counter() - start
-        row = {"epoch": self.epoch + 1, "seconds": self.report.seconds, "objective": self.total / len(self.data.train)}
+        mean = float(self.total) / len(self.data.train)
+        if not math.isfinite(mean):
+            raise self._diverged("the loss is not finite", self.epoch + 1)
+        row = {"epoch": self.epoch + 1, "seconds": self.report.seconds, "objective": mean}
         self.epoch, self.batch, self.total = self.epoch + 1, 0, 0.0
         if len(self.data.validation):
             row["validation_elbo"] = self._validate()
@@ -260,7 +247,8 @@ class _Loop:
 
     def _tell_epoch(self) -> None:
         """Where training stands, for what changes with it: the KL weight of objective and rows' own bound."""
-        self.objective.epoch = self.epoch + self.batch * self.batch_size / len(self.data.train)
+        epoch = self.epoch + self.batch * self.batch_size / len(self.data.train)
+        self.objective.weight = self.objective.weight_at(epoch)
         if isinstance(self.modules["guide"], Guide):
             self.modules["guide"].kl_weight = self.objective.weight
 
@@ -310,10 +298,11 @@ class _Loop:
         tensors["random.cpu"] = torch.get_rng_state()
         if self.data.train.is_cuda:
             tensors["random.cuda"] = torch.cuda.get_rng_state()
-        position = {"epoch": self.epoch, "batch": self.batch, "total": self.total, "digest": self.digest}
+        position = {"epoch": self.epoch, "batch": self.batch, "total": float(self.total), "digest": self.digest}
         header = position | {
             "seconds": self.report.seconds,
             "stopped": self.report.stopped,
+            "engine": self.report.engine,
             "history": self.report.history,
         }
         checkpoints.write(self.folder, tensors, header)
@@ -333,7 +322,7 @@ class _Loop:
         self.optimizer.load_tensors(self.names, tensors)
         self.best = checkpoints.best(tensors)
         self.epoch, self.batch, self.total = header["epoch"], header["batch"], header["total"]
-        self.report = Fit(header["history"], header["seconds"], header["stopped"])
+        self.report = Fit(header["history"], header["seconds"], header["stopped"], header.get("engine", ""))
         torch.set_rng_state(tensors["random.cpu"])
         if self.data.train.is_cuda and "random.cuda" in tensors:
             torch.cuda.set_rng_state(tensors["random.cuda"])

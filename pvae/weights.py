@@ -137,7 +137,12 @@ def stream(
 
 
 def elbo(
-    model: Program, guide: Program, x: Tensor, index: Tensor | None = None, K: int = 1, kl_weight: float = 1.0
+    model: Program,
+    guide: Program,
+    x: Tensor,
+    index: Tensor | None = None,
+    K: int = 1,
+    kl_weight: float | Tensor = 1.0,
 ) -> Tensor:
     r"""Evidence lower bound of each datapoint, :math:`\frac1K \sum_k \log w_k`, [B] in nats, with gradients.
 

@@ -18,7 +18,8 @@ from pvae.networks import MLP
 from pvae.priors import StandardNormal
 from pvae.refine import refine
 from pvae.runtime import seeded
-from pvae.training import FusedAdam, fit
+from pvae.optimizer import FusedAdam
+from pvae.training import fit
 from pvae.weights import log_weights
 
 FAMILY = DiagonalNormal(2)

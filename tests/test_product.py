@@ -13,7 +13,7 @@ from pvae.errors import Refused
 from pvae.guides import PerDatapoint
 from pvae.recipe import Recipe, build, resolve
 from pvae.runtime import seeded, unchecked
-from pvae.training import FusedAdam
+from pvae.optimizer import FusedAdam
 
 ROWS, COLUMNS, LATENT = 8, 4, 2
 TABLE = Path(__file__).parents[1] / "docs" / "product-space.md"

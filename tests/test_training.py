@@ -29,7 +29,8 @@ from pvae.networks import MLP
 from pvae.objectives import ELBO
 from pvae.priors import StandardNormal
 from pvae.runtime import local_method, seeded
-from pvae.training import FusedAdam, Interrupted, fit
+from pvae.optimizer import FusedAdam
+from pvae.training import Interrupted, fit
 from pvae.weights import log_weights
 
 ROWS, COLUMNS = 24, 6
@@ -215,7 +216,7 @@ def overfitted(**options):
         vae = VAE(MLP(2, COLUMNS, hidden=[32]), Bernoulli(), StandardNormal(2))
         guide = Amortized(MLP(COLUMNS, 4, hidden=[32]), DiagonalNormal(2))
     data = replace(tiny(validation=40), train=binary(), binarize="none")
-    options = {"epochs": 200, "batch_size": BATCH, "learning_rate": 0.02, "patience": 8} | options
+    options = {"epochs": 200, "batch_size": BATCH, "learning_rate": 0.02, "patience": 8, "engine": "traced"} | options
     return vae, guide, fit(vae.model, guide, data, **options), data
 
 

@@ -1,0 +1,208 @@
+"""Engines: how a step of training is made. Each makes the step that Pyro's ``SVI`` makes, in less and less time."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
+
+import torch
+from pyro.infer import SVI
+from torch import Tensor
+
+from pvae.errors import UserError, nearest
+from pvae.guides import Guide
+from pvae.objectives import NonFinite, Objective
+from pvae.optimizer import FusedAdam
+from pvae.recorded import Outputs, Recorded, Unrecordable
+from pvae.runtime import RandomState, module_of
+from pvae.weights import Program
+
+__all__ = ["ENGINES", "Choice", "PyroStep", "RecordedStep", "Step", "choose"]
+
+ENGINES = ("auto", "pyro", "traced", "compiled", "graph")
+
+# Measured on two cores (docs/benchmarks.md): a recording has paid for itself after so many steps; and seconds that
+# compiling takes, at least and for each operation, and those that it saves at each step for each operation.
+WORTH_RECORDING = 300
+COMPILING, COMPILING_EACH, SAVED_EACH = 10.0, 0.015, 7e-6
+
+
+class Step(Protocol):
+    """One step of training, of everything that is trained."""
+
+    def __call__(self, x: Tensor, index: Tensor) -> Tensor | float:
+        """Step on the rows x [B, D], datapoints index [B]; the loss before it, in nats, summed over the rows."""
+
+
+class PyroStep:
+    """Pyro's own: ``SVI.step``."""
+
+    def __init__(self, model: Program, guide: Program, optimizer: FusedAdam, objective: Objective) -> None:
+        self.svi = SVI(model, guide, optimizer, objective)
+
+    def __call__(self, x: Tensor, index: Tensor) -> Tensor | float:
+        return self.svi.step(x, index)
+
+
+class RecordedStep:
+    r"""The same loss, its gradients :math:`\nabla_{\theta, \phi, \Lambda}` and the rows' step, recorded and replayed.
+
+    Arguments:
+        model, guide, optimizer, objective: as for ``SVI``.
+        compile: compile what is recorded.
+
+    Raises:
+        Unrecordable: when it is called, see :class:`~pvae.recorded.Recorded`.
+    """
+
+    def __init__(
+        self, model: Program, guide: Program, optimizer: FusedAdam, objective: Objective, *, compile: bool = False
+    ) -> None:
+        self.model, self.guide, self.optimizer, self.objective = model, guide, optimizer, objective
+        self.modules = [module_of(model), module_of(guide)]
+        self.gradients = Recorded(self._gradients, *self.modules, compile=compile)
+
+    def __call__(self, x: Tensor, index: Tensor) -> Tensor | float:
+        loss, *found = self.gradients(*self._inputs(x, index))
+        assert loss is not None
+        if loss.is_cuda:  # no look at it, which would wait for the device
+            self.apply(index, found)
+            return loss.double()
+        if not math.isfinite(loss.item()):
+            raise self._broken(x, index)
+        self.apply(index, found)
+        return loss.item()
+
+    def apply(self, index: Tensor, found: Sequence[Tensor | None]) -> None:
+        """Let all parameters take their step on these gradients, and put the rows of tables that moved back."""
+        parameters = self.optimizer.parameters
+        for parameter, gradient in zip(parameters, found, strict=False):
+            parameter.grad = gradient
+        self.optimizer.step_parameters()
+        rows = [values for values in found[len(parameters) :] if values is not None]
+        for place, table in enumerate(self.optimizer.tables):
+            table.write_rows(index, *rows[4 * place : 4 * place + 4])
+
+    def _inputs(self, x: Tensor, index: Tensor) -> tuple[Tensor, ...]:
+        weight = self.objective.weight
+        if not self.objective.warm_up:
+            return x, index
+        return x, index, torch.as_tensor(weight, dtype=x.dtype, device=x.device)
+
+    def _gradients(self, x: Tensor, index: Tensor, *weight: Tensor) -> Outputs:
+        self._weigh(*weight)
+        loss = self.objective.tensor_loss(self.model, self.guide, x, index)
+        visits = [(table, *table.visited()) for table in self.optimizer.tables]
+        leaves = [*self.optimizer.parameters, *(lam for _, _, lam, _ in visits)]
+        gradients = torch.autograd.grad(loss, leaves, allow_unused=True)
+        of_rows = gradients[len(self.optimizer.parameters) :]
+        moved = [
+            rows
+            for (table, _, lam, state), gradient in zip(visits, of_rows, strict=True)
+            for rows in table.moved(lam, torch.zeros_like(lam) if gradient is None else gradient, state)
+        ]
+        return (loss.detach(), *gradients[: len(self.optimizer.parameters)], *moved)
+
+    def _weigh(self, weight: Tensor | None = None) -> None:
+        """Put the KL weight that changes in training where recording sees it as an input."""
+        if weight is not None:
+            self.objective.weight = weight
+            for module in self.modules:
+                if isinstance(module, Guide):
+                    module.kl_weight = weight
+
+    def check(self, x: Tensor, index: Tensor) -> None:
+        """Compare with the loss that Pyro takes on these rows, from the same draws.
+
+        Raises:
+            Unrecordable: they differ: the program does what its trace on other rows did not show.
+        """
+        stream = RandomState()
+        loss = self.gradients(*self._inputs(x, index))[0]
+        stream.restore()
+        expected = self.objective.differentiable_loss(self.model, self.guide, x, index).item()
+        stream.restore()
+        for table in self.optimizer.tables:
+            table.visited()
+        # Sums of float32 in another order; a NaN is for the step to report.
+        if loss is not None and abs(loss.item() - expected) > 1e-4 * abs(expected) + 1e-3 * len(x):
+            raise Unrecordable(f"replayed, the loss is {loss.item():g}, but Pyro's is {expected:g}")
+
+    def _broken(self, x: Tensor, index: Tensor) -> NonFinite:
+        try:
+            self.objective.differentiable_loss(self.model, self.guide, x, index)
+        except NonFinite as error:
+            return error
+        return NonFinite("the loss is not finite")
+
+
+class Choice(NamedTuple):
+    """An engine's step, its name, and why it was chosen, in a line."""
+
+    step: Step
+    name: str
+    why: str
+
+
+def choose(
+    name: str,
+    parts: tuple[Program, Program, FusedAdam, Objective],
+    example: tuple[Tensor, Tensor],
+    other: tuple[Tensor, Tensor],
+    steps: int,
+) -> Choice:
+    """The step of the engine that is asked for; of Pyro's where the program can't be recorded.
+
+    Arguments:
+        name: of :data:`ENGINES`; ``auto`` takes the one that suits the device and the number of steps.
+        parts: model, guide, optimizer and objective.
+        example, other: rows and index of two batches: what is recorded on the first must hold on the other.
+        steps: that will be made in all.
+
+    Raises:
+        UserError: no engine of that name.
+    """
+    check_engine(name)
+    if name == "pyro":
+        return Choice(PyroStep(*parts), name, "as asked")
+    if name == "auto" and steps < WORTH_RECORDING:
+        return Choice(PyroStep(*parts), "pyro", f"{steps} steps are too few to pay for recording one")
+    try:
+        return _recorded(name, parts, example, other, steps)
+    except Unrecordable as error:
+        return Choice(PyroStep(*parts), "pyro", f"the step can't be recorded ({error})")
+
+
+def check_engine(name: str) -> None:
+    """Refuse the name of no engine."""
+    if name not in ENGINES:
+        raise UserError(f"unknown engine '{name}'{nearest(name, ENGINES)}")
+
+
+def _recorded(
+    name: str,
+    parts: tuple[Program, Program, FusedAdam, Objective],
+    example: tuple[Tensor, Tensor],
+    other: tuple[Tensor, Tensor],
+    steps: int,
+) -> Choice:
+    step = RecordedStep(*parts)
+    step.check(*example)
+    step.check(*other)
+    compile, why = name == "compiled", "as asked"
+    if name == "auto":
+        operations = step.gradients.operations
+        cost, saved = COMPILING + COMPILING_EACH * operations, SAVED_EACH * operations * steps
+        compile = saved > cost
+        why = f"compiling takes about {cost:.0f} s and saves about {saved:.2g} s in {steps:,} steps"
+    if compile:
+        quick = RecordedStep(*parts, compile=True)
+        try:
+            quick.check(*example)
+            return Choice(quick, "compiled", why)
+        except Unrecordable as error:
+            why = f"the step can't be compiled ({error})"
+    elif name == "graph":
+        why = "a CUDA graph needs a CUDA device"
+    return Choice(step, "traced", why)

@@ -1,0 +1,202 @@
+"""Recording: what a function does to tensors, kept and done again without the Python that did it.
+
+A function is run once under PyTorch's tracer. Pyro's handlers, the checks and autograd's own passes leave a flat list
+of tensor operations behind, forward and backward. That list is replayed as it is, or compiled.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule, Node
+from torch.fx.node import map_arg
+
+from pvae.runtime import RandomState, unchecked
+
+__all__ = ["Recorded", "Unrecordable", "compiled", "record"]
+
+Outputs = tuple[Tensor | None, ...]
+Function = Callable[..., Outputs]
+
+# Random numbers are drawn by PyTorch's own generator, as in the function itself; its wrapper is C++ too.
+INDUCTOR = {"fallback_random": True, "cpp_wrapper": True}
+
+
+class Unrecordable(Exception):
+    """A function can't be recorded or its recording can't be compiled; the message says why, in one line."""
+
+
+def record(function: Function, state: Sequence[Tensor], inputs: Sequence[Tensor]) -> GraphModule:
+    """What ``function(*inputs)`` does, as a graph of tensor operations whose inputs are ``(*state, *inputs)``.
+
+    Arguments:
+        function: tensors to a tuple of tensors or None. What it does must not depend on their values, but on
+            their shapes alone; it may take gradients and draw random numbers.
+        state: tensors that it reads besides, parameters and buffers; the graph reads them afresh at each replay.
+        inputs: an example of its inputs.
+
+    The function is run for real, but the state and the random stream stay where they were.
+
+    Raises:
+        Unrecordable: it looks at values, or does what the tracer does not know.
+
+    >>> weight = torch.ones(2)
+    >>> graph = record(lambda x: ((weight * x).sum(),), [weight], [torch.ones(2)])
+    >>> graph(2 * weight, torch.ones(2))[0]
+    tensor(4.)
+    """
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    def traced(*tensors: Tensor) -> Outputs:
+        return tuple(function(*tensors[len(state) :]))
+
+    try:
+        with _undone(state), unchecked(), torch.enable_grad():
+            return _cleaned(make_fx(traced)(*state, *inputs))
+    except Unrecordable:
+        raise
+    except Exception as error:  # the tracer, autograd, Pyro or the function itself: any kind
+        raise Unrecordable(_reason(error)) from error
+
+
+@contextmanager
+def _undone(state: Sequence[Tensor]) -> Iterator[None]:
+    """Run a block whose draws and whose writes into the state are taken back."""
+    stream, before = RandomState(), [(t, t._version, t.detach().clone()) for t in state if not t.requires_grad]
+    try:
+        yield
+    finally:
+        stream.restore()
+        with torch.no_grad():
+            for tensor, version, value in before:
+                if tensor._version != version:
+                    tensor.copy_(value)
+
+
+def _reason(error: BaseException) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
+
+
+def _cleaned(graph: GraphModule) -> GraphModule:
+    """Without operations that nothing follows from, or that always give the same indices; draws stay where they are."""
+    for node in filter(_shaped_by_values, list(graph.graph.nodes)):
+        if not _fixed(node):
+            raise Unrecordable(f"the shape of what {node.target} gives depends on values")
+        graph.register_buffer(f"fixed_{node.name}", _value(graph, node))
+        with graph.graph.inserting_before(node):
+            node.replace_all_uses_with(graph.graph.get_attr(f"fixed_{node.name}"))
+    for node in reversed(graph.graph.nodes):
+        if node.op in ("call_function", "get_attr") and not node.users and not _acts(node):
+            graph.graph.erase_node(node)
+    for node in graph.graph.nodes:
+        node.meta.clear()  # of tensors that only the tracer knew
+    graph.recompile()
+    return graph
+
+
+def _shaped_by_values(node: Node) -> bool:
+    if torch.Tag.dynamic_output_shape not in getattr(node.target, "tags", ()):
+        return False
+    # Places by number give a shape that is known, a mask does not.
+    picks = [n.meta["val"].dtype for n in node.all_input_nodes[1:]]
+    return node.target != torch.ops.aten.index.Tensor or torch.bool in picks
+
+
+def _fixed(node: Node) -> bool:
+    """Whether a value follows from tensors that are no inputs, as masks are."""
+    return node.op == "get_attr" or (node.op == "call_function" and all(map(_fixed, node.all_input_nodes)))
+
+
+def _value(graph: GraphModule, node: Node) -> Tensor:
+    if node.op == "get_attr":
+        return getattr(graph, str(node.target))
+    args, kwargs = map_arg((node.args, node.kwargs), lambda inner: _value(graph, inner))
+    return node.target(*args, **kwargs)  # type: ignore[operator]
+
+
+def _acts(node: Node) -> bool:
+    """Whether an operation writes into a tensor or draws."""
+    if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
+        return node.op == "call_function" and not node.target.__module__.startswith("_operator")
+    return node.target._schema.is_mutable or torch.Tag.nondeterministic_seeded in node.target.tags
+
+
+def compiled(graph: GraphModule, inputs: Sequence[Tensor]) -> Function:
+    """The graph as Inductor compiles it for inputs of these shapes; the graph is used up.
+
+    Raises:
+        Unrecordable: there is no C++ compiler, or the graph has what it can't compile.
+    """
+    import torch._inductor as inductor
+
+    try:
+        with torch.no_grad(), _silent():
+            return inductor.compile(graph, [t.detach() for t in inputs], options=INDUCTOR)
+    except Exception as error:  # a missing compiler, a bug of Inductor's: any kind
+        raise Unrecordable(_reason(error)) from error
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """Keep Inductor's remarks on operations that it leaves to PyTorch off the screen."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
+
+
+class Recorded:
+    """A function of tensors that is recorded once for each shape of its inputs, and replayed from then on.
+
+    Arguments:
+        function: see :func:`record`.
+        modules: whose parameters and buffers it reads. They may change in place between calls, not be replaced.
+        compile: compile the recording of the first shape; those of others, such as a last batch's, are replayed.
+
+    Replays draw from the random stream as the function does, and give its own values: to the bit, but that
+    compiled ones round differently.
+
+    Raises:
+        Unrecordable: when it is called, see :func:`record` and :func:`compiled`.
+
+    >>> double = Recorded(lambda x: (2 * x,))
+    >>> double(torch.ones(2))[0]
+    tensor([2., 2.])
+    """
+
+    def __init__(self, function: Function, *modules: nn.Module, compile: bool = False) -> None:
+        self.function, self.compile = function, compile
+        # Masks are left to be constants: shapes may depend on them.
+        tensors = [t for m in modules for t in (*m.parameters(), *m.buffers()) if t.dtype != torch.bool]
+        self.state = list({id(t): t for t in tensors}.values())
+        self.plays: dict[tuple[object, ...], Function] = {}
+
+    def __call__(self, *inputs: Tensor) -> Outputs:
+        key = tuple((t.shape, t.dtype) for t in inputs)
+        if key not in self.plays:
+            self.plays[key] = self._recorded(inputs)
+        with torch.no_grad():
+            return self.plays[key](*(t.detach() for t in self.state), *inputs)
+
+    @property
+    def operations(self) -> int:
+        """Number of operations in what was recorded first, unless that is compiled."""
+        first = next(iter(self.plays.values()))
+        return len(first.graph.nodes) if isinstance(first, GraphModule) else 0
+
+    def graph(self, *inputs: Tensor) -> GraphModule:
+        """The recording for inputs of these shapes, made anew."""
+        return record(self.function, self.state, inputs)
+
+    def _recorded(self, inputs: Sequence[Tensor]) -> Function:
+        graph = self.graph(*inputs)
+        return compiled(graph, [*self.state, *inputs]) if self.compile and not self.plays else graph
