@@ -20,8 +20,9 @@ format: .venv/.installed-test
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# The peers come with `.venv/bin/pip install -e '.[bench]'`; those that are absent are skipped.
 bench: .venv/.installed-test
-	$(BIN)/python -m tests.benchmarks
+	$(BIN)/python -m tests.benchmarks $(GROUPS)
 
 clean:
 	rm -rf .venv .pytest_cache .ruff_cache .mypy_cache .import_linter_cache

@@ -1,18 +1,15 @@
-"""One HMC leapfrog over B datapoints and C chains against the decoder's bare forward and backward pass.
-
-``python -m tests.benchmarks.hmc`` prints medians of jobs that took turns: 784-400-20, each chain one row of a batch.
-"""
+"""One HMC leapfrog over B datapoints and C chains against the decoder's bare forward and backward pass."""
 
 from __future__ import annotations
 
-import sys
 import time
 
 import torch
 
 from pvae import hmc
 from pvae.targets import Target
-from tests.benchmarks.__main__ import binary, medians, program
+from tests.benchmarks.clock import medians
+from tests.benchmarks.ours import binary, program
 
 LATENT, LEAPFROGS = 20, 10
 
@@ -44,20 +41,3 @@ def rows() -> list[tuple[str, str, float, float | None]]:
             (f"HMC leapfrog of {name}", f"{leapfrog * 1e3:.1f} ms", leapfrog / bare, 1.5),
         ]
     return lines
-
-
-def main() -> None:
-    torch.manual_seed(0)
-    for count, chains in ((8, 16), (32, 16), (64, 16), (128, 16), (512, 16)):
-        begin = time.perf_counter()
-        leapfrog, bare = leapfrogs(count, chains)
-        print(
-            f"B = {count}, C = {chains}: leapfrog {leapfrog * 1e3:.1f} ms, bare {bare * 1e3:.1f} ms, "
-            f"ratio {leapfrog / bare:.2f}, {leapfrog / count / chains * 1e6:.1f} us a chain "
-            f"({time.perf_counter() - begin:.0f} s)",
-            flush=True,
-        )
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
+import numpy as np
 import pyro
 import pyro.distributions as dist
+import torch
 from PIL import Image
 from pyro.infer import SVI, Trace_ELBO
 from pyro.optim import Adam
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import ToTensor
+
+from tests.benchmarks.clock import Peer
+from tests.benchmarks.contenders import HIDDEN, LATENT, LEARNING_RATE
+from tests.benchmarks.peers_torch import weights_of
 
 
 class PlainVAE(nn.Module):
@@ -65,7 +69,22 @@ class ExampleVAE(PlainVAE):
 def pyro_svi(vae: PlainVAE) -> SVI:
     """Pyro's own training of it, at its defaults: one Adam for each parameter, validation on."""
     pyro.clear_param_store()
-    return SVI(vae.model, vae.guide, Adam({"lr": 1e-3}), Trace_ELBO())
+    return SVI(vae.model, vae.guide, Adam({"lr": LEARNING_RATE}), Trace_ELBO())
+
+
+class Resident(Peer):
+    """``SVI.step`` on resident rows."""
+
+    def __init__(self, rows: np.ndarray, batch: int) -> None:
+        self.rows, self.batch, self.vae = torch.from_numpy(rows), batch, PlainVAE(LATENT, HIDDEN)
+        self.svi = pyro_svi(self.vae)
+
+    def epoch(self) -> None:
+        for index in torch.randperm(len(self.rows)).split(self.batch):
+            self.svi.step(self.rows[index])
+
+    def weights(self) -> list[np.ndarray]:
+        return weights_of(self.vae.encoder, self.vae.decoder)
 
 
 class Pictures(Dataset[Tensor]):
@@ -81,13 +100,13 @@ class Pictures(Dataset[Tensor]):
         return self.turn(Image.fromarray(self.images[row].numpy()))
 
 
-def pyro_example_epoch(images: Tensor, batch_size: int) -> Callable[[], None]:
-    """An epoch as in Pyro's VAE example: a shuffling DataLoader, ``svi.step`` for each batch, 784-400-50, softplus."""
-    svi = pyro_svi(ExampleVAE())
-    loader = DataLoader(Pictures(images), batch_size=batch_size, shuffle=True, num_workers=1)
+class Example(Peer):
+    """Pyro's VAE example: a shuffling DataLoader, ``svi.step`` for each batch, 784-400-50, softplus."""
 
-    def epoch() -> None:
-        for x in loader:
-            svi.step(x.flatten(1))
+    def __init__(self, images: Tensor, batch: int) -> None:
+        self.svi = pyro_svi(ExampleVAE())
+        self.loader = DataLoader(Pictures(images), batch_size=batch, shuffle=True, num_workers=1)
 
-    return epoch
+    def epoch(self) -> None:
+        for x in self.loader:
+            self.svi.step(x.flatten(1))
