@@ -13,8 +13,8 @@ from pvae.generative import VAE
 from pvae.guides import PerDatapoint, local_bound
 from pvae.likelihoods import Gaussian
 from pvae.networks import MLP
-from pvae.priors import StandardNormal
 from pvae.optimizer import FusedAdam
+from pvae.priors import StandardNormal
 
 steps = int(sys.argv[1]) if len(sys.argv) > 1 else 500
 data = load("digits")

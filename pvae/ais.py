@@ -17,7 +17,7 @@ from pvae import hmc
 from pvae.errors import UserError, nearest
 from pvae.families import Family
 from pvae.guides import Guide
-from pvae.hmc import TARGET, State, at_least_one, refuse_if_all_diverge
+from pvae.hmc import TARGET, Graded, State, at_least_one, refuse_if_all_diverge
 from pvae.runtime import in_pieces, seeded
 from pvae.stats import effective_sample_size, log_mean_exp, log_mean_exp_se
 from pvae.targets import Target, simulate
@@ -143,12 +143,12 @@ class _Path(NamedTuple):
     """
 
     draw: Callable[[int], Tensor]
-    parts: Callable[[Tensor], tuple[Tensor, ...]]
+    parts: Graded
     powers: Callable[[float], tuple[float, float]]
 
 
 def _from_prior(target: Target) -> _Path:
-    return _Path(target.prior, target.parts, lambda beta: (beta, 1.0))
+    return _Path(target.prior, Graded(target.parts), lambda beta: (beta, 1.0))
 
 
 def _from_guide(target: Target, family: Family, lam: Tensor) -> _Path:
@@ -156,7 +156,9 @@ def _from_guide(target: Target, family: Family, lam: Tensor) -> _Path:
         raise UserError(f"{type(family).__name__} is a point mass: a path can't start there; start from the prior")
     q = family(lam.detach())
     return _Path(
-        lambda chains: q.sample((chains,)), lambda u: (target(u), q.log_prob(u)), lambda beta: (beta, 1.0 - beta)
+        lambda chains: q.sample((chains,)),
+        Graded(lambda u: (target(u), q.log_prob(u))),
+        lambda beta: (beta, 1.0 - beta),
     )
 
 

@@ -14,12 +14,14 @@ import torch
 from torch import Tensor
 
 from pvae.errors import Diverged, UserError
+from pvae.recorded import Repeated
 from pvae.runtime import seeded
 
 __all__ = [
     "TARGET",
     "Chains",
     "Density",
+    "Graded",
     "Move",
     "State",
     "StepSize",
@@ -108,24 +110,45 @@ def at_least_one(**counts: int) -> None:
             raise UserError(f"{name} is {value}, but it must be at least 1")
 
 
-def start(density: Density, u: Tensor, powers: Tensor | None = None) -> State:
+class Graded:
+    """A density with its gradient, which is recorded once it was asked for again and again.
+
+    Arguments:
+        density: positions u [C, B, D] to log f [C, B], or to its parts.
+
+    Calling it gives the values of the parts [P, C, B] and their gradients [P, C, B, D].
+    """
+
+    def __init__(self, density: Density) -> None:
+        self.density, self._repeated = density, Repeated(self._graded)
+
+    def __call__(self, u: Tensor) -> tuple[Tensor, Tensor]:
+        values, gradients = self._repeated(u)
+        return values, gradients
+
+    def _graded(self, u: Tensor) -> tuple[Tensor, Tensor]:
+        with torch.enable_grad():
+            u = u.detach().requires_grad_()
+            found = self.density(u)
+            parts = found if isinstance(found, tuple) else (found,)
+            gradients = [
+                torch.autograd.grad(part.sum(), u, retain_graph=True, materialize_grads=True)[0]
+                if part.requires_grad
+                else torch.zeros_like(u)
+                for part in parts
+            ]
+        return torch.stack(parts).detach(), torch.stack(gradients)
+
+
+def start(density: Density | Graded, u: Tensor, powers: Tensor | None = None) -> State:
     """The state of chains at u [C, B, D]; the powers [P] of the density's parts are 1 unless given."""
-    with torch.enable_grad():
-        u = u.detach().requires_grad_()
-        found = density(u)
-        parts = found if isinstance(found, tuple) else (found,)
-        gradients = [
-            torch.autograd.grad(part.sum(), u, retain_graph=True, materialize_grads=True)[0]
-            if part.requires_grad
-            else torch.zeros_like(u)
-            for part in parts
-        ]
-    values = torch.stack(parts).detach()
-    return State(u.detach(), values, torch.stack(gradients), values.new_ones(len(parts)) if powers is None else powers)
+    graded = density if isinstance(density, Graded) else Graded(density)
+    values, gradients = graded(u)
+    return State(u.detach(), values, gradients, values.new_ones(len(values)) if powers is None else powers)
 
 
 def transition(
-    density: Density,
+    density: Density | Graded,
     state: State,
     step: Tensor,
     *,
@@ -218,7 +241,7 @@ class StepSize:
         self.mean = weight * self.log_step + (1 - weight) * self.mean
 
 
-def first_step(density: Density, state: State, scale: Tensor) -> Tensor:
+def first_step(density: Density | Graded, state: State, scale: Tensor) -> Tensor:
     """Step sizes [B] to begin with: 1, halved until single leapfrogs are accepted more often than not.
 
     >>> def normal(u): return -(u**2).sum(-1) / 2
@@ -287,10 +310,11 @@ def sample(
     at_least_one(draws=draws, warm_up=warm_up, leapfrogs=leapfrogs, thin=thin, chains=len(u))
     total = warm_up + draws * thin
     with seeded(seed):
-        state, size, scale = _warmed(density, u, warm_up, leapfrogs, scale, lambda done: progress(done / total))
+        graded = Graded(density)
+        state, size, scale = _warmed(graded, u, warm_up, leapfrogs, scale, lambda done: progress(done / total))
         kept, acceptance, divergent = [], torch.zeros_like(size), torch.zeros_like(size)
         for done in range(1, draws * thin + 1):
-            state, accepted, diverged = transition(density, state, size, leapfrogs=leapfrogs, scale=scale, jitter=1.0)
+            state, accepted, diverged = transition(graded, state, size, leapfrogs=leapfrogs, scale=scale, jitter=1.0)
             acceptance, divergent = acceptance + accepted.mean(0), divergent + diverged.to(size).mean(0)
             if done % thin == 0:
                 kept.append(state.position)
@@ -301,7 +325,7 @@ def sample(
 
 
 def _warmed(
-    density: Density, u: Tensor, steps: int, leapfrogs: int, scale: Tensor | None, progress: Callable[[int], None]
+    density: Graded, u: Tensor, steps: int, leapfrogs: int, scale: Tensor | None, progress: Callable[[int], None]
 ) -> tuple[State, Tensor, Tensor]:
     """Chains after their warm-up, the step sizes [B] and the scales [B, D] that they found."""
     state, scale = start(density, u), torch.ones_like(u[0]) if scale is None else scale

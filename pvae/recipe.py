@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, get_type_hints
 import tomli_w
 from torch import Tensor, nn
 
-from pvae import components, data, guides
+from pvae import components, data, guides, ranks
 from pvae.components import KINDS, Component, make, table
 from pvae.engines import check_engine
 from pvae.errors import Refused, UserError, fits, nearest
@@ -210,7 +210,8 @@ def build(recipe: Recipe, dataset: data.Dataset) -> Built:
         posterior.fit_to(sites)
     family, encoder = posterior.family, posterior.encoder
     bound = local_bound(program.model, family, sites)
-    supplied = {"encoder": encoder, "family": family, "num_data": len(dataset.train), "bound": bound, "sites": sites}
+    own = len(ranks.share(len(dataset.train)))
+    supplied = {"encoder": encoder, "family": family, "num_data": own, "bound": bound, "sites": sites}
     return Built(program, make("guide", recipe.guide, **supplied), make("objective", recipe.objective))
 
 

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import logging
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import torch
 from torch import Tensor, nn
@@ -18,9 +19,11 @@ from torch.fx.node import map_arg
 
 from pvae.runtime import RandomState, unchecked
 
-__all__ = ["Recorded", "Unrecordable", "compiled", "record"]
+__all__ = ["Recorded", "Repeated", "Unrecordable", "compiled", "record"]
 
+Tensors = tuple[Tensor, ...]
 Outputs = tuple[Tensor | None, ...]
+Layout = tuple[tuple[torch.Size, tuple[int, ...], torch.dtype], ...]
 Function = Callable[..., Outputs]
 
 # Random numbers are drawn by PyTorch's own generator, as in the function itself; its wrapper is C++ too.
@@ -56,7 +59,7 @@ def record(function: Function, state: Sequence[Tensor], inputs: Sequence[Tensor]
         return tuple(function(*tensors[len(state) :]))
 
     try:
-        with _undone(state), unchecked(), torch.enable_grad():
+        with _undone(state), unchecked():
             return _cleaned(make_fx(traced)(*state, *inputs))
     except Unrecordable:
         raise
@@ -154,6 +157,11 @@ def _silent() -> Iterator[None]:
         logging.disable(before)
 
 
+def _layout(inputs: Sequence[Tensor]) -> Layout:
+    """What a recording is good for: views in it may depend on strides too."""
+    return tuple((t.shape, t.stride(), t.dtype) for t in inputs)
+
+
 class Recorded:
     """A function of tensors that is recorded once for each shape of its inputs, and replayed from then on.
 
@@ -178,10 +186,10 @@ class Recorded:
         # Masks are left to be constants: shapes may depend on them.
         tensors = [t for m in modules for t in (*m.parameters(), *m.buffers()) if t.dtype != torch.bool]
         self.state = list({id(t): t for t in tensors}.values())
-        self.plays: dict[tuple[object, ...], Function] = {}
+        self.plays: dict[Layout, Function] = {}
 
     def __call__(self, *inputs: Tensor) -> Outputs:
-        key = tuple((t.shape, t.dtype) for t in inputs)
+        key = _layout(inputs)
         if key not in self.plays:
             self.plays[key] = self._recorded(inputs)
         with torch.no_grad():
@@ -200,3 +208,55 @@ class Recorded:
     def _recorded(self, inputs: Sequence[Tensor]) -> Function:
         graph = self.graph(*inputs)
         return compiled(graph, [*self.state, *inputs]) if self.compile and not self.plays else graph
+
+
+class Repeated:
+    """A function of tensors that is called again and again: recorded once it was, itself where it can't be recorded.
+
+    Arguments:
+        function: see :func:`record`. Tensors that it reads besides may change in place between calls, not be replaced.
+        after: calls with inputs of one shape that go by before these are recorded; recording takes as long as some
+            fifty of them.
+
+    The values are the function's own, to the bit. A recording that gives others when it is made is thrown away.
+
+    >>> double = Repeated(lambda x: (2 * x,), after=1)
+    >>> [double(torch.full((1,), float(k)))[0].item() for k in range(4)]
+    [0.0, 2.0, 4.0, 6.0]
+    """
+
+    def __init__(self, function: Callable[..., Tensors], *, after: int = 30) -> None:
+        self.function, self.after = function, after
+        self.calls: Counter[Layout] = Counter()
+        self.plays: dict[Layout, Callable[..., Tensors]] = {}
+
+    def __call__(self, *inputs: Tensor) -> Tensors:
+        key = _layout(inputs)
+        self.calls[key] += 1
+        if key in self.plays:
+            with torch.no_grad():
+                return self.plays[key](*inputs)
+        if self.calls[key] == self.after + 1 and not _recording():
+            self._record(key, inputs)
+        return self.function(*inputs)
+
+    def _record(self, key: Layout, inputs: Sequence[Tensor]) -> None:
+        stream = RandomState()
+        with suppress(Unrecordable, torch.OutOfMemoryError):
+            play = record(self.function, (), inputs)
+            with torch.no_grad():
+                found = play(*inputs)
+            stream.restore()
+            if all(map(_same, found, self.function(*inputs))):
+                self.plays[key] = play
+        stream.restore()
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    return torch.allclose(one, other, rtol=1e-5, atol=1e-8, equal_nan=True)
+
+
+def _recording() -> bool:
+    from torch.fx.experimental.proxy_tensor import get_proxy_mode
+
+    return get_proxy_mode() is not None

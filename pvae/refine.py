@@ -12,6 +12,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from pvae.recorded import Repeated
+
 __all__ = ["MARKS", "NaturalAscent", "Refined", "RowAdam", "RowState", "Rule", "refine"]
 
 # Steps after which a refinement is looked at: each mark has one at about half its steps before it.
@@ -171,13 +173,13 @@ def refine(
     state = state or rule.start(lam)
     if not unroll:
         lam = lam.detach()
+    climb = _climbing(bound, rule, unroll)
     watch = _Watch(lam, check, tolerance) if check else None
     done = 0
     with torch.enable_grad():
         while done < steps:
-            lam = lam if unroll and lam.requires_grad else lam.detach().requires_grad_()
-            (gradient,) = torch.autograd.grad(bound(lam).sum(), lam, create_graph=unroll)
-            lam, state = rule.step(lam if unroll else lam.detach(), gradient, state)
+            lam, *memory = climb(lam, state.first, state.second, state.steps)
+            state = RowState(*memory)
             done += 1
             if watch and watch.saw(lam, done, last=done == steps, marks=marks):
                 break
@@ -185,6 +187,19 @@ def refine(
         unknown = lam.new_full((len(lam),), torch.nan)
         return Refined(lam, unknown, state, done, (), lam.new_zeros(0, len(lam)), unknown)
     return Refined(watch.best, watch.value, state, done, tuple(watch.marks), torch.stack(watch.curve), watch.gap)
+
+
+def _climbing(bound: Callable[[Tensor], Tensor], rule: Rule, unroll: bool) -> Callable[..., tuple[Tensor, ...]]:
+    """One step: lam and the rows' state, before and after."""
+
+    def climb(lam: Tensor, first: Tensor, second: Tensor, steps: Tensor) -> tuple[Tensor, ...]:
+        lam = lam if unroll and lam.requires_grad else lam.detach().requires_grad_()
+        (gradient,) = torch.autograd.grad(bound(lam).sum(), lam, create_graph=unroll)
+        lam, state = rule.step(lam if unroll else lam.detach(), gradient, RowState(first, second, steps))
+        return lam, state.first, state.second, state.steps
+
+    repeated: Callable[..., tuple[Tensor, ...]] = Repeated(climb)
+    return climb if unroll else repeated
 
 
 class _Watch:

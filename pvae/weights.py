@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pyro
@@ -16,6 +17,7 @@ from torch import Tensor
 from torch.distributions import kl_divergence
 
 from pvae.errors import Refused, UserError
+from pvae.recorded import Repeated
 from pvae.runtime import RandomState, in_pieces
 
 __all__ = ["LogWeights", "Program", "draw", "elbo", "log_weights", "random_sites", "stream"]
@@ -122,18 +124,43 @@ def stream(
     if K < 1:
         raise UserError(f"K is {K}, but at least 1 draw is needed")
 
+    sources = [_Draws(model, guide, x, index, max_plate_nesting, keep_latents) for guide in guides]
+
     def chunk(part: slice) -> tuple[LogWeights, ...]:
-        size, before, found = part.stop - part.start, RandomState(), list[LogWeights]()
+        before, found = RandomState(), list[LogWeights]()
         after = before
-        for guide in guides:
+        for source in sources:
             before.restore()
-            own = draw(model, guide, x, index, size, max_plate_nesting=max_plate_nesting, keep_latents=keep_latents)
+            own = source(part.stop - part.start)
             after = after if found else RandomState()
             found.append(own)
         after.restore()
         return tuple(found)
 
     yield from in_pieces(chunk, K, max(1, ROWS_PER_PASS // max(1, len(x))), "draws for each row")
+
+
+class _Draws:
+    """Chunk by chunk of a guide's draws for the same rows, recorded where there are many and they need no gradient."""
+
+    def __init__(
+        self, model: Program, guide: Program, x: Tensor, index: Tensor | None, nesting: int, keep: bool
+    ) -> None:
+        self.x, self.keep = x, keep
+        self.draw = functools.partial(draw, model, guide, x, index, max_plate_nesting=nesting, keep_latents=keep)
+        self.by_size: dict[int, Repeated] = {}
+        self.last = LogWeights(x, x, x)  # of the last pass through Python: what replays do not change
+
+    def __call__(self, K: int) -> LogWeights:
+        if self.keep or torch.is_grad_enabled():
+            return self.draw(K)
+        repeated = self.by_size.setdefault(K, Repeated(functools.partial(self._parts, K)))
+        log_lik, log_prior, log_q = repeated()
+        return replace(self.last, log_lik=log_lik, log_prior=log_prior, log_q=log_q)
+
+    def _parts(self, K: int) -> tuple[Tensor, ...]:
+        self.last = self.draw(K)
+        return self.last.log_lik, self.last.log_prior, self.last.log_q
 
 
 def elbo(

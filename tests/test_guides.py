@@ -15,10 +15,10 @@ from pvae.generative import VAE
 from pvae.guides import Amortized, PerDatapoint, SemiAmortized, given, local_bound, local_optimum
 from pvae.likelihoods import Bernoulli
 from pvae.networks import MLP
+from pvae.optimizer import FusedAdam
 from pvae.priors import StandardNormal
 from pvae.refine import refine
 from pvae.runtime import seeded
-from pvae.optimizer import FusedAdam
 from pvae.training import fit
 from pvae.weights import log_weights
 

@@ -20,10 +20,10 @@ from pvae.guides import Amortized, Guide, PerDatapoint, given, local_bound
 from pvae.likelihoods import Bernoulli
 from pvae.networks import MLP
 from pvae.objectives import ELBO, IWAE, AnalyticKL, DReG, NonFinite, Renyi, StickingTheLanding
+from pvae.optimizer import FusedAdam
 from pvae.priors import StandardNormal
 from pvae.runtime import LocalModule
 from pvae.sites import Site, Sites
-from pvae.optimizer import FusedAdam
 from pvae.training import fit
 from pvae.weights import log_weights
 

@@ -11,9 +11,9 @@ from pvae import families, guides, likelihoods, networks, objectives, priors
 from pvae.data import Dataset
 from pvae.errors import Refused
 from pvae.guides import PerDatapoint
+from pvae.optimizer import FusedAdam
 from pvae.recipe import Recipe, build, resolve
 from pvae.runtime import seeded, unchecked
-from pvae.optimizer import FusedAdam
 
 ROWS, COLUMNS, LATENT = 8, 4, 2
 TABLE = Path(__file__).parents[1] / "docs" / "product-space.md"

@@ -27,9 +27,9 @@ from pvae.guides import Amortized
 from pvae.likelihoods import Bernoulli
 from pvae.networks import MLP
 from pvae.objectives import ELBO
+from pvae.optimizer import FusedAdam
 from pvae.priors import StandardNormal
 from pvae.runtime import local_method, seeded
-from pvae.optimizer import FusedAdam
 from pvae.training import Interrupted, fit
 from pvae.weights import log_weights
 

@@ -66,7 +66,7 @@ def test_iwae_converges_to_the_evidence_from_below(oracle):
 
 
 def test_no_pass_is_larger_than_a_chunk(oracle):
-    x, K, rows = oracle.sample(100), 20_000, []
+    x, K, rows = oracle.sample(100), 1_000, []
     guide, lam = diagonal(oracle, x)
 
     def spy(x, index=None):
