@@ -15,7 +15,13 @@ from tests.benchmarks.groups import apart, groups
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks", description=__doc__)
-    parser.add_argument("group", nargs="*", choices=[*groups(False), []], help="all of them unless given")
+    parser.add_argument(
+        "group",
+        nargs="*",
+        metavar="GROUP",
+        choices=[*groups(False), []],
+        help=f"{', '.join(groups(False))}; all of them unless given",
+    )
     parser.add_argument("--quick", action="store_true", help="see that everything runs")
     given = parser.parse_args()
     tables = []
