@@ -6,8 +6,7 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from difflib import get_close_matches
 from pathlib import Path
@@ -32,6 +31,8 @@ from pvae.flags import (
     recipe_flags,
     takes,
 )
+from pvae.launch import launched, lost
+from pvae.stopping import going_on
 
 __all__ = ["main"]
 
@@ -57,6 +58,7 @@ Guide = Annotated[str | None, typer.Option(help="Where the parameters of q come 
 
 @app.callback()
 def root(
+    context: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", callback=_say_version, is_eager=True, help="Show it and exit.")
     ] = False,
@@ -64,6 +66,11 @@ def root(
 ) -> None:
     """Which approximate posterior to trust, and what it costs, for latent-variable models on Pyro."""
     state["debug"] = debug
+    if launched().world > 1 and context.invoked_subcommand != "fit":
+        line = (
+            f"pvae {context.invoked_subcommand} is a job for one process; start it without torchrun, which is for fit"
+        )
+        raise typer.Exit(_fail(line, 2))
 
 
 @app.command()
@@ -91,7 +98,7 @@ def compare(
     file = described(path, job.trust, guide=guide)
     axes = axes_of(file, guide_of, described)
     job = replace(job, folder=out or _folder("compare", path or file.recipe.data), jobs=jobs)
-    with _going_on(job.folder, "--resume instead of --overwrite" if overwrite else "--resume"):
+    with going_on(job.folder, "--resume instead of --overwrite" if overwrite else "--resume"):
         results = comparing.compare(
             file.recipe, job, vary=axes, data_folder=data_dir, overwrite=overwrite, resume=resume
         )
@@ -117,24 +124,31 @@ def fit(
     overwrite: Overwrite = False,
     resume: Resume = False,
 ) -> None:
-    """Train one variant and say its ELBO on all test rows."""
-    from pvae import recipe, runs
+    """Train one variant and say its ELBO on all test rows; under torchrun, in several processes."""
+    from pvae import ranks, recipe, runs
     from pvae.checks import warnings
     from pvae.evaluation import bounds
     from pvae.runtime import pick_device
     from pvae.stats import number
     from pvae.tables import QUANTITIES
 
-    where = pick_device(device)
-    own = recipe.resolve(_guided(described(path, trust, guide=guide), guide_of).recipe)
-    dataset = recipe.load_data(own, data_dir)
-    typer.echo(dataset.summary())
-    runs.check(own, dataset)
-    for warning in warnings(own):
-        typer.echo(f"warning: {warning}", err=True)
-    folder = out or _folder("fit", path or own.data)
-    runs.prepare(folder, own, overwrite=overwrite, resume=resume)
+    ranks.join()
+    with ranks.together():
+        where = ranks.own_device(pick_device(device))
+        own = recipe.resolve(_guided(described(path, trust, guide=guide), guide_of).recipe)
+        dataset = recipe.load_data(own, data_dir)
+        if ranks.first():
+            typer.echo(dataset.summary())
+        runs.check(own, dataset)
+        folder = out or _folder("fit", path or own.data)
+        if ranks.first():
+            for warning in warnings(own):
+                typer.echo(f"warning: {warning}", err=True)
+            runs.prepare(folder, own, overwrite=overwrite, resume=resume)
     variant = runs.train(own, dataset, folder, device=device, resume=resume, progress=True)
+    ranks.leave()
+    if launched().rank > 0:
+        return
     program, posterior, _ = variant.built
     found = bounds(program.model, posterior, dataset.test.to(where), K=10, seed=own.seed).summary()
     name = "elbo" if "elbo" in found else "log_joint"
@@ -156,7 +170,7 @@ def evaluate(job_in: Any, run: Run, data_dir: DataDir = None) -> None:
     from pvae import compare as comparing
 
     job = job_in(run)
-    with _going_on(run):
+    with going_on(run):
         results = comparing.judge(comparing.load(job, data_dir), job, comparing.left_out(run))
     _show(results, run)
 
@@ -190,7 +204,7 @@ def diagnose(
     entries = comparing.load(job, data_dir)
     wanted = [] if only is None else list(dict.fromkeys(split(only)))
     diagnosing.chosen(entries, wanted)
-    with _going_on(run):
+    with going_on(run):
         results = comparing.current(run, entries)
         if results:
             typer.echo(f"{_evaluated(results)}; pvae evaluate {run} --budget {budget} makes them anew")
@@ -327,24 +341,6 @@ def _evaluated(results: dict[str, Any]) -> str:
     )
 
 
-class _Stopped(Exception):
-    """Ctrl-C in work that keeps what is finished; says how to go on."""
-
-    signal = signal.SIGINT
-
-
-@contextmanager
-def _going_on(folder: Path, flag: str = "") -> Iterator[None]:
-    """Let Ctrl-C in the block say that the same command, with this flag, goes on in the folder."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        if not (folder / "recipe.toml").is_file():
-            raise
-        how = f"the same command{f' with {flag}' if flag else ''} goes on"
-        raise _Stopped(f"stopped; what is finished is kept in {folder}; {how}") from None
-
-
 def _folder(verb: str, source: str | Path) -> Path:
     return Path("runs") / f"{verb}-{Path(source).stem}"
 
@@ -378,14 +374,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         if state["debug"]:
             raise
-        return _fail(str(error), 2)
+        return _fail(str(error), 2, speaks=True)
     except Exception as error:
         number = getattr(error, "signal", None)
+        if lost(error):
+            return 2
         if number is None:
             raise
         return _fail(str(error), 128 + number)
 
 
-def _fail(line: str, status: int) -> int:
-    print(f"error: {line}", file=sys.stderr)
+def _fail(line: str, status: int, *, speaks: bool = False) -> int:
+    """Say what is wrong; of several processes that know it one ``speaks``, the first unless told."""
+    if speaks or launched().rank == 0:
+        print(f"error: {line}", file=sys.stderr)
     return status

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pvae import ranks
 from pvae.errors import UserError, nearest
 from pvae.files import read_table
 from pvae.mapped import Mapped, available_memory, piece
@@ -110,12 +111,27 @@ class Dataset:
             self, train=self.train.to(device), validation=self.validation.to(device), test=self.test.to(device)
         )
 
-    def batches(self, batch_size: int, seed: int, epoch: int, start: int = 0) -> Iterator[Batch]:
-        """The batches of one epoch, from batch ``start`` on, in the order that seed and epoch fix."""
+    def shard(self) -> Dataset:
+        """The same data with those training rows that this process owns, counted from 0."""
+        own = ranks.share(len(self.train))
+        part = slice(own.start, own.stop)
+        train = self.train.part(part) if isinstance(self.train, Mapped) else self.train[part]
+        labels = None if self.train_labels is None else self.train_labels[part]
+        return self if len(own) == len(self.train) else replace(self, train=train, train_labels=labels)
+
+    def batches(
+        self, batch_size: int, seed: int, epoch: int, start: int = 0, steps: int | None = None
+    ) -> Iterator[Batch]:
+        """The batches of one epoch, from batch ``start`` on, in the order that seed and epoch fix.
+
+        Of so many ``steps`` as are told the last takes all rows that are left.
+        """
         generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
         order = torch.randperm(len(self.train), generator=generator)
         order = order if isinstance(self.train, Mapped) else order.to(self.train.device)
-        indices = (order[first : first + batch_size] for first in range(start * batch_size, len(order), batch_size))
+        last = (steps or -(-len(order) // batch_size)) - 1
+        ends = (len(order) if step == last else (step + 1) * batch_size for step in range(start, last + 1))
+        indices = (order[step * batch_size : end] for step, end in enumerate(ends, start))
         for x, index in self._rows(indices):
             yield Batch(torch.bernoulli(x) if self.binarize == "dynamic" else x, index)
 
@@ -243,8 +259,9 @@ def _streamed(
             f"{path}: {held} test and validation rows take {4 * held * columns / 2**30:.3g} GiB, more than half of the "
             "memory that is left; give counts as --test-size and --validation-size"
         )
-    for first in range(0, len(x), piece(columns)):
-        checked(str(path), x[first : first + piece(columns)], binarize, 1, first)
+    size = piece(columns)
+    for first in (size * number for number in ranks.share(-(-len(x) // size))):
+        checked(str(path), x[first : first + size], binarize, 1, first)
     parts = {part: Mapped(path, rows[f"x_{part}"], threshold=binarize == "threshold") for part in PARTS}
     held_out = binarized({part: parts[part].resident() for part in ("validation", "test")}, binarize)
     return Dataset(path.stem, parts["train"], held_out["validation"], held_out["test"], x.shape[1:], binarize)

@@ -54,8 +54,9 @@ def check(own: Recipe, data: Dataset) -> Built:
     """
     check_budget(data, own.epochs or 0, own.batch_size, own.learning_rate or 0.0, own.patience)
     built = recipe.build(own, data)
-    check_support(built.program.model, data)
-    x, index = next(data.batches(2, own.seed, 0))
+    shard = data.shard()
+    check_support(built.program.model, shard)
+    x, index = next(shard.batches(2, own.seed, 0))
     with seeded(own.seed), unchecked():
         try:
             built.objective.loss(built.program.model, built.guide, x, index)
@@ -115,6 +116,7 @@ def _clear(folder: Path) -> None:
         (folder / name).unlink(missing_ok=True)
     for further in folder.glob("idata-*.nc"):
         further.unlink()
+    checkpoints.remove(folder)
     for name in PARTS:
         shutil.rmtree(folder / name, ignore_errors=True)
     for inner in folder.iterdir():

@@ -4,13 +4,9 @@ from __future__ import annotations
 
 import math
 import signal
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import pyro
@@ -18,38 +14,25 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
-from pvae import checkpoints
+from pvae import checkpoints, ranks
 from pvae.console import bar
 from pvae.data import Dataset
+from pvae.distributed import SharedStep, shared, usable
 from pvae.engines import Choice, check_engine, choose
 from pvae.errors import UserError
 from pvae.files import write_text
 from pvae.guides import Guide
 from pvae.objectives import ELBO, NonFinite, Objective
 from pvae.optimizer import FusedAdam
-from pvae.runtime import RandomState, module_of, pick_device, seeded, unchecked
+from pvae.runtime import RandomState, module_of, pick_device, say_once, seeded, unchecked
 from pvae.sites import innermost
+from pvae.stopping import Interrupted, noted
 from pvae.weights import Program, log_weights
 
 __all__ = ["Fit", "FusedAdam", "Interrupted", "check_budget", "check_support", "fit"]
 
 # Seconds between checkpoints: each epoch's end is one, unless the last is younger than this.
 CHECKPOINT_SECONDS = 2.0
-
-
-class Interrupted(Exception):
-    """Training was stopped by a signal, at a step's end, after saving what there was.
-
-    Attributes:
-        signal: its number.
-    """
-
-    def __init__(self, message: str, number: int) -> None:
-        super().__init__(message, number)
-        self.signal = number
-
-    def __str__(self) -> str:
-        return str(self.args[0])
 
 
 @dataclass
@@ -113,22 +96,24 @@ def fit(
     """
     if isinstance(data, Tensor):
         data = Dataset("data", data, data[:0], data[:0], tuple(data.shape[1:]))
-    check_budget(data, epochs, batch_size, learning_rate, patience)
-    check_engine(engine)
-    with seeded(seed), unchecked(), pyro.get_param_store().scope():
-        steps = (batch_size, learning_rate, objective or ELBO())
-        loop = _Loop(model, guide, data.to(pick_device(device)), *steps, patience, seed, folder)
-        check_support(model, loop.data)
-        if resume:
-            loop.restore()
+    with seeded(ranks.stream(seed)), unchecked(), pyro.get_param_store().scope():
+        with ranks.together():
+            check_budget(data, epochs, batch_size, learning_rate, patience)
+            check_engine(engine)
+            steps = (batch_size, learning_rate, objective or ELBO())
+            loop = _Loop(model, guide, data, ranks.own_device(pick_device(device)), *steps, patience, seed, folder)
+            check_support(model, loop.data)
+            if resume:
+                loop.restore()
         loop.start(engine, epochs)
-        with _signals() as caught, bar("epochs", epochs, done=loop.epoch, wanted=progress) as show:
+        wanted = progress and ranks.first()
+        with noted(loop.caught), bar("epochs", epochs, done=loop.epoch, wanted=wanted) as show:
             while loop.epoch < epochs and loop.report.stopped != "early":
-                loop.run_epoch(caught)
+                loop.run_epoch()
                 row, speed = loop.report.history[-1], loop.epoch / max(loop.report.seconds, 1e-9)
                 show(loop.epoch, f"objective {row['objective']:.2f} nats, {speed:.3g} epochs/s")
-            if caught:
-                loop.interrupted(caught[0])
+            if number := ranks.most(max(loop.caught, default=0)):
+                loop.interrupted(number)
         loop.finish()
     return loop.report
 
@@ -140,6 +125,10 @@ def check_budget(data: Dataset, epochs: int, batch_size: int, learning_rate: flo
             raise UserError(f"--{name} is {value}, but it must be at least {least}")
     if not 0 < learning_rate < float("inf"):
         raise UserError(f"--learning-rate is {learning_rate}, but it must be positive")
+    if batch_size % ranks.world():
+        raise UserError(f"--batch-size is {batch_size}, but {ranks.world()} processes share it; give a multiple")
+    if len(data.train) < ranks.world():
+        raise UserError(f"{len(data.train)} training rows are too few for {ranks.world()} processes; start fewer")
     if patience is not None and not len(data.validation):
         raise UserError("--patience: early stopping needs validation rows; give --validation-size")
 
@@ -185,6 +174,7 @@ class _Loop:
         model: Program,
         guide: Program,
         data: Dataset,
+        device: torch.device,
         batch_size: int,
         learning_rate: float,
         objective: Objective,
@@ -192,49 +182,58 @@ class _Loop:
         seed: int,
         folder: Path | None,
     ) -> None:
-        self.model, self.guide, self.data = model, guide, data
-        self.batch_size, self.patience, self.seed, self.folder = batch_size, patience, seed, folder
+        self.model, self.guide, self.data = model, guide, data.shard().to(device)
+        self.rows, self.batch_size, self.patience, self.folder = len(data.train), batch_size, patience, folder
+        self.seed, self.share = ranks.stream(seed), batch_size // ranks.world()
+        # Shards' sizes differ by a row at most. Where that row would take a step of its own, it joins the last one's.
+        self.steps = -(-(self.rows // ranks.world()) // self.share)
         self.modules = {"model": module_of(model), "guide": module_of(guide)}
         for module in self.modules.values():
-            module.to(data.train.device).train()
+            module.to(device).train()
         self.optimizer, self.objective = FusedAdam(*self.modules.values(), learning_rate=learning_rate), objective
         self.names = {id(p): f"adam.{k}.{n}" for k, m in self.modules.items() for n, p in m.named_parameters()}
         self.report, self.epoch, self.batch = Fit(), 0, 0
         self.total: float | Tensor = 0.0
         self.best: dict[str, Tensor] = {}
-        self.digest = data.digest if folder else ""
+        self.caught: list[int] = []
+        self.tables = self._table_names()
+        self.digest = data.digest if folder and ranks.first() else ""
         self.saved_at = time.perf_counter()
 
     def start(self, engine: str, epochs: int) -> None:
         """Choose how steps are made: a run that goes on keeps its engine, and with it its bits."""
         if engine == "auto" and self.report.engine:
             engine = self.report.engine.split(":")[0]
-        steps, stream = epochs * -(-len(self.data.train) // self.batch_size), RandomState()
-        batches = self.data.batches(self.batch_size, self.seed, 0)
+        steps, stream = epochs * self.steps, RandomState()
+        batches = self.data.batches(self.share, self.seed, 0, steps=self.steps)
         example = next(batches)
         self._tell_epoch()
         parts = (self.model, self.guide, self.optimizer, self.objective)
+        engine = usable(engine, self.data.train.device)
         self.engine: Choice = choose(engine, parts, example, next(batches, example), steps)
+        if ranks.world() > 1:
+            self.engine = shared(self.engine, parts, self.caught)
         self.report.engine = f"{self.engine.name}: {self.engine.why}"
         stream.restore()
 
-    def run_epoch(self, caught: list[int]) -> None:
+    def run_epoch(self) -> None:
         """The rest of the current epoch, its row in the history, and a checkpoint where one is due."""
         start = time.perf_counter()
-        for x, index in self.data.batches(self.batch_size, self.seed, self.epoch, self.batch):
+        for x, index in self.data.batches(self.share, self.seed, self.epoch, self.batch, self.steps):
             self._tell_epoch()
             try:
                 self.total -= self.engine.step(x, index)
             except NonFinite as error:
                 raise self._diverged(str(error), self.epoch + 1) from error
             self.batch += 1
-            if caught:
+            if number := self._signal():
                 self.report.seconds += time.perf_counter() - start
-                self.interrupted(caught[0])
+                self.interrupted(number)
         self.report.seconds += time.perf_counter() - start
-        mean = float(self.total) / len(self.data.train)
-        if not math.isfinite(mean):
-            raise self._diverged("the loss is not finite", self.epoch + 1)
+        mean = float(self.total) / self.rows
+        with ranks.together():
+            if not math.isfinite(mean):
+                raise self._diverged("the loss is not finite", self.epoch + 1)
         row = {"epoch": self.epoch + 1, "seconds": self.report.seconds, "objective": mean}
         self.epoch, self.batch, self.total = self.epoch + 1, 0, 0.0
         if len(self.data.validation):
@@ -242,12 +241,17 @@ class _Loop:
         self.report.history.append(row)
         if self.patience:
             self._stop_early(self.patience)
-        if time.perf_counter() - self.saved_at > CHECKPOINT_SECONDS:
+        if ranks.told(time.perf_counter() - self.saved_at > CHECKPOINT_SECONDS):
             self.save()
+
+    def _signal(self) -> int:
+        """A signal that training is to end for: one that all processes know of."""
+        step = self.engine.step
+        return step.signal if isinstance(step, SharedStep) else max(self.caught, default=0)
 
     def _tell_epoch(self) -> None:
         """Where training stands, for what changes with it: the KL weight of objective and rows' own bound."""
-        epoch = self.epoch + self.batch * self.batch_size / len(self.data.train)
+        epoch = self.epoch + self.batch * self.batch_size / self.rows
         self.objective.weight = self.objective.weight_at(epoch)
         if isinstance(self.modules["guide"], Guide):
             self.modules["guide"].kl_weight = self.objective.weight
@@ -264,11 +268,12 @@ class _Loop:
         with seeded(self.seed), torch.no_grad():
             for module in self.modules.values():
                 module.eval()
-            rows = self.data.validation.split(1024)
+            own = ranks.share(len(self.data.validation))
+            rows = self.data.validation[own.start : own.stop].split(1024) if own else ()
             total = sum(log_weights(self.model, self.guide, x, None, 8).log_w.mean(0).sum().item() for x in rows)
             for module in self.modules.values():
                 module.train()
-        return total / len(self.data.validation)
+        return ranks.total(total) / len(self.data.validation)
 
     def _stop_early(self, patience: int) -> None:
         values = [row["validation_elbo"] for row in self.report.history]
@@ -285,19 +290,24 @@ class _Loop:
         for kind, module in self.modules.items():
             checkpoints.fill(module, kind, tensors, self.folder or Path())
 
+    def _table_names(self) -> set[str]:
+        """Names of the tensors that have a row for each datapoint."""
+        rows = {id(values) for table in self.optimizer.tables for values in table.buffers(recurse=False)}
+        own = {f"{k}.{n}" for k, m in self.modules.items() for n, t in m.named_buffers() if id(t) in rows}
+        return own | {f"{checkpoints.BEST}{name}" for name in own}
+
     def save(self) -> None:
         """Write a checkpoint, unless a parameter is no longer finite: the last good one stays."""
-        tensors = self._module_tensors()
-        for name, tensor in tensors.items():
-            if tensor.is_floating_point() and not tensor.isfinite().all():
-                raise self._diverged(f"parameter '{name}' is not finite", self.epoch + bool(self.batch))
+        with ranks.together():
+            tensors = self._finite()
         if self.folder is None:
             return
         tensors |= self.optimizer.state_tensors(self.names)
         tensors |= {f"{checkpoints.BEST}{name}": tensor for name, tensor in self.best.items()}
-        tensors["random.cpu"] = torch.get_rng_state()
+        own = {name: tensors.pop(name) for name in self.tables & tensors.keys()}
+        own[f"{checkpoints.RANDOM}cpu"] = torch.get_rng_state()
         if self.data.train.is_cuda:
-            tensors["random.cuda"] = torch.cuda.get_rng_state()
+            own[f"{checkpoints.RANDOM}cuda"] = torch.cuda.get_rng_state()
         position = {"epoch": self.epoch, "batch": self.batch, "total": float(self.total), "digest": self.digest}
         header = position | {
             "seconds": self.report.seconds,
@@ -305,27 +315,63 @@ class _Loop:
             "engine": self.report.engine,
             "history": self.report.history,
         }
-        checkpoints.write(self.folder, tensors, header)
-        columns = list(self.report.history[0]) if self.report.history else ["epoch", "seconds", "objective"]
-        rows = [",".join(str(row[name]) for name in columns) for row in self.report.history]
-        write_text(self.folder / "history.csv", "\n".join([",".join(columns), *rows]) + "\n")
+        if ranks.world() == 1:
+            checkpoints.write(self.folder, tensors | own, header)
+        else:
+            self._save_shared(self.folder, tensors, own, header)
+        if ranks.first():
+            columns = list(self.report.history[0]) if self.report.history else ["epoch", "seconds", "objective"]
+            rows = [",".join(str(row[name]) for name in columns) for row in self.report.history]
+            write_text(self.folder / "history.csv", "\n".join([",".join(columns), *rows]) + "\n")
         self.saved_at = time.perf_counter()
+
+    def _finite(self) -> dict[str, Tensor]:
+        tensors = self._module_tensors()
+        for name, tensor in tensors.items():
+            if tensor.is_floating_point() and not tensor.isfinite().all():
+                raise self._diverged(f"parameter '{name}' is not finite", self.epoch + bool(self.batch))
+        return tensors
+
+    def _save_shared(
+        self, folder: Path, tensors: dict[str, Tensor], own: dict[str, Tensor], header: dict[str, Any]
+    ) -> None:
+        """Each process writes its part, then the first one what they share: until then the old checkpoint is valid."""
+        mark = ranks.told(time.time_ns())
+        shares = enumerate(ranks.shares(self.rows))
+        parts = [checkpoints.Part(f"checkpoint.{mark:x}-{r}.safetensors", s.start, s.stop) for r, s in shares]
+        with ranks.together():
+            checkpoints.write_part(folder, parts[ranks.rank()], own)
+        with ranks.together():
+            if ranks.first():
+                checkpoints.write(folder, tensors, header | {"parts": parts})
 
     def restore(self) -> None:
         """Take up the folder's checkpoint."""
         if self.folder is None:
             raise UserError("resume needs the folder of the run")
-        tensors, header = checkpoints.read(self.folder)
-        if header["digest"] != self.digest:
+        own = ranks.share(self.rows) if ranks.world() > 1 else None
+        tensors, header = checkpoints.read(self.folder, self.tables, own)
+        if ranks.first() and header["digest"] != self.digest:
             raise UserError(f"--resume: {self.folder} was fitted to other rows than {self.data.identity} has now")
         self._load_modules(tensors)
         self.optimizer.load_tensors(self.names, tensors)
         self.best = checkpoints.best(tensors)
         self.epoch, self.batch, self.total = header["epoch"], header["batch"], header["total"]
         self.report = Fit(header["history"], header["seconds"], header["stopped"], header.get("engine", ""))
-        torch.set_rng_state(tensors["random.cpu"])
-        if self.data.train.is_cuda and "random.cuda" in tensors:
-            torch.cuda.set_rng_state(tensors["random.cuda"])
+        before = len(header.get("parts", [checkpoints.FILE]))
+        if before != ranks.world():
+            self._begin_anew(before)
+            return
+        torch.set_rng_state(tensors[f"{checkpoints.RANDOM}cpu"])
+        if self.data.train.is_cuda and f"{checkpoints.RANDOM}cuda" in tensors:
+            torch.cuda.set_rng_state(tensors[f"{checkpoints.RANDOM}cuda"])
+
+    def _begin_anew(self, before: int) -> None:
+        """Other shards have other batches: begin the epoch anew, with draws of its own."""
+        self.batch, self.total = 0, 0.0
+        if ranks.first():
+            now = f"{before} processes before, {ranks.world()} now"
+            say_once(f"--resume: {now}: epoch {self.epoch + 1} and the draws begin anew")
 
     def interrupted(self, number: int) -> None:
         """Save, and say which signal stopped the run and how to go on."""
@@ -337,28 +383,3 @@ class _Loop:
         there = self.folder is not None and (self.folder / checkpoints.FILE).is_file()
         kept = f"; the last good checkpoint is kept in {self.folder}" if there else ""
         return UserError(f"training diverged in epoch {epoch}: {reason}; lower --learning-rate{kept}")
-
-
-@contextmanager
-def _signals() -> Iterator[list[int]]:
-    """Collect Ctrl-C and SIGTERM instead of dying of the first; the second has its usual effect."""
-    caught: list[int] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield caught
-        return
-    usual = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-
-    def restore() -> None:
-        for number, handler in usual.items():
-            signal.signal(number, handler)
-
-    def note(number: int, frame: FrameType | None) -> None:
-        caught.append(number)
-        restore()
-
-    for number in usual:
-        signal.signal(number, note)
-    try:
-        yield caught
-    finally:
-        restore()
