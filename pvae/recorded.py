@@ -26,6 +26,9 @@ Outputs = tuple[Tensor | None, ...]
 Layout = tuple[tuple[torch.Size, tuple[int, ...], torch.dtype], ...]
 Function = Callable[..., Outputs]
 
+# Buffers of more numbers, such as tables of rows, are taken to be read only: a copy might not fit beside them.
+LARGE = 1_000_000
+
 # Random numbers are drawn by PyTorch's own generator, as in the function itself; its wrapper is C++ too.
 INDUCTOR = {"fallback_random": True, "cpp_wrapper": True}
 
@@ -69,16 +72,16 @@ def record(function: Function, state: Sequence[Tensor], inputs: Sequence[Tensor]
 
 @contextmanager
 def _undone(state: Sequence[Tensor]) -> Iterator[None]:
-    """Run a block whose draws and whose writes into the state are taken back."""
-    stream, before = RandomState(), [(t, t._version, t.detach().clone()) for t in state if not t.requires_grad]
+    """Run a block whose draws and whose writes into buffers are taken back."""
+    buffers = [t for t in state if not t.requires_grad and t.numel() <= LARGE]
+    stream, before = RandomState(), [t.clone() for t in buffers]
     try:
         yield
     finally:
         stream.restore()
         with torch.no_grad():
-            for tensor, version, value in before:
-                if tensor._version != version:
-                    tensor.copy_(value)
+            for tensor, value in zip(buffers, before, strict=True):
+                tensor.copy_(value)
 
 
 def _reason(error: BaseException) -> str:
