@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import signal
+import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,7 +25,7 @@ from pvae.files import write_text
 from pvae.guides import Guide
 from pvae.objectives import ELBO, NonFinite, Objective
 from pvae.optimizer import FusedAdam
-from pvae.runtime import RandomState, module_of, pick_device, say_once, seeded, unchecked
+from pvae.runtime import RandomState, module_of, pick_device, seeded, unchecked
 from pvae.sites import innermost
 from pvae.stopping import Interrupted, noted
 from pvae.weights import Program, log_weights
@@ -371,7 +372,7 @@ class _Loop:
         self.batch, self.total = 0, 0.0
         if ranks.first():
             now = f"{before} processes before, {ranks.world()} now"
-            say_once(f"--resume: {now}: epoch {self.epoch + 1} and the draws begin anew")
+            print(f"--resume: {now}: epoch {self.epoch + 1} and the draws begin anew", file=sys.stderr)
 
     def interrupted(self, number: int) -> None:
         """Save, and say which signal stopped the run and how to go on."""
