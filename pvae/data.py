@@ -126,19 +126,30 @@ class Dataset:
 
         Of so many ``steps`` as are told the last takes all rows that are left.
         """
+        order = self.order(batch_size, seed, epoch, start, steps)
+        if not isinstance(self.train, Mapped):
+            yield from (Batch(self.rows(index), index) for index in order)
+            return
+        for x, index in self.train.batches(order):
+            yield Batch(self._drawn(x), index)
+
+    def order(
+        self, batch_size: int, seed: int, epoch: int, start: int = 0, steps: int | None = None
+    ) -> Iterator[Tensor]:
+        """Which rows the batches of :meth:`batches` have."""
         generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
         order = torch.randperm(len(self.train), generator=generator)
         order = order if isinstance(self.train, Mapped) else order.to(self.train.device)
         last = (steps or -(-len(order) // batch_size)) - 1
-        ends = (len(order) if step == last else (step + 1) * batch_size for step in range(start, last + 1))
-        indices = (order[step * batch_size : end] for step, end in enumerate(ends, start))
-        for x, index in self._rows(indices):
-            yield Batch(torch.bernoulli(x) if self.binarize == "dynamic" else x, index)
+        for step in range(start, last + 1):
+            yield order[step * batch_size : len(order) if step == last else (step + 1) * batch_size]
 
-    def _rows(self, indices: Iterator[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
-        if isinstance(self.train, Mapped):
-            return self.train.batches(indices)
-        return ((self.train[index], index) for index in indices)
+    def rows(self, index: Tensor) -> Tensor:
+        """Training rows as a step sees them."""
+        return self._drawn(self.train[index])
+
+    def _drawn(self, x: Tensor) -> Tensor:
+        return torch.bernoulli(x) if self.binarize == "dynamic" else x
 
     def fixed_train(self, rows: int) -> Batch:
         """The first training rows as evaluation sees them: under dynamic binarization drawn once, with a fixed seed."""

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from pyro.infer import SVI
@@ -28,11 +28,9 @@ WORTH_RECORDING = 300
 COMPILING, COMPILING_EACH, SAVED_EACH = 10.0, 0.015, 7e-6
 
 
-class Step(Protocol):
-    """One step of training, of everything that is trained."""
-
-    def __call__(self, x: Tensor, index: Tensor) -> Tensor | float:
-        """Step on the rows x [B, D], datapoints index [B]; the loss before it, in nats, summed over the rows."""
+# One step of training on a batch, rows x [B, D] and index [B], of everything that is trained; what gathers the rows by
+# itself takes the index alone. It gives the loss before the step in nats, summed over the rows.
+Step = Callable[..., Tensor | float]
 
 
 class PyroStep:
@@ -191,7 +189,7 @@ def _recorded(
     step.check(*example)
     step.check(*other)
     compile, why = name == "compiled", "as asked"
-    if name == "auto":
+    if name in ("auto", "graph"):
         operations = step.gradients.operations
         cost, saved = COMPILING + COMPILING_EACH * operations, SAVED_EACH * operations * steps
         compile = saved > cost
@@ -203,6 +201,6 @@ def _recorded(
             return Choice(quick, "compiled", why)
         except Unrecordable as error:
             why = f"the step can't be compiled ({error})"
-    elif name == "graph":
+    if name == "graph" and not example[0].is_cuda:
         why = "a CUDA graph needs a CUDA device"
     return Choice(step, "traced", why)

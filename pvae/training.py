@@ -16,6 +16,7 @@ from pyro import poutine
 from torch import Tensor
 
 from pvae import checkpoints, ranks
+from pvae.captured import CapturedStep, captured
 from pvae.console import bar
 from pvae.data import Dataset
 from pvae.distributed import SharedStep, shared, usable
@@ -214,16 +215,19 @@ class _Loop:
         self.engine: Choice = choose(engine, parts, example, next(batches, example), steps)
         if ranks.world() > 1:
             self.engine = shared(self.engine, parts, self.caught)
+        else:
+            self.engine = captured(self.engine, engine, self.data, self.share)
         self.report.engine = f"{self.engine.name}: {self.engine.why}"
         stream.restore()
 
     def run_epoch(self) -> None:
         """The rest of the current epoch, its row in the history, and a checkpoint where one is due."""
         start = time.perf_counter()
-        for x, index in self.data.batches(self.share, self.seed, self.epoch, self.batch, self.steps):
+        source = self.engine.step if isinstance(self.engine.step, CapturedStep) else self.data
+        for batch in source.batches(self.share, self.seed, self.epoch, self.batch, self.steps):
             self._tell_epoch()
             try:
-                self.total -= self.engine.step(x, index)
+                self.total -= self.engine.step(*batch)
             except NonFinite as error:
                 raise self._diverged(str(error), self.epoch + 1) from error
             self.batch += 1

@@ -8,7 +8,7 @@ import torch
 from pyro import poutine
 from torch import nn
 
-from pvae import engines, families, guides, likelihoods, networks, objectives, priors
+from pvae import captured, engines, families, guides, likelihoods, networks, objectives, priors, training
 from pvae.data import Dataset
 from pvae.engines import PyroStep, RecordedStep
 from pvae.errors import UserError
@@ -141,6 +141,28 @@ def test_a_fit_gives_the_same_parameters_by_any_engine():
     assert not any(a.equal(b) for a, b in zip(trained("traced", seed=2)[1], expected, strict=True))
 
 
+@pytest.mark.parametrize("objective", [objectives.ELBO(), objectives.IWAE(K=2, warm_up=3.0)], ids=["plain", "warm-up"])
+def test_a_captured_step_makes_the_steps_in_their_order(objective, monkeypatch):
+    # A stand-in for the device: what is captured is kept, what is replayed is run.
+    captures, replays = [], []
+
+    def capture(function):
+        captures.append(function)
+        return lambda: replays.append(1) or function()
+
+    def everywhere(choice, engine, data, size):
+        return choice._replace(step=captured.CapturedStep(choice.step, data, size))
+
+    expected = trained("traced", epochs=4, objective=objective)[1]
+    monkeypatch.setattr(captured, "capture", capture)
+    monkeypatch.setattr(captured, "beside", lambda function: function())
+    monkeypatch.setattr(training, "captured", everywhere)
+    found = trained("traced", epochs=4, objective=objective)[1]
+    assert all(a.equal(b) for a, b in zip(found, expected, strict=True))
+    # 50 rows are 3 batches of 16 and one of 2.
+    assert (len(captures), len(replays)) == (1, 4 * 3 - captured.WARM_UP)
+
+
 def test_the_report_says_which_engine_and_why():
     assert trained("auto")[0].engine == "pyro: 8 steps are too few to pay for recording one"
     assert trained("traced")[0].engine == "traced: as asked"
@@ -150,7 +172,7 @@ def test_the_report_says_which_engine_and_why():
         trained("traces")
 
 
-@pytest.mark.parametrize("count, name", [(299, "pyro"), (300, "traced"), (100_000, "compiled")])
+@pytest.mark.parametrize(("count", "name"), [(299, "pyro"), (300, "traced"), (100_000, "compiled")])
 def test_auto_weighs_what_it_costs_against_what_it_saves(count, name, monkeypatch):
     asked = []
     monkeypatch.setattr("pvae.recorded.compiled", lambda graph, inputs: asked.append(1) or graph)
@@ -180,7 +202,7 @@ class Odd(LocalModule):
 
 
 @pytest.mark.parametrize(
-    "kind, reason", [("scaled", "Pyro's is"), ("looks", "tracing tensor"), ("counts", "Pyro's is")]
+    ("kind", "reason"), [("scaled", "Pyro's is"), ("looks", "tracing tensor"), ("counts", "Pyro's is")]
 )
 def test_programs_that_can_not_be_recorded_go_by_pyro_in_one_line(kind, reason):
     program, x = Odd(kind), torch.ones(8, 3).triu()
