@@ -17,12 +17,13 @@ import torch
 from oracles import SOURCES
 from torch import nn
 
-from pvae import checkpoints, cli, distributed, ranks, training
+from pvae import checkpoints, cli, distributed, ranks, recipe, runs, training
 from pvae.data import Dataset
 from pvae.errors import UserError
-from pvae.families import Delta
+from pvae.evaluation import bounds
+from pvae.families import Delta, DiagonalNormal
 from pvae.generative import VAE
-from pvae.guides import Amortized
+from pvae.guides import Amortized, PerDatapoint, local_bound
 from pvae.launch import Elsewhere, Place
 from pvae.likelihoods import Bernoulli
 from pvae.mapped import Mapped
@@ -31,12 +32,18 @@ from pvae.objectives import ELBO
 from pvae.optimizer import FusedAdam
 from pvae.priors import StandardNormal
 from pvae.runtime import RandomState, local_method, seeded
+from pvae.stats import number
 from pvae.training import Interrupted, fit
 
 ROWS, COLUMNS, BATCH, EPOCHS, SEED = 25, 6, 8, 2, 3
 SHARDS = [range(12), range(12, 25)]  # of two processes: 3 batches of 4 each, the last of the second one has 5
-NAMED = {"Amortized": SOURCES["Amortized"], "PerDatapoint": SOURCES["PerDatapoint"]}
-NAMED["Delta"] = lambda model, D, M, N: Amortized(nn.Linear(M, D), Delta(D))
+NAMED = {
+    "Amortized": SOURCES["Amortized"],
+    "PerDatapoint": lambda model, D, M, N: PerDatapoint(
+        N, DiagonalNormal(D), bound=local_bound(model, DiagonalNormal(D)), local_steps=2
+    ),
+    "Delta": lambda model, D, M, N: Amortized(nn.Linear(M, D), Delta(D)),
+}
 
 
 def tiny(binarize="dynamic"):
@@ -99,6 +106,7 @@ def child(folder):
     told["stop"] = stopped(folder / "stopped")
     trained("PerDatapoint", folder / "stopped", resume=True)
     told["broken"] = broken(folder)
+    told["full"] = full(folder / "full")
     distributed._add = lambda state, bucket: add(state, bucket).then(lambda done: done.value() / ranks.world())
     trained("Amortized", folder / "mean")
     distributed._add = add
@@ -108,7 +116,7 @@ def child(folder):
 
 def stopped(folder):
     """How a training ends in which the second process alone is sent a signal, in its second step."""
-    event = (1 + 5 + 1, lambda: signal.raise_signal(signal.SIGTERM)) if ranks.rank() else None
+    event = (1 + 2 + 1, lambda: signal.raise_signal(signal.SIGTERM)) if ranks.rank() else None
     with pytest.raises(Interrupted) as stop:
         trained("PerDatapoint", folder, event=event)
     return str(stop.value)
@@ -125,9 +133,24 @@ def broken(folder):
     return [type(error.value).__name__, str(error.value)]
 
 
+def full(folder):
+    """How a training ends in which the second process alone can't write its part, after a checkpoint was kept."""
+
+    def refuse(folder, part, tensors):
+        raise UserError("no space")
+
+    trained("Amortized", folder, epochs=1)
+    write = checkpoints.write_part
+    checkpoints.write_part = refuse if ranks.rank() else write
+    with pytest.raises((UserError, Elsewhere)) as error:
+        trained("Amortized", folder, resume=True)
+    checkpoints.write_part = write
+    return [type(error.value).__name__, str(error.value)]
+
+
 LINES = (
-    "fit --data {0}/rows.npy --binarize threshold --batch-size 7 --out {0}/run",
-    "fit --data {0}/rows.npy --likelihood Gaussian --guide PerDatapoint --epochs 2 --latent 2 --out {0}/run",
+    "fit --data {0}/rows.npy --batch-size 7 --out {0}/run",
+    "fit --data {0}/rows.npy --likelihood Gaussian --guide PerDatapoint --latent 2 --epochs 30 --out {0}/run",
     "evaluate {0}/run",
 )
 
@@ -155,7 +178,8 @@ def two(tmp_path_factory):
     """The folder of what two processes have done, and what each has told."""
     folder = tmp_path_factory.mktemp("two")
     trained("PerDatapoint", folder / "of one", epochs=1)
-    np.save(folder / "rows.npy", np.random.default_rng(0).random((60, 6), dtype=np.float32))
+    random = np.random.default_rng(0)
+    np.save(folder / "rows.npy", 5 * random.random((60, 1)) + random.random((60, 6)))  # one factor and noise
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -276,6 +300,12 @@ def test_one_that_diverges_ends_all_and_alone_says_why(two):
     assert "diverged in epoch 1: the log-density of site 'x' is not finite" in second[1]
 
 
+def test_a_part_that_cannot_be_written_ends_all_and_leaves_the_old_checkpoint(two):
+    folder, told = two
+    assert [each["full"] for each in told] == [["Elsewhere", "process 1 has failed"], ["UserError", "no space"]]
+    assert checkpoints.read(folder / "full")[1]["epoch"] == 1
+
+
 def test_a_checkpoint_of_one_is_read_by_two_and_the_reverse(two, tmp_path):
     folder = two[0]
     trained("PerDatapoint", tmp_path / "one", epochs=1)
@@ -290,19 +320,27 @@ def test_a_checkpoint_of_one_is_read_by_two_and_the_reverse(two, tmp_path):
 def test_a_change_of_processes_is_said_and_the_rows_go_on(two, capsys):
     trained("PerDatapoint", two[0] / "PerDatapoint-traced", resume=True, epochs=EPOCHS + 1)
     assert "2 processes before, 1 now: epoch 3 and the draws begin anew" in capsys.readouterr().err
-    assert (kept(two[0] / "PerDatapoint-traced")["guide.row_steps"] == 5 * (EPOCHS + 1)).all()
+    assert (kept(two[0] / "PerDatapoint-traced")["guide.row_steps"] == 2 * (EPOCHS + 1)).all()
 
 
-def test_the_command_line_speaks_once(two, pvae):
-    folder, (first, second) = two
-    assert [line[0] for line in first["lines"]] == [line[0] for line in second["lines"]] == [2, 0, 2]
-    assert all(out == err == "" for _, out, err in second["lines"])
-    assert "--batch-size is 7, but 2 processes share it" in first["lines"][0][2]
-    assert "test ELBO" in first["lines"][1][1]
-    assert first["lines"][2][2].startswith("error: pvae evaluate is a job for one process")
-    done = pvae(f"evaluate {folder}/run --rows 3 --samples 30 --refine-steps 3")
-    assert done.status == 0, done.err
-    assert kept(folder / "run")["guide.table"].shape == (48, 4)
+def test_the_command_line_speaks_once(two):
+    first, second = (each["lines"] for each in two[1])
+    assert [line[0] for line in first] == [line[0] for line in second] == [2, 0, 2]
+    assert all(out == err == "" for _, out, err in second)
+    assert "--batch-size is 7, but 2 processes share it" in first[0][2]
+    assert first[2][2].startswith("error: pvae evaluate is a job for one process")
+
+
+def test_their_run_is_loaded_and_judged_by_one(two):
+    folder = two[0] / "run"
+    own = recipe.read(folder)
+    data = recipe.load_data(own)
+    model, guide = (loaded := runs.load(folder, data).built).program.model, loaded.guide
+    found = bounds(model, guide, data.test, K=10, seed=own.seed).summary()["elbo"]
+    assert f"test ELBO {number(found)} nats over 12 rows" in two[1][0]["lines"][1][1]
+    places = torch.arange(48)
+    own, others = (bounds(model, guide, data.train, i).summary()["elbo"] for i in (places, places.roll(24)))
+    assert own.mean > others.mean + 3 * others.se
 
 
 # What needs no second process
@@ -379,6 +417,20 @@ def test_a_checkpoint_is_the_old_one_until_its_last_file_is_written(tmp_path):
     checkpoints.write(tmp_path, {}, header)
     assert same(kept(tmp_path), new)
     assert {path.name for path in tmp_path.glob(checkpoints.PARTS)} == {part.file for part in header["parts"]}
+
+
+def test_a_checkpoint_replaced_while_it_is_read_is_read_anew(tmp_path, monkeypatch):
+    old, new = ({"guide.table": torch.full((7, 3), value)} for value in (1.0, 2.0))
+    checkpoints.write(tmp_path, {}, parted(tmp_path, old, "old"))
+    read_part, replaced = checkpoints._read_part, []
+
+    def slow(folder, part, rows):
+        if part.start == 2 and not replaced:
+            replaced.append(checkpoints.write(tmp_path, {}, parted(tmp_path, new, "new")))
+        return read_part(folder, part, rows)
+
+    monkeypatch.setattr(checkpoints, "_read_part", slow)
+    assert same(kept(tmp_path), new)
 
 
 def test_missing_parts_are_said_in_a_line(tmp_path):
