@@ -11,6 +11,7 @@ __version__ = "0.1.0"
 MODULES = (
     "ais",
     "calibration",
+    "captured",
     "checkpoints",
     "checks",
     "cli",
@@ -49,6 +50,7 @@ MODULES = (
     "objectives",
     "optimizer",
     "panels",
+    "precision",
     "predictive",
     "priors",
     "ranks",

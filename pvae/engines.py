@@ -22,10 +22,8 @@ __all__ = ["ENGINES", "Choice", "PyroStep", "RecordedStep", "Step", "choose"]
 
 ENGINES = ("auto", "pyro", "traced", "compiled", "graph")
 
-# Measured on two cores (docs/benchmarks.md): a recording has paid for itself after so many steps; and seconds that
-# compiling takes, at least and for each operation, and those that it saves at each step for each operation.
+# Steps after which a recording has paid for itself, as measured on two cores.
 WORTH_RECORDING = 300
-COMPILING, COMPILING_EACH, SAVED_EACH = 10.0, 0.015, 7e-6
 
 
 # One step of training on a batch, rows x [B, D] and index [B], of everything that is trained; what gathers the rows by
@@ -190,10 +188,9 @@ def _recorded(
     step.check(*other)
     compile, why = name == "compiled", "as asked"
     if name in ("auto", "graph"):
-        operations = step.gradients.operations
-        cost, saved = COMPILING + COMPILING_EACH * operations, SAVED_EACH * operations * steps
-        compile = saved > cost
-        why = f"compiling takes about {cost:.0f} s and saves about {saved:.2g} s in {steps:,} steps"
+        cost, saved = step.gradients.worth
+        compile = steps * saved > cost
+        why = f"compiling takes about {cost:.0f} s and saves about {steps * saved:.2g} s in {steps:,} steps"
     if compile:
         quick = RecordedStep(*parts, compile=True)
         try:

@@ -65,6 +65,9 @@ def recipe_flags(
     engine: Annotated[
         str | None, Flag(help="How a step is made: auto (default), pyro, traced, compiled or graph (CUDA).")
     ] = None,
+    precision: Annotated[
+        str | None, Flag(help="Of the networks' products: float32 (default), bf16, or tf32 (CUDA).")
+    ] = None,
     seed: Annotated[int | None, Flag(help="Of splits, initial parameters, batches and draws (default 0).")] = None,
 ) -> Any:
     """A function from a recipe file, if any, to what it says with the flags in the place of its keys."""

@@ -22,6 +22,7 @@ from pvae.files import write_text
 from pvae.guides import local_bound
 from pvae.networks import Standardized
 from pvae.objectives import Objective
+from pvae.precision import check_precision
 from pvae.runtime import seeded
 from pvae.sites import Sites, find_sites
 
@@ -59,7 +60,7 @@ class Recipe:
         program, likelihood, prior, family, network, guide, objective: a class's name or ``file.py:Class``, with
             arguments as in ``IWAE(K=20)``, or a table with ``type`` and its arguments.
         latent: number of latent dimensions, D.
-        epochs, batch_size, learning_rate, patience, engine, seed: see :func:`pvae.training.fit`.
+        epochs, batch_size, learning_rate, patience, engine, precision, seed: see :func:`pvae.training.fit`.
         split_seed: of the rows held out; the seed unless given.
     """
 
@@ -80,6 +81,7 @@ class Recipe:
     learning_rate: float | None = None
     patience: int | None = None
     engine: str = "auto"
+    precision: str = "float32"
     seed: int = 0
     split_seed: int | None = None
 
@@ -177,6 +179,7 @@ def _check_range(recipe: Recipe, where: str = "") -> None:
             bound = f"at least {least}" if value < least else f"below {2**31}"
             raise UserError(f"{where}--{name.replace('_', '-')} is {value}, but it must be {bound}")
     check_engine(recipe.engine)
+    check_precision(recipe.precision)
     if recipe.learning_rate is not None and not 0 < recipe.learning_rate < math.inf:
         raise UserError(f"{where}--learning-rate is {recipe.learning_rate}, but it must be positive")
 

@@ -7,14 +7,16 @@ of tensor operations behind, forward and backward. That list is replayed as it i
 from __future__ import annotations
 
 import logging
+import math
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.fx import GraphModule, Node
+from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 
 from pvae.runtime import RandomState, unchecked
@@ -29,8 +31,20 @@ Function = Callable[..., Outputs]
 # Buffers of more numbers, such as tables of rows, are taken to be read only: a copy might not fit beside them.
 LARGE = 1_000_000
 
+# What compiling takes once, in seconds, and saves at each replay: by operation, and by byte that they pass on to each
+# other. Measured on two cores, see docs/benchmarks.md. Matrix products gain nothing.
+COMPILING, COMPILING_EACH, SAVED_EACH, SAVED_BYTE = 10.0, 0.015, 7e-6, 5e-11
+PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::convolution", "aten::convolution_backward")
+
 # Random numbers are drawn by PyTorch's own generator, as in the function itself; its wrapper is C++ too.
 INDUCTOR = {"fallback_random": True, "cpp_wrapper": True}
+
+
+class Worth(NamedTuple):
+    """What a graph's compiling is thought to take once, and to save at each replay, in seconds."""
+
+    cost: float
+    saved: float
 
 
 class Unrecordable(Exception):
@@ -99,10 +113,21 @@ def _cleaned(graph: GraphModule) -> GraphModule:
     for node in reversed(graph.graph.nodes):
         if node.op in ("call_function", "get_attr") and not node.users and not _acts(node):
             graph.graph.erase_node(node)
+    graph.meta["worth"] = _worth(graph.graph)
     for node in graph.graph.nodes:
         node.meta.clear()  # of tensors that only the tracer knew
     graph.recompile()
     return graph
+
+
+def _worth(graph: Graph) -> Worth:
+    made = [node for node in graph.nodes if node.op == "call_function"]
+    passed = 0
+    for node in made:
+        schema, value = getattr(node.target, "_schema", None), node.meta.get("val")
+        own = schema and not (schema.returns and schema.returns[0].alias_info) and schema.name not in PRODUCTS
+        passed += value.numel() * value.element_size() if own and isinstance(value, Tensor) else 0
+    return Worth(COMPILING + COMPILING_EACH * len(made), SAVED_EACH * len(made) + SAVED_BYTE * passed)
 
 
 def _shaped_by_values(node: Node) -> bool:
@@ -173,6 +198,9 @@ class Recorded:
         modules: whose parameters and buffers it reads. They may change in place between calls, not be replaced.
         compile: compile the recording of the first shape; those of others, such as a last batch's, are replayed.
 
+    Attributes:
+        worth: of compiling the first, once it is recorded.
+
     Replays draw from the random stream as the function does, and give its own values: to the bit, but that
     compiled ones round differently.
 
@@ -198,19 +226,12 @@ class Recorded:
         with torch.no_grad():
             return self.plays[key](*(t.detach() for t in self.state), *inputs)
 
-    @property
-    def operations(self) -> int:
-        """Number of operations in what was recorded first, unless that is compiled."""
-        first = next(iter(self.plays.values()))
-        return len(first.graph.nodes) if isinstance(first, GraphModule) else 0
-
-    def graph(self, *inputs: Tensor) -> GraphModule:
-        """The recording for inputs of these shapes, made anew."""
-        return record(self.function, self.state, inputs)
-
     def _recorded(self, inputs: Sequence[Tensor]) -> Function:
-        graph = self.graph(*inputs)
-        return compiled(graph, [*self.state, *inputs]) if self.compile and not self.plays else graph
+        graph = record(self.function, self.state, inputs)
+        if self.plays:
+            return graph
+        self.worth: Worth = graph.meta["worth"]
+        return compiled(graph, [*self.state, *inputs]) if self.compile else graph
 
 
 class Repeated:
@@ -221,7 +242,8 @@ class Repeated:
         after: calls with inputs of one shape that go by before these are recorded; recording takes as long as some
             fifty of them.
 
-    The values are the function's own, to the bit. A recording that gives others when it is made is thrown away.
+    Replays give the function's own values, to the bit. When there were so many that compiling would have paid by then
+    the recording is compiled; from then on values round differently. A recording that gives others is not used.
 
     >>> double = Repeated(lambda x: (2 * x,), after=1)
     >>> [double(torch.full((1,), float(k)))[0].item() for k in range(4)]
@@ -232,31 +254,36 @@ class Repeated:
         self.function, self.after = function, after
         self.calls: Counter[Layout] = Counter()
         self.plays: dict[Layout, Callable[..., Tensors]] = {}
+        self.due: dict[Layout, int] = {}
 
     def __call__(self, *inputs: Tensor) -> Tensors:
         key = _layout(inputs)
         self.calls[key] += 1
-        if key in self.plays:
-            with torch.no_grad():
-                return self.plays[key](*inputs)
-        if self.calls[key] == self.after + 1 and not _recording():
-            self._record(key, inputs)
-        return self.function(*inputs)
+        if self.calls[key] == self.due.get(key, self.after + 1) and not _recording():
+            self._improve(key, inputs)
+        if key not in self.plays:
+            return self.function(*inputs)
+        with torch.no_grad():
+            return self.plays[key](*inputs)
 
-    def _record(self, key: Layout, inputs: Sequence[Tensor]) -> None:
+    def _improve(self, key: Layout, inputs: Sequence[Tensor]) -> None:
+        """Record, or compile what was recorded, if that gives what the function gives."""
         stream = RandomState()
         with suppress(Unrecordable, torch.OutOfMemoryError):
-            play = record(self.function, (), inputs)
+            graph = record(self.function, (), inputs)
+            cost, saved = graph.meta["worth"]
+            play: Callable[..., Any] = compiled(graph, inputs) if key in self.plays else graph
             with torch.no_grad():
                 found = play(*inputs)
             stream.restore()
             if all(map(_same, found, self.function(*inputs))):
-                self.plays[key] = play
+                self.plays[key], self.due[key] = play, self.after + 1 + math.ceil(cost / saved)
         stream.restore()
 
 
 def _same(one: Tensor, other: Tensor) -> bool:
-    return torch.allclose(one, other, rtol=1e-5, atol=1e-8, equal_nan=True)
+    largest = torch.where(other.isfinite(), other, 0).abs().max().item() if other.numel() else 0.0
+    return torch.allclose(one, other, rtol=1e-5, atol=1e-5 * largest, equal_nan=True)
 
 
 def _recording() -> bool:

@@ -139,6 +139,7 @@ def train(
         objective=built.objective,
         patience=own.patience,
         engine=own.engine,
+        precision=own.precision,
         seed=own.seed,
         device=device,
         folder=folder,

@@ -26,6 +26,7 @@ from pvae.files import write_text
 from pvae.guides import Guide
 from pvae.objectives import ELBO, NonFinite, Objective
 from pvae.optimizer import FusedAdam
+from pvae.precision import products
 from pvae.runtime import RandomState, module_of, pick_device, seeded, unchecked
 from pvae.sites import innermost
 from pvae.stopping import Interrupted, noted
@@ -68,6 +69,7 @@ def fit(
     seed: int = 0,
     device: str = "auto",
     engine: str = "auto",
+    precision: str = "float32",
     folder: Path | None = None,
     resume: bool = False,
     progress: bool = False,
@@ -87,6 +89,7 @@ def fit(
         engine: how a step is made, see :mod:`pvae.engines`: ``pyro`` by ``SVI.step``, ``traced`` by replaying what it
             does, ``compiled`` by Inductor, ``graph`` in a CUDA graph; ``auto`` takes the quickest for this device and
             number of steps.
+        precision: of the networks' layers, see :func:`pvae.precision.products`.
         folder: where to keep checkpoints.
         resume: go on from the folder's checkpoint; on the CPU, to bit-identical results.
         progress: show a progress bar.
@@ -98,12 +101,13 @@ def fit(
     """
     if isinstance(data, Tensor):
         data = Dataset("data", data, data[:0], data[:0], tuple(data.shape[1:]))
-    with seeded(ranks.stream(seed)), unchecked(), pyro.get_param_store().scope():
+    place = pick_device(device)
+    with seeded(ranks.stream(seed)), unchecked(), pyro.get_param_store().scope(), products(precision, place):
         with ranks.together():
             check_budget(data, epochs, batch_size, learning_rate, patience)
             check_engine(engine)
             steps = (batch_size, learning_rate, objective or ELBO())
-            loop = _Loop(model, guide, data, ranks.own_device(pick_device(device)), *steps, patience, seed, folder)
+            loop = _Loop(model, guide, data, ranks.own_device(place), *steps, patience, seed, folder)
             check_support(model, loop.data)
             if resume:
                 loop.restore()
