@@ -113,6 +113,8 @@ def fit(
                 loop.restore()
         loop.start(engine, epochs)
         wanted = progress and ranks.first()
+        if ranks.first() and (progress or engine not in ("auto", loop.engine.name)):
+            print(f"  engine {loop.report.engine}", file=sys.stderr, flush=True)
         with noted(loop.caught), bar("epochs", epochs, done=loop.epoch, wanted=wanted) as show:
             while loop.epoch < epochs and loop.report.stopped != "early":
                 loop.run_epoch()
@@ -221,7 +223,8 @@ class _Loop:
             self.engine = shared(self.engine, parts, self.caught)
         else:
             self.engine = captured(self.engine, engine, self.data, self.share)
-        self.report.engine = f"{self.engine.name}: {self.engine.why}"
+        if not self.report.engine.startswith(f"{self.engine.name}:"):
+            self.report.engine = f"{self.engine.name}: {self.engine.why}"
         stream.restore()
 
     def run_epoch(self) -> None:

@@ -163,11 +163,15 @@ def test_a_captured_step_makes_the_steps_in_their_order(objective, monkeypatch):
     assert (len(captures), len(replays)) == (1, 4 * 3 - captured.WARM_UP)
 
 
-def test_the_report_says_which_engine_and_why():
+def test_the_report_says_which_engine_and_why(capsys):
     assert trained("auto")[0].engine == "pyro: 8 steps are too few to pay for recording one"
     assert trained("traced")[0].engine == "traced: as asked"
+    assert capsys.readouterr().err == ""
     if not torch.cuda.is_available():
         assert trained("graph")[0].engine == "traced: a CUDA graph needs a CUDA device"
+        assert capsys.readouterr().err == "  engine traced: a CUDA graph needs a CUDA device\n"
+    trained("auto", progress=True)
+    assert "  engine pyro: 8 steps are too few" in capsys.readouterr().err
     with pytest.raises(UserError, match="unknown engine 'traces'; did you mean 'traced'"):
         trained("traces")
 
