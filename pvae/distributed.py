@@ -98,10 +98,7 @@ class SharedStep:
         if recorded:
             self.replay, recorded.gradients = recorded.gradients, self._replayed  # type: ignore[assignment]
         device = next(module_of(model).parameters(), torch.zeros(())).device
-        self.globals = DistributedDataParallel(
-            _Globals(optimizer.parameters, device),
-            gradient_as_bucket_view=True,
-        )
+        self.globals = DistributedDataParallel(_Globals(optimizer.parameters, device), gradient_as_bucket_view=True)
         self.globals.register_comm_hook(None, _add)
         self.asked = torch.zeros((), device=device)
 
@@ -175,7 +172,7 @@ def shared(choice: Choice, parts: tuple[Program, Program, FusedAdam, Objective],
     if ranks.most(recorded is None) and recorded:
         recorded, name, why = None, "pyro", "another process can't record the step"
     _spread(parts)
-    return Choice(SharedStep(recorded, *parts, caught), name, f"{why}; {ranks.world()} processes")
+    return Choice(SharedStep(recorded, *parts, caught), name, why)
 
 
 def _spread(parts: tuple[Program, Program, FusedAdam, Objective]) -> None:
