@@ -23,7 +23,7 @@ __all__ = ["ENGINES", "Choice", "PyroStep", "RecordedStep", "Step", "choose"]
 ENGINES = ("auto", "pyro", "traced", "compiled", "graph")
 
 # Steps after which a recording has paid for itself, as measured on two cores.
-WORTH_RECORDING = 300
+WORTH_RECORDING = 200
 
 
 # One step of training on a batch, rows x [B, D] and index [B], of everything that is trained; what gathers the rows by
