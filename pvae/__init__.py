@@ -67,6 +67,7 @@ MODULES = (
     "stages",
     "stats",
     "stopping",
+    "support",
     "tables",
     "tally",
     "targets",

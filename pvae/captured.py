@@ -27,6 +27,9 @@ class CapturedStep:
         data: resident on the device.
         size: of the batches that are captured; others, as the last of an epoch, go by ``step``.
 
+    Attributes:
+        reason: why it could not be captured, if so.
+
     Its random numbers come from the device's generator, as those of the step do. The loss is left on the device.
     """
 
@@ -35,6 +38,8 @@ class CapturedStep:
         self.index = torch.zeros(size, dtype=torch.long, device=data.train.device)
         self.weight = torch.zeros((), device=data.train.device)
         self.replay: Callable[[], Tensor | float] | None = None
+        self.reason = ""
+        step.optimizer.allow_capture()
 
     def __call__(self, index: Tensor) -> Tensor | float:
         """Step on the training rows index [B], see :class:`~pvae.engines.Step`."""
@@ -57,8 +62,8 @@ class CapturedStep:
         try:
             return capture(self._whole)
         except RuntimeError as error:  # it waits for the device, or there is no memory for a second set of tensors
-            reason = " ".join(str(error).split())[:160]
-            say_once(f"the step can't be captured as a CUDA graph ({reason}): going on without")
+            self.reason = f"the step can't be captured as a CUDA graph ({' '.join(str(error).split())[:160]})"
+            say_once(f"{self.reason}: going on without")
             return self._whole
 
     def _whole(self) -> Tensor | float:

@@ -10,15 +10,16 @@ import torch
 from pyro.infer import SVI
 from torch import Tensor
 
+from pvae import ranks
 from pvae.errors import UserError, nearest
 from pvae.guides import Guide
 from pvae.objectives import NonFinite, Objective
 from pvae.optimizer import FusedAdam
-from pvae.recorded import Outputs, Recorded, Unrecordable
+from pvae.recorded import Outputs, Recorded, Unrecordable, undone
 from pvae.runtime import RandomState, module_of
 from pvae.weights import Program
 
-__all__ = ["ENGINES", "Choice", "PyroStep", "RecordedStep", "Step", "choose"]
+__all__ = ["ENGINES", "Choice", "PyroStep", "RecordedStep", "Step", "choose", "confirmed"]
 
 ENGINES = ("auto", "pyro", "traced", "compiled", "graph")
 
@@ -47,25 +48,41 @@ class RecordedStep:
     Arguments:
         model, guide, optimizer, objective: as for ``SVI``.
         compile: compile what is recorded.
+        whole: record the optimizer's step too. Compiled, it is taken while the gradients are at hand; replayed, its own
+            kernel is quicker.
 
     Raises:
         Unrecordable: when it is called, see :class:`~pvae.recorded.Recorded`.
     """
 
     def __init__(
-        self, model: Program, guide: Program, optimizer: FusedAdam, objective: Objective, *, compile: bool = False
+        self,
+        model: Program,
+        guide: Program,
+        optimizer: FusedAdam,
+        objective: Objective,
+        *,
+        compile: bool = False,
+        whole: bool = False,
     ) -> None:
         self.model, self.guide, self.optimizer, self.objective = model, guide, optimizer, objective
-        self.modules = [module_of(model), module_of(guide)]
-        self.gradients = Recorded(self._gradients, *self.modules, compile=compile)
+        self.modules, self.whole = [module_of(model), module_of(guide)], whole
+        function = self._updated if whole else self._gradients
+        written = [*optimizer.parameters, *optimizer.memory()] if whole else []
+        self.gradients = Recorded(function, *self.modules, written=written, compile=compile)
 
     def __call__(self, x: Tensor, index: Tensor) -> Tensor | float:
-        loss, *found = self.gradients(*self._inputs(x, index))
+        stream = None if x.is_cuda else RandomState()
+        try:
+            loss, *found = self.gradients(*self._inputs(x, index))
+        except Unrecordable:  # of a batch of this size, which the last of an epoch may be the first to have
+            return PyroStep(self.model, self.guide, self.optimizer, self.objective)(x, index)
         assert loss is not None
-        if loss.is_cuda:  # no look at it, which would wait for the device
+        if stream is None:  # no look at the loss, which would wait for the device
             self.apply(index, found)
             return loss.double()
         if not math.isfinite(loss.item()):
+            stream.restore()
             raise self._broken(x, index)
         self.apply(index, found)
         return loss.item()
@@ -73,21 +90,33 @@ class RecordedStep:
     def apply(self, index: Tensor, found: Sequence[Tensor | None]) -> None:
         """Let all parameters take their step on these gradients, and put the rows of tables that moved back."""
         parameters = self.optimizer.parameters
-        for parameter, gradient in zip(parameters, found, strict=False):
-            parameter.grad = gradient
-        self.optimizer.step_parameters()
+        if not self.whole:
+            for parameter, gradient in zip(parameters, found, strict=False):
+                parameter.grad = gradient
+            self.optimizer.step_parameters()
         rows = [values for values in found[len(parameters) :] if values is not None]
         for place, table in enumerate(self.optimizer.tables):
             table.write_rows(index, *rows[4 * place : 4 * place + 4])
 
-    def _inputs(self, x: Tensor, index: Tensor) -> tuple[Tensor, ...]:
-        weight = self.objective.weight
-        if not self.objective.warm_up:
-            return x, index
-        return x, index, torch.as_tensor(weight, dtype=x.dtype, device=x.device)
+    def _inputs(self, x: Tensor, index: Tensor, *, learning: bool = True) -> tuple[Tensor, ...]:
+        inputs = [x, index]
+        if self.whole:
+            inputs.append(torch.full((), learning, device=x.device))
+        if self.objective.warm_up or type(self.objective).weight_at is not Objective.weight_at:
+            inputs.append(torch.as_tensor(self.objective.weight, dtype=x.dtype, device=x.device))
+        return tuple(inputs)
+
+    def _updated(self, x: Tensor, index: Tensor, learning: Tensor, *weight: Tensor) -> Outputs:
+        loss, *found = self._gradients(x, index, *weight)
+        assert loss is not None
+        count = len(self.optimizer.parameters)
+        with torch.no_grad():
+            self.optimizer.update(found[:count], learning & loss.isfinite())
+        return (loss, *[None] * count, *found[count:])
 
     def _gradients(self, x: Tensor, index: Tensor, *weight: Tensor) -> Outputs:
-        self._weigh(*weight)
+        if weight:
+            self._weigh(*weight)
         loss = self.objective.tensor_loss(self.model, self.guide, x, index)
         visits = [(table, *table.visited()) for table in self.optimizer.tables]
         leaves = [*self.optimizer.parameters, *(lam for _, _, lam, _ in visits)]
@@ -100,13 +129,12 @@ class RecordedStep:
         ]
         return (loss.detach(), *gradients[: len(self.optimizer.parameters)], *moved)
 
-    def _weigh(self, weight: Tensor | None = None) -> None:
+    def _weigh(self, weight: Tensor) -> None:
         """Put the KL weight that changes in training where recording sees it as an input."""
-        if weight is not None:
-            self.objective.weight = weight
-            for module in self.modules:
-                if isinstance(module, Guide):
-                    module.kl_weight = weight
+        self.objective.weight = weight
+        for module in self.modules:
+            if isinstance(module, Guide):
+                module.kl_weight = weight
 
     def check(self, x: Tensor, index: Tensor) -> None:
         """Compare with the loss that Pyro takes on these rows, from the same draws.
@@ -114,15 +142,19 @@ class RecordedStep:
         Raises:
             Unrecordable: they differ: the program does what its trace on other rows did not show.
         """
-        stream = RandomState()
-        loss = self.gradients(*self._inputs(x, index))[0]
-        stream.restore()
-        expected = self.objective.differentiable_loss(self.model, self.guide, x, index).item()
-        stream.restore()
-        for table in self.optimizer.tables:
-            table.visited()
-        # Sums of float32 in another order; a NaN is for the step to report.
-        if loss is not None and abs(loss.item() - expected) > 1e-4 * abs(expected) + 1e-3 * len(x):
+        buffers = [b for module in self.modules for b in module.buffers()]
+        with undone(buffers):
+            loss = self.gradients(*self._inputs(x, index, learning=False))[0]
+        with undone(buffers):
+            try:
+                expected = self.objective.differentiable_loss(self.model, self.guide, x, index).item()
+            except NonFinite:  # which is for the step to tell
+                return
+            finally:
+                for table in self.optimizer.tables:
+                    table.forget()
+        # Sums of float32 in another order.
+        if loss is not None and not abs(loss.item() - expected) <= 1e-5 * abs(expected) + 1e-4 * len(x):
             raise Unrecordable(f"replayed, the loss is {loss.item():g}, but Pyro's is {expected:g}")
 
     def _broken(self, x: Tensor, index: Tensor) -> NonFinite:
@@ -170,6 +202,16 @@ def choose(
         return Choice(PyroStep(*parts), "pyro", f"the step can't be recorded ({error})")
 
 
+def confirmed(choice: Choice, parts: tuple[Program, Program, FusedAdam, Objective], batch: Sequence[Tensor]) -> Choice:
+    """The same choice, if its recording still agrees with Pyro now that parameters have moved; else Pyro's step."""
+    try:
+        if isinstance(choice.step, RecordedStep):
+            choice.step.check(*batch)
+    except Unrecordable as error:
+        return Choice(PyroStep(*parts), "pyro", f"what was recorded no longer holds ({error})")
+    return choice
+
+
 def check_engine(name: str) -> None:
     """Refuse the name of no engine."""
     if name not in ENGINES:
@@ -192,7 +234,7 @@ def _recorded(
         compile = steps * saved > cost
         why = f"compiling takes about {cost:.0f} s and saves about {steps * saved:.2g} s in {steps:,} steps"
     if compile:
-        quick = RecordedStep(*parts, compile=True)
+        quick = RecordedStep(*parts, compile=True, whole=ranks.world() == 1)
         try:
             quick.check(*example)
             return Choice(quick, "compiled", why)

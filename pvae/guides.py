@@ -322,6 +322,10 @@ class PerDatapoint(Guide):
         found, self._visited = self._visited, None
         return found
 
+    def forget(self) -> None:
+        """Let a visit go without a step."""
+        self._visited = None
+
     def moved(self, lam: Tensor, gradient: Tensor, state: RowState) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Rows after their joint step on the loss's gradient, as :meth:`write_rows` takes them."""
         # The loss is the negative bound, summed over the batch.

@@ -76,5 +76,6 @@ class _BFloat16(TorchFunctionMode):
     ) -> Any:
         if func not in LAYERS:
             return func(*args, **(kwargs or {}))
+        x = args[0] if args else (kwargs or {})["input"]
         with torch.autocast(self.device.type, torch.bfloat16):
-            return func(*args, **(kwargs or {})).to(args[0].dtype)
+            return func(*args, **(kwargs or {})).to(x.dtype)

@@ -18,14 +18,15 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
+from torch.overrides import TorchFunctionMode
 
 from pvae.runtime import RandomState, unchecked
 
-__all__ = ["Recorded", "Repeated", "Unrecordable", "compiled", "record"]
+__all__ = ["Recorded", "Repeated", "Unrecordable", "compiled", "record", "undone"]
 
 Tensors = tuple[Tensor, ...]
 Outputs = tuple[Tensor | None, ...]
-Layout = tuple[tuple[torch.Size, tuple[int, ...], torch.dtype], ...]
+Layout = tuple[tuple[torch.Size, tuple[int, ...], torch.dtype, torch.device], ...]
 Function = Callable[..., Outputs]
 
 # Buffers of more numbers, such as tables of rows, are taken to be read only: a copy might not fit beside them.
@@ -51,7 +52,9 @@ class Unrecordable(Exception):
     """A function can't be recorded or its recording can't be compiled; the message says why, in one line."""
 
 
-def record(function: Function, state: Sequence[Tensor], inputs: Sequence[Tensor]) -> GraphModule:
+def record(
+    function: Function, state: Sequence[Tensor], inputs: Sequence[Tensor], written: Sequence[Tensor] = ()
+) -> GraphModule:
     """What ``function(*inputs)`` does, as a graph of tensor operations whose inputs are ``(*state, *inputs)``.
 
     Arguments:
@@ -59,6 +62,7 @@ def record(function: Function, state: Sequence[Tensor], inputs: Sequence[Tensor]
             their shapes alone; it may take gradients and draw random numbers.
         state: tensors that it reads besides, parameters and buffers; the graph reads them afresh at each replay.
         inputs: an example of its inputs.
+        written: what of the state it writes into, besides small buffers.
 
     The function is run for real, but the state and the random stream stay where they were.
 
@@ -76,7 +80,7 @@ def record(function: Function, state: Sequence[Tensor], inputs: Sequence[Tensor]
         return tuple(function(*tensors[len(state) :]))
 
     try:
-        with _undone(state), unchecked(), _one_fake_mode():
+        with undone(state, written), unchecked(), _one_fake_mode(), _NoLooks():
             return _cleaned(make_fx(traced)(*state, *inputs))
     except Unrecordable:
         raise
@@ -84,11 +88,20 @@ def record(function: Function, state: Sequence[Tensor], inputs: Sequence[Tensor]
         raise Unrecordable(_reason(error)) from error
 
 
+class _NoLooks(TorchFunctionMode):
+    """Refuses what takes values out of a tensor without the tracer's notice: they would be kept for good."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (Tensor.numpy, Tensor.tolist, Tensor.__array__):
+            raise Unrecordable(f"it reads a tensor's values by {func.__name__}")
+        return func(*args, **(kwargs or {}))
+
+
 @contextmanager
-def _undone(state: Sequence[Tensor]) -> Iterator[None]:
-    """Run a block whose draws and whose writes into buffers are taken back."""
-    buffers = [t for t in state if not t.requires_grad and t.numel() <= LARGE]
-    stream, before = RandomState(), [t.clone() for t in buffers]
+def undone(state: Sequence[Tensor], written: Sequence[Tensor] = ()) -> Iterator[None]:
+    """Run a block whose draws, and whose writes into small buffers and what else is named, are taken back."""
+    buffers = [t for t in state if not t.requires_grad and t.numel() <= LARGE] + list(written)
+    stream, before = RandomState(), [t.detach().clone() for t in buffers]
     try:
         yield
     finally:
@@ -198,7 +211,7 @@ def _silent() -> Iterator[None]:
 
 def _layout(inputs: Sequence[Tensor]) -> Layout:
     """What a recording is good for: views in it may depend on strides too."""
-    return tuple((t.shape, t.stride(), t.dtype) for t in inputs)
+    return tuple((t.shape, t.stride(), t.dtype, t.device) for t in inputs)
 
 
 class Recorded:
@@ -207,6 +220,7 @@ class Recorded:
     Arguments:
         function: see :func:`record`.
         modules: whose parameters and buffers it reads. They may change in place between calls, not be replaced.
+        written: tensors that it writes into, besides small buffers.
         compile: compile the recording of the first shape; those of others, such as a last batch's, are replayed.
 
     Attributes:
@@ -223,11 +237,14 @@ class Recorded:
     tensor([2., 2.])
     """
 
-    def __init__(self, function: Function, *modules: nn.Module, compile: bool = False) -> None:
-        self.function, self.compile = function, compile
+    def __init__(
+        self, function: Function, *modules: nn.Module, written: Sequence[Tensor] = (), compile: bool = False
+    ) -> None:
+        self.function, self.written, self.compile = function, written, compile
+        self.modules = [inner for m in modules for inner in m.modules()]
         # Masks are left to be constants: shapes may depend on them.
         tensors = [t for m in modules for t in (*m.parameters(), *m.buffers()) if t.dtype != torch.bool]
-        self.state = list({id(t): t for t in tensors}.values())
+        self.state = list({id(t): t for t in (*tensors, *written)}.values())
         self.plays: dict[Layout, Function] = {}
 
     def __call__(self, *inputs: Tensor) -> Outputs:
@@ -238,7 +255,13 @@ class Recorded:
             return self.plays[key](*(t.detach() for t in self.state), *inputs)
 
     def _recorded(self, inputs: Sequence[Tensor]) -> Function:
-        graph = record(self.function, self.state, inputs)
+        held = [(m._buffers, name, b) for m in self.modules for name, b in m._buffers.items()]
+        graph = record(self.function, self.state, inputs, self.written)
+        replaced = [(buffers, name, b) for buffers, name, b in held if buffers[name] is not b]
+        for buffers, name, b in replaced:
+            buffers[name] = b
+        if replaced:
+            raise Unrecordable(f"buffer '{replaced[0][1]}' is replaced where it should be written into")
         if self.plays:
             return graph
         self.worth: Worth = graph.meta["worth"]
@@ -249,12 +272,13 @@ class Repeated:
     """A function of tensors that is called again and again: recorded once it was, itself where it can't be recorded.
 
     Arguments:
-        function: see :func:`record`. Tensors that it reads besides may change in place between calls, not be replaced.
+        function: see :func:`record`; it may depend on no values and remember nothing. Tensors that it reads besides may
+            change in place between calls, not be replaced.
         after: calls with inputs of one shape that go by before these are recorded; recording takes as long as some
             fifty of them.
 
     Replays give the function's own values, to the bit. When there were so many that compiling would have paid by then
-    the recording is compiled; from then on values round differently. A recording that gives others is not used.
+    the recording is compiled; from then on values round differently. What gives others at the next call is not used.
 
     >>> double = Repeated(lambda x: (2 * x,), after=1)
     >>> [double(torch.full((1,), float(k)))[0].item() for k in range(4)]
@@ -266,30 +290,43 @@ class Repeated:
         self.calls: Counter[Layout] = Counter()
         self.plays: dict[Layout, Callable[..., Tensors]] = {}
         self.due: dict[Layout, int] = {}
+        self.trial: Callable[..., Tensors] | None = None
 
     def __call__(self, *inputs: Tensor) -> Tensors:
         key = _layout(inputs)
         self.calls[key] += 1
-        if self.calls[key] == self.due.get(key, self.after + 1) and not _recording():
-            self._improve(key, inputs)
-        if key not in self.plays:
-            return self.function(*inputs)
-        with torch.no_grad():
-            return self.plays[key](*inputs)
+        due = self.due.setdefault(key, self.after + 1)
+        if self.calls[key] == due and not _recording():
+            self.trial = self._made(key, inputs)
+        elif self.calls[key] == due + 1 and self.trial:
+            return self._tried(key, inputs, self.trial)
+        return self._now(key, inputs)
 
-    def _improve(self, key: Layout, inputs: Sequence[Tensor]) -> None:
-        """Record, or compile what was recorded, if that gives what the function gives."""
-        stream = RandomState()
+    def _now(self, key: Layout, inputs: Sequence[Tensor]) -> Tensors:
+        with torch.no_grad() if key in self.plays else nullcontext():
+            return self.plays.get(key, self.function)(*inputs)
+
+    def _made(self, key: Layout, inputs: Sequence[Tensor]) -> Callable[..., Tensors] | None:
+        """What was made of the function: its recording, or that compiled."""
         with suppress(Unrecordable, torch.OutOfMemoryError):
             graph = record(self.function, (), inputs)
-            cost, saved = graph.meta["worth"]
-            play: Callable[..., Any] = compiled(graph, inputs) if key in self.plays else graph
-            with torch.no_grad():
-                found = play(*inputs)
-            stream.restore()
-            if all(map(_same, found, self.function(*inputs))):
-                self.plays[key], self.due[key] = play, self.after + 1 + math.ceil(cost / saved)
-        stream.restore()
+            self.worth = graph.meta["worth"]
+            made: Any = compiled(graph, inputs) if key in self.plays else graph
+            return made
+        return None
+
+    def _tried(self, key: Layout, inputs: Sequence[Tensor], play: Callable[..., Tensors]) -> Tensors:
+        """By the function and by what was made of it, on inputs that this has not seen; kept if they agree."""
+        self.trial, before = None, RandomState()
+        with torch.no_grad():
+            found = play(*inputs)
+        before.restore()
+        expected = self.function(*inputs)
+        if all(map(_same, found, expected)):
+            if key not in self.plays:
+                self.due[key] = self.calls[key] + math.ceil(self.worth.cost / max(self.worth.saved, 1e-9))
+            self.plays[key] = play
+        return expected
 
 
 def _same(one: Tensor, other: Tensor) -> bool:

@@ -20,6 +20,10 @@ __all__ = ["MARKS", "NaturalAscent", "Refined", "RowAdam", "RowState", "Rule", "
 MARKS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000)
 
 
+# Steps from which on it is worth while to record one.
+WORTH_RECORDING = 100
+
+
 @dataclass(frozen=True)
 class RowState:
     """What a rule remembers of each row: first and second moment [B, P], the number of its own steps [B]."""
@@ -173,7 +177,7 @@ def refine(
     state = state or rule.start(lam)
     if not unroll:
         lam = lam.detach()
-    climb = _climbing(bound, rule, unroll)
+    climb = _climbing(bound, rule, unroll, steps)
     watch = _Watch(lam, check, tolerance) if check else None
     done = 0
     with torch.enable_grad():
@@ -189,7 +193,9 @@ def refine(
     return Refined(watch.best, watch.value, state, done, tuple(watch.marks), torch.stack(watch.curve), watch.gap)
 
 
-def _climbing(bound: Callable[[Tensor], Tensor], rule: Rule, unroll: bool) -> Callable[..., tuple[Tensor, ...]]:
+def _climbing(
+    bound: Callable[[Tensor], Tensor], rule: Rule, unroll: bool, steps: int
+) -> Callable[..., tuple[Tensor, ...]]:
     """One step: lam and the rows' state, before and after."""
 
     def climb(lam: Tensor, first: Tensor, second: Tensor, steps: Tensor) -> tuple[Tensor, ...]:
@@ -199,7 +205,7 @@ def _climbing(bound: Callable[[Tensor], Tensor], rule: Rule, unroll: bool) -> Ca
         return lam, state.first, state.second, state.steps
 
     repeated: Callable[..., tuple[Tensor, ...]] = Repeated(climb)
-    return climb if unroll else repeated
+    return climb if unroll or steps < WORTH_RECORDING else repeated
 
 
 class _Watch:

@@ -19,7 +19,8 @@ from pvae.errors import UserError
 from pvae.objectives import NonFinite
 from pvae.recipe import Built, Recipe
 from pvae.runtime import pick_device, seeded, unchecked
-from pvae.training import Fit, check_budget, check_support, fit
+from pvae.support import check_support
+from pvae.training import Fit, check_budget, fit
 
 __all__ = ["Variant", "check", "fingerprint", "load", "parameters", "place", "prepare", "train"]
 

@@ -6,13 +6,13 @@ import math
 import signal
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pyro
 import torch
-from pyro import poutine
 from torch import Tensor
 
 from pvae import checkpoints, ranks
@@ -20,7 +20,7 @@ from pvae.captured import CapturedStep, captured
 from pvae.console import bar
 from pvae.data import Dataset
 from pvae.distributed import SharedStep, shared, usable
-from pvae.engines import Choice, check_engine, choose
+from pvae.engines import Choice, check_engine, choose, confirmed
 from pvae.errors import UserError
 from pvae.files import write_text
 from pvae.guides import Guide
@@ -28,11 +28,11 @@ from pvae.objectives import ELBO, NonFinite, Objective
 from pvae.optimizer import FusedAdam
 from pvae.precision import products
 from pvae.runtime import RandomState, module_of, pick_device, seeded, unchecked
-from pvae.sites import innermost
 from pvae.stopping import Interrupted, noted
+from pvae.support import check_support
 from pvae.weights import Program, log_weights
 
-__all__ = ["Fit", "FusedAdam", "Interrupted", "check_budget", "check_support", "fit"]
+__all__ = ["Fit", "Interrupted", "check_budget", "fit"]
 
 # Seconds between checkpoints: each epoch's end is one, unless the last is younger than this.
 CHECKPOINT_SECONDS = 2.0
@@ -111,11 +111,10 @@ def fit(
             check_support(model, loop.data)
             if resume:
                 loop.restore()
-        loop.start(engine, epochs)
         wanted = progress and ranks.first()
-        if ranks.first() and (progress or engine not in ("auto", loop.engine.name)):
-            print(f"  engine {loop.report.engine}", file=sys.stderr, flush=True)
         with noted(loop.caught), bar("epochs", epochs, done=loop.epoch, wanted=wanted) as show:
+            if loop.epoch < epochs and loop.report.stopped != "early":
+                loop.start(engine, epochs, progress)
             while loop.epoch < epochs and loop.report.stopped != "early":
                 loop.run_epoch()
                 row, speed = loop.report.history[-1], loop.epoch / max(loop.report.seconds, 1e-9)
@@ -139,39 +138,6 @@ def check_budget(data: Dataset, epochs: int, batch_size: int, learning_rate: flo
         raise UserError(f"{len(data.train)} training rows are too few for {ranks.world()} processes; start fewer")
     if patience is not None and not len(data.validation):
         raise UserError("--patience: early stopping needs validation rows; give --validation-size")
-
-
-def check_support(model: Program, data: Dataset) -> None:
-    """Refuse data that the model's observed sites do not score, before any step is made."""
-    with torch.no_grad():
-        trace: Any = poutine.trace(model).get_trace(
-            data.train[:1], torch.zeros(1, dtype=torch.long, device=data.train.device)
-        )
-    for name, site in trace.nodes.items():
-        if site["type"] != "sample" or not site["is_observed"] or site["value"].dim() != 2:
-            continue
-        columns = site["value"].shape[1]
-        if data.classes + columns != data.train.shape[1]:
-            continue
-        fn = site["fn"]
-        for part in ("train", "validation", "test"):
-            if (part, data.binarize) != ("train", "dynamic"):
-                _check_part(name, fn, data, part, columns)
-
-
-def _check_part(name: str, fn: Any, data: Dataset, part: str, columns: int) -> None:
-    support = innermost(fn.support)
-    for rows, index in data.pieces(part):
-        x = rows[:, :columns]
-        outside = (~support.check(x)).nonzero()
-        if len(outside):
-            row, *column = outside[0].tolist()
-            raise UserError(
-                f"{part} row {index[row].item()}, column {', '.join(map(str, column))} is "
-                f"{x[tuple(outside[0])].item():g}, outside the support of site '{name}' "
-                f"({type(getattr(fn, 'base_dist', fn)).__name__}, {support}); "
-                f"choose another --likelihood or --binarize ({len(outside)} such values)"
-            )
 
 
 class _Loop:
@@ -205,16 +171,18 @@ class _Loop:
         self.best: dict[str, Tensor] = {}
         self.caught: list[int] = []
         self.tables = self._table_names()
+        self.example: Sequence[Tensor] = ()
         self.digest = data.digest if folder and ranks.first() else ""
         self.saved_at = time.perf_counter()
 
-    def start(self, engine: str, epochs: int) -> None:
+    def start(self, asked: str, epochs: int, progress: bool) -> None:
         """Choose how steps are made: a run that goes on keeps its engine, and with it its bits."""
+        engine = asked
         if engine == "auto" and self.report.engine:
             engine = self.report.engine.split(":")[0]
         steps, stream = epochs * self.steps, RandomState()
         batches = self.data.batches(self.share, self.seed, 0, steps=self.steps)
-        example = next(batches)
+        self.example = example = next(batches)
         self._tell_epoch()
         parts = (self.model, self.guide, self.optimizer, self.objective)
         engine = usable(engine, self.data.train.device)
@@ -224,8 +192,22 @@ class _Loop:
         else:
             self.engine = captured(self.engine, engine, self.data, self.share)
         if not self.report.engine.startswith(f"{self.engine.name}:"):
-            self.report.engine = f"{self.engine.name}: {self.engine.why}"
+            self._say_engine(progress or asked not in ("auto", self.engine.name))
         stream.restore()
+
+    def _say_engine(self, aloud: bool) -> None:
+        self.report.engine = f"{self.engine.name}: {self.engine.why}"
+        if aloud and ranks.first():
+            print(f"  engine {self.report.engine}", file=sys.stderr, flush=True)
+
+    def _confirm_engine(self) -> None:
+        """After the first epoch, when parameters have moved: does a recording still give Pyro's loss?"""
+        parts = (self.model, self.guide, self.optimizer, self.objective)
+        if ranks.world() == 1 and self.example:
+            found, self.example = confirmed(self.engine, parts, self.example), ()
+            if found is not self.engine:
+                self.engine = found
+                self._say_engine(True)
 
     def run_epoch(self) -> None:
         """The rest of the current epoch, its row in the history, and a checkpoint where one is due."""
@@ -242,6 +224,7 @@ class _Loop:
                 self.report.seconds += time.perf_counter() - start
                 self.interrupted(number)
         self.report.seconds += time.perf_counter() - start
+        self._confirm_engine()
         mean = float(self.total) / self.rows
         with ranks.together():
             if not math.isfinite(mean):
@@ -270,6 +253,7 @@ class _Loop:
 
     def finish(self) -> None:
         """Save, go back to the best epoch if there was early stopping, and leave the modules ready to evaluate."""
+        self._tell_epoch()
         self.save()
         if self.best:
             self._load_modules(self.best)

@@ -33,6 +33,7 @@ from pvae.optimizer import FusedAdam
 from pvae.priors import StandardNormal
 from pvae.runtime import RandomState, local_method, seeded
 from pvae.stats import number
+from pvae.support import check_support
 from pvae.training import Interrupted, fit
 
 ROWS, COLUMNS, BATCH, EPOCHS, SEED = 25, 6, 8, 2, 3
@@ -226,7 +227,7 @@ def by_hand(source):
 def stream_after_the_check(vae, data, own, seed):
     """The random stream of this seed after the draw with which a fit looks at the support."""
     with seeded(seed):
-        training.check_support(vae.model, replace(data, train=data.train[own.start : own.stop]))
+        check_support(vae.model, replace(data, train=data.train[own.start : own.stop]))
         return RandomState()
 
 

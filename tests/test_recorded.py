@@ -1,5 +1,6 @@
 """Recordings give what the function gives, of state and random stream as they are, to the bit; or they are refused."""
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -76,6 +77,12 @@ def test_masks_give_shapes_and_values_do_not():
         record(lambda x: (x if x.sum() > 0 else -x,), [], [torch.ones(2)])
 
 
+def test_values_that_leave_for_numpy_are_noticed():
+    for out in (lambda x: x.numpy().sum(), lambda x: x.tolist()[0], lambda x: np.asarray(x).sum()):
+        with pytest.raises(Unrecordable, match="reads a tensor's values"):
+            record(lambda x, out=out: (x * float(out(x)),), [], [torch.ones(2)])
+
+
 @pytest.mark.parametrize("breaks", [False, True])
 def test_what_is_repeated_is_recorded_only_if_it_can_be(breaks):
     calls = []
@@ -98,6 +105,7 @@ def test_a_recording_that_gives_other_values_is_not_used():
         return (x * state["calls"],)
 
     repeated = Repeated(changing, after=2)
+    assert Repeated(lambda x: (x,), after=0)(torch.ones(1))[0] == 1
     found = [repeated(torch.ones(1))[0].item() for _ in range(6)]
     assert found == sorted(set(found))
 
@@ -116,8 +124,8 @@ def test_what_is_repeated_is_compiled_when_that_would_have_paid(monkeypatch):
             found.append(repeated(torch.full((2,), float(k)))[0])
     with seeded(0):
         assert all(one.equal(2 * torch.full((2,), float(k)) + torch.rand(2)) for k, one in enumerate(found))
-    # Three operations, 7 microseconds each: compiling at 10 pays after one more call.
-    assert asked == [5]
+    # Recorded at 4, tried at 5; compiling at 10 microseconds pays after one more call of three operations, 7 each.
+    assert asked == [6]
 
 
 @pytest.mark.slow

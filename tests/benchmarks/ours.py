@@ -18,9 +18,10 @@ from pvae.guides import Amortized, Guide, PerDatapoint, SemiAmortized, local_bou
 from pvae.likelihoods import Bernoulli
 from pvae.networks import MLP
 from pvae.objectives import ELBO
+from pvae.optimizer import FusedAdam
 from pvae.priors import StandardNormal
 from pvae.runtime import unchecked
-from pvae.training import Fit, FusedAdam, fit
+from pvae.training import Fit, fit
 from tests.benchmarks.contenders import HIDDEN, LATENT, LEARNING_RATE, PIXELS, Absent
 
 AMORTIZED = "amortized"

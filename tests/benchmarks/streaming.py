@@ -17,8 +17,8 @@ from pyro.infer import SVI
 from pvae.data import Dataset, load
 from pvae.guides import Amortized
 from pvae.objectives import ELBO
+from pvae.optimizer import FusedAdam
 from pvae.runtime import unchecked
-from pvae.training import FusedAdam
 from tests.benchmarks.clock import medians
 from tests.benchmarks.ours import program
 
