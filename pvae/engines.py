@@ -10,7 +10,6 @@ import torch
 from pyro.infer import SVI
 from torch import Tensor
 
-from pvae import ranks
 from pvae.errors import UserError, nearest
 from pvae.guides import Guide
 from pvae.objectives import NonFinite, Objective
@@ -48,8 +47,6 @@ class RecordedStep:
     Arguments:
         model, guide, optimizer, objective: as for ``SVI``.
         compile: compile what is recorded.
-        whole: record the optimizer's step too. Compiled, it is taken while the gradients are at hand; replayed, its own
-            kernel is quicker.
 
     Raises:
         Unrecordable: when it is called, see :class:`~pvae.recorded.Recorded`.
@@ -63,13 +60,10 @@ class RecordedStep:
         objective: Objective,
         *,
         compile: bool = False,
-        whole: bool = False,
     ) -> None:
         self.model, self.guide, self.optimizer, self.objective = model, guide, optimizer, objective
-        self.modules, self.whole = [module_of(model), module_of(guide)], whole
-        function = self._updated if whole else self._gradients
-        written = [*optimizer.parameters, *optimizer.memory()] if whole else []
-        self.gradients = Recorded(function, *self.modules, written=written, compile=compile)
+        self.modules = [module_of(model), module_of(guide)]
+        self.gradients = Recorded(self._gradients, *self.modules, compile=compile)
 
     def __call__(self, x: Tensor, index: Tensor) -> Tensor | float:
         stream = None if x.is_cuda else RandomState()
@@ -90,29 +84,17 @@ class RecordedStep:
     def apply(self, index: Tensor, found: Sequence[Tensor | None]) -> None:
         """Let all parameters take their step on these gradients, and put the rows of tables that moved back."""
         parameters = self.optimizer.parameters
-        if not self.whole:
-            for parameter, gradient in zip(parameters, found, strict=False):
-                parameter.grad = gradient
-            self.optimizer.step_parameters()
+        for parameter, gradient in zip(parameters, found, strict=False):
+            parameter.grad = gradient
+        self.optimizer.step_parameters()
         rows = [values for values in found[len(parameters) :] if values is not None]
         for place, table in enumerate(self.optimizer.tables):
             table.write_rows(index, *rows[4 * place : 4 * place + 4])
 
-    def _inputs(self, x: Tensor, index: Tensor, *, learning: bool = True) -> tuple[Tensor, ...]:
-        inputs = [x, index]
-        if self.whole:
-            inputs.append(torch.full((), learning, device=x.device))
-        if self.objective.warm_up or type(self.objective).weight_at is not Objective.weight_at:
-            inputs.append(torch.as_tensor(self.objective.weight, dtype=x.dtype, device=x.device))
-        return tuple(inputs)
-
-    def _updated(self, x: Tensor, index: Tensor, learning: Tensor, *weight: Tensor) -> Outputs:
-        loss, *found = self._gradients(x, index, *weight)
-        assert loss is not None
-        count = len(self.optimizer.parameters)
-        with torch.no_grad():
-            self.optimizer.update(found[:count], learning & loss.isfinite())
-        return (loss, *[None] * count, *found[count:])
+    def _inputs(self, x: Tensor, index: Tensor) -> tuple[Tensor, ...]:
+        if not self.objective.warm_up and type(self.objective).weight_at is Objective.weight_at:
+            return x, index
+        return x, index, torch.as_tensor(self.objective.weight, dtype=x.dtype, device=x.device)
 
     def _gradients(self, x: Tensor, index: Tensor, *weight: Tensor) -> Outputs:
         if weight:
@@ -144,7 +126,7 @@ class RecordedStep:
         """
         buffers = [b for module in self.modules for b in module.buffers()]
         with undone(buffers):
-            loss = self.gradients(*self._inputs(x, index, learning=False))[0]
+            loss = self.gradients(*self._inputs(x, index))[0]
         with undone(buffers):
             try:
                 expected = self.objective.differentiable_loss(self.model, self.guide, x, index).item()
@@ -234,7 +216,7 @@ def _recorded(
         compile = steps * saved > cost
         why = f"compiling takes about {cost:.0f} s and saves about {steps * saved:.2g} s in {steps:,} steps"
     if compile:
-        quick = RecordedStep(*parts, compile=True, whole=ranks.world() == 1)
+        quick = RecordedStep(*parts, compile=True)
         try:
             quick.check(*example)
             return Choice(quick, "compiled", why)

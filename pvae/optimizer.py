@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -53,39 +52,6 @@ class FusedAdam(PyroOptim):
             self.adam._warned_capturable_if_run_uncaptured = True
             for group in self.adam.param_groups:
                 group["capturable"] = True
-
-    def memory(self) -> list[Tensor]:
-        """What Adam remembers, as tensors that keep their places: made as Adam makes it where there is none yet."""
-        if self.adam is None:
-            return []
-        for p in self.parameters:
-            if not self.adam.state[p]:
-                step = torch.zeros((), device=p.device)
-                self.adam.state[p] = {"step": step, "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
-        return [value for p in self.parameters for value in self.adam.state[p].values()]
-
-    def update(self, gradients: Sequence[Tensor | None], sound: Tensor) -> None:
-        r"""The same step in tensor operations alone, for a recording to hold.
-
-        .. math:: \theta \leftarrow \theta - r\, \hat m / (\sqrt{\hat v} + \epsilon)
-
-        Arguments:
-            gradients: of the parameters; one without keeps its place.
-            sound: whether to take the step at all, a boolean [].
-        """
-        for p, gradient in zip(self.parameters, gradients, strict=True):
-            if self.adam is None or gradient is None:
-                continue
-            group, state, value = self.adam.param_groups[0], self.adam.state[p], p.detach()
-            (one, two), step = group["betas"], state["step"] + sound
-            count = step.double()  # of no dimension, so that nothing else becomes double
-            first = one * state["exp_avg"] + (1 - one) * gradient
-            second = two * state["exp_avg_sq"] + (1 - two) * gradient * gradient
-            root = (second / (1 - two**count)).sqrt() + group["eps"]
-            moved = value - group["lr"] * first / (1 - one**count) / root
-            old = (state["step"], state["exp_avg"], state["exp_avg_sq"], value)
-            for kept, new in zip(old, (step, first, second, moved), strict=True):
-                kept.copy_(torch.where(sound, new, kept))
 
     def state_tensors(self, names: dict[int, str]) -> dict[str, Tensor]:
         """Adam's memory by parameter name; ``names`` maps id(parameter) to it."""

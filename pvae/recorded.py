@@ -52,9 +52,7 @@ class Unrecordable(Exception):
     """A function can't be recorded or its recording can't be compiled; the message says why, in one line."""
 
 
-def record(
-    function: Function, state: Sequence[Tensor], inputs: Sequence[Tensor], written: Sequence[Tensor] = ()
-) -> GraphModule:
+def record(function: Function, state: Sequence[Tensor], inputs: Sequence[Tensor]) -> GraphModule:
     """What ``function(*inputs)`` does, as a graph of tensor operations whose inputs are ``(*state, *inputs)``.
 
     Arguments:
@@ -62,7 +60,6 @@ def record(
             their shapes alone; it may take gradients and draw random numbers.
         state: tensors that it reads besides, parameters and buffers; the graph reads them afresh at each replay.
         inputs: an example of its inputs.
-        written: what of the state it writes into, besides small buffers.
 
     The function is run for real, but the state and the random stream stay where they were.
 
@@ -80,7 +77,7 @@ def record(
         return tuple(function(*tensors[len(state) :]))
 
     try:
-        with undone(state, written), unchecked(), _one_fake_mode(), _NoLooks():
+        with undone(state), unchecked(), _one_fake_mode(), _NoLooks():
             return _cleaned(make_fx(traced)(*state, *inputs))
     except Unrecordable:
         raise
@@ -98,10 +95,10 @@ class _NoLooks(TorchFunctionMode):
 
 
 @contextmanager
-def undone(state: Sequence[Tensor], written: Sequence[Tensor] = ()) -> Iterator[None]:
-    """Run a block whose draws, and whose writes into small buffers and what else is named, are taken back."""
-    buffers = [t for t in state if not t.requires_grad and t.numel() <= LARGE] + list(written)
-    stream, before = RandomState(), [t.detach().clone() for t in buffers]
+def undone(state: Sequence[Tensor]) -> Iterator[None]:
+    """Run a block whose draws, and whose writes into small buffers, are taken back."""
+    buffers = [t for t in state if not t.requires_grad and t.numel() <= LARGE]
+    stream, before = RandomState(), [t.clone() for t in buffers]
     try:
         yield
     finally:
@@ -220,7 +217,6 @@ class Recorded:
     Arguments:
         function: see :func:`record`.
         modules: whose parameters and buffers it reads. They may change in place between calls, not be replaced.
-        written: tensors that it writes into, besides small buffers.
         compile: compile the recording of the first shape; those of others, such as a last batch's, are replayed.
 
     Attributes:
@@ -237,14 +233,12 @@ class Recorded:
     tensor([2., 2.])
     """
 
-    def __init__(
-        self, function: Function, *modules: nn.Module, written: Sequence[Tensor] = (), compile: bool = False
-    ) -> None:
-        self.function, self.written, self.compile = function, written, compile
+    def __init__(self, function: Function, *modules: nn.Module, compile: bool = False) -> None:
+        self.function, self.compile = function, compile
         self.modules = [inner for m in modules for inner in m.modules()]
         # Masks are left to be constants: shapes may depend on them.
         tensors = [t for m in modules for t in (*m.parameters(), *m.buffers()) if t.dtype != torch.bool]
-        self.state = list({id(t): t for t in (*tensors, *written)}.values())
+        self.state = list({id(t): t for t in tensors}.values())
         self.plays: dict[Layout, Function] = {}
 
     def __call__(self, *inputs: Tensor) -> Outputs:
@@ -256,7 +250,7 @@ class Recorded:
 
     def _recorded(self, inputs: Sequence[Tensor]) -> Function:
         held = [(m._buffers, name, b) for m in self.modules for name, b in m._buffers.items()]
-        graph = record(self.function, self.state, inputs, self.written)
+        graph = record(self.function, self.state, inputs)
         replaced = [(buffers, name, b) for buffers, name, b in held if buffers[name] is not b]
         for buffers, name, b in replaced:
             buffers[name] = b

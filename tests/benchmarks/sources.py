@@ -8,7 +8,7 @@ from tests.benchmarks.page import Line, Table
 from tests.benchmarks.rows import binarized, pictures
 from tests.benchmarks.training import field
 
-ROWS, BATCH, TURNS = 1280, 128, 3
+ROWS, BATCH, TURNS = 1280, 128, 2
 AMORTIZED = "amortized"
 # The most that a step may cost, in amortized steps of the same engine; None is measured without a goal.
 GOALS = {

@@ -20,7 +20,7 @@ from tests.benchmarks.page import Line, Table, compared
 from tests.benchmarks.rows import binarized, pictures
 
 # A multiple of both batches.
-ROWS, BATCHES, TURNS = 12_288, (128, 1024), 9
+ROWS, BATCHES, TURNS = 12_288, (128, 1024), 5
 # Of a step at the smaller batch; at the larger one the products alone take nearly all.
 GOALS = {EAGER: 0.90, NUMPYRO: 1.05, PYRO: 0.36}
 EXAMPLE, EXAMPLE_ROWS, EXAMPLE_BATCH, EXAMPLE_GOAL = "Pyro's VAE example", 12_800, 256, 0.15
