@@ -26,6 +26,9 @@ Program = Callable[..., Any]
 Site = dict[str, Any]
 Through = Callable[[Tensor, int], Tensor]
 
+# Passes from which on it is worth while to record one.
+WORTH_RECORDING = 100
+
 # Datapoints times samples in one pass through the program: large enough for the matrix products to rule,
 # small enough to stay near the cache.
 ROWS_PER_PASS = 4096
@@ -124,7 +127,12 @@ def stream(
     if K < 1:
         raise UserError(f"K is {K}, but at least 1 draw is needed")
 
-    sources = [_Draws(model, guide, x, index, max_plate_nesting, keep_latents) for guide in guides]
+    size = max(1, ROWS_PER_PASS // max(1, len(x)))
+    options: dict[str, Any] = {"max_plate_nesting": max_plate_nesting, "keep_latents": keep_latents}
+    sources: list[Callable[[int], LogWeights]]
+    sources = [functools.partial(draw, model, guide, x, index, **options) for guide in guides]
+    if size * WORTH_RECORDING <= K and not (keep_latents or torch.is_grad_enabled()):
+        sources = [_Draws(each) for each in sources]
 
     def chunk(part: slice) -> tuple[LogWeights, ...]:
         before, found = RandomState(), list[LogWeights]()
@@ -137,29 +145,23 @@ def stream(
         after.restore()
         return tuple(found)
 
-    yield from in_pieces(chunk, K, max(1, ROWS_PER_PASS // max(1, len(x))), "draws for each row")
+    yield from in_pieces(chunk, K, size, "draws for each row")
 
 
 class _Draws:
-    """Chunk by chunk of a guide's draws for the same rows, recorded where there are many and they need no gradient."""
+    """Chunks of a guide's draws for the same rows, recorded because there are many and they need no gradient."""
 
-    def __init__(
-        self, model: Program, guide: Program, x: Tensor, index: Tensor | None, nesting: int, keep: bool
-    ) -> None:
-        self.x, self.keep = x, keep
-        self.draw = functools.partial(draw, model, guide, x, index, max_plate_nesting=nesting, keep_latents=keep)
+    def __init__(self, draw: Callable[[int], LogWeights]) -> None:
+        self.draw = draw
         self.by_size: dict[int, Repeated] = {}
-        self.last = LogWeights(x, x, x)  # of the last pass through Python: what replays do not change
 
     def __call__(self, K: int) -> LogWeights:
-        if self.keep or torch.is_grad_enabled():
-            return self.draw(K)
         repeated = self.by_size.setdefault(K, Repeated(functools.partial(self._parts, K)))
         log_lik, log_prior, log_q = repeated()
         return replace(self.last, log_lik=log_lik, log_prior=log_prior, log_q=log_q)
 
     def _parts(self, K: int) -> tuple[Tensor, ...]:
-        self.last = self.draw(K)
+        self.last = self.draw(K)  # which has what replays do not change
         return self.last.log_lik, self.last.log_prior, self.last.log_q
 
 

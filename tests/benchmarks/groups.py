@@ -16,10 +16,13 @@ from tests.benchmarks import hmc, iwae, large, parts, sources, starts, streaming
 from tests.benchmarks.page import Line, Table
 
 LARGE = "784-400-20, batch 128; the second line's peer is the first, and the table's own size."
-BARE = "784-400-20; ratios to the decoder's bare forward passes on as many draws, of memory to fewer draws. CPU time."
+BARE = (
+    "784-400-20; ratios to the decoder's bare forward passes on as many draws, of memory to fewer draws. CPU "
+    "time of one thread."
+)
 LEAPFROG = (
-    "784-400-20; ratios to the decoder's bare forward and backward pass on as many chains. CPU time. A leapfrog costs "
-    "Pyro and Python some milliseconds whatever its size; annealing moves 2,048 at once."
+    "784-400-20; ratios to the decoder's bare forward and backward pass on as many chains. CPU time of one "
+    "thread. Annealing moves 2,048 at once."
 )
 STREAMING = "784-400-20: rows on disk against the same rows in memory."
 

@@ -82,6 +82,7 @@ def memory(K: int, rows: int = 50) -> int:
 
 def rows() -> list[tuple[str, str, float, float | None]]:
     """Lines of the page of benchmarks."""
+    torch.set_num_threads(1)  # others would spin at our cost while one is in Python
     ours, bare = ratio(binary(ROWS), 500, 7)
     few, many = memory(5_000), memory(50_000)  # fewer draws load fewer libraries
     log_w = 2 * torch.randn(1000, 10_000)
