@@ -128,6 +128,7 @@ def fit(
     from pvae import ranks, recipe, runs
     from pvae.checks import warnings
     from pvae.evaluation import bounds
+    from pvae.precision import check_precision
     from pvae.runtime import pick_device
     from pvae.stats import number
     from pvae.tables import QUANTITIES
@@ -136,6 +137,7 @@ def fit(
     with ranks.together():
         where = ranks.own_device(pick_device(device))
         own = recipe.resolve(_guided(described(path, trust, guide=guide), guide_of).recipe)
+        check_precision(own.precision, where)
         dataset = recipe.load_data(own, data_dir)
         if ranks.first():
             typer.echo(dataset.summary())

@@ -24,6 +24,7 @@ from pvae.files import read_json, write_json
 from pvae.grid import Cell, Pool, Shelf
 from pvae.guides import local_bound
 from pvae.ledger import Ledger
+from pvae.precision import check_precision
 from pvae.recipe import Recipe
 from pvae.refine import MARKS
 from pvae.results import SCHEMA, Group, collect
@@ -107,9 +108,10 @@ def compare(
     axes = {name: [components.rooted(v) if name in KINDS else v for v in values] for name, values in given}
     if job.jobs < 1:
         raise UserError(f"--jobs is {job.jobs}, but it must be at least 1")
-    pick_device(job.device)
-    shelf = Shelf(data_folder)
+    device, shelf = pick_device(job.device), Shelf(data_folder)
     wanted, left_out = grid.sound(grid.cells(own, axes), shelf)
+    for cell in wanted:
+        check_precision(cell.recipe.precision, device)
     for line in dict.fromkeys(shelf[cell.recipe].summary() for cell in wanted):
         job.say(line)
     for name, reason in left_out.items():

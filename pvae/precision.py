@@ -23,10 +23,12 @@ LAYERS = frozenset(
 )
 
 
-def check_precision(name: str) -> None:
-    """Refuse the name of no precision."""
+def check_precision(name: str, device: torch.device | None = None) -> None:
+    """Refuse the name of no precision, and one that the device does not have."""
     if name not in PRECISIONS:
         raise UserError(f"unknown precision '{name}'{nearest(name, PRECISIONS)}")
+    if device and name == "tf32" and device.type != "cuda":
+        raise UserError(f"--precision tf32 is CUDA's alone, and the device is {device.type}; use float32 or bf16")
 
 
 def products(name: str, device: torch.device) -> AbstractContextManager[Any]:
@@ -44,9 +46,7 @@ def products(name: str, device: torch.device) -> AbstractContextManager[Any]:
     ...     functional.linear(torch.tensor([1.001]), torch.ones(1, 1)).dtype, torch.tensor([1.001]) * 1
     (torch.float32, tensor([1.0010]))
     """
-    check_precision(name)
-    if name == "tf32" and device.type != "cuda":
-        raise UserError(f"--precision tf32 is CUDA's alone, and the device is {device.type}; use float32 or bf16")
+    check_precision(name, device)
     if name == "bf16":
         return _BFloat16(device)
     return _tf32() if name == "tf32" else nullcontext()
