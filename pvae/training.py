@@ -45,7 +45,7 @@ class Fit:
     Attributes:
         history: a row for each epoch: ``epoch``, ``seconds`` of training so far, ``objective`` (its bound as it was
             trained, mean over the epoch, nats per datapoint) and ``validation_elbo`` where there is a validation split.
-        seconds: of training, interruptions left out.
+        seconds: of training, recording and compiling included, interruptions left out.
         stopped: why it ended: ``finished`` or ``early``.
         engine: which one made the steps, and why, in a line.
     """
@@ -177,7 +177,7 @@ class _Loop:
 
     def start(self, asked: str, epochs: int, progress: bool) -> None:
         """Choose how steps are made: a run that goes on keeps its engine, and with it its bits."""
-        engine = asked
+        begin, engine = time.perf_counter(), asked
         if engine == "auto" and self.report.engine:
             engine = self.report.engine.split(":")[0]
         steps, stream = epochs * self.steps, RandomState()
@@ -194,6 +194,7 @@ class _Loop:
         if not self.report.engine.startswith(f"{self.engine.name}:"):
             self._say_engine(progress or asked not in ("auto", self.engine.name))
         stream.restore()
+        self.report.seconds += time.perf_counter() - begin
 
     def _say_engine(self, aloud: bool) -> None:
         self.report.engine = f"{self.engine.name}: {self.engine.why}"
