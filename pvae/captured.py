@@ -27,9 +27,6 @@ class CapturedStep:
         data: resident on the device.
         size: of the batches that are captured; others, as the last of an epoch, go by ``step``.
 
-    Attributes:
-        reason: why it could not be captured, if so.
-
     Its random numbers come from the device's generator, as those of the step do. The loss is left on the device.
     """
 
@@ -38,7 +35,6 @@ class CapturedStep:
         self.index = torch.zeros(size, dtype=torch.long, device=data.train.device)
         self.weight = torch.zeros((), device=data.train.device)
         self.replay: Callable[[], Tensor | float] | None = None
-        self.reason = ""
         step.optimizer.allow_capture()
 
     def __call__(self, index: Tensor) -> Tensor | float:
@@ -62,8 +58,8 @@ class CapturedStep:
         try:
             return capture(self._whole)
         except RuntimeError as error:  # it waits for the device, or there is no memory for a second set of tensors
-            self.reason = f"the step can't be captured as a CUDA graph ({' '.join(str(error).split())[:160]})"
-            say_once(f"{self.reason}: going on without")
+            reason = " ".join(str(error).split())[:160]
+            say_once(f"the step can't be captured as a CUDA graph ({reason}): going on without")
             return self._whole
 
     def _whole(self) -> Tensor | float:

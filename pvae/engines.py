@@ -26,6 +26,10 @@ ENGINES = ("auto", "pyro", "traced", "compiled", "graph")
 WORTH_RECORDING = 200
 
 
+# Model, guide, optimizer and objective, as ``SVI`` takes them; rows and index of a batch.
+Parts = tuple[Program, Program, FusedAdam, Objective]
+Rows = tuple[Tensor, Tensor]
+
 # One step of training on a batch, rows x [B, D] and index [B], of everything that is trained; what gathers the rows by
 # itself takes the index alone. It gives the loss before the step in nats, summed over the rows.
 Step = Callable[..., Tensor | float]
@@ -64,13 +68,18 @@ class RecordedStep:
         self.model, self.guide, self.optimizer, self.objective = model, guide, optimizer, objective
         self.modules = [module_of(model), module_of(guide)]
         self.gradients = Recorded(self._gradients, *self.modules, compile=compile)
+        self.plain = PyroStep(model, guide, optimizer, objective)
+        self.refused: set[int] = set()
 
     def __call__(self, x: Tensor, index: Tensor) -> Tensor | float:
+        if len(x) in self.refused:
+            return self.plain(x, index)
         stream = None if x.is_cuda else RandomState()
         try:
             loss, *found = self.gradients(*self._inputs(x, index))
         except Unrecordable:  # of a batch of this size, which the last of an epoch may be the first to have
-            return PyroStep(self.model, self.guide, self.optimizer, self.objective)(x, index)
+            self.refused.add(len(x))
+            return self.plain(x, index)
         assert loss is not None
         if stream is None:  # no look at the loss, which would wait for the device
             self.apply(index, found)
@@ -157,9 +166,8 @@ class Choice(NamedTuple):
 
 def choose(
     name: str,
-    parts: tuple[Program, Program, FusedAdam, Objective],
-    example: tuple[Tensor, Tensor],
-    other: tuple[Tensor, Tensor],
+    parts: Parts,
+    batches: Sequence[Rows],
     steps: int,
 ) -> Choice:
     """The step of the engine that is asked for; of Pyro's where the program can't be recorded.
@@ -167,7 +175,7 @@ def choose(
     Arguments:
         name: of :data:`ENGINES`; ``auto`` takes the one that suits the device and the number of steps.
         parts: model, guide, optimizer and objective.
-        example, other: rows and index of two batches: what is recorded on the first must hold on the other.
+        batches: two: what is recorded on the first must hold on the other.
         steps: that will be made in all.
 
     Raises:
@@ -179,12 +187,12 @@ def choose(
     if name == "auto" and steps < WORTH_RECORDING:
         return Choice(PyroStep(*parts), "pyro", f"{steps} steps are too few to pay for recording one")
     try:
-        return _recorded(name, parts, example, other, steps)
+        return _recorded(name, parts, batches, steps)
     except Unrecordable as error:
         return Choice(PyroStep(*parts), "pyro", f"the step can't be recorded ({error})")
 
 
-def confirmed(choice: Choice, parts: tuple[Program, Program, FusedAdam, Objective], batch: Sequence[Tensor]) -> Choice:
+def confirmed(choice: Choice, parts: Parts, batch: Sequence[Tensor]) -> Choice:
     """The same choice, if its recording still agrees with Pyro now that parameters have moved; else Pyro's step."""
     try:
         if isinstance(choice.step, RecordedStep):
@@ -200,28 +208,26 @@ def check_engine(name: str) -> None:
         raise UserError(f"unknown engine '{name}'{nearest(name, ENGINES)}")
 
 
-def _recorded(
-    name: str,
-    parts: tuple[Program, Program, FusedAdam, Objective],
-    example: tuple[Tensor, Tensor],
-    other: tuple[Tensor, Tensor],
-    steps: int,
-) -> Choice:
-    step = RecordedStep(*parts)
-    step.check(*example)
-    step.check(*other)
-    compile, why = name == "compiled", "as asked"
-    if name in ("auto", "graph"):
+def _recorded(name: str, parts: Parts, batches: Sequence[Rows], steps: int) -> Choice:
+    compile, why, step = name == "compiled", "as asked", None
+    if not compile:
+        step = _checked(parts, batches)
+    if step and name in ("auto", "graph"):
         cost, saved = step.gradients.worth
         compile = steps * saved > cost
         why = f"compiling takes about {cost:.0f} s and saves about {steps * saved:.2g} s in {steps:,} steps"
     if compile:
-        quick = RecordedStep(*parts, compile=True)
         try:
-            quick.check(*example)
-            return Choice(quick, "compiled", why)
+            return Choice(_checked(parts, batches, compile=True), "compiled", why)
         except Unrecordable as error:
             why = f"the step can't be compiled ({error})"
-    if name == "graph" and not example[0].is_cuda:
+    if name == "graph" and not batches[0][0].is_cuda:
         why = "a CUDA graph needs a CUDA device"
-    return Choice(step, "traced", why)
+    return Choice(step or _checked(parts, batches), "traced", why)
+
+
+def _checked(parts: Parts, batches: Sequence[Rows], *, compile: bool = False) -> RecordedStep:
+    step = RecordedStep(*parts, compile=compile)
+    for batch in batches:
+        step.check(*batch)
+    return step

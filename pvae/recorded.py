@@ -284,41 +284,39 @@ class Repeated:
         self.calls: Counter[Layout] = Counter()
         self.plays: dict[Layout, Callable[..., Tensors]] = {}
         self.due: dict[Layout, int] = {}
-        self.trial: Callable[..., Tensors] | None = None
+        self.trials: dict[Layout, tuple[Callable[..., Tensors], Worth]] = {}
 
     def __call__(self, *inputs: Tensor) -> Tensors:
         key = _layout(inputs)
         self.calls[key] += 1
-        due = self.due.setdefault(key, self.after + 1)
-        if self.calls[key] == due and not _recording():
-            self.trial = self._made(key, inputs)
-        elif self.calls[key] == due + 1 and self.trial:
-            return self._tried(key, inputs, self.trial)
+        if key in self.trials:
+            return self._tried(key, inputs, *self.trials.pop(key))
+        if self.calls[key] == self.due.setdefault(key, self.after + 1) and not _recording():
+            self._make(key, inputs)
         return self._now(key, inputs)
 
     def _now(self, key: Layout, inputs: Sequence[Tensor]) -> Tensors:
         with torch.no_grad() if key in self.plays else nullcontext():
             return self.plays.get(key, self.function)(*inputs)
 
-    def _made(self, key: Layout, inputs: Sequence[Tensor]) -> Callable[..., Tensors] | None:
-        """What was made of the function: its recording, or that compiled."""
+    def _make(self, key: Layout, inputs: Sequence[Tensor]) -> None:
+        """Record the function, or compile what was recorded, for the next call to try."""
         with suppress(Unrecordable, torch.OutOfMemoryError):
             graph = record(self.function, (), inputs)
-            self.worth = graph.meta["worth"]
+            worth = graph.meta["worth"]
             made: Any = compiled(graph, inputs) if key in self.plays else graph
-            return made
-        return None
+            self.trials[key] = made, worth
 
-    def _tried(self, key: Layout, inputs: Sequence[Tensor], play: Callable[..., Tensors]) -> Tensors:
+    def _tried(self, key: Layout, inputs: Sequence[Tensor], play: Callable[..., Tensors], worth: Worth) -> Tensors:
         """By the function and by what was made of it, on inputs that this has not seen; kept if they agree."""
-        self.trial, before = None, RandomState()
+        before = RandomState()
         with torch.no_grad():
             found = play(*inputs)
         before.restore()
         expected = self.function(*inputs)
         if all(map(_same, found, expected)):
             if key not in self.plays:
-                self.due[key] = self.calls[key] + math.ceil(self.worth.cost / max(self.worth.saved, 1e-9))
+                self.due[key] = self.calls[key] + math.ceil(worth.cost / max(worth.saved, 1e-9))
             self.plays[key] = play
         return expected
 

@@ -194,7 +194,7 @@ def refine(
 
 
 def _climbing(
-    bound: Callable[[Tensor], Tensor], rule: Rule, unroll: bool, steps: int
+    bound: Callable[[Tensor], Tensor], rule: Rule, unroll: bool, count: int
 ) -> Callable[..., tuple[Tensor, ...]]:
     """One step: lam and the rows' state, before and after."""
 
@@ -204,8 +204,7 @@ def _climbing(
         lam, state = rule.step(lam if unroll else lam.detach(), gradient, RowState(first, second, steps))
         return lam, state.first, state.second, state.steps
 
-    repeated: Callable[..., tuple[Tensor, ...]] = Repeated(climb)
-    return climb if unroll or steps < WORTH_RECORDING else repeated
+    return climb if unroll or count < WORTH_RECORDING else Repeated(climb).__call__
 
 
 class _Watch:

@@ -186,7 +186,7 @@ class _Loop:
         self._tell_epoch()
         parts = (self.model, self.guide, self.optimizer, self.objective)
         engine = usable(engine, self.data.train.device)
-        self.engine: Choice = choose(engine, parts, example, next(batches, example), steps)
+        self.engine: Choice = choose(engine, parts, (example, next(batches, example)), steps)
         if ranks.world() > 1:
             self.engine = shared(self.engine, parts, self.caught)
         else:

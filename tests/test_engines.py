@@ -202,7 +202,7 @@ def test_auto_weighs_what_it_costs_against_what_it_saves(count, name, monkeypatc
     guide = Amortized(nn.Linear(3, 4), families.DiagonalNormal(2))
     parts = (vae.model, guide, FusedAdam(vae, guide), objectives.ELBO())
     batch = (torch.ones(4, 3), torch.arange(4))
-    assert engines.choose("auto", parts, batch, batch, count).name == name
+    assert engines.choose("auto", parts, (batch, batch), count).name == name
     assert bool(asked) is (name == "compiled")
 
 

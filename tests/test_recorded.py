@@ -77,6 +77,14 @@ def test_masks_give_shapes_and_values_do_not():
         record(lambda x: (x if x.sum() > 0 else -x,), [], [torch.ones(2)])
 
 
+def test_shapes_that_take_turns_are_each_tried_on_their_own():
+    repeated = Repeated(lambda x: (x.view(len(x) // 2, 2).sum(0),), after=1)
+    for k in range(12):
+        x = torch.arange(4.0 + 2 * (k % 2)) + k
+        assert repeated(x)[0].equal(x.view(-1, 2).sum(0))
+    assert len(repeated.plays) == 2
+
+
 def test_values_that_leave_for_numpy_are_noticed():
     for out in (lambda x: x.numpy().sum(), lambda x: x.tolist()[0], lambda x: np.asarray(x).sum()):
         with pytest.raises(Unrecordable, match="reads a tensor's values"):
