@@ -6,11 +6,9 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
 
 import pyro
 import torch
-from pyro import poutine
 from torch import Tensor
 
 from pvae.ais import schedule as temperatures_of
@@ -32,9 +30,7 @@ __all__ = [
     "bounds",
     "evaluate",
     "family_gains",
-    "reconstruct",
     "refinement_curve",
-    "sample",
 ]
 
 # Datapoints that are evaluated together.
@@ -263,27 +259,6 @@ def refinement_curve(
                 refine(partial(bound, x=rows.x, index=rows.index, K=NEW_DRAWS), rows.lam, 10, rule=rule)
             seconds += (time.perf_counter() - start) / 10
     return RefinementCurve((0, *steps), torch.cat(curves, 1), seconds / len(x))
-
-
-def reconstruct(model: Program, guide: Program, x: Tensor, index: Tensor | None = None, *, seed: int = 0) -> Tensor:
-    """Mean of p(x|z) at one draw of z from the guide, [B, D]."""
-    with seeded(seed), torch.no_grad():
-        trace = poutine.trace(guide).get_trace(x, index)
-        return _observed_mean(poutine.replay(model, trace=trace), x, index)
-
-
-def sample(model: Program, like: Tensor, *, seed: int = 0) -> Tensor:
-    """Mean of p(x|z) at draws of z from the prior, as many and of the shape as the rows ``like`` [B, D]."""
-    with seeded(seed), torch.no_grad():
-        return _observed_mean(model, like, torch.zeros(len(like), dtype=torch.long, device=like.device))
-
-
-def _observed_mean(program: Program, x: Tensor, index: Tensor | None) -> Tensor:
-    trace: Any = poutine.trace(program).get_trace(x, index)
-    for site in trace.nodes.values():
-        if site["type"] == "sample" and site["is_observed"] and site["value"].dim() == x.dim():
-            return site["fn"].mean
-    raise UserError("the program observes no site of the data's shape")
 
 
 @dataclass(frozen=True)

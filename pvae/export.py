@@ -14,11 +14,12 @@ import xarray as xr
 from pyro import poutine
 from torch import Tensor
 
+from pvae.coding import reconstruct, sample
 from pvae.errors import UserError
-from pvae.evaluation import reconstruct, sample
 from pvae.files import replacing
 from pvae.guides import Guide
 from pvae.runtime import seeded, unchecked
+from pvae.sites import observed
 from pvae.weights import LogWeights, Program, log_weights, random_sites
 
 __all__ = ["Draws", "attributes", "drawn", "file", "load", "save", "tree"]
@@ -98,8 +99,7 @@ def _room(rows: int) -> int:
 
 def _replicate(model: Program, q: Program, x: Tensor) -> Tensor:
     """One draw of the latents from q and of x given them, [R, C]."""
-    trace = poutine.trace(q).get_trace(x, None)
-    return _observed(poutine.trace(poutine.replay(model, trace=trace)).get_trace(x, None), x)
+    return observed(poutine.replay(model, trace=poutine.trace(q).get_trace(x, None)), x)["fn"].sample()
 
 
 def _from_prior(model: Program, like: Tensor, seed: int) -> tuple[dict[str, Tensor], Tensor]:
@@ -107,15 +107,7 @@ def _from_prior(model: Program, like: Tensor, seed: int) -> tuple[dict[str, Tens
     with unchecked(), torch.no_grad(), seeded(seed):
         trace = poutine.trace(model).get_trace(like, torch.zeros(len(like), dtype=torch.long, device=like.device))
         latents = {name: site["value"] for name, site in random_sites(trace) if not site["is_observed"]}
-        return latents, _observed(trace, like)
-
-
-def _observed(trace: Any, x: Tensor) -> Tensor:
-    """A draw of the site that the rows are observed at."""
-    for _, site in random_sites(trace):
-        if site["is_observed"] and site["value"].dim() == x.dim():
-            return site["fn"].sample()
-    raise UserError("the program observes no site of the data's shape")
+        return latents, observed(poutine.replay(model, trace=trace), like)["fn"].sample()
 
 
 def tree(variants: dict[str, Draws], x: Tensor, labels: Tensor | None, attributes: dict[str, Any]) -> xr.DataTree:

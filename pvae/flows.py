@@ -24,6 +24,7 @@ class Flow(dist.TorchDistribution):
         mean: mu, [..., D].
         scale: sigma, [..., D].
         transform: T of zuko, from z's side to the noise: scoring is the direction that always takes a single pass.
+        temperature: standard deviation of the noise.
 
     >>> transform = spline(3, transforms=2, hidden=[8], bins=4)()
     >>> q = Flow(torch.zeros(5, 3), torch.ones(5, 3), transform)
@@ -35,24 +36,26 @@ class Flow(dist.TorchDistribution):
     support = constraints.real_vector
     has_rsample = True
 
-    def __init__(self, mean: Tensor, scale: Tensor, transform: Any) -> None:
-        self.shift, self.scale, self.transform = mean, scale, transform
+    def __init__(self, mean: Tensor, scale: Tensor, transform: Any, *, temperature: float = 1.0) -> None:
+        self.shift, self.scale, self.transform, self.temperature = mean, scale, transform, temperature
         super().__init__(mean.shape[:-1], mean.shape[-1:])
 
     def expand(self, batch_shape: Sequence[int], _instance: object = None) -> Flow:
         shape = torch.Size(batch_shape) + self.event_shape
-        return Flow(self.shift.expand(shape), self.scale.expand(shape), self.transform)
+        return Flow(self.shift.expand(shape), self.scale.expand(shape), self.transform, temperature=self.temperature)
 
     def rsample(self, sample_shape: Sequence[int] = ()) -> Tensor:
         shape = self._extended_shape(torch.Size(sample_shape))
         noise = torch.randn(shape, dtype=self.shift.dtype, device=self.shift.device)
-        return self.shift + self.scale * self.transform.inv(noise)
+        return self.shift + self.scale * self.transform.inv(
+            noise if self.temperature == 1 else self.temperature * noise
+        )
 
     def log_prob(self, value: Tensor) -> Tensor:
         if self._validate_args:
             self._validate_sample(value)
         noise, log_slope = self.transform.call_and_ladj((value - self.shift) / self.scale)
-        standard = Normal(noise.new_zeros(()), noise.new_ones(()))
+        standard = Normal(noise.new_zeros(()), noise.new_full((), self.temperature))
         return (standard.log_prob(noise) - self.scale.log()).sum(-1) + log_slope
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import pyro
 import torch
@@ -15,9 +15,11 @@ from torch import Tensor
 from pvae.errors import Refused, UserError, positive
 from pvae.guides import Guide, PerDatapoint, ascent, local_bound, local_optimum
 from pvae.missing import entries, masked
+from pvae.passes import fixed
 from pvae.runtime import module_of, own_parameters, seeded, unchecked
+from pvae.sites import observed
 from pvae.stats import Estimate, mean_se
-from pvae.weights import ROWS_PER_PASS, Program, log_weights, random_sites
+from pvae.weights import ROWS_PER_PASS, Program, log_weights
 
 __all__ = ["STATISTICS", "Predictive", "predictive_checks"]
 
@@ -150,29 +152,16 @@ def _replicates(
     model: Program, guide: Program, x: Tensor, index: Tensor | None, replicates: int
 ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
     """p-values of columns [M] and statistics [S]; the statistics of the data [S] and of the replicates [R, S]."""
-    q = _fixed(guide, x, index)
+    q = fixed(guide, x, index)
     means, statistics = [], []
     for _ in range(replicates):
-        site = _observed(poutine.replay(model, trace=poutine.trace(q).get_trace(x, index)), x, index)
+        site = observed(poutine.replay(model, trace=poutine.trace(q).get_trace(x, index)), x, index)
         drawn = site["fn"].sample().flatten(1)
         means.append(drawn.mean(0))
         statistics.append(_statistics(drawn))
     own = site["value"].flatten(1)
-    observed, replicated = _statistics(own), torch.stack(statistics)
-    return (_p(own.mean(0), torch.stack(means)), _p(observed, replicated)), (observed, replicated)
-
-
-def _fixed(guide: Program, x: Tensor, index: Tensor | None) -> Program:
-    """The guide with its lam found once, which may take a search."""
-    return guide.at(guide.params(x, index)) if isinstance(guide, Guide) else guide
-
-
-def _observed(program: Program, x: Tensor, index: Tensor | None) -> dict[str, Any]:
-    """The site at which a program observes rows of values."""
-    for _, site in random_sites(poutine.trace(program).get_trace(x, index)):
-        if site["is_observed"] and site["value"].dim() == x.dim():
-            return site
-    raise UserError("the program observes no site of the data's shape, so that no row can be drawn beside the data's")
+    found, replicated = _statistics(own), torch.stack(statistics)
+    return (_p(own.mean(0), torch.stack(means)), _p(found, replicated)), (found, replicated)
 
 
 def _statistics(rows: Tensor) -> Tensor:
@@ -194,7 +183,7 @@ def _imputation(
     unknown = x.new_full((2, len(x)), torch.nan)
     if not hidden or not isinstance(guide, Guide) or guide.family.point_mass:
         return unknown[0], unknown[1]
-    value = _observed(model, x, index)["value"]
+    value = observed(model, x, index)["value"]
     with seeded(seed):  # not the stream of the draws that finding the value took
         there = _kept(value, hidden)
     filled = _filled(value, there) if value.shape == x.shape else None
@@ -256,7 +245,7 @@ def _marginal(model: Program, rows: _Rows, K: int) -> Tensor:
     for start in range(0, K, size):
         draws = min(size, K - start)
         with pyro.plate("samples", draws, dim=-2):
-            site = _observed(model, rows.x, rows.index)
+            site = observed(model, rows.x, rows.index)
         log_p = entries(site["fn"], site["value"]).expand(draws, *site["value"].shape).logsumexp(0)
         total = torch.logaddexp(total, log_p)
     return torch.where(rows.there, 0, total - math.log(K)).flatten(1).sum(1)

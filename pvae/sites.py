@@ -18,7 +18,7 @@ from pvae.errors import UserError
 from pvae.runtime import seeded
 from pvae.weights import Program, random_sites
 
-__all__ = ["Site", "Sites", "base_measure", "find_sites", "innermost", "vector"]
+__all__ = ["Site", "Sites", "base_measure", "find_sites", "innermost", "observed", "vector"]
 
 JOINT = "_latents"
 BOUNDS = ("lower_bound", "upper_bound")
@@ -158,6 +158,18 @@ def _support(name: str, fn: Any) -> Any:
             raise UserError(f"the support of latent '{name}' is not the same everywhere; its bounds must be numbers")
         setattr(inner, key, value.flatten()[0].item())
     return constraints.independent(inner, fn.event_dim)
+
+
+def observed(program: Program, x: Tensor, index: Tensor | None = None) -> dict[str, Any]:
+    """The site at which a program observes rows of values, as one run of it leaves it: ``fn`` is p(x|z).
+
+    Raises:
+        UserError: there is none of the rows' dimensions.
+    """
+    for _, site in random_sites(poutine.trace(program).get_trace(x, index)):
+        if site["is_observed"] and site["value"].dim() == x.dim():
+            return site
+    raise UserError("the program observes no site of the data's shape, so that no row can be drawn beside the data's")
 
 
 def base_measure(model: Program, x: Tensor) -> str:
