@@ -66,6 +66,7 @@ MODULES = (
     "runs",
     "runtime",
     "sites",
+    "sources",
     "stages",
     "stats",
     "stopping",

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import starmap
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,26 +16,20 @@ from torch import Tensor
 
 from pvae import ranks
 from pvae.errors import UserError, nearest
-from pvae.files import read_table
 from pvae.mapped import Mapped, available_memory, piece
-from pvae.values import BINARIZATIONS, FIXED_SEED, binarized, check_shape, checked, draw_once
+from pvae.sources import NAMES, PARTS, TORCHVISION, hold_out, labels_of, read
+from pvae.values import BINARIZATIONS, bernoulli, binarized, check_shape, checked, draw_once
 
 __all__ = ["BINARIZATIONS", "NAMES", "Batch", "Dataset", "load"]
-
-TORCHVISION = {"mnist": "MNIST", "fashion-mnist": "FashionMNIST", "kmnist": "KMNIST"}
-NAMES = ("digits", *TORCHVISION)
 
 # The brightest level of pictures, which are read as intensities from 0 to 1.
 TOP_LEVEL = {"digits": 16} | dict.fromkeys(TORCHVISION, 255)
 
-PARTS = ("train", "validation", "test")
-
-# Values of the test rows that are held out unless told, at most: 1 GiB as float32. It depends on the data alone, lest
-# the same file be split in another way where memory is short.
-HELD_OUT = 2**28
-
 # Values of the first training rows that stand for all of those on disk: 64 MiB as float32.
 SAMPLE = 2**24
+
+# Takes test and validation rows of so many columns out of the training rows of a name.
+Split = Callable[[str, dict[str, Any], int], None]
 
 
 class Batch(NamedTuple):
@@ -57,8 +51,10 @@ class Dataset:
         shape: of one datapoint, for pictures.
         binarize: ``none``, ``threshold`` (x > 0.5), ``dynamic`` (drawn afresh for each batch) or ``levels`` (whole
             numbers from 0, as a picture is stored).
-        train_labels, test_labels: class of each row, or None.
+        train_labels, validation_labels, test_labels: class of each row, or None.
         classes: number of columns at the end of each row that hold its label, one-hot.
+        means: of each column's training values, [D], where NaN marks entries that are missing; None where none may be.
+        only: the labels of which these are all rows; None for all labels.
     """
 
     name: str
@@ -68,13 +64,22 @@ class Dataset:
     shape: tuple[int, ...]
     binarize: str = "none"
     train_labels: Tensor | None = None
+    validation_labels: Tensor | None = None
     test_labels: Tensor | None = None
     classes: int = 0
+    means: Tensor | None = None
+    only: tuple[int, ...] | None = None
+
+    @property
+    def missing(self) -> bool:
+        """Whether NaN marks entries that are missing."""
+        return self.means is not None
 
     @property
     def identity(self) -> str:
-        """Name and binarization: nats on different identities can't be compared."""
-        return f"{self.name}-{self.binarize}" + ("-labelled" if self.classes else "")
+        """Name, binarization and what else rows differ by: nats on different identities can't be compared."""
+        kind = ("-labelled" if self.classes else "") + ("-missing" if self.missing else "")
+        return f"{self.name}-{self.binarize}{kind}" + (f"-only-{','.join(map(str, self.only))}" if self.only else "")
 
     @property
     def digest(self) -> str:
@@ -149,7 +154,9 @@ class Dataset:
         return self._drawn(self.train[index])
 
     def _drawn(self, x: Tensor) -> Tensor:
-        return torch.bernoulli(x) if self.binarize == "dynamic" else x
+        if self.binarize != "dynamic":
+            return x
+        return bernoulli(x) if self.missing else torch.bernoulli(x)
 
     def fixed_train(self, rows: int) -> Batch:
         """The first training rows as evaluation sees them: under dynamic binarization drawn once, with a fixed seed."""
@@ -160,9 +167,13 @@ class Dataset:
     def summary(self) -> str:
         """One line: N, shape, range, support and binarization."""
         columns = self.train.shape[1] - self.classes
-        lows, highs = zip(*(x[:, :columns].aminmax() for x, _ in self.pieces("train")), strict=True)
-        first = set(self.train[:1000][:, :columns].unique().tolist())
-        kind = "0 or 1" if first <= {0.0, 1.0} else f"from {min(lows).item():g} to {max(highs).item():g}"
+        first, low, high, there = self.train[:1000][:, :columns], np.inf, -np.inf, 0
+        for x, _ in self.pieces("train"):
+            values = x[:, :columns][~x[:, :columns].isnan()] if self.missing else x[:, :columns]
+            if values.numel():
+                low, high = min(low, values.min().item()), max(high, values.max().item())
+            there += values.numel()
+        kind = "0 or 1" if set(first[~first.isnan()].tolist()) <= {0.0, 1.0} else f"from {low:g} to {high:g}"
         how = {
             "none": "taken as they are",
             "threshold": "binarized at 0.5",
@@ -170,6 +181,7 @@ class Dataset:
             "levels": "as whole numbers",
         }[self.binarize]
         how += f", each with its label of {self.classes}" if self.classes else ""
+        how += f", {1 - there / (columns * len(self.train)):.1%} of the entries missing" if self.missing else ""
         how += ", read from disk as it goes" if isinstance(self.train, Mapped) else ""
         held_out = f"{len(self.validation)} validation + " if len(self.validation) else ""
         sizes = f"{len(self.train)} training + {held_out}{len(self.test)} test rows"
@@ -186,6 +198,8 @@ def load(
     validation_size: float = 0,
     seed: int = 0,
     with_labels: bool = False,
+    missing: bool = False,
+    only: Sequence[int] | None = None,
     stream: bool | None = None,
 ) -> Dataset:
     """Read a data set, check it, split it and binarize it.
@@ -201,36 +215,57 @@ def load(
         validation_size: rows taken out of the training rows, likewise.
         seed: of the splits.
         with_labels: append each row's label, one-hot, for programs that take it.
+        missing: let NaN mark entries that are missing; they stay NaN, binarized or not.
+        only: keep rows of these labels alone, which leaves each in the part that it is in without.
         stream: leave the training rows of a .npy file on disk and read them as they are needed; unless given, where
             they would take more than half of the memory that is left. Batches, split and digest are the same.
 
     Raises:
-        UserError: an unknown name; a file that is missing, broken or not numeric; NaN or infinity (names the row);
-            values that can't be binarized; a split larger than the data; labels wanted where there are none.
+        UserError: an unknown name; a file that is missing, broken or not numeric; NaN, unless it may be missing, or
+            infinity (names the row); a column without any training value; values that can't be binarized; a split
+            larger than the data; labels wanted where there are none.
 
     >>> load("digits", binarize="threshold").train.shape
     torch.Size([1438, 64])
     """
     if binarize not in BINARIZATIONS:
         raise UserError(f"unknown binarization '{binarize}'{nearest(binarize, BINARIZATIONS)}")
-    rows = _read(name, folder)
-    if _streams(name, rows["x_train"], stream):
-        if with_labels:
-            raise UserError(f"{name}: the program takes labels, and a .npy file has none; use an .npz with x and y")
-        return _streamed(Path(name), rows["x_train"], binarize, test_size, validation_size, seed)
+    rows = read(name, folder)
+    split = partial(hold_out, test_size=test_size, validation_size=validation_size, seed=seed)
+    if not _streams(name, rows["x_train"], stream):
+        found = _resident(name, rows, binarize, split, with_labels, missing, only)
+    elif with_labels or only is not None:
+        who = "--only takes" if only is not None else "the program takes"
+        raise UserError(f"{name}: {who} labels, and a .npy file has none; use an .npz with x and y")
+    else:
+        found = _streamed(Path(name), rows["x_train"], binarize, split, missing)
+    return replace(found, means=_means(name, found)) if missing else found
+
+
+def _resident(
+    name: str,
+    rows: dict[str, Any],
+    binarize: str,
+    split: Split,
+    with_labels: bool,
+    missing: bool,
+    only: Sequence[int] | None,
+) -> Dataset:
     for part in ("train", "test"):
         if f"x_{part}" in rows:
             where, x = f"{name} (test rows)" if part == "test" else name, np.asarray(rows[f"x_{part}"])
             check_shape(where, x)
-            rows[f"x_{part}"] = checked(where, x, binarize, TOP_LEVEL.get(name, 1))
-    _hold_out(name, rows, rows["x_train"][0].size, test_size, validation_size, seed)
+            rows[f"x_{part}"] = checked(where, x, binarize, TOP_LEVEL.get(name, 1), missing=missing)
+    split(name, rows, rows["x_train"][0].size)
     tensors = {part: torch.from_numpy(rows[f"x_{part}"]) for part in PARTS}
-    labels = _labels(name, rows)
+    labels = labels_of(name, rows)
     shape, other = tensors["train"].shape[1:], tensors["test"].shape[1:]
     if other != shape:
         raise UserError(f"{name}: test rows have shape {tuple(other)}, but training rows {tuple(shape)}")
     flat = binarized({part: values.flatten(1).contiguous() for part, values in tensors.items()}, binarize)
     classes = 0
+    if only is not None:
+        flat, labels = _only(name, flat, labels, only)
     if with_labels:
         flat, classes = _labelled(name, flat, labels)
     return Dataset(
@@ -239,9 +274,50 @@ def load(
         shape=tuple(shape),
         binarize=binarize,
         train_labels=labels["train"],
+        validation_labels=labels["validation"],
         test_labels=labels["test"],
         classes=classes,
+        only=None if only is None else tuple(sorted(set(only))),
     )
+
+
+def _only(
+    name: str, x: dict[str, Tensor], labels: dict[str, Tensor | None], only: Sequence[int]
+) -> tuple[dict[str, Tensor], dict[str, Tensor | None]]:
+    """The rows of some labels, with these."""
+    known = {part: values for part, values in labels.items() if values is not None}
+    if any(len(rows) and part not in known for part, rows in x.items()):
+        raise UserError(f"{name}: --only takes labels, and not all rows have one; add a column or array of labels")
+    kinds = torch.cat(list(known.values())).unique().tolist()
+    wanted = ",".join(map(str, only))
+    if not only or not set(only) <= set(kinds):
+        which = next((kind for kind in only if kind not in kinds), "[]")
+        raise UserError(f"{name}: --only {which}: no row has such a label; give some of {_listed(kinds)}")
+    kept = {part: torch.isin(values, torch.as_tensor(only)) for part, values in known.items()}
+    for part, rows in x.items():
+        if len(rows) and not kept[part].any():
+            raise UserError(f"{name}: --only {wanted} leaves no {part} rows; give more labels, or hold out others")
+    x = {part: rows[kept[part]] if part in kept else rows for part, rows in x.items()}
+    return x, {part: None if values is None else values[kept[part]] for part, values in labels.items()}
+
+
+def _listed(kinds: Sequence[float]) -> str:
+    shown = ", ".join(f"{kind:g}" for kind in kinds[:20])
+    return shown + (", ..." if len(kinds) > 20 else "")
+
+
+def _means(name: str, data: Dataset) -> Tensor:
+    """Means of the columns' training values that are there, [D]."""
+    columns = data.train.shape[1]
+    total, there = torch.zeros(columns, dtype=torch.double), torch.zeros(columns, dtype=torch.long)
+    for x, _ in data.pieces("train"):
+        total += x.double().nansum(0)
+        there += (~x.isnan()).sum(0)
+    if not there.all():
+        place = np.unravel_index(int((there == 0).nonzero()[0]), data.shape)
+        column = ", ".join(map(str, place))
+        raise UserError(f"{name}: column {column} has no value in any of the {len(data.train)} training rows; drop it")
+    return (total / there).float()
 
 
 def _streams(name: str, x: np.ndarray, stream: bool | None) -> bool:
@@ -252,9 +328,7 @@ def _streams(name: str, x: np.ndarray, stream: bool | None) -> bool:
     return 4 * x.size > available_memory() / 2 if stream is None else stream
 
 
-def _streamed(
-    path: Path, x: np.ndarray, binarize: str, test_size: float | None, validation_size: float, seed: int
-) -> Dataset:
+def _streamed(path: Path, x: np.ndarray, binarize: str, split: Split, missing: bool) -> Dataset:
     """The data of a .npy file whose training rows stay there; it is read once, to check every value."""
     check_shape(str(path), x)
     if not x.flags.c_contiguous:
@@ -263,7 +337,7 @@ def _streamed(
         )
     columns = x[0].size
     rows: dict[str, Any] = {"x_train": np.arange(len(x))}
-    _hold_out(str(path), rows, columns, test_size, validation_size, seed)
+    split(str(path), rows, columns)
     held = len(rows["x_test"]) + len(rows["x_validation"])
     if 4 * held * columns > available_memory() / 2:
         raise UserError(
@@ -272,7 +346,7 @@ def _streamed(
         )
     size = piece(columns)
     for first in (size * number for number in ranks.share(-(-len(x) // size))):
-        checked(str(path), x[first : first + size], binarize, 1, first)
+        checked(str(path), x[first : first + size], binarize, 1, first, missing=missing)
     parts = {part: Mapped(path, rows[f"x_{part}"], threshold=binarize == "threshold") for part in PARTS}
     held_out = binarized({part: parts[part].resident() for part in ("validation", "test")}, binarize)
     return Dataset(path.stem, parts["train"], held_out["validation"], held_out["test"], x.shape[1:], binarize)
@@ -291,90 +365,3 @@ def _labelled(name: str, x: dict[str, Tensor], labels: dict[str, Tensor | None])
     if "validation" not in known:
         found["validation"] = found["train"][:0]
     return found, len(kinds)
-
-
-def _labels(name: str, rows: dict[str, Any]) -> dict[str, Tensor | None]:
-    """Classes as numbers; words are numbered in alphabetical order."""
-    known = [part for part in PARTS if f"y_{part}" in rows]
-    whole = np.concatenate([np.asarray(rows[f"y_{part}"]) for part in known]) if known else np.zeros(0)
-    if any(value is None or value != value for value in whole.tolist()):
-        raise UserError(f"{name}: row {_first_missing(whole)} has no label; fill it in, or leave the labels out")
-    if whole.dtype.kind not in "biuf":
-        numbers = np.unique(whole.astype(str), return_inverse=True)[1]
-        parts = np.split(numbers, np.cumsum([len(rows[f"y_{part}"]) for part in known])[:-1])
-        rows = rows | {f"y_{part}": values for part, values in zip(known, parts, strict=False)}
-    return {part: torch.as_tensor(rows[f"y_{part}"]) if part in known else None for part in PARTS}
-
-
-def _first_missing(labels: np.ndarray) -> int:
-    return next(i for i, value in enumerate(labels.tolist()) if value is None or value != value)
-
-
-def _hold_out(
-    name: str, rows: dict[str, Any], columns: int, test_size: float | None, validation_size: float, seed: int
-) -> None:
-    """Take test rows, where there are none, and validation rows out of the training rows."""
-    generator = torch.Generator().manual_seed(seed + FIXED_SEED)
-    if "x_test" not in rows:
-        usual = min(0.2, HELD_OUT / columns / len(rows["x_train"]))
-        _split(rows, "test", usual if test_size is None else test_size, generator)
-    elif test_size is not None:
-        raise UserError(f"{name} comes with its own test set of {len(rows['x_test'])} rows; leave --test-size out")
-    _split(rows, "validation", validation_size, generator)
-
-
-def _split(rows: dict[str, np.ndarray], part: str, size: float, generator: torch.Generator) -> None:
-    """Move ``size`` random training rows, with their labels, to a part of their own."""
-    total = len(rows["x_train"])
-    sound = 0 <= size < total and (size < 1 or size == int(size))
-    count = 0 if not sound else int(size) if size >= 1 else round(size * total)
-    if not sound or count >= total:
-        raise UserError(
-            f"--{part}-size {size:g} can't be taken out of {total} rows; give a count up to {total - 1} or a fraction"
-        )
-    if part == "test" and count == 0:
-        raise UserError(f"--test-size {size:g} leaves no test rows; give a count of at least 1 or a fraction")
-    if count == 0:
-        rows[f"x_{part}"] = rows["x_train"][:0]
-        return
-    order = torch.randperm(total, generator=generator).numpy()
-    for kind in "xy":
-        if f"{kind}_train" in rows:
-            whole = rows[f"{kind}_train"]
-            rows[f"{kind}_{part}"], rows[f"{kind}_train"] = whole[order[:count]], whole[order[count:]]
-
-
-def _read(name: str, folder: str | Path | None) -> dict[str, Any]:
-    """Arrays x_train and, where there are some, x_test, y_train, y_test."""
-    if name == "digits":
-        from sklearn.datasets import load_digits
-
-        digits = load_digits()
-        return {"x_train": (digits.images / 16).astype(np.float32), "y_train": digits.target}
-    if name in TORCHVISION:
-        return _read_torchvision(name, folder)
-    if not (Path(name).suffix or os.sep in name):
-        raise UserError(f"unknown data '{name}'{nearest(name, NAMES)}, or the path of a .npy, .npz, .csv or .parquet")
-    return read_table(Path(name))
-
-
-def _read_torchvision(name: str, folder: str | Path | None) -> dict[str, Any]:
-    from torchvision import datasets
-
-    root = Path(folder or os.environ.get("PVAE_DATA") or Path.home() / ".cache" / "pvae")
-    kind = getattr(datasets, TORCHVISION[name])
-    raw = root / TORCHVISION[name] / "raw"
-    rows: dict[str, Any] = {}
-    for part in ("train", "test"):
-        try:
-            found = kind(root, train=part == "train", download=not raw.is_dir() or not any(raw.iterdir()))
-        except Exception as error:  # torchvision raises six kinds, one with an empty message
-            reason = " ".join(str(error).split()) or "not in its format"
-            raise UserError(
-                f"{name}: the files in {raw} can't be read ({reason}); remove the folder to have them downloaded "
-                "again, or name another with --data-dir"
-            ) from error
-        if len(found.data) != len(found.targets):
-            raise UserError(f"{name}: {raw} has {len(found.data)} {part} images but {len(found.targets)} labels")
-        rows[f"x_{part}"], rows[f"y_{part}"] = found.data.numpy().astype(np.float32) / 255, found.targets.numpy()
-    return rows

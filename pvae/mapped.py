@@ -45,7 +45,7 @@ class Mapped:
     Arguments:
         path: of the file.
         rows: which of its rows these are, [N]; all of them unless given.
-        threshold: 1 where a value is above 0.5, else 0.
+        threshold: 1 where a value is above 0.5, else 0; NaN stays NaN.
 
     Raises:
         UserError: a file that can't be mapped; when rows are read, one that has changed since.
@@ -124,7 +124,7 @@ class Mapped:
             raise UserError(f"{self.path}: the file has changed since it was opened; put it back, or start anew")
         # NumPy's arithmetic: in threads beside the training's, PyTorch's would start a team of threads for each.
         x = self.values[places].reshape(len(places), self.shape[1]).astype(np.float32, copy=False)
-        return torch.from_numpy((x > 0.5).astype(np.float32) if self.threshold else x)
+        return torch.from_numpy(np.where(np.isnan(x), np.float32(np.nan), x > 0.5) if self.threshold else x)
 
     def _advise(self, kind: str) -> None:
         if isinstance(self.values.base, mmap.mmap) and hasattr(mmap, kind):

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from pvae import data as data_module
-from pvae import mapped
+from pvae import mapped, sources
 from pvae.data import load
 from pvae.errors import UserError
 from pvae.mapped import AHEAD, Mapped, available_memory
@@ -200,7 +200,7 @@ def test_memory_that_is_left_is_less_than_there_is():
 def test_test_rows_unless_told_are_a_fifth_up_to_a_limit(save, monkeypatch):
     path = save(BYTES)
     assert len(load(path, stream=True).test) == 12
-    monkeypatch.setattr(data_module, "HELD_OUT", 5 * COLUMNS)
+    monkeypatch.setattr(sources, "HELD_OUT", 5 * COLUMNS)
     assert [len(load(path, stream=stream).test) for stream in (False, True)] == [5, 5]
     assert len(load(path, stream=True, test_size=0.2).test) == 12
 
