@@ -50,6 +50,15 @@ def recipe_flags(
     ] = None,
     test_size: Annotated[float | None, Flag(help="Test rows, as a count or a fraction (default 0.2).")] = None,
     validation_size: Annotated[float | None, Flag(help="Validation rows out of the training rows, likewise.")] = None,
+    missing: Annotated[
+        bool | None,
+        Flag(
+            "--missing/--no-missing", help="NaN marks entries that are missing; only those that are there are scored."
+        ),
+    ] = None,
+    only: Annotated[
+        str | None, Flag(help="Train, and hold out for test, rows of these labels alone, as 0,1,2.")
+    ] = None,
     program: Annotated[str | None, Flag(help="The generative model: VAE, or file.py:Class.")] = None,
     likelihood: Annotated[str | None, Flag(help="p(x|z), see `pvae list`.")] = None,
     prior: Annotated[str | None, Flag(help="p(z), see `pvae list`.")] = None,
@@ -73,6 +82,8 @@ def recipe_flags(
     """A function from a recipe file, if any, to what it says with the flags in the place of its keys."""
     words = ("program", "likelihood", "prior", "family", "network", "objective")
     given = {name: value for name, value in locals().items() if value is not None and name not in ("hidden", "words")}
+    if only is not None:
+        given["only"] = _whole_numbers("--only", only, "label", least=0)
 
     def described(path: Path | None, trust: bool = False, **more: Any) -> Any:
         from pvae import components, recipe
@@ -88,7 +99,9 @@ def recipe_flags(
         found = found._replace(vary=found.vary | fixed)
         if hidden is None:
             return found
-        network = components.table(found.recipe.network) | {"hidden": _whole_numbers("--hidden", hidden)}
+        network = components.table(found.recipe.network) | {
+            "hidden": _whole_numbers("--hidden", hidden, "width", least=1)
+        }
         return found._replace(recipe=recipe.replace(found.recipe, network=network))
 
     described.given = given | ({} if hidden is None else {"network": None})  # type: ignore[attr-defined]
@@ -235,11 +248,11 @@ def takes(*groups: Callable[..., Any]) -> Callable[[Callable[..., None]], Callab
     return decorate
 
 
-def _whole_numbers(flag: str, text: str) -> list[int]:
+def _whole_numbers(flag: str, text: str, what: str, *, least: int) -> list[int]:
     try:
         numbers = [int(word) for word in text.split(",")]
     except ValueError:
         raise UserError(f"{flag} is '{text}', but it must be whole numbers separated by commas") from None
-    if min(numbers) < 1:
-        raise UserError(f"{flag} is '{text}', but every width must be at least 1")
+    if min(numbers) < least:
+        raise UserError(f"{flag} is '{text}', but every {what} must be at least {least}")
     return numbers

@@ -72,8 +72,8 @@ class Shelf:
     known: dict[tuple[Any, ...], Dataset] = field(default_factory=dict)
 
     def __getitem__(self, own: Recipe) -> Dataset:
-        keys = ("data", "binarize", "test_size", "validation_size", "split_seed")
-        key = (*(getattr(own, name) for name in keys), str(own.program))
+        keys = ("data", "binarize", "test_size", "validation_size", "split_seed", "missing", "only", "program")
+        key = tuple(str(getattr(own, name)) for name in keys)
         if key not in self.known:
             self.known[key] = recipe.load_data(own, self.folder)
         return self.known[key]

@@ -133,11 +133,10 @@ class Missing(Messenger):
         if not msg["is_observed"] or site_is_subsample(msg) or msg["infer"].get("_deterministic"):
             return
         mask = self._of(msg["name"], msg["value"])
-        if mask.all():
-            return
-        if not _separable(msg["fn"]):
+        if _separable(msg["fn"]):  # whatever the mask holds: a recording can't look
+            msg["fn"] = Present(msg["fn"], mask)
+        elif not mask.all():
             raise Refused(f"entries of observed site '{msg['name']}' are missing, but {_whole(msg['fn'])}")
-        msg["fn"] = Present(msg["fn"], mask)
 
     def _of(self, name: str, value: Tensor) -> Tensor:
         """The mask of a site's value."""

@@ -220,6 +220,28 @@ class Standardized(nn.Module):
         return self.network((values - self.mean) / self.scale)
 
 
+class Filled(nn.Module):
+    r"""A network that sees a value in the place of those that are missing, :math:`f(x)` with :math:`x_d = m_d` for NaN.
+
+    Arguments:
+        network: f.
+        values: m, [columns]: the means of what is there, say, which are 0 to a :class:`Standardized` network.
+
+    >>> Filled(nn.Identity(), torch.tensor([1.0, 2.0]))(torch.tensor([[torch.nan, 5.0]]))
+    tensor([[1., 5.]])
+    """
+
+    values: Tensor
+
+    def __init__(self, network: nn.Module, values: Tensor) -> None:
+        super().__init__()
+        self.network = network
+        self.register_buffer("values", values)
+
+    def forward(self, values: Tensor) -> Tensor:
+        return self.network(torch.where(values.isnan(), self.values, values))
+
+
 def _activated(layer: Any, before: int, after: int, activation: str, **options: Any) -> list[nn.Module]:
     """A layer and its activation; a gate takes half of the layer's outputs, which lie in dimension 1 of maps."""
     if activation == "GLU":

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, get_type_hints
 
 import tomli_w
+import torch
 from torch import Tensor, nn
 
 from pvae import components, data, guides, ranks
@@ -20,7 +21,8 @@ from pvae.errors import Refused, UserError, fits, nearest
 from pvae.families import Family
 from pvae.files import write_text
 from pvae.guides import local_bound
-from pvae.networks import Standardized
+from pvae.missing import masked
+from pvae.networks import Filled, Standardized
 from pvae.objectives import Objective
 from pvae.precision import check_precision
 from pvae.runtime import seeded
@@ -57,6 +59,8 @@ class Recipe:
         data: a name of ``pvae.data.NAMES`` or a file.
         binarize: ``none``, ``threshold``, ``dynamic`` or ``levels``.
         test_size, validation_size: rows held out, as a count or a fraction.
+        missing: NaN marks entries that are missing, and log p(x|z) is that of those that are there.
+        only: labels; rows of others are left out of all parts.
         program, likelihood, prior, family, network, guide, objective: a class's name or ``file.py:Class``, with
             arguments as in ``IWAE(K=20)``, or a table with ``type`` and its arguments.
         latent: number of latent dimensions, D.
@@ -68,6 +72,8 @@ class Recipe:
     binarize: str | None = None
     test_size: float | None = None
     validation_size: float = 0
+    missing: bool = False
+    only: list[int] | None = None
     program: Component = "VAE"
     likelihood: Component = "Bernoulli"
     prior: Component = "StandardNormal"
@@ -131,6 +137,7 @@ def resolve(recipe: Recipe) -> Recipe:
         recipe,
         **spelled,
         data=str(Path(recipe.data).resolve()) if kind == "file" and Path(recipe.data).exists() else recipe.data,
+        only=recipe.only and sorted(set(recipe.only)),
         binarize=recipe.binarize or ("none" if kind == "file" else _usual_binarization(spelled)),
         latent=recipe.latent or latent,
         epochs=epochs if recipe.epochs is None else recipe.epochs,
@@ -195,6 +202,8 @@ def load_data(recipe: Recipe, folder: str | Path | None = None) -> data.Dataset:
         validation_size=recipe.validation_size,
         seed=recipe.seed if recipe.split_seed is None else recipe.split_seed,
         with_labels=getattr(program, "uses_labels", False),
+        missing=recipe.missing,
+        only=recipe.only,
     )
 
 
@@ -202,6 +211,8 @@ def build(recipe: Recipe, dataset: data.Dataset) -> Built:
     """Program, guide and objective of a resolved recipe, sized from the data.
 
     Recipes that differ in the guide alone start from the same decoder and, where they have one, the same encoder.
+    Where entries may be missing, the program's ``model`` scores those that are there, and the encoder and what starts
+    from rows see the means of the training values in the place of the others.
 
     Raises:
         UserError: a component refuses its arguments, or two of them do not go together.
@@ -209,6 +220,8 @@ def build(recipe: Recipe, dataset: data.Dataset) -> Built:
     with seeded(recipe.seed):
         posterior = _Posterior(recipe, dataset)
         program = _program(recipe, dataset, posterior)
+        if dataset.missing:  # the program's own, so that all who name it see this one
+            program.model = masked(program.model)
         sites = find_sites(program.model, dataset.train[:3])
         posterior.fit_to(sites)
     family, encoder = posterior.family, posterior.encoder
@@ -230,7 +243,7 @@ def _program(recipe: Recipe, dataset: data.Dataset, posterior: _Posterior) -> An
     if components.takes("program", recipe.program, "prior"):
         if components.takes("prior", recipe.prior, "posterior"):
             posterior.check_has_encoder()
-        known = {"dim": recipe.latent, "posterior": posterior, "data": dataset.sample}
+        known = {"dim": recipe.latent, "posterior": posterior, "data": posterior.rows}
         supplied["prior"] = make("prior", recipe.prior, **known)
     return make("program", recipe.program, **supplied)
 
@@ -243,6 +256,12 @@ class _Posterior:
         self.family: Family = make("family", recipe.family, dim=recipe.latent)
         self.encoder: nn.Module = nn.Identity()
 
+    @property
+    def rows(self) -> Tensor:
+        """The rows that networks and priors start from, as the encoder sees them."""
+        rows, means = self.dataset.sample, self.dataset.means
+        return rows if means is None else torch.where(rows.isnan(), means.to(rows), rows)
+
     def __call__(self, x: Tensor) -> Any:
         return self.family(self.encoder(x))
 
@@ -250,9 +269,11 @@ class _Posterior:
         """The encoder of the recipe's network for the family as it is."""
         sizes = {"inputs": self.dataset.train.shape[1], "outputs": self.family.size, "shape": self.dataset.shape}
         self.encoder = make("network", self.recipe.network, **sizes, labels=self.dataset.classes, decodes=False)
-        rows = self.dataset.sample
+        rows, means = self.rows, self.dataset.means
         if rows.min() < 0 or rows.max() > 1:  # intensities are fit for a network as they are
             self.encoder = Standardized(self.encoder, rows)
+        if means is not None:
+            self.encoder = Filled(self.encoder, means.to(rows))
 
     def fit_to(self, sites: Sites) -> None:
         """Size family and encoder anew where the program's latents are not the recipe's D dimensions."""

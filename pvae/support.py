@@ -9,6 +9,7 @@ from pyro import poutine
 
 from pvae.data import Dataset
 from pvae.errors import UserError
+from pvae.missing import Present
 from pvae.sites import innermost
 from pvae.weights import Program
 
@@ -16,7 +17,10 @@ __all__ = ["check_support"]
 
 
 def check_support(model: Program, data: Dataset) -> None:
-    """Refuse data that the model's observed sites do not score, before any step is made."""
+    """Refuse data that the model's observed sites do not score, before any step is made.
+
+    Of sites that score the entries that are there, see :mod:`pvae.missing`, no others are looked at.
+    """
     with torch.no_grad():
         trace: Any = poutine.trace(model).get_trace(
             data.train[:1], torch.zeros(1, dtype=torch.long, device=data.train.device)
@@ -37,12 +41,18 @@ def _check_part(name: str, fn: Any, data: Dataset, part: str, columns: int) -> N
     support = innermost(fn.support)
     for rows, index in data.pieces(part):
         x = rows[:, :columns]
-        outside = (~support.check(x)).nonzero()
+        sound = support.check(x)
+        outside = (~(sound | x.isnan()) if isinstance(fn, Present) else ~sound).nonzero()
         if len(outside):
             row, *column = outside[0].tolist()
             raise UserError(
                 f"{part} row {index[row].item()}, column {', '.join(map(str, column))} is "
                 f"{x[tuple(outside[0])].item():g}, outside the support of site '{name}' "
-                f"({type(getattr(fn, 'base_dist', fn)).__name__}, {support}); "
+                f"({_name(fn)}, {support}); "
                 f"choose another --likelihood or --binarize ({len(outside)} such values)"
             )
+
+
+def _name(fn: Any) -> str:
+    fn = fn.fn if isinstance(fn, Present) else fn
+    return type(getattr(fn, "base_dist", fn)).__name__

@@ -55,7 +55,7 @@ def built(**changes):
 def test_resolving_leaves_nothing_open(own):
     full = resolve(own)
     open_still = [f.name for f in dataclasses.fields(full) if getattr(full, f.name) is None]
-    assert set(open_still) <= {"test_size", "patience"}
+    assert set(open_still) <= {"test_size", "only", "patience"}
     for kind in KINDS:
         component = getattr(full, kind)
         takes = set(components._arguments(find(kind, component["type"]))) - set(components.SUPPLIED[kind])
