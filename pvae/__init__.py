@@ -55,6 +55,7 @@ MODULES = (
     "precision",
     "predictive",
     "priors",
+    "proximity",
     "ranks",
     "recipe",
     "recorded",

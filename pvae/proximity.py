@@ -1,0 +1,191 @@
+"""Proximity: does near in the latent space mean near in the data, and is there data everywhere between the codes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pvae.errors import UserError, positive
+from pvae.guides import Guide
+from pvae.passes import Rows, Values, by_rows, decoded, rows_of
+from pvae.sites import observed
+from pvae.stats import Estimate, mean_se
+from pvae.weights import Program
+
+__all__ = ["Proximity", "proximity"]
+
+# Length of a step in standard deviations of the codes, and the most directions in which one is made from each code.
+STEP, DIRECTIONS = 0.1, 8
+# The share of the test rows' reconstructions that lies farther from the training rows than what counts as far.
+SHARE = 0.05
+# Training rows among which the nearest is sought, resamples of the bootstrap, draws for a mean that q does not state.
+NEIGHBOURS, RESAMPLES, DRAWS = 5000, 300, 64
+
+
+@dataclass(frozen=True)
+class Proximity:
+    r"""Steps and distances in the data's units, as root mean squares over a row's entries.
+
+    Attributes:
+        step: how far the mean of p(x|z) moves from each row's code for a step of 0.1 standard deviations of the codes,
+            as a root mean square over directions too, [B].
+        rows: distance of each row's reconstruction, the mean of p(x|z) at its code, from the nearest training row, [B].
+        prior: the same for draws z from the prior, [S].
+        between: the same for points halfway between two random rows' codes, [S].
+    """
+
+    step: Tensor
+    rows: Tensor
+    prior: Tensor
+    between: Tensor
+
+    def figures(self, *, seed: int = 0) -> dict[str, Estimate]:
+        """``step``, ``roughness``, ``vacuum_prior`` and ``vacuum_between``, with their standard errors.
+
+        ``roughness`` is the step at the 95th percentile of the codes over that of the median code: 1 where the decoder
+        is equally steep at all codes. The vacuums are the shares of prior draws, and of midpoints, that decode to
+        something farther from every training row than 95% of the test rows' reconstructions are; data have 0.05.
+        Errors but the step's are of a bootstrap over rows and draws, the threshold's own error included.
+
+        Arguments:
+            seed: of the bootstrap.
+        """
+        random = torch.Generator().manual_seed(seed)
+        shares = {"vacuum_prior": (self.rows, self.prior), "vacuum_between": (self.rows, self.between)}
+        found = {"step": mean_se(self.step), "roughness": _bootstrapped(_roughness, (self.step,), random)}
+        return found | {name: _bootstrapped(_vacuum, samples, random) for name, samples in shares.items()}
+
+
+def _roughness(step: Tensor) -> Tensor:
+    return step.quantile(1 - SHARE) / step.median()
+
+
+def _vacuum(rows: Tensor, others: Tensor) -> Tensor:
+    return (others > rows.quantile(1 - SHARE)).double().mean()
+
+
+def _bootstrapped(statistic: Callable[..., Tensor], samples: tuple[Tensor, ...], random: torch.Generator) -> Estimate:
+    """A statistic of independent samples, and its standard deviation over resamples of each."""
+    again = [
+        statistic(*(values[torch.randint(len(values), (len(values),), generator=random)] for values in samples))
+        for _ in range(RESAMPLES)
+    ]
+    return Estimate(statistic(*samples).item(), torch.stack(again).double().std().item())
+
+
+def proximity(
+    model: Program,
+    guide: Guide,
+    x: Values,
+    train: Values,
+    index: Tensor | None = None,
+    *,
+    draws: int = 500,
+    seed: int = 0,
+    progress: Callable[[int], None] = lambda rows: None,
+) -> Proximity:
+    r"""How smooth the decoder is around the codes, and how much of the latent space decodes to nothing like the data.
+
+    With codes m_b, the means of q(z|x_b), their standard deviations s_d over rows, and orthonormal random directions u,
+
+    .. math:: \mathrm{step}_b^2 = \mathrm{mean}_{u, d}\,
+              \big(E[x_d | m_b + 0.1\, s \odot u] - E[x_d | m_b]\big)^2 .
+
+    All is measured in the data, so that latent spaces of other scales and of point masses compare. Distances are those
+    of means of p(x|z) from the nearest of at most 5,000 random training rows.
+
+    Arguments:
+        model, guide: a fitted program and its guide.
+        x, index: rows [B, C], at least 2, and which training datapoints they are; None for new ones. What a program is
+            given beside its latents, such as a label's columns, is taken from them.
+        train: training rows [N, C]; entries that are missing count as their column's mean.
+        draws: S, of the prior and of pairs of rows.
+        seed: of all noise.
+        progress: called with the number of rows done.
+
+    Returns:
+        Steps and distances, on the CPU.
+
+    Raises:
+        UserError: fewer than 2 rows, no training rows, or no draws.
+    """
+    positive("proximity", draws=draws)
+    rows, known = rows_of(x, model), rows_of(train, model)
+    if len(rows) < 2 or not len(known):
+        raise UserError(
+            f"proximity compares rows with each other and with training rows: {len(rows)} and {len(known)} are given, "
+            "but at least 2 and 1 are needed"
+        )
+
+    def encoded(rows: Rows) -> dict[str, Tensor]:
+        return {"codes": _mean(guide.family(guide.params(rows.x, rows.index).detach()))}
+
+    codes = by_rows(model, guide, encoded, rows, index, seed=seed, progress=progress)["codes"].to(rows)
+    random = torch.Generator().manual_seed(seed)
+    known = _without_holes(known[torch.randperm(len(known), generator=random)[:NEIGHBOURS]])
+    pairs = torch.stack([torch.randperm(len(rows), generator=random)[:2] for _ in range(draws)])
+    images = _decoded(model, guide, codes, rows)
+    middle = _decoded(model, guide, codes[pairs].mean(1), rows[pairs[:, 0]])
+    return Proximity(
+        step=_steps(model, guide, codes, rows, images, random),
+        rows=_nearest(images, known),
+        prior=_nearest(_from_prior(model, rows[torch.arange(draws) % len(rows)], seed), known),
+        between=_nearest(middle, known),
+    )
+
+
+def _mean(q: Any) -> Tensor:
+    """The mean [B, D] of q, by draws where it states none."""
+    try:
+        return q.mean
+    except NotImplementedError:
+        return q.sample(torch.Size([DRAWS])).mean(0)
+
+
+def _without_holes(rows: Tensor) -> Tensor:
+    """The rows with their columns' means in place of NaN."""
+    return torch.where(rows.isnan(), rows.nanmean(0).nan_to_num(), rows)
+
+
+def _decoded(model: Program, guide: Guide, z: Tensor, beside: Tensor) -> Tensor:
+    """The means of p(x|z) at z [S, D], with what the rows [S, C] give beside the latents."""
+
+    def compute(rows: Rows) -> dict[str, Tensor]:
+        return {"x": decoded(model, guide.sites, rows.x, beside[rows.place]).mean.flatten(1)}
+
+    return by_rows(model, guide, compute, z)["x"]
+
+
+def _from_prior(model: Program, like: Tensor, seed: int) -> Tensor:
+    """The means of p(x|z) at draws z of the program's own, for the rows ``like``."""
+
+    def compute(rows: Rows) -> dict[str, Tensor]:
+        which = torch.zeros(len(rows.x), dtype=torch.long, device=rows.x.device)
+        return {"x": observed(model, rows.x, which)["fn"].mean.flatten(1)}
+
+    return by_rows(model, None, compute, like, seed=seed)["x"]
+
+
+def _steps(
+    model: Program, guide: Guide, codes: Tensor, rows: Tensor, images: Tensor, random: torch.Generator
+) -> Tensor:
+    """Root mean square move of the decoded mean over directions and entries, [B]."""
+    count = min(DIRECTIONS, codes.shape[1])
+    ways = torch.linalg.qr(torch.randn(*codes.shape, count, generator=random))[0].to(codes)
+    total, size = torch.zeros(len(codes), dtype=images.dtype), STEP * codes.std(0)
+    for way in ways.unbind(-1):
+        moved = _decoded(model, guide, codes + size * way, rows)
+        total += (moved - images).square().mean(1) / count
+    return total.sqrt()
+
+
+def _nearest(images: Tensor, known: Tensor) -> Tensor:
+    """Root mean square distance of each image from the nearest of the known rows' first columns, [S]."""
+    columns = images.shape[1]
+    near = [torch.cdist(part.to(known), known.flatten(1)[:, :columns]).amin(1).cpu() for part in images.split(500)]
+    return torch.cat(near) / math.sqrt(columns)
