@@ -14,6 +14,7 @@ from typing import Annotated, Any
 
 import typer
 
+from pvae.commands import COMMANDS
 from pvae.errors import UserError, nearest
 from pvae.flags import (
     DataDir,
@@ -281,6 +282,10 @@ def list_(kind: Annotated[str | None, typer.Argument(help="One kind, with its co
         console.print(f"[italic]--binarize[/italic]\n{', '.join(data.BINARIZATIONS)}")
         console.print("\n`pvae list prior` shows the arguments of priors, and so on. Give them in brackets,")
         console.print("as in --objective 'IWAE(K=20)'; file.py:Class names a class of your own.")
+
+
+for command in COMMANDS:
+    app.command(rich_help_panel="Uses of a run")(command)
 
 
 def _guided(file: Any, guide_of: Callable[[Any], Any]) -> Any:

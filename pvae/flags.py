@@ -239,7 +239,10 @@ def takes(*groups: Callable[..., Any]) -> Callable[[Callable[..., None]], Callab
 
         run: Any = wrapper
         shared = [p for parameters in signatures for p in parameters.values()]
-        everything = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in (*own, *shared)]
+        # What must be given comes first in a group too, as the folder of a run does.
+        needed = [p for p in shared if p.default is inspect.Parameter.empty]
+        ordered = (*needed, *own, *(p for p in shared if p not in needed))
+        everything = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in ordered]
         run.__signature__ = inspect.Signature(everything)
         run.__annotations__ = {p.name: p.annotation for p in everything}
         del run.__wrapped__

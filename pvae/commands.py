@@ -1,0 +1,210 @@
+"""Commands that use a run: rows in, files out, a few sentences on the screen, and what the page of the run shows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from pvae.errors import UserError
+from pvae.flags import DataDir, Device, Overwrite, Run, Trust, takes
+
+__all__ = ["COMMANDS"]
+
+Flag = typer.Option
+Rows = Annotated[
+    str,
+    typer.Argument(help="test, train or validation rows of the run, or a .npy, .npz, .csv or .parquet file."),
+]
+Select = Annotated[str | None, Flag(help="Which rows, counted from 0, as 0:20 or 3,17,5 (default all).")]
+Draws = Annotated[int, Flag(help="Of each code.")]
+DrawX = Annotated[bool, Flag("--draw", help="Draw x from p(x|z) instead of taking its mean.")]
+
+
+def use_flags(
+    run: Run,
+    variant: Annotated[str | None, Flag(help="Of a comparison, which one (default the first).")] = None,
+    out: Annotated[
+        list[Path] | None, Flag(help="A .npz, .npy, .csv or .png file; repeatable (default in the run's folder).")
+    ] = None,
+    overwrite: Overwrite = False,
+    seed: Annotated[int, Flag(help="Of all draws.")] = 0,
+    device: Device = "auto",
+    data_dir: DataDir = None,
+    trust: Trust = False,
+) -> Callable[..., None]:
+    """A function that opens the run, takes rows to a use, and writes what comes of it."""
+    if not 0 <= seed < 2**31:
+        raise UserError(f"--seed is {seed}, but it must be at least 0 and below {2**31}")
+
+    def carry_out(make: Callable[[Any], Any], rows: str = "test", select: str | None = None, **reading: bool) -> None:
+        import matplotlib
+
+        from pvae import opened, used
+        from pvae.console import bar
+        from pvae.drawing import STYLE
+        from pvae.runs import fingerprint
+        from pvae.using import Asked
+
+        outs = out or []
+        used.check_outputs(outs, overwrite)
+        own = opened.open_run(run, variant, device=device, data_folder=data_dir, trust=trust)
+        chosen = opened.chosen(own, rows, select, **reading)
+        if own.others and variant is None:
+            typer.echo(f"{own.name}, of {1 + len(own.others)} variants (--variant names another)", err=True)
+        with matplotlib.rc_context(STYLE), bar("rows", total or len(chosen.x), wanted=total != 0) as show:
+            made = make(Asked(own, chosen, seed, _counted(show)))
+            about = {"variant": own.name, "fitted": fingerprint(own.variant), "rows": chosen.where}
+            for path in outs:
+                used.save(made, path)
+            written = outs or used.keep(made, run, about)
+        _tell(made, written)
+
+    return carry_out
+
+
+def _counted(show: Callable[[int, str], None]) -> Callable[[int], None]:
+    done = 0
+
+    def count(rows: int) -> None:
+        nonlocal done
+        done += rows
+        show(done, "")
+
+    return count
+
+
+def _tell(made: Any, written: list[Path]) -> None:
+    from rich.console import Console
+
+    from pvae.tables import Table, rich_table
+
+    for sentence in made.sentences:
+        typer.echo(sentence)
+    for table in made.tables:
+        Console().print(rich_table(Table(*table)))
+    typer.echo(f"written: {', '.join(map(str, written))}")
+
+
+@takes(use_flags)
+def reconstruct(carry_out: Any, rows: Rows = "test", select: Select = None, draws: Draws = 8) -> None:
+    """Rows through their codes and back, beside principal components."""
+    from pvae import using
+
+    carry_out(lambda asked: using.reconstruct(asked, draws=draws), rows, select)
+
+
+@takes(use_flags)
+def sample(
+    carry_out: Any,
+    count: Annotated[int, Flag(help="How many.")] = 64,
+    temperature: Annotated[float, Flag(help="Of the prior's noise: below 1, draws nearer to its centre.")] = 1.0,
+    draw: DrawX = False,
+) -> None:
+    """New rows from the prior."""
+    from pvae import using
+
+    _at_least(count=count)
+    carry_out(lambda asked: using.sample(asked, count, temperature=temperature, draw=draw), total=count)
+
+
+@takes(use_flags)
+def interpolate(
+    carry_out: Any,
+    rows: Rows = "test",
+    select: Annotated[str, Flag(help="The rows of the path, in their order.")] = "0:4",
+    steps: Annotated[int, Flag(help="From one row to the next.")] = 9,
+    how: Annotated[str, Flag(help="linear or spherical.")] = "linear",
+) -> None:
+    """From row to row through the latent space."""
+    from pvae import using
+
+    carry_out(lambda asked: using.interpolate(asked, steps=steps, how=how), rows, select, total=0)
+
+
+@takes(use_flags)
+def encode(carry_out: Any, rows: Rows = "test", select: Select = None, draws: Draws = 64) -> None:
+    """Rows to codes: mean and standard deviation, rate in bits, distortion."""
+    from pvae import using
+
+    carry_out(lambda asked: using.encode(asked, draws=draws), rows, select)
+
+
+@takes(use_flags)
+def decode(
+    carry_out: Any,
+    codes: Annotated[Path, typer.Argument(help="Codes: a file of encode, or a table.")],
+    draw: DrawX = False,
+) -> None:
+    """Codes to rows."""
+    from pvae import using
+
+    carry_out(lambda asked: using.decode(asked, codes, draw=draw), total=0)
+
+
+@takes(use_flags)
+def denoise(
+    carry_out: Any,
+    rows: Rows = "test",
+    select: Select = None,
+    noise: Annotated[
+        str, Flag(help="GaussianNoise(scale=...) or FlipNoise(rate=...), as it came upon the rows.")
+    ] = "GaussianNoise(scale=0.5)",
+    add: Annotated[
+        bool | None, Flag("--add/--as-is", help="Add the noise first (default for the run's rows), or not (for files).")
+    ] = None,
+    draws: Draws = 100,
+    steps: Annotated[int, Flag(help="The most refinement steps of a row.")] = 100,
+) -> None:
+    """Rows without their noise: the posterior mean of what they were."""
+    from pvae import using
+
+    def make(asked: Any) -> Any:
+        wanted = asked.rows.from_run if add is None else add
+        return using.denoise(asked, noise, add=wanted, draws=draws, steps=steps)
+
+    carry_out(make, rows, select, raw=not add)
+
+
+@takes(use_flags)
+def impute(
+    carry_out: Any,
+    rows: Rows = "test",
+    select: Select = None,
+    hide: Annotated[float | None, Flag(help="Hide this share of the entries, to see how well they are told.")] = None,
+    draws: Annotated[int, Flag(help="Of each missing entry.")] = 5,
+    samples: Annotated[int, Flag(help="K, codes that are weighed for each row.")] = 100,
+    steps: Annotated[int, Flag(help="The most refinement steps of a row.")] = 100,
+) -> None:
+    """Missing entries (NaN) filled in from those that are there: mean, standard deviation, draws."""
+    from pvae import using
+
+    carry_out(
+        lambda asked: using.impute(asked, hide=hide, draws=draws, K=samples, steps=steps), rows, select, missing=True
+    )
+
+
+@takes(use_flags)
+def augment(
+    carry_out: Any,
+    rows: Rows = "train",
+    select: Select = None,
+    per_row: Annotated[int, Flag(help="New rows around each.")] = 4,
+    spread: Annotated[float, Flag(help="In standard deviations of q; 0 reconstructs.")] = 1.0,
+    draw: DrawX = False,
+) -> None:
+    """New rows around given ones, and how many of them keep their class."""
+    from pvae import using
+
+    carry_out(lambda asked: using.augment(asked, per_row=per_row, spread=spread, draw=draw), rows, select)
+
+
+def _at_least(**counts: int) -> None:
+    for name, count in counts.items():
+        if count < 1:
+            raise UserError(f"--{name.replace('_', '-')} is {count}, but it must be at least 1")
+
+
+COMMANDS = (reconstruct, sample, interpolate, encode, decode, denoise, impute, augment)

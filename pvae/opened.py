@@ -1,0 +1,238 @@
+"""A run opened for use: one fitted variant, its data, and the rows that it is to be used on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pvae import checkpoints, grid, recipe, runs
+from pvae.data import Dataset
+from pvae.errors import UserError, nearest
+from pvae.files import read_table
+from pvae.guides import Guide
+from pvae.runs import Variant
+from pvae.runtime import seeded
+from pvae.sites import innermost, observed
+from pvae.values import binarized, checked
+from pvae.weights import Program
+
+__all__ = ["Chosen", "Opened", "chosen", "open_run", "positions"]
+
+# Parts of a run's data that may be used, with the words that stand for them.
+WORDS = {"test": "test rows", "train": "training rows", "validation": "validation rows"}
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A fitted variant of a run folder.
+
+    Attributes:
+        folder: of the run.
+        name: of the variant.
+        variant: program, guide and recipe.
+        data: that it was fitted to, on the CPU.
+        others: names of the run's other variants.
+        device: ``auto``, ``cpu`` or ``cuda``, as it was asked for.
+    """
+
+    folder: Path
+    name: str
+    variant: Variant
+    data: Dataset
+    others: Sequence[str] = ()
+    device: str = "auto"
+
+    @property
+    def model(self) -> Program:
+        """The generative program."""
+        return self.variant.built.program.model
+
+    @property
+    def guide(self) -> Guide:
+        """Its guide."""
+        return self.variant.built.guide
+
+    @property
+    def columns(self) -> int:
+        """Number of a row's own values, without those of its label."""
+        return self.data.train.shape[1] - self.data.classes
+
+
+class Chosen(NamedTuple):
+    """Rows x [B, C] of a run's data or of a file.
+
+    ``labels`` [B] are their classes, if known; ``index`` [B] says which training datapoints they are, if they are any;
+    ``where`` says in words what they are, and ``place`` [B] where each stands there.
+    """
+
+    x: Tensor
+    labels: Tensor | None
+    index: Tensor | None  # type: ignore[assignment]
+    where: str
+    place: Tensor
+
+    @property
+    def from_run(self) -> bool:
+        """The rows are of the run's own data, and so as they should be."""
+        return self.where in WORDS.values()
+
+
+def open_run(
+    folder: Path,
+    variant: str | None = None,
+    *,
+    device: str = "auto",
+    data_folder: str | Path | None = None,
+    trust: bool = False,
+) -> Opened:
+    """Open a run folder of ``fit`` or ``compare``.
+
+    Arguments:
+        variant: name of one of a comparison's variants; the first that is trained unless given.
+        device: ``auto``, ``cpu`` or ``cuda``.
+        data_folder: where torchvision's data sets are.
+        trust: run the code of files that the run's recipe names.
+
+    Raises:
+        UserError: no run, a broken one, data that have changed, or no variant of this name.
+    """
+    if not (folder / "recipe.toml").is_file():
+        raise UserError(f"{folder} is not a run: it has no recipe.toml; pvae fit --out {folder} makes one")
+    own, axes, _ = recipe.open_file(folder / "recipe.toml", trust=trust)
+    places = {own.name("guide"): folder}
+    if axes:
+        places = {cell.name: folder / cell.place for cell in reversed(grid.cells(own, axes))}
+        places = {name: place for name, place in reversed(places.items()) if (place / checkpoints.FILE).is_file()}
+    if not places:
+        raise UserError(f"{folder} holds no trained variant; the command that began it with --resume goes on")
+    name = next(iter(places)) if variant is None else variant
+    if name not in places:
+        raise UserError(f"{folder} has no variant '{name}'{nearest(name, places)}")
+    shelf = grid.Shelf(data_folder)
+    data = shelf[recipe.read(places[name], trust=trust)]
+    found = runs.load(places[name], data, device=device, trust=trust)
+    return Opened(folder, name, found, data, [other for other in places if other != name], device)
+
+
+def chosen(
+    opened: Opened, source: str = "test", select: str | None = None, *, raw: bool = False, missing: bool = False
+) -> Chosen:
+    """Rows to use a run on.
+
+    Arguments:
+        source: ``test``, ``train`` or ``validation`` rows of the run's data, or a .npy, .npz, .csv or .parquet file.
+        select: which of them, as ``0:20`` or ``3,17,5``, counted from 0; all unless given.
+        raw: take a file's values as they are: noisy ones need not lie in the support.
+        missing: NaN may stand for what is missing.
+
+    Raises:
+        UserError: no such rows, another number of columns, values outside the support, NaN where none is expected.
+    """
+    if source in WORDS:
+        found = _own(opened, source)
+    elif Path(source).suffix:
+        found = _from_file(opened, Path(source), raw, missing or opened.data.missing)
+    else:
+        raise UserError(f"there are no rows '{source}'{nearest(source, WORDS)}, or the path of a file")
+    if not len(found.x):
+        raise UserError(f"the run has no {found.where}; name others, or a file")
+    if select is None:
+        return found
+    which = torch.tensor(positions(select, len(found.x), found.where))
+    labels, index = (None if values is None else values[which] for values in (found.labels, found.index))
+    return Chosen(found.x[which], labels, index, found.where, found.place[which])
+
+
+def positions(select: str, count: int, what: str) -> list[int]:
+    """Positions that a selection names, as ``0:20`` or ``3,17,5``.
+
+    Raises:
+        UserError: it can't be read, names none, or one beyond the last.
+
+    >>> positions("3,0:2", 10, "test rows")
+    [3, 0, 1]
+    """
+    found: list[int] = []
+    for word in select.split(","):
+        start, colon, stop = word.partition(":")
+        try:
+            first = int(start or 0)
+            found += range(first, int(stop or count)) if colon else [first]
+        except ValueError:
+            raise UserError(f"--select {select}: write positions, as 3,17,5 or 0:20") from None
+    if not found:
+        raise UserError(f"--select {select} is empty; there are {count} {what}, counted from 0")
+    if wrong := [place for place in found if not 0 <= place < count]:
+        raise UserError(f"--select {select}: there is no row {wrong[0]}; there are {count} {what}, counted from 0")
+    return found
+
+
+def _own(opened: Opened, part: str) -> Chosen:
+    data = opened.data
+    x, index = data.fixed_train(len(data.train)) if part == "train" else (getattr(data, part), None)
+    labels = getattr(data, f"{part}_labels")
+    return Chosen(x, labels, index, WORDS[part], torch.arange(len(x)))
+
+
+def _from_file(opened: Opened, path: Path, raw: bool, missing: bool) -> Chosen:
+    table = read_table(path)
+    x = np.asarray(table["x_train"])
+    if x.dtype.kind not in "biuf":
+        raise UserError(f"{path}: the values are of type {x.dtype}, but numbers are needed")
+    flat = x.reshape(len(x), -1) if x.ndim > 1 else x.reshape(1, -1)
+    if flat.shape[1] != opened.columns:
+        shape = " x ".join(map(str, opened.data.shape))
+        raise UserError(f"{path}: rows have {flat.shape[1]} columns, but the run's have {opened.columns} ({shape})")
+    labels = _labels(opened, path, table.get("y_train"))
+    kind = "none" if raw else opened.data.binarize
+    values = torch.from_numpy(np.array(checked(str(path), flat, kind, 1, missing=missing)))
+    rows = binarized({"test": values}, kind)["test"]
+    if not raw:
+        _check_support(opened, rows, path)
+    if opened.data.classes:
+        rows = _with_labels(opened, rows, labels, path)
+    return Chosen(rows, labels, None, f"rows of {path.name}", torch.arange(len(rows)))
+
+
+def _check_support(opened: Opened, x: Tensor, path: Path) -> None:
+    with torch.no_grad(), seeded(0):
+        like = opened.data.train[:1].to(next(opened.variant.built.program.parameters()).device)
+        fn = observed(opened.model, like)["fn"]
+    outside = (~innermost(fn.support).check(x) & ~x.isnan()).nonzero()
+    if len(outside):
+        row, column = outside[0].tolist()
+        raise UserError(
+            f"{path}: row {row}, column {column} is {x[row, column].item():g}, outside the support of the run's likelihood "
+            f"{opened.variant.recipe.name('likelihood')} ({innermost(fn.support)}; {len(outside)} such values)"
+        )
+
+
+def _labels(opened: Opened, path: Path, values: Any) -> Tensor | None:
+    """A file's labels as numbers; words are numbered in alphabetical order, as the run's were."""
+    if values is None:
+        return None
+    found = np.asarray(values)
+    if found.dtype.kind in "biuf":
+        return torch.from_numpy(np.array(found))
+    words, numbers = np.unique(found.astype(str), return_inverse=True)
+    known = opened.data.test_labels
+    if known is None or len(known.unique()) != len(words):
+        raise UserError(f"{path}: its {len(words)} different labels are not the run's; number them as the run does")
+    return torch.from_numpy(numbers)
+
+
+def _with_labels(opened: Opened, rows: Tensor, labels: Tensor | None, path: Path) -> Tensor:
+    """Rows with their label's columns, which the run's program takes."""
+    if labels is None:
+        raise UserError(f"{path}: the run's program takes labels, and the file has none; add a column 'label'")
+    kinds = opened.data.train_labels.unique() if opened.data.train_labels is not None else labels.unique()
+    if not torch.isin(labels, kinds).all():
+        raise UserError(f"{path}: it has a label that the run's data do not have; known are {kinds.tolist()}")
+    hot = torch.nn.functional.one_hot(torch.searchsorted(kinds, labels), opened.data.classes)
+    return torch.cat([rows, hot.to(rows)], 1)

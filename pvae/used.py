@@ -1,0 +1,131 @@
+"""What came of using a run: arrays, a picture and sentences, written where they are wanted and kept for the page."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from pvae.errors import UserError, nearest
+from pvae.files import read_json, replacing, write_json
+
+__all__ = ["FOLDER", "KINDS", "Use", "check_outputs", "kept", "keep", "save"]
+
+# In a run's folder.
+FOLDER = "uses"
+KINDS = (".npz", ".npy", ".csv", ".png")
+
+
+@dataclass
+class Use:
+    """What a command gives.
+
+    Attributes:
+        verb: the command's name.
+        arrays: by name; the first is what a .npy file holds. Those with as many rows as it become columns of a .csv.
+        sentences: for the screen and the page.
+        tables: title, header and lines of words, likewise.
+        figure: a picture.
+        caption: what it shows.
+    """
+
+    verb: str
+    arrays: dict[str, np.ndarray]
+    sentences: list[str] = field(default_factory=list)
+    tables: list[tuple[str, list[str], list[list[str]]]] = field(default_factory=list)
+    figure: Figure | None = None
+    caption: str = ""
+
+
+def check_outputs(outs: Sequence[Path], overwrite: bool) -> None:
+    """Refuse, before any work, files that can't be written or would replace others.
+
+    Raises:
+        UserError: an unknown format, or a file that exists while ``overwrite`` is off.
+    """
+    for path in outs:
+        if path.suffix not in KINDS:
+            raise UserError(f"--out {path}: unknown format '{path.suffix}'{nearest(path.suffix, KINDS)}")
+        if path.is_dir():
+            raise UserError(f"--out {path} is a folder; name a file in it")
+        if path.exists() and not overwrite:
+            raise UserError(f"--out {path} exists; give --overwrite to replace it, or another name")
+
+
+def save(use: Use, path: Path) -> None:
+    """Write a use to a file, whole or not at all: all arrays (.npz), the first (.npy), a table, or the picture.
+
+    Raises:
+        UserError: there is no picture, or the file can't be written.
+    """
+    if path.suffix == ".png" and use.figure is None:
+        raise UserError(f"--out {path}: there is no picture of {use.verb}; write .npz, .npy or .csv")
+    with replacing(path) as temporary, temporary.open("wb") as file:
+        if path.suffix == ".npz":
+            np.savez_compressed(file, **use.arrays)  # type: ignore[arg-type]
+        elif path.suffix == ".npy":
+            np.save(file, next(iter(use.arrays.values())))
+        elif path.suffix == ".csv":
+            _write_csv(file, use.arrays)
+        else:
+            file.write(picture(use))
+
+
+def picture(use: Use) -> bytes:
+    """The picture as a PNG."""
+    assert use.figure is not None
+    file = io.BytesIO()
+    use.figure.savefig(file, format="png", dpi=160, bbox_inches="tight")
+    return file.getvalue()
+
+
+def _write_csv(file: Any, arrays: Mapping[str, np.ndarray]) -> None:
+    """Columns of all arrays that have a row for each row of the first; a table's columns are numbered."""
+    import pyarrow as pa
+    from pyarrow import csv
+
+    rows, columns = len(next(iter(arrays.values()))), {}
+    for name, values in arrays.items():
+        if values.ndim == 1 and len(values) == rows:
+            columns[name] = values
+        elif values.ndim == 2 and len(values) == rows:
+            columns |= {f"{name}{place}": values[:, place] for place in range(values.shape[1])}
+    csv.write_csv(pa.table({name: np.ascontiguousarray(values) for name, values in columns.items()}), file)
+
+
+def keep(use: Use, folder: Path, about: Mapping[str, Any]) -> list[Path]:
+    """Keep a use in a run's folder, in the place of the last one of its verb, and return the files.
+
+    Arguments:
+        about: what it belongs to: the variant, the fit's fingerprint, the rows.
+    """
+    place = folder / FOLDER
+    paths = [place / f"{use.verb}.npz"] + [place / f"{use.verb}.png"] * (use.figure is not None)
+    for path in paths:
+        save(use, path)
+    told = {"sentences": use.sentences, "tables": use.tables, "caption": use.caption}
+    write_json(place / f"{use.verb}.json", {"verb": use.verb, **about, **told})
+    return paths
+
+
+def kept(folder: Path, verbs: Sequence[str], fitted: Sequence[str]) -> list[dict[str, Any]]:
+    """What a run's folder keeps of uses, in the order of the verbs; that of earlier fits is left out.
+
+    Returns:
+        What :func:`keep` wrote, with ``arrays`` a function that reads them and ``picture`` the bytes of a PNG or None.
+    """
+    found = []
+    for verb in verbs:
+        path = folder / FOLDER / f"{verb}.json"
+        if not path.is_file():
+            continue
+        told = read_json(path, f"pvae {verb} {folder} writes it anew")
+        if told.get("fitted") in fitted:
+            drawn = path.with_suffix(".png")
+            found.append(told | {"picture": drawn.read_bytes() if drawn.is_file() else None})
+    return found

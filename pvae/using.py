@@ -1,0 +1,313 @@
+"""Uses of an opened run, one function each: from rows to arrays, a picture, and sentences that say how good."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pvae import uses
+from pvae.components import parse
+from pvae.errors import UserError
+from pvae.files import read_table
+from pvae.opened import Chosen, Opened
+from pvae.stats import Estimate, mean_se, number
+from pvae.use_pictures import ACROSS, sheets, strips
+from pvae.used import Use
+
+__all__ = ["Asked", "augment", "decode", "denoise", "encode", "impute", "interpolate", "reconstruct", "sample"]
+
+# Training rows to which what stands beside is fitted: PCA, nearest neighbours.
+FITTED = 10_000
+
+
+class Asked(NamedTuple):
+    """What concerns every use: an opened run, the rows, the seed, and whom to tell of progress."""
+
+    run: Opened
+    rows: Chosen
+    seed: int = 0
+    progress: Callable[[int], None] = lambda rows: None
+
+    @property
+    def programs(self) -> tuple[Any, Any]:
+        """The model and its guide."""
+        return self.run.model, self.run.guide
+
+    @property
+    def x(self) -> Tensor:
+        """The rows' own values, without those of a label."""
+        return self.rows.x[:, : self.run.columns]
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Arguments of every function."""
+        return {"seed": self.seed, "progress": self.progress}
+
+    @property
+    def given(self) -> tuple[Tensor, Tensor | None]:
+        """The rows and which training datapoints they are."""
+        return self.rows.x, self.rows.index
+
+
+def reconstruct(asked: Asked, *, draws: int = 8) -> Use:
+    """Rows through their codes and back."""
+    found = uses.reconstruct(*asked.programs, *asked.given, K=draws, **asked.options)
+    own, pca = _error(found, asked.x), _error(_pca(asked.run, asked.x), asked.x)
+    told = [
+        f"Squared error {_of(own)} per value over {_count(asked)} ({draws} draws of each code); the training rows' "
+        f"first {_dim(asked.run)} principal components leave {_of(pca)}."
+    ]
+    lines = {"original": asked.x, "reconstruction": found}
+    return _use("reconstruct", {"x": found, "row": asked.rows.place}, told, strips(_arrays(lines), _shape(asked)))
+
+
+def sample(asked: Asked, count: int, *, temperature: float = 1.0, draw: bool = False) -> Use:
+    """New rows from the prior; the rows given say of what shape, and bring the labels that a program takes."""
+    like = asked.rows.x.repeat(-(-count // len(asked.rows.x)), 1)[:count]
+    found = uses.sample(asked.run.model, like, temperature=temperature, draw=draw, **asked.options)
+    what = "draws of p(x|z)" if draw else "means of p(x|z)"
+    told = [f"{count} {what} at z from the prior, temperature {temperature:g}, seed {asked.seed}."]
+    return _use("sample", {"x": found}, told, sheets(_arrays({told[0]: found[:96]}), _shape(asked)))
+
+
+def interpolate(asked: Asked, *, steps: int = 9, how: str = "linear") -> Use:
+    """The way from row to row through the codes."""
+    found = uses.interpolate(*asked.programs, *asked.given, steps=steps, how=how, seed=asked.seed)
+    legs = {
+        f"rows {a} to {b}": found.x[leg * steps : (leg + 1) * steps + 1]
+        for leg, (a, b) in enumerate(pairwise(asked.rows.place.tolist()))
+    }
+    moved = (found.x[1:] - found.x[:-1]).square().mean(1).sqrt()
+    told = [
+        f"A {how} path of {len(found.x)} codes through {_count(asked)}; from one to the next a value moves by "
+        f"{moved.mean():.3g} (root mean square), at most {moved.max():.3g}."
+    ]
+    shown = dict(list(legs.items())[:8])
+    figure = sheets(_arrays(shown), _shape(asked), per_line=steps + 1)
+    return _use("interpolate", {"x": found.x, "z": found.z, "at": found.at}, told, figure)
+
+
+def encode(asked: Asked, *, draws: int = 64) -> Use:
+    """Rows to codes: mean and standard deviation, rate and distortion, beside principal components."""
+    found = uses.encode(*asked.programs, *asked.given, K=draws, **asked.options)
+    pca, dim = _pca(asked.run, asked.x), _dim(asked.run)
+    rate, distortion = mean_se(found.rate), mean_se(found.distortion)
+    told = [
+        f"{_count(asked).capitalize()} as {dim} numbers each: {asked.run.columns / dim:.3g} times fewer.",
+        f"Squared error at the code's mean {_of(mean_se(found.error))} per value; as many principal components leave "
+        f"{_of(_error(pca, asked.x))}.",
+        f"Distortion {number(distortion)} nats per row.",
+    ]
+    if not math.isnan(rate.mean):
+        both = (found.rate + found.distortion / math.log(2)) / asked.run.columns
+        told.insert(1, f"Rate {number(rate)} bits per row by bits-back coding, {_bits(asked, both)}.")
+    else:
+        told.insert(1, "Rate: a point mass has none; its codes cost what their numbers cost.")
+    decoded = uses.decode(*asked.programs, found.mean, asked.rows.x)
+    lines = {"original": asked.x, "decoded": decoded, f"PCA, {dim} dimensions": pca}
+    arrays = {"mean": found.mean, "sd": found.sd, "rate": found.rate, "distortion": found.distortion}
+    arrays |= {"error": found.error, "row": asked.rows.place} | _labelled(asked)
+    return _use("encode", arrays, told, strips(_arrays(lines), _shape(asked)))
+
+
+def _bits(asked: Asked, both: Tensor) -> str:
+    """What rows cost in all, in bits for each value, if x is counted and not measured."""
+    measure = "bits" if asked.run.variant.recipe.name("likelihood") != "Gaussian" else "bits (of density)"
+    return f"with the rest of x {number(mean_se(both))} {measure} per value"
+
+
+def decode(asked: Asked, path: Path, *, draw: bool = False) -> Use:
+    """Codes of a file to rows."""
+    z = _codes(path, _dim(asked.run))
+    beside = asked.rows.x.repeat(-(-len(z) // len(asked.rows.x)), 1)[: len(z)]
+    found = uses.decode(*asked.programs, z, beside, draw=draw, **asked.options)
+    told = [f"{len(z)} codes of {path.name} decoded to {'draws' if draw else 'means'} of p(x|z)."]
+    return _use("decode", {"x": found}, told, sheets(_arrays({told[0]: found[:96]}), _shape(asked)))
+
+
+def _codes(path: Path, dim: int) -> np.ndarray:
+    """Codes [B, D] of a file: of ``encode``, or any table of D columns."""
+    if path.suffix == ".npz" and path.is_file():
+        with np.load(path, allow_pickle=False) as archive:
+            for name in ("mean", "z"):
+                if name in archive.files:
+                    return np.asarray(archive[name], dtype=np.float64).reshape(-1, archive[name].shape[-1])
+    found = np.asarray(read_table(path)["x_train"])
+    first = path.read_text(encoding="utf-8").split("\n", 1)[0] if path.suffix == ".csv" else ""
+    if first.replace('"', "").startswith("mean0"):
+        found = found[:, :dim]  # of encode, which puts the means first
+    if found.ndim != 2 or found.shape[1] != dim:
+        raise UserError(f"{path}: the codes have shape {found.shape}, but {dim} columns are needed")
+    if not np.isfinite(found).all():
+        raise UserError(f"{path}: row {np.argwhere(~np.isfinite(found))[0][0]} of the codes is not finite")
+    return found
+
+
+def denoise(asked: Asked, word: str, *, add: bool, draws: int = 100, steps: int = 100) -> Use:
+    """Rows without their noise: what x was, on average, given what is seen of it.
+
+    Arguments:
+        word: of the noise, as ``GaussianNoise(scale=0.5)``.
+        add: the rows are clean: add the noise to them, and say how much of it is taken away again.
+    """
+    from pvae.noise import make_noise
+    from pvae.runtime import seeded
+
+    noise = make_noise(parse(word))
+    with seeded(asked.seed + 17):
+        seen = noise.added(asked.x) if add else asked.x
+    y = torch.cat([seen, asked.rows.x[:, asked.run.columns :]], 1)
+    found = uses.denoise(
+        *asked.programs, y, noise, asked.rows.index, K=draws, steps=steps, seed=asked.seed, progress=asked.progress
+    )
+    lines = {"seen": seen, "denoised": found.x}
+    told = [f"{_count(asked).capitalize()}, {word}: the posterior mean of x under K = {draws} weighed draws."]
+    if add:
+        noisy, left = _error(seen, asked.x), _error(found.x, asked.x)
+        share = (found.x - asked.x).square().mean(1) / (seen - asked.x).square().mean()
+        told.append(
+            f"Squared error {_of(noisy)} per value with noise, {_of(left)} without: {number(mean_se(share))} of it."
+        )
+        lines = {"clean": asked.x} | lines
+    arrays = {"x": found.x, "sd": found.sd, "seen": seen, "ess": found.ess, "row": asked.rows.place}
+    return _use("denoise", arrays, told, strips(_arrays(lines), _shape(asked)))
+
+
+def impute(asked: Asked, *, hide: float | None, draws: int = 5, K: int = 100, steps: int = 100) -> Use:
+    """Missing entries filled in from those that are there.
+
+    Arguments:
+        hide: a share of the entries to hide at random, to see how well they are told; None fills in what is missing.
+        draws: of each missing entry.
+    """
+    there = _there(asked, hide)
+    x = torch.cat([torch.where(there, asked.x, torch.nan), asked.rows.x[:, asked.run.columns :]], 1)
+    found = uses.impute(
+        *asked.programs, x, asked.rows.index, K=K, draws=draws, steps=steps, seed=asked.seed, progress=asked.progress
+    )
+    filled = found.x[:, : asked.run.columns]
+    missing = (~there).double().mean().item()
+    told = [f"{_count(asked).capitalize()}, {missing:.1%} of the entries missing, {draws} draws of each; K = {K}."]
+    lines = {"seen": torch.where(there, asked.x, torch.nan), "mean": filled, "a draw": found.draws[0]}
+    if hide is not None:
+        hidden = ~there & ~asked.x.isnan()
+        own = _masked_error(filled, asked.x, hidden)
+        means = _masked_error(_column_means(asked.run).expand_as(asked.x), asked.x, hidden)
+        told.append(f"Squared error of the hidden entries {_of(own)}; their columns' means leave {_of(means)}.")
+        lines = {"original": asked.x} | lines
+    arrays = {"x": filled, "sd": found.sd, "draws": found.draws, "ess": found.ess, "row": asked.rows.place}
+    return _use("impute", arrays, told, strips(_arrays(lines), _shape(asked)))
+
+
+def _there(asked: Asked, hide: float | None) -> Tensor:
+    """Which entries are there, [B, C]."""
+    there = ~asked.x.isnan()
+    if hide is not None:
+        if not 0 < hide < 1:
+            raise UserError(f"--hide is {hide}, but it must be a share between 0 and 1")
+        noise = torch.rand(asked.x.shape, generator=torch.Generator().manual_seed(asked.seed))
+        return there & (noise >= hide)
+    if there.all():
+        raise UserError(f"no entry of the {asked.rows.where} is missing (NaN); --hide 0.5 hides half of them, to try")
+    return there
+
+
+def augment(asked: Asked, *, per_row: int = 4, spread: float = 1.0, draw: bool = False) -> Use:
+    """New rows around given ones, and how many keep their class."""
+    found = uses.augment(*asked.programs, *asked.given, per_row=per_row, spread=spread, draw=draw, **asked.options)
+    moved = (found.x - asked.x[found.row]).square().mean(1)
+    told = [
+        f"{len(found.x)} new rows around {_count(asked)}, {spread:g} standard deviations of q wide; they differ from "
+        f"their row by {_of(mean_se(moved))} (squared, per value)."
+    ]
+    arrays = {"x": found.x, "row": asked.rows.place[found.row]}
+    if asked.rows.labels is not None and asked.run.data.train_labels is not None:
+        labels = asked.rows.labels[found.row]
+        arrays["label"] = labels
+        told.append(_preserved(asked, found.x, labels))
+    around = found.x.view(len(asked.x), per_row, -1)
+    lines = {"row": asked.x} | {f"new {k + 1}": around[:, k] for k in range(min(per_row, 5))}
+    return _use("augment", arrays, told, strips(_arrays(lines), _shape(asked)))
+
+
+def _preserved(asked: Asked, x: Tensor, labels: Tensor) -> str:
+    """How many new rows a classifier that has seen the training rows puts into the class of their row."""
+    from sklearn.neighbors import KNeighborsClassifier
+
+    known = asked.run.data.fixed_train(FITTED).x[:, : asked.run.columns].nan_to_num(0.0)
+    train_labels = asked.run.data.train_labels
+    assert train_labels is not None
+    judge = KNeighborsClassifier(5).fit(known.numpy(), train_labels[: len(known)].numpy())
+    kept, own = (
+        mean_se(torch.from_numpy(judge.predict(rows.nan_to_num(0.0).numpy()) == kind.numpy()).double())
+        for rows, kind in ((x, labels), (asked.x, asked.rows.labels or labels))
+    )
+    return (
+        f"Class kept by {_percent(kept)} of the new rows, as five nearest of {len(known):,} training rows see it; they "
+        f"see {_percent(own)} of the given rows right."
+    )
+
+
+def _pca(run: Opened, x: Tensor) -> Tensor:
+    """Rows through as many principal components of the training rows as there are latent dimensions."""
+    from sklearn.decomposition import PCA
+
+    known = run.data.fixed_train(FITTED).x[:, : run.columns]
+    if known.isnan().any() or x.isnan().any():
+        return torch.full_like(x, torch.nan)
+    fitted = PCA(min(_dim(run), *known.shape), random_state=0).fit(known.numpy())
+    return torch.from_numpy(fitted.inverse_transform(fitted.transform(x.numpy()))).to(x)
+
+
+def _column_means(run: Opened) -> Tensor:
+    return run.data.fixed_train(FITTED).x[:, : run.columns].nanmean(0)
+
+
+def _error(found: Tensor, x: Tensor) -> Estimate:
+    """Squared error per value, over rows."""
+    return mean_se((found - x).square().nanmean(1))
+
+
+def _masked_error(found: Tensor, x: Tensor, where: Tensor) -> Estimate:
+    """Squared error of some of the values, over rows that have some."""
+    errors, count = torch.where(where, (found - x).square(), 0).sum(1), where.sum(1)
+    return mean_se((errors / count.clamp(min=1))[count > 0])
+
+
+def _of(estimate: Estimate) -> str:
+    return number(estimate) if math.isfinite(estimate.mean) else "an unknown error (entries are missing)"
+
+
+def _percent(estimate: Estimate) -> str:
+    return f"{100 * estimate.mean:.1f} ± {100 * estimate.se:.1f}%"
+
+
+def _dim(run: Opened) -> int:
+    return run.guide.sites.dim
+
+
+def _count(asked: Asked) -> str:
+    return f"{len(asked.x)} {asked.rows.where}"
+
+
+def _shape(asked: Asked) -> tuple[int, ...]:
+    return asked.run.data.shape
+
+
+def _labelled(asked: Asked) -> dict[str, Tensor]:
+    return {} if asked.rows.labels is None else {"label": asked.rows.labels}
+
+
+def _arrays(lines: dict[str, Tensor]) -> dict[str, np.ndarray]:
+    return {name: values[: 8 * ACROSS].detach().cpu().double().numpy() for name, values in lines.items()}
+
+
+def _use(verb: str, arrays: dict[str, Tensor], told: list[str], figure: Any) -> Use:
+    return Use(verb, {name: values.detach().cpu().numpy() for name, values in arrays.items()}, told, figure=figure)
