@@ -192,6 +192,13 @@ class ContinuousBernoulli(_Values):
         near = _series([2 * n * c for n, c in enumerate(SERIES, 1)], h * h) * h
         return (1 + torch.where(h.abs() < BRANCH, near, 1 / far.tanh() - 1 / far)) / 2
 
+    @property
+    def variance(self) -> Tensor:
+        h = self.logits / 2
+        near = _series([2 * n * (2 * n - 1) * c for n, c in enumerate(SERIES, 1)], h * h)
+        far = _away_from_zero(h).abs()
+        return torch.where(h.abs() < BRANCH, near, far**-2 - (2 * (-far).exp() / -torch.expm1(-2 * far)) ** 2) / 4
+
     def _draw(self, shape: torch.Size) -> Tensor:
         slope = self.logits.expand(shape)
         steep = slope.abs().clamp(min=1e-30)
@@ -292,6 +299,11 @@ class _Counts(_Values):
     def _log_mass(self, x: Tensor, *parameters: Tensor) -> Tensor:
         raise NotImplementedError
 
+    @property
+    def mean(self) -> Tensor:
+        log_mean = getattr(self, next(iter(self.arg_constraints)))
+        return _tamed(log_mean).exp().to(log_mean.dtype)
+
 
 class Poisson(_Counts):
     r""":math:`p(x) = r^x e^{-r} / x!` with log r = eta up to \|eta\| = 20, growing as its logarithm beyond.
@@ -308,8 +320,8 @@ class Poisson(_Counts):
         return x * log_rate - log_rate.exp() - (x + 1).lgamma()
 
     @property
-    def mean(self) -> Tensor:
-        return _tamed(self.log_rate).exp().to(self.log_rate.dtype)
+    def variance(self) -> Tensor:
+        return self.mean
 
     def _draw(self, shape: torch.Size) -> Tensor:
         return _poisson(_tamed(self.log_rate).exp().expand(shape)).to(self.log_rate.dtype)
@@ -335,8 +347,9 @@ class NegativeBinomial(_Counts):
         return ways + r * F.logsigmoid(-log_odds) + x * F.logsigmoid(log_odds)
 
     @property
-    def mean(self) -> Tensor:
-        return _tamed(self.log_mean).exp().to(self.log_mean.dtype)
+    def variance(self) -> Tensor:
+        mean = _tamed(self.log_mean).exp()
+        return (mean + mean**2 / _tamed(self.log_concentration).exp()).to(self.log_mean.dtype)
 
     def _draw(self, shape: torch.Size) -> Tensor:
         log_mean, log_concentration = _tamed(self.log_mean), _tamed(self.log_concentration)
@@ -361,6 +374,11 @@ class ZeroInflatedNegativeBinomial(NegativeBinomial):
     @property
     def mean(self) -> Tensor:
         return (-self.dropout).sigmoid() * super().mean
+
+    @property
+    def variance(self) -> Tensor:
+        kept = (-self.dropout).sigmoid()
+        return kept * (super().variance + (1 - kept) * super().mean ** 2)
 
     def _draw(self, shape: torch.Size) -> Tensor:
         return super()._draw(shape) * torch.bernoulli((-self.dropout).sigmoid().expand(shape))
