@@ -13,9 +13,9 @@ from pyro import poutine
 from torch import Tensor
 
 from pvae.errors import Refused, UserError, positive
-from pvae.guides import Guide, PerDatapoint, ascent, local_bound, local_optimum
+from pvae.guides import Guide
 from pvae.missing import entries, masked
-from pvae.passes import fixed
+from pvae.passes import fixed, refitted
 from pvae.runtime import module_of, own_parameters, seeded, unchecked
 from pvae.sites import observed
 from pvae.stats import Estimate, mean_se
@@ -23,23 +23,24 @@ from pvae.weights import ROWS_PER_PASS, Program, log_weights
 
 __all__ = ["STATISTICS", "Predictive", "predictive_checks"]
 
-# Datapoints whose hidden entries are forecast together, and draws by which a start is chosen.
-ROWS, LOOK_DRAWS = 250, 50
+# Datapoints whose hidden entries are forecast together.
+ROWS = 250
 
 
-def _neighbours(x: Tensor) -> Tensor:
-    return x.diff(dim=1).abs().mean() if x.shape[1] > 1 else x.new_zeros(())
+def _sd(x: Tensor, dim: int) -> Tensor:
+    return (x - x.nanmean(dim, keepdim=True)).square().nanmean(dim).sqrt()
 
 
-# What is compared of N rows [N, M]. Where a statistic is constant, as the largest of binary values, its p-value is 0.5.
+# What is compared of N rows [N, M], over the entries that are no NaN. Where a statistic is constant, as the largest of
+# binary values, its p-value is 0.5.
 STATISTICS: dict[str, Callable[[Tensor], Tensor]] = {
-    "mean": lambda x: x.mean(),
-    "spread within rows": lambda x: x.std(1, unbiased=False).mean(),
-    "spread over rows": lambda x: x.std(0, unbiased=False).mean(),
-    "spread of row means": lambda x: x.mean(1).std(unbiased=False),
-    "largest value": lambda x: x.max(),
-    "share of zeros": lambda x: (x == 0).to(x.dtype).mean(),
-    "difference of neighbours": _neighbours,
+    "mean": lambda x: x.nanmean(),
+    "spread within rows": lambda x: _sd(x, 1).nanmean(),
+    "spread over rows": lambda x: _sd(x, 0).nanmean(),
+    "spread of row means": lambda x: _sd(x.nanmean(1), 0),
+    "largest value": lambda x: x.masked_fill(x.isnan(), -torch.inf).max(),
+    "share of zeros": lambda x: (x == 0).sum() / (~x.isnan()).sum(),
+    "difference of neighbours": lambda x: x.diff(dim=1).abs().nanmean(),
 }
 
 
@@ -57,7 +58,7 @@ class Predictive:
         observed: these statistics of the data, [S].
         replicated: and of each replicate, [R, S].
         imputation: log p(x_mis | x_obs) / number of missing values, [B] nats for each of them; NaN where a family has
-            no density or the program no density of single entries.
+            no density or the program no density of single entries, and for a row without any entry.
         imputation_marginal: the same for each column alone, :math:`\sum_d \log p(x_d)`: known before one looks.
     """
 
@@ -78,9 +79,10 @@ class Predictive:
         found["statistics_off"] = Estimate(float(off.sum()), math.nan)
         found["columns_off"] = mean_se(((self.pixel_p - 0.5).abs() > 0.475).double())
         if not self.imputation.isnan().all():
-            found["imputation"] = mean_se(self.imputation)
-            found["imputation_marginal"] = mean_se(self.imputation_marginal)
-            found["imputation_gain"] = mean_se(self.imputation - self.imputation_marginal)
+            own, alone = (v[~self.imputation.isnan()] for v in (self.imputation, self.imputation_marginal))
+            found["imputation"] = mean_se(own)
+            found["imputation_marginal"] = mean_se(alone)
+            found["imputation_gain"] = mean_se(own - alone)
         return found
 
     def _p(self, p: float) -> Estimate:
@@ -110,8 +112,8 @@ def predictive_checks(
 ) -> Predictive:
     r"""Posterior predictive checks and held-out imputation.
 
-    A replicate is z ~ q(z|x), :math:`x^{rep} \sim p(x|z)` for the same rows. For the imputation a random part of each
-    row is hidden and q refitted to what is left, starting from the guide's lam for the row filled with the columns'
+    A replicate is z ~ q(z|x), :math:`x^{rep} \sim p(x|z)` for the same rows, and misses what they miss. For the
+    imputation a random part of what each row has is hidden and q refitted to what is left, starting from the guide's lam for the row filled with the columns'
     means or from the family's initial one, whichever is better. Then, with :math:`z_k \sim q` and weights
     :math:`v_k \propto p(x_{obs}, z_k) / q(z_k)`,
 
@@ -156,16 +158,20 @@ def _replicates(
     means, statistics = [], []
     for _ in range(replicates):
         site = observed(poutine.replay(model, trace=poutine.trace(q).get_trace(x, index)), x, index)
-        drawn = site["fn"].sample().flatten(1)
-        means.append(drawn.mean(0))
+        drawn = torch.where(site["value"].isnan(), torch.nan, site["fn"].sample()).flatten(1)
+        means.append(_means(drawn))
         statistics.append(_statistics(drawn))
     own = site["value"].flatten(1)
     found, replicated = _statistics(own), torch.stack(statistics)
-    return (_p(own.mean(0), torch.stack(means)), _p(found, replicated)), (found, replicated)
+    return (_p(_means(own), torch.stack(means)), _p(found, replicated)), (found, replicated)
+
+
+def _means(rows: Tensor) -> Tensor:
+    return rows.nanmean(0).nan_to_num()  # a column that all rows miss is a tie
 
 
 def _statistics(rows: Tensor) -> Tensor:
-    return torch.stack([statistic(rows) for statistic in STATISTICS.values()])
+    return torch.stack([statistic(rows) for statistic in STATISTICS.values()]).nan_to_num()
 
 
 def _p(observed: Tensor, replicated: Tensor) -> Tensor:
@@ -192,7 +198,9 @@ def _imputation(
         for start in range(0, len(x), ROWS):
             part = slice(start, start + ROWS)
             rows = _Rows(x[part], None if index is None else index[part], there[part], seed + start)
-            lam = _refitted(model, guide, rows, None if filled is None else filled[part], steps)
+            offers = () if filled is None else (filled[part],)
+            seen = masked(model, rows.there)
+            lam = refitted(seen, guide, rows.x, rows.index, offers=offers, steps=steps, seed=rows.seed)
             found.append((_forecast(model, guide, rows, lam, K), _marginal(model, rows, K)))
     except Refused:  # whole rows are scored, not entries
         return unknown[0], unknown[1]
@@ -202,31 +210,19 @@ def _imputation(
 
 
 def _kept(value: Tensor, hidden: float) -> Tensor:
-    """Which entries stay, [B, ...]: all rows lose the same number, at least one, and keep one where they can."""
-    noise = torch.rand(value.shape, device=value.device).flatten(1)
-    entries = noise.shape[1]
-    count = max(1, min(round(hidden * entries), entries - 1))
+    """Which entries stay, or miss already, [B, ...]: rows lose the same share, at least one, and keep one."""
+    missing = value.isnan().flatten(1)
+    noise = torch.rand(value.shape, device=value.device).flatten(1).masked_fill(missing, 2.0)
+    own = (~missing).sum(1, keepdim=True)
+    count = (hidden * own.double()).round().minimum(own - 1.0).clamp(min=1).minimum(own)
     return (noise.argsort(1).argsort(1) >= count).view_as(value)
 
 
 def _filled(value: Tensor, there: Tensor) -> Tensor:
-    """The rows with their columns' means, over the rows that have them, in place of what is hidden."""
+    """The rows with their columns' means, over the rows that have them, in place of what is hidden or missing."""
+    there = there & ~value.isnan()
     means = torch.where(there, value, 0).sum(0) / there.sum(0).clamp(min=1)
     return torch.where(there, value, means)
-
-
-def _refitted(model: Program, guide: Guide, rows: _Rows, filled: Tensor | None, steps: int) -> Tensor:
-    """The best lam [B, P] for the entries that are there."""
-    bound = local_bound(masked(model, rows.there), guide.family, guide.sites)
-    own = guide.family.initial().to(rows.x).expand(len(rows.x), -1)
-    if filled is not None and not isinstance(guide, PerDatapoint):
-        offered = guide.params(filled)
-        looks = []
-        for lam in (own, offered):
-            with seeded(rows.seed):
-                looks.append(bound(lam, rows.x, rows.index, LOOK_DRAWS))
-        own = torch.where((looks[1] > looks[0]).unsqueeze(-1), offered, own)
-    return local_optimum(bound, own, rows.x, rows.index, steps=steps, rule=ascent(guide.family), seed=rows.seed).lam
 
 
 def _forecast(model: Program, guide: Guide, rows: _Rows, lam: Tensor, K: int) -> Tensor:

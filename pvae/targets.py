@@ -107,7 +107,7 @@ def simulate(model: Program, like: Tensor, sites: Sites | None = None, *, seed: 
 
     Arguments:
         model: a Pyro program.
-        like: rows; what the program does not observe of them, such as labels, is kept.
+        like: rows; what the program does not observe of them, such as labels, is kept, and NaN, which is missing.
         sites: the latents, found unless they are given.
         seed: of the draws; the random stream outside is left alone.
 
@@ -120,7 +120,7 @@ def simulate(model: Program, like: Tensor, sites: Sites | None = None, *, seed: 
         trace = poutine.trace(poutine.uncondition(model)).get_trace(like, index)
     drawn = {name: site["value"] for name, site in random_sites(trace)}
     seen = {name: drawn[name] for name in drawn if name not in {site.name for site in sites.sites}}
-    return Simulated(free(sites, drawn), _put_back(model, seen, like))
+    return Simulated(free(sites, drawn), torch.where(like.isnan(), like, _put_back(model, seen, like)))
 
 
 def _put_back(model: Program, seen: dict[str, Tensor], like: Tensor) -> Tensor:
