@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,15 +12,27 @@ from torch import Tensor
 
 from pvae.errors import UserError
 from pvae.families import Delta
-from pvae.guides import Guide, given
+from pvae.guides import Guide, PerDatapoint, ascent, given, local_bound, local_optimum
 from pvae.runtime import in_pieces, module_of, own_parameters, seeded, unchecked
 from pvae.sites import Sites, observed
-from pvae.weights import Program, log_weights
+from pvae.weights import ROWS_PER_PASS, Program, log_weights
 
-__all__ = ["Codes", "Rows", "Values", "by_rows", "decoded", "fixed", "rows_of", "weighed"]
+__all__ = [
+    "Codes",
+    "Rows",
+    "Values",
+    "by_rows",
+    "chunks",
+    "decoded",
+    "fixed",
+    "refitted",
+    "repeated",
+    "rows_of",
+    "weighed",
+]
 
-# Datapoints that pass through the program together.
-ROWS = 250
+# Datapoints that pass through the program together, and draws by which a start is chosen.
+ROWS, LOOK_DRAWS = 250, 50
 
 Values = Tensor | np.ndarray
 
@@ -46,6 +58,11 @@ class Codes(NamedTuple):
         """The weighed mean over draws of values [K, B, ...], [B, ...]."""
         weights = self.log_weights.exp()
         return (weights.view(*weights.shape, *(1,) * (values.dim() - 2)) * values).sum(0)
+
+    @property
+    def ess(self) -> Tensor:
+        r"""Effective number of draws, :math:`1 / \sum_k v_k^2`, [B]."""
+        return (2 * self.log_weights).logsumexp(0).neg().exp()
 
 
 def rows_of(values: Values, model: Program) -> Tensor:
@@ -133,7 +150,58 @@ def weighed(model: Program, guide: Guide, lam: Tensor, x: Tensor, index: Tensor 
     z = q.sample(torch.Size([1 if guide.family.point_mass else K]))
     if guide.family.point_mass:
         return Codes(z, z.new_zeros(z.shape[:2]))
-    flat, where = z.flatten(0, 1), x.repeat(len(z), *(1,) * (x.dim() - 1))
-    which = None if index is None else index.repeat(len(z))
-    joint = log_weights(model, given(Delta(guide.sites.dim), flat, guide.sites), where, which).log_w
-    return Codes(z, (joint.view(z.shape[:2]) - q.log_prob(z)).log_softmax(0))
+    joint = []
+    for part in chunks(len(z), len(x)):
+        codes = z[part].flatten(0, 1)
+        where, which = repeated(x, index, part)
+        joint.append(log_weights(model, given(Delta(guide.sites.dim), codes, guide.sites), where, which).log_w)
+    return Codes(z, (torch.cat(joint).view(z.shape[:2]) - q.log_prob(z)).log_softmax(0))
+
+
+def chunks(K: int, B: int) -> Iterator[slice]:
+    """K draws of B rows in parts that pass through a program together."""
+    size = max(1, ROWS_PER_PASS // B)
+    return (slice(start, min(start + size, K)) for start in range(0, K, size))
+
+
+def repeated(x: Tensor, index: Tensor | None, part: slice) -> tuple[Tensor, Tensor | None]:
+    """Rows and their index once for each draw of a part."""
+    times = part.stop - part.start
+    return x.repeat(times, *(1,) * (x.dim() - 1)), None if index is None else index.repeat(times)
+
+
+def refitted(
+    model: Program,
+    guide: Guide,
+    x: Tensor,
+    index: Tensor | None = None,
+    *,
+    offers: Sequence[Tensor] = (),
+    steps: int = 100,
+    seed: int = 0,
+) -> Tensor:
+    """The best lam [B, P] of the guide's family for rows that a program scores in another way than the guide knows.
+
+    Arguments:
+        model: the program whose ELBO the rows climb.
+        guide: whose family and sites are used.
+        x, index: rows [B, C] and which training datapoints they are.
+        offers: rows as the guide may see them, [B, C] each. A row starts from the best of the guide's lam for these and
+            of the family's initial one; rows of parameters, which see no data, offer nothing.
+        steps: the most steps of a row.
+        seed: of the noise; the random stream outside is left alone.
+    """
+    bound = local_bound(model, guide.family, guide.sites)
+
+    def look(lam: Tensor) -> Tensor:
+        with seeded(seed):
+            return bound(lam, x, index, LOOK_DRAWS)
+
+    best = guide.family.initial().to(x).expand(len(x), -1)
+    value = look(best)
+    for rows in offers if not isinstance(guide, PerDatapoint) else ():
+        lam = guide.params(rows).detach()
+        offered = look(lam)
+        better = offered > value  # never where it is NaN
+        best, value = torch.where(better.unsqueeze(-1), lam, best), torch.where(better, offered, value)
+    return local_optimum(bound, best, x, index, steps=steps, rule=ascent(guide.family), seed=seed).lam
