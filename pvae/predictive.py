@@ -113,9 +113,9 @@ def predictive_checks(
     r"""Posterior predictive checks and held-out imputation.
 
     A replicate is z ~ q(z|x), :math:`x^{rep} \sim p(x|z)` for the same rows, and misses what they miss. For the
-    imputation a random part of what each row has is hidden and q refitted to what is left, starting from the guide's lam for the row filled with the columns'
-    means or from the family's initial one, whichever is better. Then, with :math:`z_k \sim q` and weights
-    :math:`v_k \propto p(x_{obs}, z_k) / q(z_k)`,
+    imputation a random part of what each row has is hidden and q refitted to what is left, starting from the guide's
+    lam for the row filled with the columns' means or from the family's initial one, whichever is better. Then, with
+    :math:`z_k \sim q` and weights :math:`v_k \propto p(x_{obs}, z_k) / q(z_k)`,
 
     .. math:: \log p(x_{mis}|x_{obs}) \approx \log \textstyle\sum_k v_k\, p(x_{mis}|z_k).
 
