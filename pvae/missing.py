@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from typing import Any, ClassVar
 
 import pyro.distributions as dist
@@ -16,7 +18,7 @@ from pvae.densities import Categorical
 from pvae.errors import Refused, UserError
 from pvae.weights import Program
 
-__all__ = ["Missing", "entries", "masked"]
+__all__ = ["Missing", "Present", "Under", "entries", "masked", "separable", "whole"]
 
 
 def entries(fn: Any, value: Tensor) -> Tensor:
@@ -38,18 +40,19 @@ def entries(fn: Any, value: Tensor) -> Tensor:
         batch = torch.broadcast_shapes(fn.batch_shape, value.shape[:-1])
         level = value.long().expand(*batch, -1).unsqueeze(-2)
         return fn.expand(batch).logits.gather(-2, level).squeeze(-2)
-    if _separable(fn):
+    if separable(fn):
         return fn.base_dist.log_prob(value)
-    raise Refused(_whole(fn))
+    raise Refused(whole(fn))
 
 
-def _separable(fn: Any) -> bool:
+def separable(fn: Any) -> bool:
     """Whether each entry has a density of its own."""
     independent = isinstance(fn, torch.distributions.Independent) and not fn.base_dist.event_shape
     return independent or isinstance(fn, Categorical | Present)
 
 
-def _whole(fn: Any) -> str:
+def whole(fn: Any) -> str:
+    """Why a row has no entries with densities of their own."""
     return f"its {type(fn).__name__} scores whole rows; single entries have a density of their own under .to_event(1)"
 
 
@@ -133,10 +136,10 @@ class Missing(Messenger):
         if not msg["is_observed"] or site_is_subsample(msg) or msg["infer"].get("_deterministic"):
             return
         mask = self._of(msg["name"], msg["value"])
-        if _separable(msg["fn"]):  # whatever the mask holds: a recording can't look
+        if separable(msg["fn"]):  # whatever the mask holds: a recording can't look
             msg["fn"] = Present(msg["fn"], mask)
         elif not mask.all():
-            raise Refused(f"entries of observed site '{msg['name']}' are missing, but {_whole(msg['fn'])}")
+            raise Refused(f"entries of observed site '{msg['name']}' are missing, but {whole(msg['fn'])}")
 
     def _of(self, name: str, value: Tensor) -> Tensor:
         """The mask of a site's value."""
@@ -156,16 +159,22 @@ def masked(model: Program, mask: Tensor | None = None) -> Program:
     >>> program = masked(lambda x: None, torch.ones(2, 3, dtype=torch.bool))
     >>> program(torch.zeros(2, 3))
     """
-    return _Masked(model, mask)
+    Missing(mask)  # refuses what is no mask, here and not at the first call
+    return Under(model, partial(Missing, mask))
 
 
-class _Masked:
-    """A program under a messenger, which still tells whose method it is, and so where its parameters are."""
+class Under:
+    """A program under a messenger, which still tells whose method it is, and so where its parameters are.
 
-    def __init__(self, model: Program, mask: Tensor | None) -> None:
-        self.model, self.missing = model, Missing(mask)
+    Arguments:
+        model: the program.
+        block: makes the messenger of each run.
+    """
+
+    def __init__(self, model: Program, block: Callable[[], Messenger]) -> None:
+        self.model, self.block = model, block
         self.__self__ = model if isinstance(model, torch.nn.Module) else getattr(model, "__self__", None)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        with Missing(self.missing.mask):
+        with self.block():
             return self.model(*args, **kwargs)
