@@ -39,7 +39,14 @@ def use_flags(
     if not 0 <= seed < 2**31:
         raise UserError(f"--seed is {seed}, but it must be at least 0 and below {2**31}")
 
-    def carry_out(make: Callable[[Any], Any], rows: str = "test", select: str | None = None, **reading: bool) -> None:
+    def carry_out(
+        make: Callable[[Any], Any],
+        rows: str = "test",
+        select: str | None = None,
+        *,
+        total: int | None = None,
+        **reading: bool,
+    ) -> None:
         import matplotlib
 
         from pvae import opened, used

@@ -22,7 +22,7 @@ from pvae.sites import innermost, observed
 from pvae.values import binarized, checked
 from pvae.weights import Program
 
-__all__ = ["Chosen", "Opened", "chosen", "open_run", "positions"]
+__all__ = ["WORDS", "Chosen", "Opened", "chosen", "open_run", "positions"]
 
 # Parts of a run's data that may be used, with the words that stand for them.
 WORDS = {"test": "test rows", "train": "training rows", "validation": "validation rows"}

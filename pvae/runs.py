@@ -34,8 +34,8 @@ FILES = (
     "report.html",
     "diagnosis.json",
 )
-# Folders of finished parts, which a longer job goes on from.
-PARTS = ("evaluation", "diagnosis")
+# Folders of finished parts, which a longer job goes on from, and of what the run was used for.
+PARTS = ("evaluation", "diagnosis", "uses", "classes")
 
 
 class Variant(NamedTuple):

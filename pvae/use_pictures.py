@@ -61,9 +61,10 @@ def _column(figure: Figure, count: int) -> Any:
 
 
 def _sheet(axis: Any, rows: np.ndarray, shape: tuple[int, ...], per_line: int) -> None:
-    """A sheet on a pale ground, on which missing values show."""
+    """A sheet; missing values show as a pale ground."""
     sheet(axis, rows, shape, per_line)
-    axis.set_facecolor("#cfe3f1")
+    if np.isnan(rows).any():
+        axis.set_facecolor("#cfe3f1")
 
 
 def _curves(lines: Mapping[str, np.ndarray]) -> Figure:

@@ -16,7 +16,7 @@ from pvae import uses
 from pvae.components import parse
 from pvae.errors import UserError
 from pvae.files import read_table
-from pvae.opened import Chosen, Opened
+from pvae.opened import WORDS, Chosen, Opened
 from pvae.stats import Estimate, mean_se, number
 from pvae.use_pictures import ACROSS, sheets, strips
 from pvae.used import Use
@@ -238,21 +238,26 @@ def augment(asked: Asked, *, per_row: int = 4, spread: float = 1.0, draw: bool =
 
 
 def _preserved(asked: Asked, x: Tensor, labels: Tensor) -> str:
-    """How many new rows a classifier that has seen the training rows puts into the class of their row."""
+    """How many new rows a classifier that has seen other rows puts into the class of their row."""
     from sklearn.neighbors import KNeighborsClassifier
 
-    known = asked.run.data.fixed_train(FITTED).x[:, : asked.run.columns].nan_to_num(0.0)
-    train_labels = asked.run.data.train_labels
-    assert train_labels is not None
-    judge = KNeighborsClassifier(5).fit(known.numpy(), train_labels[: len(known)].numpy())
+    part = "test" if asked.rows.index is not None else "train"
+    known = (asked.run.data.test if part == "test" else asked.run.data.fixed_train(FITTED).x)[:FITTED]
+    kinds = getattr(asked.run.data, f"{part}_labels")[: len(known)]
+    judge = KNeighborsClassifier(5).fit(_plain(asked, known), kinds.numpy())
     kept, own = (
-        mean_se(torch.from_numpy(judge.predict(rows.nan_to_num(0.0).numpy()) == kind.numpy()).double())
-        for rows, kind in ((x, labels), (asked.x, asked.rows.labels or labels))
+        mean_se(torch.from_numpy(judge.predict(_plain(asked, rows)) == kind.numpy()).double())
+        for rows, kind in ((x, labels), (asked.x, asked.rows.labels))
     )
     return (
-        f"Class kept by {_percent(kept)} of the new rows, as five nearest of {len(known):,} training rows see it; they "
-        f"see {_percent(own)} of the given rows right."
+        f"Class kept by {_percent(kept)} of the new rows, as the five nearest of {len(known):,} {WORDS[part]} see it; "
+        f"they see {_percent(own)} of the given rows right."
     )
+
+
+def _plain(asked: Asked, rows: Tensor) -> np.ndarray:
+    """Rows as a classifier takes them: without labels, 0 for what is missing."""
+    return rows[:, : asked.run.columns].nan_to_num(0.0).numpy()
 
 
 def _pca(run: Opened, x: Tensor) -> Tensor:
