@@ -1,4 +1,4 @@
-"""The page docs/walkthrough.md: its sessions repeat, and its tables are what the library and formulas by hand give.
+"""The page docs/walkthrough.md: its examples repeat, and its tables are what the library and formulas by hand give.
 
 ``python tests/test_walkthrough.py`` runs the page and draws its picture.
 """
@@ -27,15 +27,15 @@ HALF = 0.5e-4 + 1e-9
 
 
 def run(text):
-    """Sessions of a text run as a doctest: their names' values, outputs that differ, and how many were tried."""
+    """Examples of a text run as a doctest: their names' values, outputs that differ, and how many were tried."""
     before, said = torch.get_default_dtype(), []
-    sessions = doctest.DocTestParser().get_doctest(text, {}, PAGE.name, str(PAGE), 0)
+    examples = doctest.DocTestParser().get_doctest(text, {}, PAGE.name, str(PAGE), 0)
     try:
-        result = doctest.DocTestRunner(verbose=False).run(sessions, out=said.append, clear_globs=False)
+        result = doctest.DocTestRunner(verbose=False).run(examples, out=said.append, clear_globs=False)
     finally:
         torch.set_default_dtype(before)
         torch.set_printoptions(profile="default")
-    return SimpleNamespace(names=sessions.globs, said="".join(said), failed=result.failed, tried=result.attempted)
+    return SimpleNamespace(names=examples.globs, said="".join(said), failed=result.failed, tried=result.attempted)
 
 
 @cache
@@ -124,7 +124,7 @@ def by_hand():
 
 
 def by_library(names):
-    """The same from the values that the page's sessions gave their names."""
+    """The same from the values that the page's examples gave their names."""
     n = SimpleNamespace(**{k: v.detach() if isinstance(v, torch.Tensor) else v for k, v in names.items()})
     by_sigma = n.by_log_sigma / n.sigma
     kinds = [-n.mean, n.by_mean, n.by_z * n.epsilon, 1 / n.sigma - n.sigma, by_sigma, n.by_log_sigma]
@@ -143,12 +143,12 @@ def by_library(names):
     return [torch.cat([part.detach().reshape(len(t[-1].squeeze(0)), -1) for part in t], 1).numpy() for t in rows]
 
 
-def test_sessions_give_what_is_shown(page):
+def test_examples_give_what_is_shown(page):
     assert page.failed == 0, page.said
     assert page.tried > 60
 
 
-def test_a_session_with_another_output_is_noticed():
+def test_an_example_with_another_output_is_noticed():
     beginning = text().partition("## Standard deviation")[0]
     assert run(beginning).failed == 0
     assert run(beginning.replace("-0.6500", "-0.6501")).failed == 1
