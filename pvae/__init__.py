@@ -65,6 +65,7 @@ MODULES = (
     "reference",
     "refine",
     "report",
+    "restoring",
     "results",
     "rules",
     "runs",

@@ -178,7 +178,7 @@ class Noisy(dist.TorchDistribution):
         mean, variance = moments(self.clean)
         other = self.noise(mean).variance
         share = variance / (variance + other)
-        return Moments(mean + share * (value - mean), share * other)
+        return Moments(bounded(self.clean, mean + share * (value - mean)), share * other)
 
     def _joint(self, value: Tensor) -> tuple[Tensor, Tensor]:
         """The values of x, [L, 1, ...], and log p(x, y|z) at each, [L, ..., *event]."""
@@ -192,6 +192,17 @@ def levels(fn: Any) -> int:
     if support is constraints.boolean:
         return 2
     return support.upper_bound + 1 if isinstance(support, constraints.integer_interval) else 0
+
+
+def bounded(fn: Any, values: Tensor) -> Tensor:
+    """Values [..., *event] no lower and no higher than p(x|z) has them."""
+    support = innermost(fn.support)
+    if support is constraints.boolean:
+        return values.clamp(0, 1)
+    for name, within in (("lower_bound", torch.maximum), ("upper_bound", torch.minimum)):
+        if (bound := getattr(support, name, None)) is not None:
+            values = within(values, torch.as_tensor(bound).to(values))
+    return values
 
 
 def _enumerated(fn: Any) -> tuple[Tensor, Tensor]:

@@ -89,6 +89,7 @@ def by_rows(
     index: Tensor | None = None,
     *,
     seed: int = 0,
+    size: int = ROWS,
     progress: Callable[[int], None] = lambda rows: None,
 ) -> dict[str, Tensor]:
     """Apply a function to batches of rows, without gradients, and lay what it gives end to end, on the CPU.
@@ -98,6 +99,7 @@ def by_rows(
         compute: a batch to named tensors [B, ...].
         x, index: rows [N, C], and which training datapoints they are; None for new ones.
         seed: of all draws; the stream outside is left alone. Each batch has a stream of its own.
+        size: rows of a batch, at most.
         progress: called with the number of rows done.
 
     Raises:
@@ -117,7 +119,7 @@ def by_rows(
         return {name: values.cpu() for name, values in found.items()}
 
     with torch.no_grad(), unchecked(), own_parameters():
-        parts = list(in_pieces(computed, len(rows), ROWS, "rows"))
+        parts = list(in_pieces(computed, len(rows), size, "rows"))
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
