@@ -10,10 +10,26 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-__all__ = ["COLOURS", "GREY", "SMALL", "STYLE", "address", "array", "digits_of", "framed", "sheet"]
+__all__ = [
+    "CLASSES",
+    "COLOURS",
+    "GREY",
+    "SMALL",
+    "STYLE",
+    "address",
+    "array",
+    "class_names",
+    "cloud",
+    "digits_of",
+    "framed",
+    "sheet",
+    "standard_normal",
+]
 
 # Okabe and Ito's colours, which people with any colour vision tell apart; yellow, too pale for lines, comes last.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000", "#F0E442")
+# Enough to tell ten classes apart, as digits have; two of them are none of Okabe and Ito's.
+CLASSES = (*COLOURS, "#7A7A00", "#882255")
 GREY = "#999999"
 # Legends.
 SMALL: Any = {"frameon": False, "fontsize": 8}
@@ -74,3 +90,38 @@ def sheet(axis: Axes, images: np.ndarray, shape: tuple[int, ...], per_line: int)
     axis.set_xticks([])
     axis.set_yticks([])
     axis.spines[:].set_visible(False)
+
+
+def class_names(labels: np.ndarray) -> list[str]:
+    """The names of the classes of some labels in order; none where there is one class, or more than can be told apart.
+
+    >>> class_names(np.array([2.0, 0.0, 2.0])), class_names(np.array(["b", "a"])), class_names(np.arange(99))
+    (['0', '2'], ['a', 'b'], [])
+    """
+    kinds = np.unique(labels)
+    named = 1 < len(kinds) <= len(CLASSES)
+    return [str(kind) if kinds.dtype.kind in "US" else f"{kind:g}" for kind in kinds] if named else []
+
+
+def cloud(axis: Axes, codes: np.ndarray, prior: np.ndarray, labels: np.ndarray, name: str = "posterior draws") -> None:
+    """Codes [M, 2] over prior draws [S, 2], coloured by class where there are few; circles for a standard normal."""
+    axis.scatter(prior[:, 0], prior[:, 1], s=5, color="#cccccc", linewidths=0, label="prior" if len(prior) else None)
+    names = class_names(labels) if len(labels) == len(codes) else []
+    for colour, kind, word in zip(CLASSES, np.unique(labels), names, strict=False):
+        own = codes[labels == kind]
+        axis.scatter(own[:, 0], own[:, 1], s=7, color=colour, linewidths=0, label=word)
+    if not names:
+        axis.scatter(codes[:, 0], codes[:, 1], s=7, color=COLOURS[0], alpha=0.7, linewidths=0, label=name)
+    if len(prior) and standard_normal(prior):
+        turn = np.linspace(0, 2 * np.pi, 200)
+        for radius in (1, 2, 3):
+            axis.plot(radius * np.cos(turn), radius * np.sin(turn), color="black", lw=0.6)
+    axis.set_aspect("equal", adjustable="datalim")
+    axis.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), markerscale=2, handletextpad=0.1, **SMALL)
+
+
+def standard_normal(prior: np.ndarray) -> bool:
+    """Whether draws [S, D] look like a standard normal's in each dimension; 0.1% of true ones do not."""
+    from scipy.stats import kstest
+
+    return all(kstest(column, "norm").pvalue > 0.001 / prior.shape[1] for column in prior.T)

@@ -6,19 +6,16 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from pvae.drawing import COLOURS, GREY, SMALL, address, array, digits_of, framed
+from pvae.drawing import COLOURS, GREY, SMALL, address, array, cloud, digits_of, framed
 from pvae.predictive import STATISTICS
 
 __all__ = ["aggregate", "kl", "predictive"]
 
 BLUE, ORANGE = COLOURS[:2]
-# Enough to tell ten classes apart, as digits have; two of them are none of Okabe and Ito's.
-CLASSES = (*COLOURS, "#7A7A00", "#882255")
 ACTIVE = 0.01
 
 
@@ -61,7 +58,7 @@ def aggregate(found: Mapping[str, Any], shape: tuple[int, ...]) -> str | None:
         size = array(health, "activity") if np.isnan(kl).any() else kl
         pair = np.argsort(-size, kind="stable")[:2]
         labels = array(found["rows"], "labels") if "rows" in found else np.zeros(0)
-        _cloud(axes[0], codes[:, pair], prior[:, pair], labels)
+        cloud(axes[0], codes[:, pair], prior[:, pair], labels)
         axes[0].set(xlabel=f"dimension {pair[0]} (u)", ylabel=f"dimension {pair[1]} (u)")
     least = int(np.lexsort((-ks, ks_p))[0])
     # An outlier must not squeeze the rest of both into one bin.
@@ -76,31 +73,6 @@ def aggregate(found: Mapping[str, Any], shape: tuple[int, ...]) -> str | None:
     axes[-1].set_title(f"farthest from the prior: {p}", fontsize=9)
     axes[-1].legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2, **SMALL)
     return address(figure, "png")
-
-
-def _cloud(axis: Axes, codes: np.ndarray, prior: np.ndarray, labels: np.ndarray) -> None:
-    """Codes [M, 2] over prior draws, coloured by class where there are few."""
-    axis.scatter(prior[:, 0], prior[:, 1], s=5, color="#cccccc", linewidths=0, label="prior")
-    kinds = np.unique(labels)
-    if len(labels) == len(codes) and 1 < len(kinds) <= len(CLASSES):
-        for colour, kind in zip(CLASSES, kinds, strict=False):
-            own = codes[labels == kind]
-            axis.scatter(own[:, 0], own[:, 1], s=7, color=colour, linewidths=0, label=f"{kind:g}")
-    else:
-        axis.scatter(codes[:, 0], codes[:, 1], s=7, color=BLUE, alpha=0.7, linewidths=0, label="posterior draws")
-    if _standard(prior):
-        turn = np.linspace(0, 2 * np.pi, 200)
-        for radius in (1, 2, 3):
-            axis.plot(radius * np.cos(turn), radius * np.sin(turn), color="black", lw=0.6)
-    axis.set_aspect("equal", adjustable="datalim")
-    axis.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), markerscale=2, handletextpad=0.1, **SMALL)
-
-
-def _standard(prior: np.ndarray) -> bool:
-    """Whether draws look like a standard normal's in each dimension; 0.1% of true ones do not."""
-    from scipy.stats import kstest
-
-    return all(kstest(column, "norm").pvalue > 0.001 / prior.shape[1] for column in prior.T)
 
 
 def predictive(found: Mapping[str, Any], shape: tuple[int, ...]) -> str | None:
