@@ -169,8 +169,9 @@ def _pictured(figure: Any, images: np.ndarray, k: np.ndarray) -> None:
     axes = figure.subplots(3, 4).flat
     for axis in axes:
         axis.set_axis_off()
+    known = np.nan_to_num(images)  # what is missing stays blank
     for axis, image, value in zip(figure.axes, images, k, strict=False):
-        axis.imshow(image, cmap="gray_r", vmin=min(images.min(), 0), vmax=max(images.max(), 1e-9))
+        axis.imshow(image, cmap="gray_r", vmin=min(known.min(), 0), vmax=max(known.max(), 1e-9))
         axis.text(0.5, -0.04, f"{value:.2f}", transform=axis.transAxes, ha="center", va="top", fontsize=8)
 
 
