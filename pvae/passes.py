@@ -157,7 +157,7 @@ def weighed(model: Program, guide: Guide, lam: Tensor, x: Tensor, index: Tensor 
         codes = z[part].flatten(0, 1)
         where, which = repeated(x, index, part)
         joint.append(log_weights(model, given(Delta(guide.sites.dim), codes, guide.sites), where, which).log_w)
-    return Codes(z, (torch.cat(joint).view(z.shape[:2]) - q.log_prob(z)).log_softmax(0))
+    return Codes(z, (torch.cat(joint, 1).view(z.shape[:2]) - q.log_prob(z)).log_softmax(0))
 
 
 def chunks(K: int, B: int) -> Iterator[slice]:
