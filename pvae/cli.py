@@ -284,8 +284,8 @@ def list_(kind: Annotated[str | None, typer.Argument(help="One kind, with its co
         console.print("as in --objective 'IWAE(K=20)'; file.py:Class names a class of your own.")
 
 
-for command in COMMANDS:
-    app.command(rich_help_panel="Uses of a run")(command)
+for verb, command in COMMANDS.items():
+    app.command(verb, rich_help_panel="Uses of a run")(command)
 
 
 def _guided(file: Any, guide_of: Callable[[Any], Any]) -> Any:

@@ -27,7 +27,8 @@ def use_flags(
     run: Run,
     variant: Annotated[str | None, Flag(help="Of a comparison, which one (default the first).")] = None,
     out: Annotated[
-        list[Path] | None, Flag(help="A .npz, .npy, .csv or .png file; repeatable (default in the run's folder).")
+        list[Path] | None,
+        Flag(help="A .npz, .npy, .csv, .png or .html; repeatable (default in the run's folder)."),
     ] = None,
     overwrite: Overwrite = False,
     seed: Annotated[int, Flag(help="Of all draws.")] = 0,
@@ -132,6 +133,22 @@ def interpolate(
 
 
 @takes(use_flags)
+def latent_map(
+    carry_out: Any,
+    rows: Rows = "test",
+    select: Select = None,
+    projection: Annotated[
+        str, Flag(help="plane (two latent dimensions), pca, tsne, or auto: plane where there is one, else pca.")
+    ] = "auto",
+    size: Annotated[int, Flag(help="Columns and rows of the grid that is decoded.")] = 20,
+) -> None:
+    """The codes on a plane, and a page on which the pointer shows what each place decodes to."""
+    from pvae import using
+
+    carry_out(lambda asked: using.latent_map(asked, projection=projection, size=size), rows, select, total=0)
+
+
+@takes(use_flags)
 def encode(carry_out: Any, rows: Rows = "test", select: Select = None, draws: Draws = 64) -> None:
     """Rows to codes: mean and standard deviation, rate in bits, distortion."""
     from pvae import using
@@ -214,4 +231,14 @@ def _at_least(**counts: int) -> None:
             raise UserError(f"--{name.replace('_', '-')} is {count}, but it must be at least 1")
 
 
-COMMANDS = (reconstruct, sample, interpolate, encode, decode, denoise, impute, augment)
+COMMANDS: dict[str, Callable[..., None]] = {
+    "reconstruct": reconstruct,
+    "sample": sample,
+    "interpolate": interpolate,
+    "map": latent_map,
+    "encode": encode,
+    "decode": decode,
+    "denoise": denoise,
+    "impute": impute,
+    "augment": augment,
+}

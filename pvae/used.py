@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,25 @@ from matplotlib.figure import Figure
 from pvae.errors import UserError, nearest
 from pvae.files import read_json, replacing, write_json
 
-__all__ = ["FOLDER", "KINDS", "Use", "check_outputs", "kept", "keep", "save"]
+__all__ = ["FOLDER", "VERBS", "Use", "check_outputs", "keep", "kept", "save"]
 
 # In a run's folder.
 FOLDER = "uses"
-KINDS = (".npz", ".npy", ".csv", ".png")
+# In the order of the page.
+VERBS = (
+    "reconstruct",
+    "sample",
+    "interpolate",
+    "map",
+    "encode",
+    "decode",
+    "denoise",
+    "impute",
+    "anomalies",
+    "augment",
+    "classify",
+)
+KINDS = (".npz", ".npy", ".csv", ".png", ".html")
 
 
 @dataclass
@@ -31,7 +46,7 @@ class Use:
         sentences: for the screen and the page.
         tables: title, header and lines of words, likewise.
         figure: a picture.
-        caption: what it shows.
+        page: a self-contained page that one can move in.
     """
 
     verb: str
@@ -39,7 +54,7 @@ class Use:
     sentences: list[str] = field(default_factory=list)
     tables: list[tuple[str, list[str], list[list[str]]]] = field(default_factory=list)
     figure: Figure | None = None
-    caption: str = ""
+    page: str = ""
 
 
 def check_outputs(outs: Sequence[Path], overwrite: bool) -> None:
@@ -58,13 +73,14 @@ def check_outputs(outs: Sequence[Path], overwrite: bool) -> None:
 
 
 def save(use: Use, path: Path) -> None:
-    """Write a use to a file, whole or not at all: all arrays (.npz), the first (.npy), a table, or the picture.
+    """Write a use to a file, whole or not at all: all arrays (.npz), the first (.npy), a table, the picture, the page.
 
     Raises:
-        UserError: there is no picture, or the file can't be written.
+        UserError: there is no picture or page, or the file can't be written.
     """
-    if path.suffix == ".png" and use.figure is None:
-        raise UserError(f"--out {path}: there is no picture of {use.verb}; write .npz, .npy or .csv")
+    if (path.suffix == ".png" and use.figure is None) or (path.suffix == ".html" and not use.page):
+        what = {".png": "picture", ".html": "page"}[path.suffix]
+        raise UserError(f"--out {path}: there is no {what} of {use.verb}; write .npz, .npy or .csv")
     with replacing(path) as temporary, temporary.open("wb") as file:
         if path.suffix == ".npz":
             np.savez_compressed(file, **use.arrays)  # type: ignore[arg-type]
@@ -73,11 +89,10 @@ def save(use: Use, path: Path) -> None:
         elif path.suffix == ".csv":
             _write_csv(file, use.arrays)
         else:
-            file.write(picture(use))
+            file.write(use.page.encode() if path.suffix == ".html" else _picture(use))
 
 
-def picture(use: Use) -> bytes:
-    """The picture as a PNG."""
+def _picture(use: Use) -> bytes:
     assert use.figure is not None
     file = io.BytesIO()
     use.figure.savefig(file, format="png", dpi=160, bbox_inches="tight")
@@ -104,28 +119,34 @@ def keep(use: Use, folder: Path, about: Mapping[str, Any]) -> list[Path]:
     Arguments:
         about: what it belongs to: the variant, the fit's fingerprint, the rows.
     """
-    place = folder / FOLDER
-    paths = [place / f"{use.verb}.npz"] + [place / f"{use.verb}.png"] * (use.figure is not None)
-    for path in paths:
-        save(use, path)
-    told = {"sentences": use.sentences, "tables": use.tables, "caption": use.caption}
-    write_json(place / f"{use.verb}.json", {"verb": use.verb, **about, **told})
-    return paths
+    kinds = {".npz": True, ".png": use.figure is not None, ".html": bool(use.page)}
+    paths = {kind: folder / FOLDER / f"{use.verb}{kind}" for kind in kinds}
+    for kind, there in kinds.items():
+        if there:
+            save(use, paths[kind])
+        else:
+            paths[kind].unlink(missing_ok=True)  # of an earlier use, to which it would not belong
+    told = {"sentences": use.sentences, "tables": use.tables}
+    write_json(folder / FOLDER / f"{use.verb}.json", {"verb": use.verb, **about, **told})
+    return [path for kind, path in paths.items() if kinds[kind]]
 
 
-def kept(folder: Path, verbs: Sequence[str], fitted: Sequence[str]) -> list[dict[str, Any]]:
-    """What a run's folder keeps of uses, in the order of the verbs; that of earlier fits is left out.
+def kept(folder: Path, fitted: Collection[str]) -> list[dict[str, Any]]:
+    """What a run's folder keeps of its uses, in the order of ``VERBS``; that of earlier fits is left out.
 
     Returns:
-        What :func:`keep` wrote, with ``arrays`` a function that reads them and ``picture`` the bytes of a PNG or None.
+        What :func:`keep` wrote of each, with ``picture``, an address for an image's ``src``, and ``arrays``.
     """
     found = []
-    for verb in verbs:
+    for verb in VERBS:
         path = folder / FOLDER / f"{verb}.json"
-        if not path.is_file():
-            continue
-        told = read_json(path, f"pvae {verb} {folder} writes it anew")
+        told = read_json(path, f"pvae {verb} {folder} writes it anew") if path.is_file() else {}
         if told.get("fitted") in fitted:
             drawn = path.with_suffix(".png")
-            found.append(told | {"picture": drawn.read_bytes() if drawn.is_file() else None})
+            told["picture"] = _address(drawn.read_bytes()) if drawn.is_file() else None
+            found.append(told | {"arrays": path.with_suffix(".npz")})
     return found
+
+
+def _address(png: bytes) -> str:
+    return f"data:image/png;base64,{base64.b64encode(png).decode()}"

@@ -21,7 +21,18 @@ from pvae.stats import Estimate, mean_se, number
 from pvae.use_pictures import ACROSS, sheets, strips
 from pvae.used import Use
 
-__all__ = ["Asked", "augment", "decode", "denoise", "encode", "impute", "interpolate", "reconstruct", "sample"]
+__all__ = [
+    "Asked",
+    "augment",
+    "decode",
+    "denoise",
+    "encode",
+    "impute",
+    "interpolate",
+    "latent_map",
+    "reconstruct",
+    "sample",
+]
 
 # Training rows to which what stands beside is fitted: PCA, nearest neighbours.
 FITTED = 10_000
@@ -92,6 +103,34 @@ def interpolate(asked: Asked, *, steps: int = 9, how: str = "linear") -> Use:
     shown = dict(list(legs.items())[:8])
     figure = sheets(_arrays(shown), _shape(asked), per_line=steps + 1)
     return _use("interpolate", {"x": found.x, "z": found.z, "at": found.at}, told, figure)
+
+
+def latent_map(asked: Asked, *, projection: str = "auto", size: int = 20) -> Use:
+    """The codes on a plane and what every place of it decodes to; with more than two dimensions sliders too."""
+    from pvae.map_panels import page, picture, widget
+    from pvae.planes import sliders
+
+    labels = None if asked.rows.labels is None else asked.rows.labels.numpy()
+    found = uses.map(*asked.programs, *asked.given, projection=projection, size=size, **asked.options)
+    arrays = {name: values for name, values in vars(found).items() if isinstance(values, Tensor)}
+    told = [f"{_count(asked).capitalize()} by {_WAYS[found.how]}."]
+    if found.share is not None and found.how == "pca":
+        told.append(
+            f"The plane holds {found.share.sum():.0%} of the variance of the codes' {_dim(asked.run)} dimensions."
+        )
+    blocks = [
+        ("The latent plane" if found.how == "plane" else "Codes on a plane", widget(found, labels, _shape(asked)))
+    ]
+    if _dim(asked.run) > 2 and found.how != "tsne":
+        moved = sliders(*asked.programs, *asked.given, seed=asked.seed)
+        blocks.append(("Along the codes' principal directions", widget(moved, None, shape)))
+        arrays |= {f"slider_{name}": values for name, values in vars(moved).items()}
+    made = _use("map", arrays | _labelled(asked), told, picture(found, labels, shape))
+    made.page = page(f"Latent map of {asked.run.data.name}", blocks)
+    return made
+
+
+_WAYS = {"plane": "their two latent dimensions", "pca": "the codes' principal components", "tsne": "t-SNE of the codes"}
 
 
 def encode(asked: Asked, *, draws: int = 64) -> Use:
