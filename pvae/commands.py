@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from pvae.errors import UserError
-from pvae.flags import DataDir, Device, Overwrite, Run, Trust, takes
+from pvae.flags import DataDir, Device, Overwrite, Run, Trust, takes, whole_numbers
 
 __all__ = ["COMMANDS"]
 
@@ -46,6 +46,7 @@ def use_flags(
         select: str | None = None,
         *,
         total: int | None = None,
+        choose: Callable[..., Any] | None = None,
         **reading: bool,
     ) -> None:
         import matplotlib
@@ -59,11 +60,11 @@ def use_flags(
         outs = out or []
         used.check_outputs(outs, overwrite)
         own = opened.open_run(run, variant, device=device, data_folder=data_dir, trust=trust)
-        chosen = opened.chosen(own, rows, select, **reading)
+        chosen = choose(own, data_dir) if choose else opened.chosen(own, rows, select, **reading)
         if own.others and variant is None:
             typer.echo(f"{own.name}, of {1 + len(own.others)} variants (--variant names another)", err=True)
         with matplotlib.rc_context(STYLE), bar("rows", total or len(chosen.x), wanted=total != 0) as show:
-            made = make(Asked(own, chosen, seed, _counted(show)))
+            made = make(Asked(own, chosen, seed, _counted(show), data_dir))
             about = {"variant": own.name, "fitted": fingerprint(own.variant), "rows": chosen.where}
             for path in outs:
                 used.save(made, path)
@@ -225,6 +226,55 @@ def augment(
     carry_out(lambda asked: using.augment(asked, per_row=per_row, spread=spread, draw=draw), rows, select)
 
 
+@takes(use_flags)
+def anomalies(
+    carry_out: Any,
+    rows: Rows = "test",
+    select: Select = None,
+    anomalous: Annotated[
+        str | None,
+        Flag(help="Labels that count as anomalous (default those that the run was not trained on; of a file 1)."),
+    ] = None,
+    score: Annotated[str | None, Flag(help="Scores, by commas (default all).")] = None,
+    false_alarm: Annotated[float, Flag(help="Share of normal rows that may be flagged.")] = 0.05,
+    samples: Annotated[int, Flag(help="K, draws for each row.")] = 16,
+) -> None:
+    """Which rows are unlike held-out ones: scores, thresholds for a false-alarm rate, AUROC where labels tell."""
+    from pvae import deciding
+
+    chosen = None if score is None else score.split(",")
+    labels = None if anomalous is None else whole_numbers("--anomalous", anomalous, "label", least=0)
+    others = rows == "test" and select is None
+
+    carry_out(
+        lambda asked: deciding.anomalies(asked, anomalous=labels, chosen=chosen, K=samples, false_alarm=false_alarm),
+        rows,
+        select,
+        total=0,
+        choose=deciding.with_others if others else None,
+    )
+
+
+@takes(use_flags)
+def classify(
+    carry_out: Any,
+    rows: Rows = "test",
+    select: Select = None,
+    epochs: Annotated[int | None, Flag(help="Of each class's model (default the run's).")] = None,
+    samples: Annotated[int, Flag(help="K, draws for each row and class.")] = 16,
+) -> None:
+    """The class of rows by Bayes' rule on a model for each class, trained at the first use; calibrated probabilities."""
+    from pvae import deciding
+
+    def make(asked: Any) -> Any:
+        models, data = deciding.class_models(
+            asked.run, epochs=epochs, data_folder=asked.data_folder, progress=True, say=typer.echo
+        )
+        return deciding.classify(asked, models, data=data, K=samples)
+
+    carry_out(make, rows, select, total=0)
+
+
 def _at_least(**counts: int) -> None:
     for name, count in counts.items():
         if count < 1:
@@ -240,5 +290,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "decode": decode,
     "denoise": denoise,
     "impute": impute,
+    "anomalies": anomalies,
     "augment": augment,
+    "classify": classify,
 }

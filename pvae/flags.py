@@ -27,6 +27,7 @@ __all__ = [
     "job_flags",
     "recipe_flags",
     "takes",
+    "whole_numbers",
 ]
 
 Flag = typer.Option
@@ -83,7 +84,7 @@ def recipe_flags(
     words = ("program", "likelihood", "prior", "family", "network", "objective")
     given = {name: value for name, value in locals().items() if value is not None and name not in ("hidden", "words")}
     if only is not None:
-        given["only"] = _whole_numbers("--only", only, "label", least=0)
+        given["only"] = whole_numbers("--only", only, "label", least=0)
 
     def described(path: Path | None, trust: bool = False, **more: Any) -> Any:
         from pvae import components, recipe
@@ -100,7 +101,7 @@ def recipe_flags(
         if hidden is None:
             return found
         network = components.table(found.recipe.network) | {
-            "hidden": _whole_numbers("--hidden", hidden, "width", least=1)
+            "hidden": whole_numbers("--hidden", hidden, "width", least=1)
         }
         return found._replace(recipe=recipe.replace(found.recipe, network=network))
 
@@ -251,7 +252,8 @@ def takes(*groups: Callable[..., Any]) -> Callable[[Callable[..., None]], Callab
     return decorate
 
 
-def _whole_numbers(flag: str, text: str, what: str, *, least: int) -> list[int]:
+def whole_numbers(flag: str, text: str, what: str, *, least: int) -> list[int]:
+    """The numbers that a flag lists by commas, each at least so large; ``what`` names one of them."""
     try:
         numbers = [int(word) for word in text.split(",")]
     except ValueError:

@@ -208,8 +208,8 @@ def _check_support(opened: Opened, x: Tensor, path: Path) -> None:
     if len(outside):
         row, column = outside[0].tolist()
         raise UserError(
-            f"{path}: row {row}, column {column} is {x[row, column].item():g}, outside the support of the run's likelihood "
-            f"{opened.variant.recipe.name('likelihood')} ({innermost(fn.support)}; {len(outside)} such values)"
+            f"{path}: row {row}, column {column} is {x[row, column].item():g}, outside the support of the run's "
+            f"likelihood {opened.variant.recipe.name('likelihood')} ({innermost(fn.support)}; {len(outside)} of them)"
         )
 
 

@@ -35,7 +35,8 @@ FILES = (
     "diagnosis.json",
 )
 # Folders of finished parts, which a longer job goes on from, and of what the run was used for.
-PARTS = ("evaluation", "diagnosis", "uses", "classes")
+CLASSES = "classes"
+PARTS = ("evaluation", "diagnosis", "uses", CLASSES)
 
 
 class Variant(NamedTuple):

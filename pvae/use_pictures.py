@@ -11,7 +11,7 @@ from matplotlib.ticker import MaxNLocator
 
 from pvae.drawing import COLOURS, GREY, SMALL, digits_of, framed, sheet
 
-__all__ = ["confusions", "reliability", "scores", "sheets", "strips"]
+__all__ = ["confusions", "scores", "sheets", "strips"]
 
 # Images beside each other, and the width of a picture in inches.
 ACROSS, WIDTH = 16, 8.6
@@ -84,35 +84,40 @@ def _curves(lines: Mapping[str, np.ndarray]) -> Figure:
     return figure
 
 
-def scores(
-    found: Mapping[str, np.ndarray],
-    reference: Mapping[str, np.ndarray],
-    thresholds: Mapping[str, float],
-    anomalous: np.ndarray | None,
-) -> Figure:
-    """Histograms of each score: held-out normal rows, the rows, those known to be anomalous, and the threshold."""
-    figure, axes = framed(len(found), height=2.9)
-    for axis, (name, own) in zip(axes, found.items(), strict=True):
-        kinds = {"held-out normal rows": reference[name]}
-        if anomalous is None:
-            kinds["rows"] = own
-        else:
-            kinds |= {"rows, normal": own[~anomalous], "rows, anomalous": own[anomalous]}
-        whole = np.concatenate(list(kinds.values()))
-        low, high = np.nanquantile(whole, [0.002, 0.99])
-        edges = np.linspace(low, max(high, low + 1e-6), 31)
-        for colour, (kind, values) in zip((GREY, COLOURS[0], COLOURS[1]), kinds.items(), strict=False):
-            style: Any = {"histtype": "stepfilled" if colour == GREY else "step", "lw": 1.4, "density": True}
-            axis.hist(np.clip(values, low, high), bins=edges, color=colour, label=kind, **style)
-        axis.axvline(thresholds[name], color="black", lw=1, ls="--", label="threshold")
-        axis.set_title(name, fontsize=9)
-        axis.set_xlabel("standard deviations" if name == "distance" else "nats", fontsize=8)
-        axis.set_yticks([])
-        axis.xaxis.set_major_locator(MaxNLocator(4))
-        axis.tick_params(labelsize=7)
-    axes[0].set_ylabel("share of rows")
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, **SMALL)
+def scores(found: Mapping[str, tuple[np.ndarray, np.ndarray, float]], anomalous: np.ndarray | None) -> Figure:
+    """Histograms of each score.
+
+    Arguments:
+        found: by the score's name, with its units: of the rows, of held-out normal rows, and the threshold.
+        anomalous: which rows are known to be, if that is known.
+    """
+    columns = min(3, len(found))
+    lines = -(-len(found) // columns)
+    figure = Figure(figsize=(WIDTH, 0.5 + 2.1 * lines), layout="constrained")
+    axes = figure.subplots(lines, columns, squeeze=False).flat
+    for axis in axes:
+        axis.set_axis_off()
+    for axis, (name, (own, reference, threshold)) in zip(figure.axes, found.items(), strict=False):
+        axis.set_axis_on()
+        known = {"rows": own} if anomalous is None else {"normal": own[~anomalous], "anomalous": own[anomalous]}
+        _histogram(axis, {"held-out normal rows": reference, **known}, threshold)
+        axis.set_title(name, fontsize=8)
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, **SMALL)
     return figure
+
+
+def _histogram(axis: Any, kinds: Mapping[str, np.ndarray], threshold: float) -> None:
+    whole = np.concatenate([values[np.isfinite(values)] for values in kinds.values()])
+    low, high = np.quantile(whole, [0.002, 0.99])
+    edges: Any = np.linspace(low, max(high, low + 1e-6), 31)
+    for colour, (kind, values) in zip((GREY, COLOURS[0], COLOURS[1]), kinds.items(), strict=False):
+        style: Any = {"histtype": "stepfilled" if colour == GREY else "step", "lw": 1.4, "density": True}
+        axis.hist(np.clip(values, low, high), bins=edges, color=colour, label=kind, **style)
+    axis.axvline(threshold, color="black", lw=1, ls="--", label="threshold")
+    axis.set_yticks([])
+    axis.spines["left"].set_visible(False)
+    axis.xaxis.set_major_locator(MaxNLocator(4))
+    axis.tick_params(labelsize=7)
 
 
 def confusions(counts: np.ndarray, names: Sequence[str]) -> Figure:
@@ -131,13 +136,3 @@ def confusions(counts: np.ndarray, names: Sequence[str]) -> Figure:
     axis.set(xlabel="taken for", ylabel="class")
     axis.spines[:].set_visible(False)
     return figure
-
-
-def reliability(confidence: np.ndarray, right: np.ndarray, axis: Any) -> None:
-    """How often rows are right, against how sure the classifier was, in ten bins of as many rows each."""
-    order = np.argsort(confidence, kind="stable")
-    bins = [part for part in np.array_split(order, 10) if len(part)]
-    sure, share = ([float(values[part].mean()) for part in bins] for values in (confidence, right))
-    axis.plot([0, 1], [0, 1], color=GREY, lw=1)
-    axis.plot(sure, share, color=COLOURS[0], marker="o", ms=4)
-    axis.set(xlabel="stated probability", ylabel="share right")

@@ -39,12 +39,13 @@ FITTED = 10_000
 
 
 class Asked(NamedTuple):
-    """What concerns every use: an opened run, the rows, the seed, and whom to tell of progress."""
+    """What concerns every use: an opened run, rows, the seed, whom to tell of progress, and where data sets are."""
 
     run: Opened
     rows: Chosen
     seed: int = 0
     progress: Callable[[int], None] = lambda rows: None
+    data_folder: Path | None = None
 
     @property
     def programs(self) -> tuple[Any, Any]:
@@ -110,7 +111,7 @@ def latent_map(asked: Asked, *, projection: str = "auto", size: int = 20) -> Use
     from pvae.map_panels import page, picture, widget
     from pvae.planes import sliders
 
-    labels = None if asked.rows.labels is None else asked.rows.labels.numpy()
+    labels, shape = None if asked.rows.labels is None else asked.rows.labels.numpy(), asked.run.data.shape
     found = uses.map(*asked.programs, *asked.given, projection=projection, size=size, **asked.options)
     arrays = {name: values for name, values in vars(found).items() if isinstance(values, Tensor)}
     told = [f"{_count(asked).capitalize()} by {_WAYS[found.how]}."]
@@ -283,10 +284,12 @@ def _preserved(asked: Asked, x: Tensor, labels: Tensor) -> str:
     part = "test" if asked.rows.index is not None else "train"
     known = (asked.run.data.test if part == "test" else asked.run.data.fixed_train(FITTED).x)[:FITTED]
     kinds = getattr(asked.run.data, f"{part}_labels")[: len(known)]
+    given = asked.rows.labels
+    assert given is not None
     judge = KNeighborsClassifier(5).fit(_plain(asked, known), kinds.numpy())
     kept, own = (
         mean_se(torch.from_numpy(judge.predict(_plain(asked, rows)) == kind.numpy()).double())
-        for rows, kind in ((x, labels), (asked.x, asked.rows.labels))
+        for rows, kind in ((x, labels), (asked.x, given))
     )
     return (
         f"Class kept by {_percent(kept)} of the new rows, as the five nearest of {len(known):,} {WORDS[part]} see it; "

@@ -1,0 +1,262 @@
+"""Uses of an opened run that decide about rows: anomalous or not, and of which class."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pvae import classes, grid, recipe, runs, uses
+from pvae.anomalies import Anomalies
+from pvae.classes import Classified
+from pvae.data import Dataset
+from pvae.errors import UserError
+from pvae.opened import Chosen, Opened
+from pvae.stats import Estimate, number
+from pvae.use_pictures import confusions, scores
+from pvae.used import Use
+from pvae.using import Asked
+
+__all__ = ["anomalies", "class_models", "classify", "with_others"]
+
+# Training rows that class models are not fitted to, so that their probabilities can be calibrated; most of these.
+HELD_OUT, CALIBRATION = 0.1, 2000
+UNITS = {"distance": "squared standard deviations", "neighbours": "u"}
+
+
+def with_others(run: Opened, data_folder: str | Path | None = None) -> Chosen:
+    """The test rows of a run that was trained on some labels alone, and those of all other labels.
+
+    Raises:
+        UserError: the run was trained on all labels, so that no rows are known to be anomalous.
+    """
+    own = run.variant.recipe
+    if own.only is None:
+        return Chosen(run.data.test, None, None, "test rows", torch.arange(len(run.data.test)))
+    every = recipe.load_data(replace(own, only=None), data_folder)
+    return Chosen(every.test, every.test_labels, None, "test rows of all labels", torch.arange(len(every.test)))
+
+
+def anomalies(
+    asked: Asked,
+    *,
+    anomalous: Sequence[int] | None = None,
+    chosen: Sequence[str] | None = None,
+    K: int = 16,
+    false_alarm: float = 0.05,
+) -> Use:
+    """How unlike held-out normal rows the rows are, by each score, and which lie beyond its threshold.
+
+    Arguments:
+        anomalous: labels that count as anomalous; unless given those that the run was not trained on, or of a file 1.
+        chosen: names of the scores.
+        K: draws for each row.
+        false_alarm: share of normal rows that may be flagged.
+    """
+    reference, rows = _reference(asked)
+    truth = _anomalous(asked, rows, anomalous)
+    found = uses.anomalies(
+        *asked.programs,
+        rows.x,
+        rows.index,
+        reference=reference,
+        scores=chosen,
+        K=K,
+        false_alarm=false_alarm,
+        **asked.options,
+    )
+    figures = found.figures(truth) if truth is not None and truth.any() and not truth.all() else {}
+    told = _told_anomalies(asked, found, reference, rows, truth)
+    arrays: dict[str, Tensor] = {"row": rows.place, **found.scores}
+    arrays |= {f"flagged_{name}": found.flagged(name) for name in found.scores}
+    arrays |= {f"p_{name}": found.p_values(name) for name in found.scores}
+    arrays |= {} if truth is None else {"anomalous": truth}
+    drawn = {
+        f"{name} ({UNITS.get(name, 'nats')})": (own.numpy(), found.reference[name].numpy(), found.thresholds[name])
+        for name, own in found.scores.items()
+    }
+    figure = scores(drawn, None if truth is None else truth.numpy())
+    tables = [_table(found, figures)]
+    return Use("anomalies", _plain(arrays), told, tables, figure)
+
+
+def _reference(asked: Asked) -> tuple[Tensor, Chosen]:
+    """Held-out normal rows, and the rows to be scored: of test rows, those that are not the reference."""
+    data, rows = asked.run.data, asked.rows
+    if len(data.validation):
+        return data.validation, rows
+    if not rows.where.startswith("test rows"):
+        return data.test, rows
+    # Every other test row of the run's own labels is reference; the rest, and all others, are scored.
+    own = rows.place.new_ones(len(rows.x), dtype=torch.bool)
+    if rows.labels is not None and asked.run.variant.recipe.only is not None:
+        own = torch.isin(rows.labels, torch.tensor(asked.run.variant.recipe.only))
+    reference = own & (own.cumsum(0) % 2 == 0)
+    labels = None if rows.labels is None else rows.labels[~reference]
+    return rows.x[reference], Chosen(rows.x[~reference], labels, None, rows.where, rows.place[~reference])
+
+
+def _anomalous(asked: Asked, rows: Chosen, given: Sequence[int] | None) -> Tensor | None:
+    """Which rows are known to be anomalous, if anything is known."""
+    only = asked.run.variant.recipe.only
+    if given is not None:
+        if rows.labels is None:
+            raise UserError(f"--anomalous: the {rows.where} have no labels")
+        if missing := set(given) - set(rows.labels.tolist()):
+            raise UserError(f"--anomalous: no row has label {min(missing)}; there are {rows.labels.unique().tolist()}")
+        return torch.isin(rows.labels, torch.tensor(list(given)))
+    if rows.labels is None:
+        return None
+    if only is not None:
+        return ~torch.isin(rows.labels, torch.tensor(only))
+    return rows.labels == 1 if set(rows.labels.tolist()) == {0, 1} and not rows.from_run else None
+
+
+def _told_anomalies(asked: Asked, found: Anomalies, reference: Tensor, rows: Chosen, truth: Tensor | None) -> list[str]:
+    expected = found.expected
+    told = [
+        f"{len(rows.x)} {rows.where} against {len(reference)} held-out normal rows; a row is flagged beyond a "
+        f"threshold that {100 * expected.mean:.2g} ± {100 * expected.se:.2g}% of fresh normal rows exceed."
+    ]
+    for reason in dict.fromkeys(found.left_out.values()):
+        told.append(f"Left out: {', '.join(n for n, why in found.left_out.items() if why == reason)} ({reason}).")
+    if truth is None:
+        told.append(
+            "Which rows are anomalous is not known; with labels (--anomalous) the scores themselves are judged."
+        )
+    elif truth.all() or not truth.any():
+        told.append(f"All rows are {'anomalous' if truth.all() else 'normal'}: no AUROC without rows of both kinds.")
+    return told
+
+
+def _table(found: Anomalies, figures: dict[str, Estimate]) -> tuple[str, list[str], list[list[str]]]:
+    """A line for each score."""
+    header = ["score", "threshold", "flagged", *(["AUROC", "detected", "false alarms"] if figures else [])]
+    lines = []
+    for name in found.scores:
+        flagged = int(found.flagged(name).sum())
+        line = [name, f"{found.thresholds[name]:.4g} {UNITS.get(name, 'nats')}", str(flagged)]
+        known = [figures[f"{what}[{name}]"] for what in ("auroc", "detected", "false_alarms")] if figures else []
+        lines.append([*line, *map(number, known)])
+    return "Scores, higher for what is more anomalous", header, lines
+
+
+def classify(asked: Asked, models: Sequence[Any] | None, *, data: Dataset, K: int = 16) -> Use:
+    """The class of each row by Bayes' rule on its evidence under a program for each class, or one for all of them.
+
+    Arguments:
+        models: program and guide for each class; None for a program that takes the label.
+        data: whose validation rows no class model was fitted to, and whose training rows tell how frequent classes are.
+        K: draws for each row and class.
+    """
+    kinds, train = _kinds(data), data.train_labels
+    assert train is not None
+    prior = torch.bincount(torch.searchsorted(kinds, train), minlength=len(kinds)).double()
+
+    def judged(x: Tensor, seed: int) -> Classified:
+        if models is None:
+            built = asked.run.variant.built
+            own = x[:, : asked.run.columns]
+            return classes.by_label(built.program.model, built.guide, own, len(kinds), prior=prior, K=K, seed=seed)
+        return uses.classify(models, x, prior=prior, K=K, seed=seed, progress=asked.progress)
+
+    held = data.validation[:CALIBRATION]
+    known = torch.searchsorted(kinds, _labels_of(data)[:CALIBRATION])
+    temperature = classes.calibrated(judged(held, asked.seed + 1).log_evidence, known, prior)
+    found = judged(asked.rows.x, asked.seed).at(temperature.mean)
+    return _classified(asked, found, temperature, len(held), kinds)
+
+
+def _classified(asked: Asked, found: Classified, temperature: Estimate, held: int, kinds: Tensor) -> Use:
+    told = [
+        f"{len(asked.x)} {asked.rows.where} into {len(kinds)} classes by the evidence of each (IWAE-{found.K}), at "
+        f"temperature {number(temperature)}, at which {held} held-out training rows have the smallest log loss."
+    ]
+    arrays = {"predicted": kinds[found.predicted], "probability": found.log_probabilities.exp()}
+    arrays |= {"log_evidence": found.log_evidence, "row": asked.rows.place}
+    if asked.rows.labels is None:
+        return Use("classify", _plain(arrays), [*told, "The rows have no labels to judge this by."])
+    labels = asked.rows.labels
+    if not torch.isin(labels, kinds).all():
+        raise UserError(f"the {asked.rows.where} have labels that no class model knows; known are {kinds.tolist()}")
+    y = torch.searchsorted(kinds, labels)
+    lines = []
+    for name, at in (("Bayes' rule (temperature 1)", found.at(1.0)), ("calibrated", found)):
+        own = at.figures(y)
+        lines.append([name, *(number(own[what]) for what in FIGURES)])
+    told.append(f"Accuracy {number(found.figures(y)['accuracy'])}.")
+    table = ("Against the labels", ["probabilities", *FIGURES.values()], lines)
+    figure = confusions(found.confusion(y).numpy(), [f"{kind:g}" for kind in kinds.tolist()])
+    return Use("classify", _plain(arrays | {"label": labels}), told, [table], figure)
+
+
+FIGURES = {
+    "accuracy": "accuracy",
+    "log_loss": "log loss (nats)",
+    "brier": "Brier score",
+    "calibration_error": "calibration error",
+    "calibration_error_by_chance": "of it by chance",
+}
+
+
+def class_models(
+    run: Opened,
+    *,
+    epochs: int | None = None,
+    data_folder: str | Path | None = None,
+    progress: bool = False,
+    say: Callable[[str], None] = lambda line: None,
+) -> tuple[list[tuple[Any, Any]] | None, Dataset]:
+    """A program and guide for each class of a run's data, of the run's recipe; what is trained is kept in its folder.
+
+    Arguments:
+        run: whose recipe is taken.
+        epochs: of each class model; the run's unless given.
+        data_folder, progress, say: where data sets are, whether to show bars, and who takes lines.
+
+    Returns:
+        The models, or None where the run's own program takes the label; and the data with rows held out from them.
+
+    Raises:
+        UserError: the data have no labels, or one alone.
+    """
+    own = run.variant.recipe
+    if run.data.train_labels is None or (run.data.classes == 0 and len(_kinds(run.data)) < 2):
+        has = "none" if run.data.train_labels is None else "one alone"
+        raise UserError(
+            f"classify needs labels, and {own.data} has {has}; give its rows a column 'label' (.csv, .parquet) or an "
+            "array y (.npz)"
+        )
+    if run.data.classes:
+        if not len(run.data.validation):
+            raise UserError("classify calibrates on rows that the program has not seen; fit with --validation-size 0.1")
+        return None, run.data
+    own = replace(own, validation_size=own.validation_size or HELD_OUT, epochs=epochs or own.epochs, patience=None)
+    shelf = grid.Shelf(data_folder)
+    data = shelf[own]
+    labels = [int(kind) for kind in _kinds(data).tolist()]
+    cells = grid.cells(own, {"only": [[label] for label in labels]})
+    cells = [replace(cell, place=str(label)) for cell, label in zip(cells, labels, strict=True)]
+    folder = run.folder / runs.CLASSES / f"{run.name}-{own.epochs}-epochs".replace("/", "_")
+    pool = grid.Pool(device=run.device, data_folder=data_folder, progress=progress, say=say)
+    found = grid.train(cells, folder, shelf, pool, resume=True)
+    return [(each.built.program.model, each.built.guide) for each in found], data
+
+
+def _kinds(data: Dataset) -> Tensor:
+    assert data.train_labels is not None
+    return data.train_labels.unique()
+
+
+def _labels_of(data: Dataset) -> Tensor:
+    assert data.validation_labels is not None
+    return data.validation_labels
+
+
+def _plain(arrays: dict[str, Tensor]) -> dict[str, np.ndarray]:
+    return {name: values.detach().cpu().numpy() for name, values in arrays.items()}
