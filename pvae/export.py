@@ -14,7 +14,7 @@ import xarray as xr
 from pyro import poutine
 from torch import Tensor
 
-from pvae.coding import reconstruct, sample
+from pvae.coding import sample
 from pvae.errors import UserError
 from pvae.files import replacing
 from pvae.guides import Guide
@@ -80,10 +80,10 @@ def drawn(model: Program, guide: Guide, x: Tensor, *, seed: int = 0) -> Draws:
         lam = guide.params(x)
         q, K = guide.at(lam), min(MOST, max(LEAST, NUMBERS // (len(x) * guide.sites.dim)))
         weights = log_weights(model, q, x, K=K, keep_latents=True)
-        mean = reconstruct(model, q, x, seed=seed)
+        mean = _at_a_draw(model, q, x).mean
         rows = _room(BYTES["i"] // (X_DRAWS * x[0].numel()))
         some = guide.at(lam[:rows])
-        replicates = torch.stack([_replicate(model, some, x[:rows]) for _ in range(X_DRAWS)])
+        replicates = torch.stack([_at_a_draw(model, some, x[:rows]).sample() for _ in range(X_DRAWS)])
     prior, prior_x = _from_prior(model, _like(x, PRIOR_DRAWS), seed)
     return Draws(weights, replicates, mean, prior, prior_x, sample(model, _like(x, PICTURES), seed=seed))
 
@@ -97,9 +97,9 @@ def _room(rows: int) -> int:
     return max(rows, X_DRAWS)
 
 
-def _replicate(model: Program, q: Program, x: Tensor) -> Tensor:
-    """One draw of the latents from q and of x given them, [R, C]."""
-    return observed(poutine.replay(model, trace=poutine.trace(q).get_trace(x, None)), x)["fn"].sample()
+def _at_a_draw(model: Program, q: Program, x: Tensor) -> Any:
+    """p(x|z) at one draw of each row's latents from q, its batch shape [R]."""
+    return observed(poutine.replay(model, trace=poutine.trace(q).get_trace(x, None)), x)["fn"]
 
 
 def _from_prior(model: Program, like: Tensor, seed: int) -> tuple[dict[str, Tensor], Tensor]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -109,9 +108,9 @@ def by_rows(
     rows = rows_of(x, model)
     if not len(rows):
         raise UserError("no rows are given; at least one is needed")
-    module_of(model).eval()
-    with suppress(UserError):  # a guide that is fixed, as by Guide.at, is a plain function and has no mode
-        module_of(guide or model).eval()
+    for program in (model, guide):
+        if program is not None:
+            module_of(program).eval()
 
     def computed(part: slice) -> dict[str, Tensor]:
         with seeded(seed + 1_000_003 * part.start):
