@@ -76,6 +76,7 @@ MODULES = (
     "runs",
     "runtime",
     "sites",
+    "sklearn",
     "sources",
     "stages",
     "stats",

@@ -1,0 +1,351 @@
+"""Scikit-learn's interface: a variational autoencoder as a transformer and density of tables."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from sklearn.base import BaseEstimator, ClassNamePrefixFeaturesOutMixin, DensityMixin, TransformerMixin
+from sklearn.utils import check_array, check_random_state
+from sklearn.utils.validation import check_is_fitted, validate_data
+from torch import Tensor
+
+from pvae import coding, components, training
+from pvae.data import Dataset
+from pvae.errors import Refused, UserError, positive
+from pvae.families import Delta, Family
+from pvae.guides import Guide, given, local_bound
+from pvae.passes import Rows, by_rows
+from pvae.recipe import Built, Recipe, build, check_value, resolve
+from pvae.sites import find_sites
+from pvae.stopping import Interrupted
+from pvae.support import check_support
+from pvae.values import checked
+from pvae.weights import ROWS_PER_PASS, log_weights
+
+__all__ = ["VAE"]
+
+# What a recipe calls a parameter, where that is another name.
+NAMES = {
+    "latent": "n_components",
+    "epochs": "max_iter",
+    "patience": "n_iter_no_change",
+    "validation_size": "validation_fraction",
+}
+# Parameters that a recipe has, by its name for them.
+SHARED = (
+    *("likelihood", "prior", "family", "network", "guide", "objective", "latent", "epochs", "batch_size"),
+    *("learning_rate", "patience", "engine", "missing"),
+)
+
+
+class VAE(ClassNamePrefixFeaturesOutMixin, TransformerMixin, DensityMixin, BaseEstimator):
+    r"""A variational autoencoder of rows x [N, M]: :math:`z \sim p(z)`, :math:`x \sim p(x | \eta(z))`, :math:`q(z|x)`.
+
+    Components are named as in recipes, ``"GaussianMixture(components=5)"``; ``pvae list`` names them.
+
+    Arguments:
+        n_components: D, the number of latent dimensions.
+        likelihood: p(x|z). The Gaussian has one scale for all columns, so that these should be of like scale:
+            put a ``StandardScaler`` before it.
+        prior: p(z).
+        family: q(z|x).
+        network: of decoder and encoder.
+        hidden: its widths, unless its own word has them.
+        shape: of a row that is a picture, H, W or H, W, C, for ``Conv``.
+        guide: where the family's parameters come from. Only under ``Amortized`` a row's results don't depend on the
+            other rows; ``PerDatapoint`` seeks each new row's own q.
+        objective: the bound that is trained.
+        max_iter: epochs.
+        batch_size, learning_rate, engine, device: see :func:`pvae.training.fit`.
+        n_iter_no_change: stop when the ELBO of held-out rows has not risen for so many epochs, and go back to the
+            best; None trains to the end.
+        validation_fraction: of the rows, held out for that.
+        missing: NaN marks entries that are missing; those that are there are scored.
+        n_draws: K of :meth:`score_samples`.
+        random_state: of weights, batches and draws.
+        verbose: show a progress bar.
+
+    Attributes:
+        model_, guide_: program and guide, on the CPU and in double precision, in which a row's results don't depend
+            on the size of its batch; ``model_.model`` and ``guide_`` go into all functions of pvae.
+        recipe_: all that was chosen, as :class:`pvae.recipe.Recipe`.
+        history_: a row for each epoch, see :class:`pvae.training.Fit`.
+        n_iter_: epochs made.
+        n_features_in_, feature_names_in_: columns, and their names where X has any.
+
+    Raises:
+        ValueError: a parameter, or values of X, that don't do; one line that says which.
+
+    >>> X = np.random.default_rng(0).normal(size=(50, 4))
+    >>> VAE(n_components=2, max_iter=1, random_state=0).fit_transform(X).shape
+    (50, 2)
+    """
+
+    def __init__(
+        self,
+        n_components: int = 2,
+        *,
+        likelihood: str = "Gaussian",
+        prior: str = "StandardNormal",
+        family: str = "DiagonalNormal",
+        network: str = "MLP",
+        hidden: Sequence[int] = (128,),
+        shape: Sequence[int] | None = None,
+        guide: str = "Amortized",
+        objective: str = "ELBO",
+        max_iter: int = 100,
+        batch_size: int = 128,
+        learning_rate: float = 1e-3,
+        n_iter_no_change: int | None = None,
+        validation_fraction: float = 0.1,
+        missing: bool = False,
+        n_draws: int = 100,
+        device: str = "auto",
+        engine: str = "auto",
+        random_state: Any = None,
+        verbose: bool = False,
+    ) -> None:
+        self.n_components = n_components
+        self.likelihood = likelihood
+        self.prior = prior
+        self.family = family
+        self.network = network
+        self.hidden = hidden
+        self.shape = shape
+        self.guide = guide
+        self.objective = objective
+        self.max_iter = max_iter
+        self.batch_size = batch_size
+        self.learning_rate = learning_rate
+        self.n_iter_no_change = n_iter_no_change
+        self.validation_fraction = validation_fraction
+        self.missing = missing
+        self.n_draws = n_draws
+        self.device = device
+        self.engine = engine
+        self.random_state = random_state
+        self.verbose = verbose
+
+    def fit(self, X: Any, y: Any = None) -> VAE:
+        """Train decoder and encoder on the rows X [N, M]; y is ignored."""
+        X = validate_data(self, X, dtype=np.float64, ensure_min_samples=2, ensure_all_finite=self._finite())
+        with _door():
+            recipe = self._recipe(_seed(self.random_state))
+            whole = _dataset(X, self.shape, self.missing)
+            data = whole if recipe.patience is None else _held_out(whole, self.validation_fraction, recipe.seed)
+            built = build(recipe, data)
+            check_support(built.program.model, whole)
+            found = self._train(recipe, built, data)
+        self.model_, self.guide_, self.recipe_ = built.program.cpu().double(), built.guide.cpu().double(), recipe
+        self.history_, self.n_iter_ = found.history, len(found.history)
+        self._tie()
+        return self
+
+    def _train(self, recipe: Recipe, built: Built, data: Dataset) -> training.Fit:
+        return training.fit(
+            built.program.model,
+            built.guide,
+            data,
+            epochs=recipe.epochs or 0,
+            batch_size=recipe.batch_size,
+            learning_rate=recipe.learning_rate or 0.0,
+            objective=built.objective,
+            patience=recipe.patience,
+            seed=recipe.seed,
+            device=self.device,
+            engine=recipe.engine,
+            progress=bool(self.verbose),
+        )
+
+    def transform(self, X: Any) -> np.ndarray:
+        """Codes of the rows X [N, M]: means of q(z|x), [N, D]; by ``n_draws`` draws of a family that states none."""
+        return self._by_rows(X, lambda rows, lam: _mean(self.guide_.family, lam, self.n_draws, self.recipe_.seed))
+
+    def inverse_transform(self, X: Any) -> np.ndarray:
+        """Codes [N, D] to rows: the mean of p(x|z), [N, M]."""
+        check_is_fitted(self)
+        codes = torch.tensor(check_array(X, dtype=np.float64))
+        with _door():
+            given = codes.new_zeros(len(codes), self.n_features_in_)
+            return coding.decode(self.model_.model, self.guide_, codes, given).numpy()
+
+    def score_samples(self, X: Any) -> np.ndarray:
+        r"""Log evidence of each row of X [N, M] in nats, :math:`\log \frac1K \sum_k p(x, z_k) / q(z_k|x)`, [N].
+
+        The draws' noise is the same for all rows and calls. On average over noise this is a lower bound of log p(x),
+        which K = ``n_draws`` tightens; densities and masses are not to be compared.
+        """
+        check_is_fitted(self)
+        with _door():
+            positive("VAE", n_draws=self.n_draws)
+            if self.guide_.family.point_mass:
+                raise Refused("family Delta has no density, so that there is no evidence; use another --family")
+        return self._by_rows(X, self._evidence)
+
+    def score(self, X: Any, y: Any = None) -> float:
+        """The mean of :meth:`score_samples`: nats per row, higher is better."""
+        return float(self.score_samples(X).mean())
+
+    def sample(self, n_samples: int = 1, random_state: Any = None) -> np.ndarray:
+        """New rows [n_samples, M], drawn from p(z) and p(x|z).
+
+        Arguments:
+            n_samples: how many.
+            random_state: of the draws; the estimator's unless given.
+        """
+        check_is_fitted(self)
+        seed = _seed(self.random_state if random_state is None else random_state)
+        with _door():
+            positive("sample", n_samples=n_samples)
+            like = torch.zeros(n_samples, self.n_features_in_)
+            return coding.sample(self.model_.model, like, draw=True, seed=seed).numpy()
+
+    def __sklearn_tags__(self) -> Any:
+        tags = super().__sklearn_tags__()
+        tags.input_tags.allow_nan = bool(self.missing)
+        return tags
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if "guide_" in state:
+            self._tie()
+
+    @property
+    def _n_features_out(self) -> int:
+        return self.guide_.family.dim
+
+    def _tie(self) -> None:
+        """Let guide and prior know of each other's parts in a way that can be pickled, and without the rows."""
+        guide: Any = self.guide_
+        guide.sites = find_sites(self.model_.model, torch.zeros(2, self.n_features_in_, dtype=torch.double))
+        if getattr(guide, "bound", None) is not None:
+            guide.bound = partial(_bound, self.model_, guide)
+        if hasattr(self.model_.prior, "posterior"):
+            self.model_.prior.posterior = partial(_encoded, guide)
+
+    def _finite(self) -> bool | str:
+        return "allow-nan" if self.missing else True
+
+    def _recipe(self, seed: int) -> Recipe:
+        """The parameters as a recipe, everything filled in."""
+        keys = {key: _plain(getattr(self, NAMES.get(key, key))) for key in SHARED}
+        for key, value in keys.items():
+            check_value(key, value, "--")
+        network = components.table(keys["network"])
+        if components.takes("network", network, "hidden"):
+            network.setdefault("hidden", _plain(self.hidden))
+        return resolve(Recipe(data="X", seed=seed, **(keys | {"network": network})))
+
+    def _by_rows(self, X: Any, compute: Any) -> np.ndarray:
+        """What a function of rows and their lam [B, P] gives for the rows of X."""
+        check_is_fitted(self)
+        X = validate_data(self, X, dtype=np.float64, reset=False, ensure_all_finite=self._finite())
+        x = torch.tensor(X)
+
+        def computed(rows: Rows) -> dict[str, Tensor]:
+            return {"found": compute(rows, self.guide_.params(rows.x).detach())}
+
+        with _door():
+            check_support(self.model_.model, Dataset("X", x, x[:0], x[:0], x.shape[1:]))
+            return by_rows(self.model_.model, self.guide_, computed, x, seed=self.recipe_.seed)["found"].numpy()
+
+    def _evidence(self, rows: Rows, lam: Tensor) -> Tensor:
+        guide, sites = self.guide_, self.guide_.sites
+        z, q = _common_draws(guide.family, lam, self.n_draws, self.recipe_.seed), guide.family(lam)
+        joint = []
+        for some in z.split(max(1, ROWS_PER_PASS // len(lam))):
+            at = given(Delta(sites.dim), some.flatten(0, 1), sites)
+            found = log_weights(self.model_.model, at, rows.x.repeat(len(some), 1)).log_w
+            joint.append(found.view(some.shape[:2]))
+        return (torch.cat(joint) - q.log_prob(z)).logsumexp(0) - math.log(len(z))
+
+
+def _common_draws(family: Family, lam: Tensor, K: int, seed: int) -> Tensor:
+    """K draws of q for each row of lam [B, P], [K, B, D]: the same noise for all, so that none feels its neighbours."""
+    draws = []
+    for row in lam.split(1):
+        torch.manual_seed(seed)
+        draws.append(family(row).sample(torch.Size([K])))
+    return torch.cat(draws, 1)
+
+
+def _mean(family: Family, lam: Tensor, K: int, seed: int) -> Tensor:
+    """Means [B, D] of q, by draws where it states none."""
+    try:
+        return family(lam).mean
+    except NotImplementedError:
+        return _common_draws(family, lam, K, seed).mean(0)
+
+
+def _bound(program: Any, guide: Guide, *args: Any, **options: Any) -> Tensor:
+    """Each row's own bound; unlike what :func:`local_bound` returns, this can be pickled."""
+    return local_bound(program.model, guide.family, guide.sites)(*args, **options)
+
+
+def _encoded(guide: Any, x: Tensor) -> Any:
+    """q(z|x) by the encoder alone."""
+    return guide.family(guide.encoder(x))
+
+
+def _dataset(X: np.ndarray, shape: Sequence[int] | None, missing: bool) -> Dataset:
+    """The rows as training data."""
+    rows = torch.tensor(checked("X", X, "none", 1, missing=missing), dtype=torch.get_default_dtype())
+    if shape is not None and math.prod(shape) != rows.shape[1]:
+        raise UserError(f"shape {tuple(shape)} holds {math.prod(shape)} values, but X has {rows.shape[1]} columns")
+    means = rows.nanmean(0) if missing else None
+    if means is not None and means.isnan().any():
+        raise UserError(f"X: column {int(means.isnan().nonzero()[0])} has no value in any row; drop it")
+    return Dataset("X", rows, rows[:0], rows[:0], tuple(shape or rows.shape[1:]), means=means)
+
+
+def _held_out(data: Dataset, fraction: float, seed: int) -> Dataset:
+    """The data with a part of its rows, taken at random, for validation."""
+    count = round(len(data.train) * fraction)
+    if not 0 < count <= len(data.train) - 2:
+        raise UserError(f"--validation-size {fraction} of {len(data.train)} rows is {count}; hold out others")
+    order = torch.randperm(len(data.train), generator=torch.Generator().manual_seed(seed))
+    return replace(data, train=data.train[order[count:]], validation=data.train[order[:count]])
+
+
+def _seed(random_state: Any) -> int:
+    return int(check_random_state(random_state).randint(2**31 - 1))
+
+
+def _plain(value: Any) -> Any:
+    """A number or sequence as Python's own, such as a grid made by NumPy holds."""
+    if isinstance(value, np.ndarray | np.generic):
+        return value.tolist()
+    return list(value) if isinstance(value, tuple) else value
+
+
+@contextmanager
+def _door() -> Iterator[None]:
+    """Let mistakes leave as scikit-learn's users expect them, in the words of the estimator's parameters."""
+    try:
+        yield
+    except UserError as error:
+        raise ValueError(_translated(str(error))) from None
+    except Interrupted as error:
+        raise KeyboardInterrupt(str(error)) from None
+
+
+def _translated(line: str) -> str:
+    """A line about flags as one about parameters.
+
+    >>> _translated("--latent is 0, but it must be at least 1")
+    'n_components is 0, but it must be at least 1'
+    """
+
+    def parameter(flag: re.Match[str]) -> str:
+        name = flag[1].replace("-", "_")
+        return NAMES.get(name, name)
+
+    return re.sub(r"--(\w[\w-]*)", parameter, line).removeprefix("train ")
