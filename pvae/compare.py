@@ -25,12 +25,14 @@ from pvae.grid import Cell, Pool, Shelf
 from pvae.guides import local_bound
 from pvae.ledger import Ledger
 from pvae.precision import check_precision
+from pvae.proximity import proximity
 from pvae.recipe import Recipe
 from pvae.refine import MARKS
 from pvae.results import SCHEMA, Group, collect
 from pvae.runs import PARTS, Variant, place
 from pvae.runtime import pick_device, seeded, unchecked
 from pvae.sites import base_measure
+from pvae.stats import Estimate
 from pvae.verdicts import Judged, SameDecoder
 
 __all__ = ["BUDGETS", "SOURCES", "Entry", "Job", "compare", "current", "judge", "left_out", "load"]
@@ -223,7 +225,8 @@ def _group(entries: list[Entry], job: Job) -> Group:
     splits = {"train": data.fixed_train(job.rows), "test": Batch(data.test[: job.rows], torch.empty(0))}
     judged = [_judged(entry, splits, job) for entry in entries]
     measure = base_measure(entries[0].variants[0].built.program.model, data.train[:2])
-    group = Group(data, measure, splits["test"], [e.variants for e in entries], judged)
+    spaces = {entry.name: _latent_space(entry.variants[0], splits["test"].x, data) for entry in entries}
+    group = Group(data, measure, splits["test"], [e.variants for e in entries], judged, spaces)
     base = next((e.variants[0] for e in entries if _source(e) == "Amortized"), None)
     if base is None or not _differ_in_guide_alone(entries) or base.built.guide.family.point_mass:
         return group
@@ -236,6 +239,14 @@ def _group(entries: list[Entry], job: Job) -> Group:
         same=_same_decoder(base, {"Amortized": base.recipe.guide} | chosen | missing, test, job.budget.K),
         curve=refinement_curve(base.built.program.model, base.built.guide, test, steps=steps, seed=seed),
     )
+
+
+def _latent_space(variant: Variant, x: Tensor, data: Dataset) -> dict[str, Estimate]:
+    """How near in latent space is near in the data, by the test rows x; nothing where there is one alone."""
+    if len(x) < 2:
+        return {}
+    program, guide, _ = variant.built
+    return proximity(program.model, guide, x, data.sample, seed=variant.recipe.seed).figures()
 
 
 def _source(entry: Entry) -> str:

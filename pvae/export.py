@@ -14,7 +14,6 @@ import xarray as xr
 from pyro import poutine
 from torch import Tensor
 
-from pvae.coding import sample
 from pvae.errors import UserError
 from pvae.files import replacing
 from pvae.guides import Guide
@@ -84,8 +83,8 @@ def drawn(model: Program, guide: Guide, x: Tensor, *, seed: int = 0) -> Draws:
         rows = _room(BYTES["i"] // (X_DRAWS * x[0].numel()))
         some = guide.at(lam[:rows])
         replicates = torch.stack([_at_a_draw(model, some, x[:rows]).sample() for _ in range(X_DRAWS)])
-    prior, prior_x = _from_prior(model, _like(x, PRIOR_DRAWS), seed)
-    return Draws(weights, replicates, mean, prior, prior_x, sample(model, _like(x, PICTURES), seed=seed))
+    prior, given = _from_prior(model, _like(x, PRIOR_DRAWS), seed)
+    return Draws(weights, replicates, mean, prior, *given)
 
 
 def _like(x: Tensor, count: int) -> Tensor:
@@ -102,12 +101,13 @@ def _at_a_draw(model: Program, q: Program, x: Tensor) -> Any:
     return observed(poutine.replay(model, trace=poutine.trace(q).get_trace(x, None)), x)["fn"]
 
 
-def _from_prior(model: Program, like: Tensor, seed: int) -> tuple[dict[str, Tensor], Tensor]:
-    """Latents by site [S, ...] and x given them [S, C], as many as the rows ``like``."""
+def _from_prior(model: Program, like: Tensor, seed: int) -> tuple[dict[str, Tensor], tuple[Tensor, Tensor]]:
+    """Latents by site [S, ...], as many as the rows ``like``; x given them [S, C], and its mean at the first [P, C]."""
     with unchecked(), torch.no_grad(), seeded(seed):
         trace = poutine.trace(model).get_trace(like, torch.zeros(len(like), dtype=torch.long, device=like.device))
         latents = {name: site["value"] for name, site in random_sites(trace) if not site["is_observed"]}
-        return latents, observed(poutine.replay(model, trace=trace), like)["fn"].sample()
+        fn = observed(poutine.replay(model, trace=trace), like)["fn"]
+        return latents, (fn.sample(), fn.mean[:PICTURES])
 
 
 def tree(variants: dict[str, Draws], x: Tensor, labels: Tensor | None, attributes: dict[str, Any]) -> xr.DataTree:

@@ -10,10 +10,13 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
 from pvae.drawing import COLOURS, STYLE, address, digits_of, framed, sheet
+from pvae.map_panels import side_by_side
 
 __all__ = ["digits_of", "figures"]
 
 GUIDES = {"Amortized": COLOURS[0], "PerDatapoint": COLOURS[1], "SemiAmortized": COLOURS[2]}
+# Maps that stand side by side.
+MAPS = 4
 OTHERS = (*COLOURS[3:6], *COLOURS[:3], COLOURS[6])
 
 
@@ -24,6 +27,7 @@ def figures(group: dict[str, Any], idata: xr.DataTree) -> dict[str, str]:
     shape, rows = tuple(group["data"]["shape"]), group["rows"]
     with matplotlib.rc_context(STYLE):
         found = {"curves": _curves(rows), "pictures": _pictures(idata, shape), "prior": _prior(idata, shape)}
+        found["maps"] = _maps(idata)
         if any("evidence" in row["test"] for row in rows):
             found["gaps"] = _gaps(rows)
         if "refinement" in group:
@@ -188,3 +192,21 @@ def _side_by_side(panels: dict[str, np.ndarray], shape: tuple[int, ...]) -> str:
         sheet(axis, images, shape, per_line)
         axis.set_title(name, fontsize=9)
     return address(figure, "png")
+
+
+def _maps(idata: xr.DataTree) -> str:
+    """Codes of the test rows over draws of the prior, for the first variants, coloured by label where there are any."""
+    names = [str(name) for name in idata["posterior"].variant.to_numpy()[:MAPS]]
+    maps = {name: (_latents(idata, "posterior", name), _latents(idata, "prior", name)) for name in names}
+    labelled = "constant_data" in idata and "label" in idata["constant_data"]
+    labels = idata["constant_data"]["label"].to_numpy() if labelled else None
+    return address(side_by_side(maps, labels), "png")
+
+
+def _latents(idata: xr.DataTree, group: str, name: str) -> np.ndarray:
+    """A variant's latents end to end, without those that others alone have: means for each row, or draws."""
+    own = idata[group].to_dataset().sel(variant=name).isel(chain=0)
+    own = own.mean("draw") if "row" in own.dims else own
+    columns = [values.to_numpy().reshape(len(values), -1) for values in own.data_vars.values()]
+    whole = np.concatenate(columns, 1)
+    return whole[:, ~np.isnan(whole).all(0)]

@@ -85,8 +85,8 @@ def _plane(codes: np.ndarray, prior: np.ndarray) -> tuple[np.ndarray, np.ndarray
     """Codes and prior draws in the plane of two dimensions or of the first principal directions; and its axes."""
     if codes.shape[1] == 1:  # a line, as histograms would show it, spread by the rows' order
         return _risen(codes), _risen(prior), ("latent dimension (u)", "row, by its order")
-    if codes.shape[1] == 2:
-        return codes, prior, AXES["plane"]
+    if codes.shape[1] == 2 or len(codes) < 3:
+        return codes[:, :2], prior[:, :2], AXES["plane"]
     centre = codes.mean(0)
     _, values, ways = np.linalg.svd(codes - centre, full_matrices=False)
     share = values[:2] ** 2 / max((values**2).sum(), 1e-300)

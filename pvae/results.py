@@ -35,6 +35,7 @@ class Group(NamedTuple):
     test: Batch
     variants: list[list[Variant]]
     judged: list[Judged]
+    spaces: Mapping[str, Mapping[str, Estimate]] = {}
     same: Sequence[SameDecoder] = ()
     curve: RefinementCurve | None = None
 
@@ -92,7 +93,10 @@ def _group(group: Group) -> dict[str, Any]:
             "shape": list(data.shape),
             "summary": data.summary(),
         },
-        "rows": [_row(variants, judged) for variants, judged in zip(group.variants, group.judged, strict=True)],
+        "rows": [
+            _row(variants, judged) | _space(group, judged.name)
+            for variants, judged in zip(group.variants, group.judged, strict=True)
+        ],
         "verdicts": verdicts(group.judged, list(group.same), group.curve, dynamic=data.binarize == "dynamic"),
     }
     if group.same and group.curve is not None:
@@ -125,6 +129,12 @@ def _row(variants: list[Variant], judged: Judged) -> dict[str, Any]:
     if len(variants) > 1:
         row["seconds_by_seed"] = [v.fit.seconds for v in variants]
     return row
+
+
+def _space(group: Group, name: str) -> dict[str, Any]:
+    """The figures of a variant's latent space, of its first seed, where there are any."""
+    found = group.spaces.get(name, {})
+    return {"latent_space": {figure: value._asdict() for figure, value in found.items()}} if found else {}
 
 
 def _quantities(found: list[Evaluation]) -> dict[str, Any]:

@@ -77,6 +77,14 @@ FIGURES = {
     },
 }
 
+# The figures of a latent space, see pvae.proximity, with the words that stand for them.
+SPACE = {
+    "step": "x moves for 0.1 sd of the codes (rms)",
+    "roughness": "steepest 5% of codes, times the median",
+    "vacuum_prior": "prior draws far from data (data: 0.05)",
+    "vacuum_between": "midpoints of codes far from data (0.05)",
+}
+
 # Variants beyond which they stand one below the other on a terminal.
 MANY = 4
 
@@ -92,14 +100,16 @@ class Table(NamedTuple):
 def tables(group: dict[str, Any]) -> dict[str, Table]:
     """The tables of a group in ``results.json`` by name, of what is there.
 
-    ``test`` and ``train`` rows, ``weights`` of q, ``families`` that q could be of, ``cost`` of each variant, and every
-    source on the ``same_decoder``.
+    ``test`` and ``train`` rows, ``weights`` of q, ``families`` that q could be of, the ``latent_space``, ``cost`` of
+    each variant, and every source on the ``same_decoder``.
     """
     found = {"test": _quantities(group, "test"), "train": _quantities(group, "train")}
     if any("k_hat" in row["test"] for row in group["rows"]):
         found["weights"] = _weights(group)
     if any(name.startswith("family_gain[") for row in group["rows"] for name in row["test"]):
         found["families"] = _families(group)
+    if any("latent_space" in row for row in group["rows"]):
+        found["latent_space"] = _latent_space(group)
     found["cost"] = _cost(group)
     if "same_decoder" in group:
         found["same_decoder"] = _same_decoder(group)
@@ -134,6 +144,12 @@ def _quantities(group: dict[str, Any], split: str) -> Table:
     where = {"test": "test rows", "train": "training rows"}[split]
     seeds = f", {len(rows[0]['seeds'])} seeds" if len(rows[0]["seeds"]) > 1 else ""
     return Table(f"Each with its own decoder, {where} (nats per row{seeds})", header, cells)
+
+
+def _latent_space(group: dict[str, Any]) -> Table:
+    rows = [(row["name"], row["latent_space"]) for row in group["rows"] if "latent_space" in row]
+    cells = [[name, *(_estimate(found.get(figure)) for figure in SPACE)] for name, found in rows]
+    return Table("Latent space, test rows", ["variant", *SPACE.values()], cells)
 
 
 def _cost(group: dict[str, Any]) -> Table:

@@ -33,7 +33,7 @@ IMAGES = (np.random.default_rng(0).random((40, 3, 4)) < 0.5).astype("float32")
 VECTORS = np.random.default_rng(1).normal(size=(40, 7)).astype("float32")
 
 # id: (rows, changes of the recipe, sources, figures)
-ALWAYS = {"curves", "pictures", "prior"}
+ALWAYS = {"curves", "maps", "pictures", "prior"}
 RUNS = {
     "images": (IMAGES, {}, SOURCES, ALWAYS | {"gaps", "refinement", "scatter"}),
     "vectors": (VECTORS, {"likelihood": "Gaussian"}, ("PerDatapoint",), ALWAYS | {"gaps"}),
