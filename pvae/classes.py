@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from scipy.optimize import brentq
@@ -21,8 +22,8 @@ __all__ = ["Classified", "by_label", "calibrated", "classify"]
 # Bins of confidence in which the calibration error is measured, and draws that tell how large it is by chance.
 BINS, CHANCES = 15, 200
 
-# Logarithms of the smallest and the largest temperature that is sought.
-TEMPERATURES = (-12.0, 12.0)
+# Logarithms of the smallest and the largest 1 / T that is sought.
+LOG_POWERS = (-12.0, 12.0)
 
 
 @dataclass(frozen=True)
@@ -161,33 +162,40 @@ def calibrated(log_evidence: Tensor, labels: Values, prior: Values | Sequence[fl
         labels: their classes, [B].
         prior: as of :func:`classify`.
 
-    The loss is convex in 1 / T. The error is the sandwich estimator's, for independent rows.
+    The loss is convex in 1 / T. The error is the sandwich estimator's, for independent rows. Evidence that tells all
+    rows apart has no best T: it is then found with a doubt of 1 / (B + 2) in every label, and has no error.
 
     Raises:
-        UserError: the evidence separates the classes of these rows, so that T would be 0, or tells less of them than
-            the prior does, so that T would be infinite.
+        UserError: the evidence tells less of these rows than the prior does, so that T would be infinite.
 
-    Source: Guo, Pleiss, Sun, Weinberger (2017), *On Calibration of Modern Neural Networks*, arXiv:1706.04599.
+    Sources: Guo, Pleiss, Sun, Weinberger (2017), *On Calibration of Modern Neural Networks*, arXiv:1706.04599; the
+    doubt is that of Platt (1999), *Probabilistic Outputs for Support Vector Machines*.
 
     >>> round(calibrated(torch.tensor([[3.0, 0.0], [3.0, 0.0], [3.0, 0.0], [0.0, 3.0]]), [0, 0, 1, 1]).mean, 2)
     2.73
     """
     y, log_evidence = _checked(labels, log_evidence), log_evidence.double()
-    log_prior, own = _log_prior(prior, log_evidence.shape[1]), log_evidence.gather(1, y.unsqueeze(1)).squeeze(1)
+    rows, classes = log_evidence.shape
+    log_prior, exact = _log_prior(prior, classes), torch.nn.functional.one_hot(y, classes).double()
+    doubt = 1 / (rows + 2)
+    for target in (exact, (1 - doubt) * exact + doubt * (1 - exact) / (classes - 1)):
+        slopes = partial(_slopes, log_evidence, log_prior, target)
+        flattest, steepest = (slopes(end)[0].mean().item() for end in LOG_POWERS)
+        if flattest >= 0:
+            raise UserError(f"the evidence tells less of the classes of these {rows} rows than the prior does")
+        if steepest > 0:
+            break
+    power = brentq(lambda at: slopes(at)[0].mean().item(), *LOG_POWERS)
+    first, second = slopes(power)
+    se = mean_se(first).se / second.mean().item() * math.exp(-2 * power)
+    return Estimate(math.exp(-power), se if target is exact else math.nan)
 
-    def slopes(log_beta: float) -> tuple[Tensor, Tensor]:
-        """Of each row's loss: the first and the second derivative by 1 / T."""
-        p = _posterior(log_evidence, log_prior, math.exp(log_beta)).exp()
-        mean = (p * log_evidence).sum(1)
-        return mean - own, (p * (log_evidence - mean.unsqueeze(1)).square()).sum(1)
 
-    ends = [slopes(-end)[0].mean().item() for end in TEMPERATURES]
-    if not ends[0] > 0 > ends[1]:
-        what = "is less sure of them than the prior" if ends[1] >= 0 else "tells all of them apart"
-        raise UserError(f"no temperature fits these {len(y)} rows: the evidence {what}; give more held-out rows")
-    log_beta = brentq(lambda at: slopes(at)[0].mean().item(), -TEMPERATURES[1], -TEMPERATURES[0])
-    first, second = slopes(log_beta)
-    return Estimate(math.exp(-log_beta), mean_se(first).se / second.mean().item() * math.exp(-2 * log_beta))
+def _slopes(log_evidence: Tensor, log_prior: Tensor, target: Tensor, log_power: float) -> tuple[Tensor, Tensor]:
+    """First and second derivative of each row's log loss by 1 / T, [B], for targets [B, C]."""
+    p = _posterior(log_evidence, log_prior, math.exp(log_power)).exp()
+    mean = (p * log_evidence).sum(1)
+    return mean - (target * log_evidence).sum(1), (p * (log_evidence - mean.unsqueeze(1)).square()).sum(1)
 
 
 def _classified(

@@ -221,12 +221,17 @@ def test_ties_go_to_one_class_and_count_as_unsure():
     assert found.figures([0, 0, 1, 1, 2, 2])["log_loss"].mean == pytest.approx(math.log(CLASSES))
 
 
-def test_no_temperature_fits_evidence_that_is_always_right_or_tells_less_than_the_prior():
-    right = 5 * torch.eye(CLASSES)
-    with pytest.raises(UserError, match="tells all of them apart; give more held-out rows"):
-        calibrated(right, [0, 1, 2])
-    with pytest.raises(UserError, match="is less sure of them than the prior"):
-        calibrated(-right, [0, 1, 2])
+def test_evidence_that_is_always_right_is_doubted_by_a_row():
+    apart = 7 * torch.eye(2).repeat(50, 1)
+    found = calibrated(apart, [0, 1] * 50)
+    # The doubt of 1 / 102 is what every row's probability of the other class becomes.
+    assert found.mean == pytest.approx(7 / math.log(101))
+    assert math.isnan(found.se)
+
+
+def test_evidence_that_tells_less_than_the_prior_has_no_temperature():
+    with pytest.raises(UserError, match="tells less of the classes of these 3 rows than the prior"):
+        calibrated(-torch.eye(CLASSES), [0, 1, 2])
 
 
 @pytest.mark.parametrize(
