@@ -182,7 +182,7 @@ class Noisy(dist.TorchDistribution):
 
     def _joint(self, value: Tensor) -> tuple[Tensor, Tensor]:
         """The values of x, [L, 1, ...], and log p(x, y|z) at each, [L, ..., *event]."""
-        x, log_p = _enumerated(self.clean)
+        x, log_p = _enumerated(self.clean, value.dim())
         return x, log_p + self.noise(x).log_prob(value)
 
 
@@ -205,18 +205,17 @@ def bounded(fn: Any, values: Tensor) -> Tensor:
     return values
 
 
-def _enumerated(fn: Any) -> tuple[Tensor, Tensor]:
-    """The values of x, [L, 1, ...], and log p(x|z) of each entry, [L, ..., *event]."""
-    count = len(fn.batch_shape + fn.event_shape)
+def _enumerated(fn: Any, dims: int = 0) -> tuple[Tensor, Tensor]:
+    """The values of x, [L, 1, ...], and log p(x|z) of each entry, [L, ..., *event], of so many dimensions after L."""
     if isinstance(fn, Categorical):
         log_p = fn.logits.movedim(-2, 0)
-        return _column(log_p, len(log_p), count), log_p
-    x = _column(fn.mean, levels(fn), count)
-    return x, fn.base_dist.log_prob(x)
-
-
-def _column(like: Tensor, length: int, dims: int) -> Tensor:
-    return torch.arange(length, dtype=like.dtype, device=like.device).view(-1, *(1,) * dims)
+        x = torch.arange(len(log_p), dtype=log_p.dtype, device=log_p.device).view(-1, *(1,) * (log_p.dim() - 1))
+    else:
+        like = fn.mean
+        x = torch.arange(levels(fn), dtype=like.dtype, device=like.device).view(-1, *(1,) * like.dim())
+        log_p = fn.base_dist.log_prob(x)
+    more = (1,) * (dims + 1 - log_p.dim())
+    return x.view(len(x), *more, *x.shape[1:]), log_p.view(len(x), *more, *log_p.shape[1:])
 
 
 def moments(fn: Any) -> Moments:
