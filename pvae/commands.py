@@ -263,7 +263,7 @@ def classify(
     epochs: Annotated[int | None, Flag(help="Of each class's model (default the run's).")] = None,
     samples: Annotated[int, Flag(help="K, draws for each row and class.")] = 16,
 ) -> None:
-    """The class of rows by Bayes' rule on a model for each class, trained at the first use; calibrated probabilities."""
+    """The class of rows by Bayes' rule on a model for each class, trained at the first use, and how sure that is."""
     from pvae import deciding
 
     def make(asked: Any) -> Any:

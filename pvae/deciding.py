@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pvae import classes, grid, recipe, runs, uses
+from pvae import checkpoints, classes, grid, recipe, runs, uses
 from pvae.anomalies import Anomalies
 from pvae.classes import Classified
 from pvae.data import Dataset
@@ -186,7 +186,7 @@ def _classified(asked: Asked, found: Classified, temperature: Estimate, held: in
         raise UserError(f"the {asked.rows.where} have labels that no class model knows; known are {kinds.tolist()}")
     y = torch.searchsorted(kinds, labels)
     lines = []
-    for name, at in (("Bayes' rule (temperature 1)", found.at(1.0)), ("calibrated", found)):
+    for name, at in (("as they are", found.at(1.0)), ("calibrated", found)):
         own = at.figures(y)
         lines.append([name, *(number(own[what]) for what in FIGURES)])
     told.append(f"Accuracy {number(found.figures(y)['accuracy'])}.")
@@ -244,8 +244,20 @@ def class_models(
     cells = [replace(cell, place=str(label)) for cell, label in zip(cells, labels, strict=True)]
     folder = run.folder / runs.CLASSES / f"{run.name}-{own.epochs}-epochs".replace("/", "_")
     pool = grid.Pool(device=run.device, data_folder=data_folder, progress=progress, say=say)
-    found = grid.train(cells, folder, shelf, pool, resume=True)
+    found = _fitted(cells, folder, shelf, run.device) or grid.train(cells, folder, shelf, pool, resume=True)
     return [(each.built.program.model, each.built.guide) for each in found], data
+
+
+def _fitted(cells: Sequence[grid.Cell], folder: Path, shelf: grid.Shelf, device: str) -> list[runs.Variant]:
+    """The class models of a folder, if all of them are trained to their end."""
+    places = [folder / cell.place for cell in cells]
+    if not all(
+        (place / checkpoints.FILE).is_file() and recipe.read(place, trust=True) == cell.recipe
+        for place, cell in zip(places, cells, strict=True)
+    ):
+        return []
+    found = [runs.load(p, shelf[c.recipe], device=device, trust=True) for p, c in zip(places, cells, strict=True)]
+    return found if all(len(own.fit.history) == own.recipe.epochs for own in found) else []
 
 
 def _kinds(data: Dataset) -> Tensor:

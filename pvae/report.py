@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pvae import diagnose, export
+import numpy as np
+import torch
+
+from pvae import diagnose, export, used
 from pvae.errors import UserError
 from pvae.figures import figures
 from pvae.files import read_json, write_text
+from pvae.map_panels import widget
 from pvae.panels import CAPTIONS, panels
+from pvae.planes import LatentMap, Sliders
 from pvae.rules import USES
 from pvae.tables import diagnosed, tables
 
@@ -30,7 +37,10 @@ def write(folder: Path) -> Path:
     try:
         groups = results["groups"]
         pictures = [figures(group, export.load(folder, n)) for n, group in enumerate(groups, 1)]
-        page = render(results, pictures, [_diagnoses(folder, group) for group in groups])
+        fitted = {mark for group in groups for row in group["rows"] for mark in row.get("fitted", [])}
+        shape = tuple(groups[0]["data"]["shape"])
+        kept = [use | {"blocks": _blocks(use, shape)} for use in used.kept(folder, fitted)]
+        page = render(results, pictures, [_diagnoses(folder, group) for group in groups], kept)
     except (KeyError, IndexError, TypeError) as error:
         path = folder / "results.json"
         raise UserError(f"{path} lacks {error} or does not go with {export.FILE}; pvae evaluate writes both") from error
@@ -58,8 +68,25 @@ def _gaps(test: dict[str, Any]) -> dict[str, tuple[float, float, float]]:
     return {words: (test[name]["mean"], *test[name]["interval"]) for name, words in there.items()}
 
 
+def _blocks(use: dict[str, Any], shape: tuple[int, ...]) -> list[Any]:
+    """Of a latent map what one can move in: the plane, and sliders where there are more than two dimensions."""
+    if use["verb"] != "map" or not use["arrays"].is_file():
+        return []
+    with np.load(use["arrays"], allow_pickle=False) as archive:
+        known = {name: archive[name] for name in archive.files}
+    tensors = {name: torch.from_numpy(values) for name, values in known.items() if name != "how"}
+    fields = {field.name: tensors.get(field.name) for field in dataclasses.fields(LatentMap)}
+    found: Any = LatentMap(**fields | {"how": str(known["how"])})  # type: ignore[arg-type]
+    sliding = {name.removeprefix("slider_"): values for name, values in tensors.items() if name.startswith("slider_")}
+    moved: list[Any] = [widget(Sliders(**sliding), None, shape)] if sliding else []
+    return [widget(found, known.get("label"), shape), *moved]
+
+
 def render(
-    results: dict[str, Any], pictures: list[dict[str, str]], diagnoses: list[list[dict[str, Any]]] | None = None
+    results: dict[str, Any],
+    pictures: list[dict[str, str]],
+    diagnoses: list[list[dict[str, Any]]] | None = None,
+    uses: Sequence[dict[str, Any]] = (),
 ) -> str:
     """The page's HTML, with each group's pictures; everything that comes from data, flags or files is escaped."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -74,5 +101,6 @@ def render(
         groups=list(zip(results["groups"], told, pictures, strict=True)),
         diagnosed=diagnoses or [[] for _ in told],
         captions=CAPTIONS,
-        uses=USES,
+        trusted=USES,
+        uses=uses,
     )

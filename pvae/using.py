@@ -127,6 +127,7 @@ def latent_map(asked: Asked, *, projection: str = "auto", size: int = 20) -> Use
         blocks.append(("Along the codes' principal directions", widget(moved, None, shape)))
         arrays |= {f"slider_{name}": values for name, values in vars(moved).items()}
     made = _use("map", arrays | _labelled(asked), told, picture(found, labels, shape))
+    made.arrays["how"] = np.array(found.how)
     made.page = page(f"Latent map of {asked.run.data.name}", blocks)
     return made
 
