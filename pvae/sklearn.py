@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import re
 from collections.abc import Iterator, Sequence
@@ -20,15 +21,16 @@ from torch import Tensor
 from pvae import coding, components, training
 from pvae.data import Dataset
 from pvae.errors import Refused, UserError, positive
-from pvae.families import Delta, Family
+from pvae.families import Delta
 from pvae.guides import Guide, given, local_bound
 from pvae.passes import Rows, by_rows
 from pvae.recipe import Built, Recipe, build, check_value, resolve
+from pvae.runtime import seeded
 from pvae.sites import find_sites
 from pvae.stopping import Interrupted
 from pvae.support import check_support
 from pvae.values import checked
-from pvae.weights import ROWS_PER_PASS, log_weights
+from pvae.weights import ROWS_PER_PASS, Program, log_weights
 
 __all__ = ["VAE"]
 
@@ -136,13 +138,13 @@ class VAE(ClassNamePrefixFeaturesOutMixin, TransformerMixin, DensityMixin, BaseE
 
     def fit(self, X: Any, y: Any = None) -> VAE:
         """Train decoder and encoder on the rows X [N, M]; y is ignored."""
-        X = validate_data(self, X, dtype=np.float64, ensure_min_samples=2, ensure_all_finite=self._finite())
+        X = validate_data(self, X, dtype=np.float64, order="C", ensure_min_samples=2, ensure_all_finite=self._finite())
         with _door():
             recipe = self._recipe(_seed(self.random_state))
             whole = _dataset(X, self.shape, self.missing)
             data = whole if recipe.patience is None else _held_out(whole, self.validation_fraction, recipe.seed)
             built = build(recipe, data)
-            check_support(built.program.model, whole)
+            _check_values(built.program.model, whole)
             found = self._train(recipe, built, data)
         self.model_, self.guide_, self.recipe_ = built.program.cpu().double(), built.guide.cpu().double(), recipe
         self.history_, self.n_iter_ = found.history, len(found.history)
@@ -167,7 +169,7 @@ class VAE(ClassNamePrefixFeaturesOutMixin, TransformerMixin, DensityMixin, BaseE
 
     def transform(self, X: Any) -> np.ndarray:
         """Codes of the rows X [N, M]: means of q(z|x), [N, D]; by ``n_draws`` draws of a family that states none."""
-        return self._by_rows(X, lambda rows, lam: _mean(self.guide_.family, lam, self.n_draws, self.recipe_.seed))
+        return self._by_rows(X, self._codes)
 
     def inverse_transform(self, X: Any) -> np.ndarray:
         """Codes [N, D] to rows: the mean of p(x|z), [N, M]."""
@@ -180,8 +182,8 @@ class VAE(ClassNamePrefixFeaturesOutMixin, TransformerMixin, DensityMixin, BaseE
     def score_samples(self, X: Any) -> np.ndarray:
         r"""Log evidence of each row of X [N, M] in nats, :math:`\log \frac1K \sum_k p(x, z_k) / q(z_k|x)`, [N].
 
-        The draws' noise is the same for all rows and calls. On average over noise this is a lower bound of log p(x),
-        which K = ``n_draws`` tightens; densities and masses are not to be compared.
+        A row's noise is decided by its values and the estimator's seed. On average over noise this is a lower bound of
+        log p(x), which K = ``n_draws`` tightens. Nats of density and of mass are not to be compared.
         """
         check_is_fitted(self)
         with _door():
@@ -247,42 +249,39 @@ class VAE(ClassNamePrefixFeaturesOutMixin, TransformerMixin, DensityMixin, BaseE
     def _by_rows(self, X: Any, compute: Any) -> np.ndarray:
         """What a function of rows and their lam [B, P] gives for the rows of X."""
         check_is_fitted(self)
-        X = validate_data(self, X, dtype=np.float64, reset=False, ensure_all_finite=self._finite())
+        X = validate_data(self, X, dtype=np.float64, order="C", reset=False, ensure_all_finite=self._finite())
         x = torch.tensor(X)
 
         def computed(rows: Rows) -> dict[str, Tensor]:
             return {"found": compute(rows, self.guide_.params(rows.x).detach())}
 
         with _door():
-            check_support(self.model_.model, Dataset("X", x, x[:0], x[:0], x.shape[1:]))
+            _check_values(self.model_.model, Dataset("X", x, x[:0], x[:0], x.shape[1:]))
             return by_rows(self.model_.model, self.guide_, computed, x, seed=self.recipe_.seed)["found"].numpy()
+
+    def _draws(self, rows: Rows, lam: Tensor) -> Tensor:
+        """K draws of each row's q, [K, B, D]. Its values decide its noise, so that no row feels its neighbours."""
+        draws = []
+        for own, x in zip(lam.split(1), rows.x.numpy() + 0.0, strict=True):  # + 0.0 makes 0 of -0
+            torch.manual_seed(self.recipe_.seed + int.from_bytes(hashlib.sha256(x.tobytes()).digest()[:7]))
+            draws.append(self.guide_.family(own).sample(torch.Size([self.n_draws])))
+        return torch.cat(draws, 1)
+
+    def _codes(self, rows: Rows, lam: Tensor) -> Tensor:
+        try:
+            return self.guide_.family(lam).mean
+        except NotImplementedError:
+            return self._draws(rows, lam).mean(0)
 
     def _evidence(self, rows: Rows, lam: Tensor) -> Tensor:
         guide, sites = self.guide_, self.guide_.sites
-        z, q = _common_draws(guide.family, lam, self.n_draws, self.recipe_.seed), guide.family(lam)
+        z, q = self._draws(rows, lam), guide.family(lam)
         joint = []
         for some in z.split(max(1, ROWS_PER_PASS // len(lam))):
             at = given(Delta(sites.dim), some.flatten(0, 1), sites)
             found = log_weights(self.model_.model, at, rows.x.repeat(len(some), 1)).log_w
             joint.append(found.view(some.shape[:2]))
         return (torch.cat(joint) - q.log_prob(z)).logsumexp(0) - math.log(len(z))
-
-
-def _common_draws(family: Family, lam: Tensor, K: int, seed: int) -> Tensor:
-    """K draws of q for each row of lam [B, P], [K, B, D]: the same noise for all, so that none feels its neighbours."""
-    draws = []
-    for row in lam.split(1):
-        torch.manual_seed(seed)
-        draws.append(family(row).sample(torch.Size([K])))
-    return torch.cat(draws, 1)
-
-
-def _mean(family: Family, lam: Tensor, K: int, seed: int) -> Tensor:
-    """Means [B, D] of q, by draws where it states none."""
-    try:
-        return family(lam).mean
-    except NotImplementedError:
-        return _common_draws(family, lam, K, seed).mean(0)
 
 
 def _bound(program: Any, guide: Guide, *args: Any, **options: Any) -> Tensor:
@@ -313,6 +312,12 @@ def _held_out(data: Dataset, fraction: float, seed: int) -> Dataset:
         raise UserError(f"--validation-size {fraction} of {len(data.train)} rows is {count}; hold out others")
     order = torch.randperm(len(data.train), generator=torch.Generator().manual_seed(seed))
     return replace(data, train=data.train[order[count:]], validation=data.train[order[:count]])
+
+
+def _check_values(model: Program, data: Dataset) -> None:
+    """Refuse rows that the program does not score; running it draws latents."""
+    with seeded(0):
+        check_support(model, data)
 
 
 def _seed(random_state: Any) -> int:
@@ -348,4 +353,4 @@ def _translated(line: str) -> str:
         name = flag[1].replace("-", "_")
         return NAMES.get(name, name)
 
-    return re.sub(r"--(\w[\w-]*)", parameter, line).removeprefix("train ")
+    return re.sub(r"--(\w[\w-]*)", parameter, line.replace(" or --binarize", "")).removeprefix("train ")
