@@ -67,7 +67,10 @@ class Present(dist.TorchDistribution):
     arg_constraints: ClassVar[dict[str, constraints.Constraint]] = {}
 
     def __init__(self, fn: Any, there: Tensor) -> None:
-        self.fn, self.there, self.has_rsample = fn, there, fn.has_rsample
+        if isinstance(fn, Present):  # of a program that is masked twice
+            fn, there = fn.fn, fn.there & there
+        self.fn: Any = fn
+        self.there, self.has_rsample = there, fn.has_rsample
         super().__init__(fn.batch_shape, fn.event_shape, validate_args=False)
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> Present:
