@@ -69,7 +69,7 @@ def rows_of(values: Values, model: Program) -> Tensor:
     """Rows [N, C] as a tensor of the type and on the device of the program's parameters.
 
     Raises:
-        UserError: they are no table of numbers.
+        UserError: they are no table of numbers, or there are none.
     """
     try:
         found = torch.as_tensor(values)
@@ -77,6 +77,8 @@ def rows_of(values: Values, model: Program) -> Tensor:
         raise UserError(f"the rows are no table of numbers ({error})") from None
     if found.dim() < 2:
         raise UserError(f"the rows have shape {tuple(found.shape)}, but a table [rows, columns] is needed")
+    if not len(found):
+        raise UserError("no rows are given; at least one is needed")
     like = next(iter(module_of(model).parameters()), torch.empty(0))
     return found.to(device=like.device, dtype=like.dtype)
 
@@ -106,8 +108,6 @@ def by_rows(
         UserError: no rows, or rows that are no table of numbers.
     """
     rows = rows_of(x, model)
-    if not len(rows):
-        raise UserError("no rows are given; at least one is needed")
     for program in (model, guide):
         if program is not None:
             module_of(program).eval()

@@ -88,8 +88,8 @@ def test_the_linear_estimate_is_unbiased_and_its_variance_right(name):
     error = x - mean
     assert (error.mean(0).abs() < 5 * error.std(0) / draws**0.5).all()
     square = error**2 - variance
-    heavy = 12 if "StudentT" in name else 5  # at 4 degrees of freedom squares have no variance to go by
-    assert (square.mean(0).abs() < heavy * square.std(0) / draws**0.5).all()
+    if "StudentT" not in name:  # whose squares have no variance to go by, at 4 degrees of freedom
+        assert (square.mean(0).abs() < 5 * square.std(0) / draws**0.5).all()
 
 
 def test_clean_means_stay_where_x_may_be_and_are_y_without_noise(p):
