@@ -25,6 +25,8 @@ from pvae.weights import Program, log_weights
 __all__ = ["Augmented", "Encoded", "Path", "augment", "decode", "encode", "interpolate", "reconstruct", "sample"]
 
 PATHS = ("linear", "spherical")
+# By which the mean of a family that states none is found.
+DRAWS = 64
 Progress = Callable[[int], None]
 
 
@@ -77,7 +79,7 @@ def encode(
 
     def compute(rows: Rows) -> dict[str, Tensor]:
         lam = guide.params(rows.x, rows.index).detach()
-        mean, sd = _moments(guide.family(lam), K)
+        mean, sd = (_moment(guide.family(lam), name, K) for name in ("mean", "stddev"))
         draws = log_weights(model, guide.at(lam), rows.x, rows.index, 1 if guide.family.point_mass else K)
         rate = (draws.log_q - draws.log_prior).mean(0) / math.log(2)
         fn = decoded(model, guide.sites, mean, rows.x, rows.index)
@@ -88,13 +90,13 @@ def encode(
     return Encoded(**by_rows(model, guide, compute, x, index, seed=seed, progress=progress))
 
 
-def _moments(q: Any, K: int) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation [B, D] of q, by draws where it states none."""
+def _moment(q: Any, name: str, K: int) -> Tensor:
+    """The ``mean`` or ``stddev`` [B, D] that q states, else that of draws."""
     try:
-        return q.mean, q.stddev
+        return getattr(q, name)
     except NotImplementedError:
         z = q.sample(torch.Size([max(K, 2)]))
-        return z.mean(0), z.std(0)
+        return z.mean(0) if name == "mean" else z.std(0)
 
 
 def decode(
@@ -113,8 +115,10 @@ def decode(
         given: rows [B, C] from which the program takes what it is given beside its latents, such as a label's columns.
 
     Raises:
-        UserError: the codes have another number of dimensions.
+        UserError: the codes have another number of dimensions, or there is not a given row for each.
     """
+    if given is not None and len(given) != len(z):
+        raise UserError(f"{len(z)} codes need as many given rows, but there are {len(given)}")
     if z.shape[-1] != guide.sites.dim:
         raise UserError(f"the codes have {z.shape[-1]} columns, but the program's latents have {guide.sites.dim}")
 
@@ -254,7 +258,8 @@ def interpolate(
 
     Arguments:
         model, guide: a fitted program and its guide.
-        x, index: the rows of the path in their order, [R, C] with R at least 2.
+        x, index: the rows of the path in their order, [R, C] with R at least 2. What a program is given beside its
+            latents, such as a label's columns, is the nearest row's.
         steps: from one row to the next.
         how: ``linear`` or ``spherical``.
         seed: of what a guide without an encoder draws in search of the codes.
@@ -270,11 +275,11 @@ def interpolate(
         raise UserError(f"unknown path '{how}'{nearest(how, PATHS)}")
     if len(x) < 2:
         raise UserError(f"a path needs at least 2 rows, but {len(x)} is given")
-    codes = encode(model, guide, x, index, K=1, seed=seed).mean
-    at = torch.linspace(0, len(x) - 1, steps * (len(x) - 1) + 1, dtype=codes.dtype)
-    first = at.floor().long().clamp(max=len(x) - 2)
+    codes = encode(model, guide, x, index, K=DRAWS, seed=seed).mean
+    at = torch.arange(steps * (len(x) - 1) + 1).to(codes) / steps
+    first = at.long().clamp(max=len(x) - 2)
     z = _between(codes[first], codes[first + 1], (at - first).unsqueeze(-1), how)
-    beside = torch.as_tensor(x)[first]
+    beside = torch.as_tensor(x)[at.round().long()]
     return Path(z, decode(model, guide, z, beside, seed=seed), at)
 
 
@@ -325,7 +330,7 @@ def augment(
 
     def compute(rows: Rows) -> dict[str, Tensor]:
         q = guide.family(guide.params(rows.x, rows.index).detach())
-        mean, _ = _moments(q, 64)
+        mean = _moment(q, "mean", DRAWS)
         z = mean + spread * (q.sample(torch.Size([per_row])) - mean)
         fn = decoded(model, guide.sites, z.transpose(0, 1).flatten(0, 1), rows.x.repeat_interleave(per_row, 0))
         return {"x": _values(fn, draw), "row": torch.arange(len(rows.x)).repeat_interleave(per_row) + rows.place.start}

@@ -66,8 +66,7 @@ def use_flags(
         with matplotlib.rc_context(STYLE), bar("rows", total or len(chosen.x), wanted=total != 0) as show:
             made = make(Asked(own, chosen, seed, _counted(show), data_dir))
             about = {"variant": own.name, "fitted": fingerprint(own.variant), "rows": chosen.where}
-            for path in outs:
-                used.save(made, path)
+            used.save(made, *outs)
             written = outs or used.keep(made, run, about)
         _tell(made, written)
 
@@ -265,6 +264,8 @@ def classify(
 ) -> None:
     """The class of rows by Bayes' rule on a model for each class, trained at the first use, and how sure that is."""
     from pvae import deciding
+
+    _at_least(samples=samples, **({} if epochs is None else {"epochs": epochs}))
 
     def make(asked: Any) -> Any:
         models, data = deciding.class_models(

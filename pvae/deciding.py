@@ -30,14 +30,10 @@ UNITS = {"distance": "squared standard deviations", "neighbours": "u"}
 
 
 def with_others(run: Opened, data_folder: str | Path | None = None) -> Chosen:
-    """The test rows of a run that was trained on some labels alone, and those of all other labels.
-
-    Raises:
-        UserError: the run was trained on all labels, so that no rows are known to be anomalous.
-    """
+    """The test rows of a run; of one that was trained on some labels alone, those of all other labels too."""
     own = run.variant.recipe
     if own.only is None:
-        return Chosen(run.data.test, None, None, "test rows", torch.arange(len(run.data.test)))
+        return Chosen(run.data.test, run.data.test_labels, None, "test rows", torch.arange(len(run.data.test)))
     every = recipe.load_data(replace(own, only=None), data_folder)
     return Chosen(every.test, every.test_labels, None, "test rows of all labels", torch.arange(len(every.test)))
 

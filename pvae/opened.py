@@ -162,14 +162,16 @@ def positions(select: str, count: int, what: str) -> list[int]:
     for word in select.split(","):
         start, colon, stop = word.partition(":")
         try:
-            first = int(start or 0)
-            found += range(first, int(stop or count)) if colon else [first]
+            first = int(start or 0) if colon else int(start)
+            part = range(first, int(stop or count)) if colon else range(first, first + 1)
         except ValueError:
-            raise UserError(f"--select {select}: write positions, as 3,17,5 or 0:20") from None
+            raise UserError(f"--select '{select}': write positions, as 3,17,5 or 0:20") from None
+        if part and not 0 <= part[0] <= part[-1] < count:
+            wrong = max(part[0], count) if part[0] >= 0 else part[0]
+            raise UserError(f"--select {select}: there is no row {wrong}; there are {count} {what}, counted from 0")
+        found += part
     if not found:
         raise UserError(f"--select {select} is empty; there are {count} {what}, counted from 0")
-    if wrong := [place for place in found if not 0 <= place < count]:
-        raise UserError(f"--select {select}: there is no row {wrong[0]}; there are {count} {what}, counted from 0")
     return found
 
 

@@ -47,6 +47,7 @@ class Use:
         tables: title, header and lines of words, likewise.
         figure: a picture.
         page: a self-contained page that one can move in.
+        aside: names of arrays that are not about the rows, and so never columns.
     """
 
     verb: str
@@ -55,6 +56,7 @@ class Use:
     tables: list[tuple[str, list[str], list[list[str]]]] = field(default_factory=list)
     figure: Figure | None = None
     page: str = ""
+    aside: Collection[str] = ()
 
 
 def check_outputs(outs: Sequence[Path], overwrite: bool) -> None:
@@ -72,22 +74,28 @@ def check_outputs(outs: Sequence[Path], overwrite: bool) -> None:
             raise UserError(f"--out {path} exists; give --overwrite to replace it, or another name")
 
 
-def save(use: Use, path: Path) -> None:
-    """Write a use to a file, whole or not at all: all arrays (.npz), the first (.npy), a table, the picture, the page.
+def save(use: Use, *paths: Path) -> None:
+    """Write a use to files, each whole or not at all: all arrays (.npz), the first (.npy), a table, picture, page.
 
     Raises:
-        UserError: there is no picture or page, or the file can't be written.
+        UserError: there is no picture or page, and nothing is written; or a file can't be written.
     """
-    if (path.suffix == ".png" and use.figure is None) or (path.suffix == ".html" and not use.page):
-        what = {".png": "picture", ".html": "page"}[path.suffix]
-        raise UserError(f"--out {path}: there is no {what} of {use.verb}; write .npz, .npy or .csv")
+    for path in paths:
+        if (path.suffix == ".png" and use.figure is None) or (path.suffix == ".html" and not use.page):
+            what = {".png": "picture", ".html": "page"}[path.suffix]
+            raise UserError(f"--out {path}: there is no {what} of {use.verb}; write .npz, .npy or .csv")
+    for path in paths:
+        _write(use, path)
+
+
+def _write(use: Use, path: Path) -> None:
     with replacing(path) as temporary, temporary.open("wb") as file:
         if path.suffix == ".npz":
             np.savez_compressed(file, **use.arrays)  # type: ignore[arg-type]
         elif path.suffix == ".npy":
             np.save(file, next(iter(use.arrays.values())))
         elif path.suffix == ".csv":
-            _write_csv(file, use.arrays)
+            _write_csv(file, {name: values for name, values in use.arrays.items() if name not in use.aside})
         else:
             file.write(use.page.encode() if path.suffix == ".html" else _picture(use))
 

@@ -17,6 +17,8 @@ from pvae.components import parse
 from pvae.errors import UserError
 from pvae.files import read_table
 from pvae.opened import WORDS, Chosen, Opened
+from pvae.passes import rows_of
+from pvae.sites import base_measure
 from pvae.stats import Estimate, mean_se, number
 from pvae.use_pictures import ACROSS, sheets, strips
 from pvae.used import Use
@@ -128,6 +130,7 @@ def latent_map(asked: Asked, *, projection: str = "auto", size: int = 20) -> Use
         arrays |= {f"slider_{name}": values for name, values in vars(moved).items()}
     made = _use("map", arrays | _labelled(asked), told, picture(found, labels, shape))
     made.arrays["how"] = np.array(found.how)
+    made.aside = made.arrays.keys() - {"codes", "label"}
     made.page = page(f"Latent map of {asked.run.data.name}", blocks)
     return made
 
@@ -160,7 +163,8 @@ def encode(asked: Asked, *, draws: int = 64) -> Use:
 
 def _bits(asked: Asked, both: Tensor) -> str:
     """What rows cost in all, in bits for each value, if x is counted and not measured."""
-    measure = "bits" if asked.run.variant.recipe.name("likelihood") != "Gaussian" else "bits (of density)"
+    kind = base_measure(asked.run.model, rows_of(asked.rows.x[:2], asked.run.model))
+    measure = "bits" if kind == "mass" else "bits (of density)"
     return f"with the rest of x {number(mean_se(both))} {measure} per value"
 
 
