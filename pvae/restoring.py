@@ -101,7 +101,7 @@ def impute(
             and outside the support.
         Refused: the program scores whole rows, or observes something else than the rows' columns.
 
-    Source: Rezende, Mohamed, Wierstra (2014), arXiv:1401.4082, section 6; weights: Mattei and Frellsen (2019), *MIWAE*,
+    Source: Mattei and Frellsen (2019), *MIWAE: Deep Generative Modelling and Imputation of Incomplete Data Sets*,
     arXiv:1812.02633.
     """
     positive("impute", K=K, draws=draws, steps=steps)
@@ -166,7 +166,7 @@ def denoise(
     seen = _seen("denoise", model, guide, y, index)
     through = noisy(model, noise, seen.name)
     _check_variance(seen)
-    with own_parameters(), unchecked(), torch.no_grad(), seeded(seed + LOOK):
+    with own_parameters(), unchecked(), torch.no_grad(), seeded(LOOK):
         _check_values(seen, observed(through, seen.rows[:1], None if index is None else index[:1])["fn"].support)
 
     def compute(rows: Rows) -> dict[str, Tensor]:
