@@ -147,7 +147,7 @@ def anomalies(
         seed: of the draws.
         progress: called with the number of rows done, those of the reference among them.
 
-    A reference row's own code is left out of the codes that it is compared with, so that it counts as new rows do.
+    A reference row is left out of what it is itself compared with, so that it counts as new rows do, up to 1 / R.
     Evidence that is no number counts as most anomalous.
 
     Raises:
