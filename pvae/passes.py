@@ -202,7 +202,8 @@ def refitted(
     best = guide.family.initial().to(x).expand(len(x), -1)
     value = look(best)
     for rows in offers if not isinstance(guide, PerDatapoint) else ():
-        lam = guide.params(rows).detach()
+        with seeded(seed + 2):  # a guide that refines draws
+            lam = guide.params(rows).detach()
         offered = look(lam)
         better = offered > value  # never where it is NaN
         best, value = torch.where(better.unsqueeze(-1), lam, best), torch.where(better, offered, value)
