@@ -187,6 +187,8 @@ def _from_file(opened: Opened, path: Path, raw: bool, missing: bool) -> Chosen:
     x = np.asarray(table["x_train"])
     if x.dtype.kind not in "biuf":
         raise UserError(f"{path}: the values are of type {x.dtype}, but numbers are needed")
+    if not x.size:
+        raise UserError(f"{path}: there are no rows in it, or no values in them")
     flat = x.reshape(len(x), -1) if x.ndim > 1 else x.reshape(1, -1)
     if flat.shape[1] != opened.columns:
         shape = " x ".join(map(str, opened.data.shape))
