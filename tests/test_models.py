@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pvae import components, data, grid, recipe
+from pvae import components, grid, recipe, sources
 from pvae.checks import check, warnings
 
 MODELS = Path(__file__).parents[1] / "models"
@@ -30,7 +30,7 @@ def pictures():
 @pytest.fixture
 def few(pictures, monkeypatch):
     """A function from a recipe to a few hundred rows of its data; pictures are random ones in the place of MNIST's."""
-    monkeypatch.setattr(data, "_read_torchvision", lambda name, folder: dict(pictures))
+    monkeypatch.setattr(sources, "_read_torchvision", lambda name, folder: dict(pictures))
     shelf = grid.Shelf()
 
     def rows(own):
