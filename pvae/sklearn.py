@@ -187,7 +187,6 @@ class VAE(ClassNamePrefixFeaturesOutMixin, TransformerMixin, DensityMixin, BaseE
         """
         check_is_fitted(self)
         with _door():
-            positive("VAE", n_draws=self.n_draws)
             if self.guide_.family.point_mass:
                 raise Refused("family Delta has no density, so that there is no evidence; use another --family")
         return self._by_rows(X, self._evidence)
@@ -261,6 +260,7 @@ class VAE(ClassNamePrefixFeaturesOutMixin, TransformerMixin, DensityMixin, BaseE
 
     def _draws(self, rows: Rows, lam: Tensor) -> Tensor:
         """K draws of each row's q, [K, B, D]. Its values decide its noise, so that no row feels its neighbours."""
+        positive("VAE", n_draws=self.n_draws)
         draws = []
         for own, x in zip(lam.split(1), rows.x.numpy() + 0.0, strict=True):  # + 0.0 makes 0 of -0
             torch.manual_seed(self.recipe_.seed + int.from_bytes(hashlib.sha256(x.tobytes()).digest()[:7]))
