@@ -36,6 +36,7 @@ __all__ = ["VAE"]
 
 # What a recipe calls a parameter, where that is another name.
 NAMES = {
+    "guide": "inference",
     "latent": "n_components",
     "epochs": "max_iter",
     "patience": "n_iter_no_change",
@@ -62,7 +63,7 @@ class VAE(ClassNamePrefixFeaturesOutMixin, TransformerMixin, DensityMixin, BaseE
         network: of decoder and encoder.
         hidden: its widths, unless its own word has them.
         shape: of a row that is a picture, H, W or H, W, C, for ``Conv``.
-        guide: where the family's parameters come from. Only under ``Amortized`` a row's results don't depend on the
+        inference: where the family's parameters come from. Only under ``Amortized`` a row's results don't depend on the
             other rows; ``PerDatapoint`` seeks each new row's own q.
         objective: the bound that is trained.
         max_iter: epochs.
@@ -101,7 +102,7 @@ class VAE(ClassNamePrefixFeaturesOutMixin, TransformerMixin, DensityMixin, BaseE
         network: str = "MLP",
         hidden: Sequence[int] = (128,),
         shape: Sequence[int] | None = None,
-        guide: str = "Amortized",
+        inference: str = "Amortized",
         objective: str = "ELBO",
         max_iter: int = 100,
         batch_size: int = 128,
@@ -122,7 +123,7 @@ class VAE(ClassNamePrefixFeaturesOutMixin, TransformerMixin, DensityMixin, BaseE
         self.network = network
         self.hidden = hidden
         self.shape = shape
-        self.guide = guide
+        self.inference = inference
         self.objective = objective
         self.max_iter = max_iter
         self.batch_size = batch_size

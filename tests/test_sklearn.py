@@ -151,9 +151,9 @@ def test_what_is_fitted_is_decided_by_the_seed():
 @pytest.mark.parametrize(
     "chosen",
     [
-        {"guide": "PerDatapoint(new_steps=3)"},
-        {"guide": "SemiAmortized(steps=2)", "prior": "VampPrior(pseudo_inputs=5)"},
-        {"missing": True, "guide": "SemiAmortized(steps=2)"},
+        {"inference": "PerDatapoint(new_steps=3)"},
+        {"inference": "SemiAmortized(steps=2)", "prior": "VampPrior(pseudo_inputs=5)"},
+        {"missing": True, "inference": "SemiAmortized(steps=2)"},
         {"family": "FlowFamily(hidden=[4])"},
     ],
     ids=["rows", "refined", "missing", "flow"],
@@ -175,7 +175,7 @@ def test_the_rows_are_not_kept(prior):
 
 
 def test_a_copys_guide_refines_on_its_own_program():
-    fitted = small(guide="SemiAmortized(steps=3)").fit(X)
+    fitted = small(inference="SemiAmortized(steps=3)").fit(X)
     kept, before = copy.deepcopy(fitted), fitted.transform(X)
     with torch.no_grad():
         kept.model_.decoder.requires_grad_(False)
@@ -264,7 +264,7 @@ LINES = {
     "n_draws is 0": lambda: small(n_draws=0).fit(X).score(X),
     "n_draws is -1": lambda: small(family="FlowFamily", n_draws=-1).fit(X).transform(X),
     "family Delta has no density": lambda: small(family="Delta").fit(X).score(X),
-    "VampPrior needs an encoder, .*use guide Amortized": lambda: small(prior="VampPrior", guide="PerDatapoint").fit(X),
+    "VampPrior needs an encoder, .*use inference Amortized": lambda: small(prior="VampPrior", inference="PerDatapoint").fit(X),
     "validation_fraction 0.001 of 60 rows is 0": lambda: small(n_iter_no_change=1, validation_fraction=0.001).fit(X),
     r"shape \(2, 2\) holds 4 values, but X has 5 columns": lambda: small(network="Conv", shape=(2, 2)).fit(X),
     "unknown device 'nonsense'": lambda: small(device="nonsense").fit(X),
