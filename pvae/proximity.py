@@ -116,11 +116,8 @@ def proximity(
     """
     positive("proximity", draws=draws)
     rows, known = rows_of(x, model), rows_of(train, model)
-    if len(rows) < 2 or not len(known):
-        raise UserError(
-            f"proximity compares rows with each other and with training rows: {len(rows)} and {len(known)} are given, "
-            "but at least 2 and 1 are needed"
-        )
+    if len(rows) < 2:
+        raise UserError("proximity compares rows with each other: 1 is given, but at least 2 are needed")
 
     def encoded(rows: Rows) -> dict[str, Tensor]:
         return {"codes": _mean(guide.family(guide.params(rows.x, rows.index).detach()))}

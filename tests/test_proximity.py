@@ -154,8 +154,8 @@ def test_the_seed_fixes_everything_and_the_stream_outside_is_left_alone():
 @pytest.mark.parametrize(
     ("rows", "train", "draws", "said"),
     [
-        (1, 5, 5, "1 and 5 are given, but at least 2 and 1 are needed"),
-        (5, 0, 5, "5 and 0 are given"),
+        (1, 5, 5, "proximity compares rows with each other: 1 is given"),
+        (5, 0, 5, "no rows are given"),
         (5, 5, 0, "proximity: draws is 0, but it must be positive"),
     ],
 )
