@@ -81,7 +81,7 @@ def test_head_tells_what_the_recipe_is_for_and_how_to_run_it(path):
     text = path.read_text(encoding="utf-8")
     head = re.match(r"(?:#.*\n)+", text)
     assert head
-    assert f"pvae compare models/{path.name}" in head[0]
+    assert re.search(rf"pvae (compare|fit) models/{re.escape(path.name)}", head[0])
     assert len(text.partition("\n[expected]")[0].splitlines()) <= 50
     assert max(map(len, text.splitlines())) <= 120
 

@@ -217,7 +217,7 @@ def imputation(case: Case) -> Table:
 
 def anomaly(case: Case) -> Table:
     """Each label held out in turn: AUROC of test rows of that label among all."""
-    whole = recipe.load_data(recipe.resolve(case.held_out))
+    whole = recipe.load_data(recipe.resolve(replace(case.held_out, only=None)))
     assert whole.test_labels is not None
     kinds, found = whole.test_labels.unique().tolist(), dict[str, list[float]]()
     for kind in kinds:
@@ -227,7 +227,7 @@ def anomaly(case: Case) -> Table:
         built, _ = fitted(own, data)
         truth = whole.test_labels == kind
         train = data.fixed_train(len(data.train)).x
-        mine = uses.anomalies(built.program.model, built.guide, whole.test, reference=data.test).scores
+        mine = uses.anomalies(built.program.model, built.guide, whole.test, reference=data.validation).scores
         named = {f"VAE, {name}": score for name, score in mine.items()}
         for name, score in (named | peers.anomaly_scores(train, whole.test, int(own.latent or 0))).items():
             found.setdefault(name, []).append(uses_auroc(score, truth))
@@ -238,8 +238,7 @@ def anomaly(case: Case) -> Table:
         f"digit its standard error is about {0.29 / (len(whole.test) / 10) ** 0.5:.2f}. Fits: "
         f"{describe(case.held_out)}; K = 16."
     )
-    only = ",".join(str(kind) for kind in kinds[:-1])
-    command = f"pvae fit --data {case.data.name} --only {only} --out runs/nine, then pvae anomalies runs/nine"
+    command = f"pvae fit models/anomalies-{case.data.name}.toml --out runs/no-zeros; pvae anomalies runs/no-zeros"
     return Table("Anomalies: a digit that was not trained on", ["", "mean", *map(str, kinds)], lines, note, command)
 
 
@@ -251,7 +250,7 @@ def uses_auroc(score: Tensor, truth: Tensor) -> float:
 
 def classification(case: Case) -> Table:
     """A model for each class against classifiers."""
-    own = replace(case.classes, validation_size=case.classes.validation_size or 0.1)
+    own = case.classes
     data = recipe.load_data(recipe.resolve(own))
     assert data.train_labels is not None
     assert data.test_labels is not None
@@ -284,7 +283,7 @@ def classification(case: Case) -> Table:
         f"Class models: {describe(own)}."
     )
     header = ["", "accuracy (%)", "log loss (nats)", "training, test"]
-    command = f"pvae classify runs/fit-{case.data.name} --epochs {own.epochs}"
+    command = f"pvae fit models/classify-{case.data.name}.toml --out runs/classes; pvae classify runs/classes"
     return Table("Classification", header, lines, note, command)
 
 
@@ -339,11 +338,17 @@ TABLES: dict[str, Callable[[Case], Table]] = {
     "classification": classification,
     "augmentation": augmentation,
 }
-DIGITS = Recipe(data="digits", binarize="threshold", latent=8, epochs=150)
-MNIST = Recipe(data="mnist", binarize="dynamic", latent=20, epochs=20)
+MODELS = Path(__file__).parents[2] / "models"
+
+
+def read(name: str) -> Recipe:
+    """A recipe of models/."""
+    return recipe.open_file(MODELS / f"{name}.toml").recipe
+
+
 CASES = {
-    "digits": Case(DIGITS, replace(DIGITS, epochs=400), DIGITS, rows=359),
-    "mnist": Case(MNIST, replace(MNIST, epochs=40), replace(MNIST, epochs=10), rows=1000),
+    "digits": Case(Recipe(data="digits", latent=8), read("classify-digits"), read("anomalies-digits"), rows=359),
+    "mnist": Case(read("mnist-vae"), read("classify-mnist"), read("anomalies-mnist"), rows=1000),
 }
 
 
