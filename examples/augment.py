@@ -1,0 +1,47 @@
+"""Add rows around 100 labelled ones, and see whether small classifiers gain by them; some lose.
+
+python examples/augment.py [epochs]
+"""
+
+import sys
+
+import torch
+from sklearn.linear_model import LogisticRegression
+from sklearn.neighbors import KNeighborsClassifier
+
+from pvae import uses
+from pvae.data import load
+from pvae.families import DiagonalNormal
+from pvae.generative import VAE
+from pvae.guides import Amortized
+from pvae.likelihoods import Gaussian
+from pvae.networks import MLP
+from pvae.priors import StandardNormal
+from pvae.stats import mean_se, number
+from pvae.training import fit
+
+epochs = int(sys.argv[1]) if len(sys.argv) > 1 else 200
+data = load("digits")
+torch.manual_seed(0)
+vae = VAE(MLP(8, 64, hidden=[128]), Gaussian(scale=0.3), StandardNormal(8))
+guide = Amortized(MLP(64, 16, hidden=[128]), DiagonalNormal(8))
+fit(vae.model, guide, data, epochs=epochs, learning_rate=2e-3)  # all training rows, whose labels it does not see
+
+classifiers = {"logistic regression": LogisticRegression(max_iter=500), "nearest neighbour": KNeighborsClassifier(1)}
+gains = {(name, spread): [] for name in classifiers for spread in (0.0, 1.0, 3.0)}
+alone = {name: [] for name in classifiers}
+for draw in range(10):  # other labelled rows each time
+    which = torch.randperm(len(data.train), generator=torch.Generator().manual_seed(draw))[:100]
+    x, y = data.train[which], data.train_labels[which]
+    for name, classifier in classifiers.items():
+        alone[name].append(100 * classifier.fit(x, y).score(data.test, data.test_labels))
+    for (name, spread), gained in gains.items():
+        new = uses.augment(vae.model, guide, x, which, per_row=10, spread=spread, seed=draw)
+        classifiers[name].fit(torch.cat([x, new.x]), torch.cat([y, y[new.row]]))
+        gained.append(100 * classifiers[name].score(data.test, data.test_labels) - alone[name][-1])
+
+print("test rows told right, mean over ten choices of 100 labelled rows:")
+for name in classifiers:
+    print(f"  {name}: {number(mean_se(torch.tensor(alone[name])))}% with these alone; with ten new rows around each")
+    own = {spread: number(mean_se(torch.tensor(gained))) for (other, spread), gained in gains.items() if other == name}
+    print("    " + ", ".join(f"{gain} points more at spread {spread:g}" for spread, gain in own.items()))

@@ -1,0 +1,46 @@
+"""Train an autoencoder beside a VAE: what do its codes rebuild, and what does the rest of its latent space decode to?
+
+python examples/autoencoder.py [epochs]
+"""
+
+import sys
+
+import torch
+
+from pvae import uses
+from pvae.data import load
+from pvae.families import Delta, DiagonalNormal
+from pvae.generative import VAE
+from pvae.guides import Amortized
+from pvae.likelihoods import Gaussian
+from pvae.networks import MLP
+from pvae.objectives import ELBO
+from pvae.priors import StandardNormal
+from pvae.proximity import proximity
+from pvae.stats import mean_se, number
+from pvae.training import fit
+
+epochs = int(sys.argv[1]) if len(sys.argv) > 1 else 200
+data, D = load("digits"), 8
+# A point for q(z|x) and no KL leave the reconstruction alone: an autoencoder.
+kinds = {"autoencoder": (Delta(D), ELBO(kl_weight=0)), "VAE": (DiagonalNormal(D), ELBO())}
+for name, (family, objective) in kinds.items():
+    torch.manual_seed(0)
+    vae = VAE(MLP(D, 64, hidden=[128]), Gaussian(scale=0.3), StandardNormal(D))
+    guide = Amortized(MLP(64, family.size, hidden=[128]), family)
+    fit(vae.model, guide, data, epochs=epochs, learning_rate=2e-3, objective=objective)
+
+    codes = uses.encode(vae.model, guide, data.test)
+    found = proximity(vae.model, guide, data.test, data.train)
+    figures = found.figures()
+    print(f"{name}: error of rebuilt test rows {number(mean_se(codes.error.sqrt()))} (root mean square over pixels)")
+    print(f"  distance from the nearest training row: rebuilt test rows {number(mean_se(found.rows))}", end=", ")
+    print(
+        f"draws from the prior {number(mean_se(found.prior))}, halfway between codes {number(mean_se(found.between))}"
+    )
+    print(
+        f"  share farther than 95% of the rebuilt rows: {number(figures['vacuum_prior'])} of draws from the prior,",
+        end=" ",
+    )
+    print(f"{number(figures['vacuum_between'])} halfway between codes")
+    print(f"  the 95th percentile of the decoder's steepness is {number(figures['roughness'])} times its median")

@@ -1,0 +1,39 @@
+"""Take noise away: the mean of a row given what is seen of it, beside a mere pass through encoder and decoder.
+
+python examples/denoise.py [epochs]
+"""
+
+import sys
+
+import torch
+
+from pvae import uses
+from pvae.data import load
+from pvae.families import DiagonalNormal
+from pvae.generative import VAE
+from pvae.guides import Amortized
+from pvae.likelihoods import Gaussian
+from pvae.networks import MLP
+from pvae.noise import GaussianNoise
+from pvae.priors import StandardNormal
+from pvae.stats import mean_se, number
+from pvae.training import fit
+
+epochs = int(sys.argv[1]) if len(sys.argv) > 1 else 200
+data = load("digits")
+torch.manual_seed(0)
+vae = VAE(MLP(8, 64, hidden=[128]), Gaussian(scale=0.3), StandardNormal(8))
+guide = Amortized(MLP(64, 16, hidden=[128]), DiagonalNormal(8))
+fit(vae.model, guide, data, epochs=epochs, learning_rate=2e-3)  # clean rows alone
+
+x = data.test[:200]
+for scale in (0.1, 0.3, 0.5):
+    noise = GaussianNoise(scale=scale)
+    y = noise.added(x)
+    found = uses.denoise(vae.model, guide, y, noise)
+    passed = uses.reconstruct(vae.model, guide, y, K=20)
+    told = {"seen": y, "encoded and decoded": passed, "denoised": found.x}
+    errors = [f"{name} {number(mean_se((each - x).square().mean(1).sqrt()))}" for name, each in told.items()]
+    inside = 100 * ((found.x - x).abs() < 1.645 * found.sd).double().mean(1)
+    print(f"noise of {scale}: error (root mean square) {', '.join(errors)};")
+    print(f"  90% intervals hold {number(mean_se(inside))}% of the clean pixels")

@@ -1,0 +1,45 @@
+"""Draw new rows from the prior at two temperatures: are they copies, how like the data are they, and how varied?
+
+python examples/generate.py [epochs]
+"""
+
+import sys
+
+import torch
+
+from pvae import uses
+from pvae.data import load
+from pvae.families import DiagonalNormal
+from pvae.generative import VAE
+from pvae.guides import Amortized
+from pvae.likelihoods import Bernoulli
+from pvae.networks import MLP
+from pvae.priors import StandardNormal
+from pvae.stats import mean_se, number
+from pvae.training import fit
+
+epochs = int(sys.argv[1]) if len(sys.argv) > 1 else 200
+data = load("digits", binarize="threshold")
+torch.manual_seed(0)
+vae = VAE(MLP(8, 64, hidden=[128]), Bernoulli(), StandardNormal(8))
+guide = Amortized(MLP(64, 16, hidden=[128]), DiagonalNormal(8))
+fit(vae.model, guide, data, epochs=epochs, learning_rate=2e-3)
+
+like = torch.zeros(500, 64)  # says how many rows to draw, and of what shape
+rows = {f"draws at temperature {t}": uses.sample(vae.model, like, temperature=t, draw=True) for t in (1.0, 0.5)}
+rows |= {"test rows": data.test, "pixels drawn one by one": torch.bernoulli(data.train.mean(0).expand(500, -1))}
+print("pixels, of 64, that differ from the nearest training row:")
+for name, x in rows.items():
+    near = torch.cdist(x, data.train, p=1).amin(1)
+    print(f"  {name}: {number(mean_se(near))}, none in {100 * (near == 0).double().mean():.1f}% of the rows")
+
+# Below 1 draws keep to the middle of the latent space: less varied, and, where no digit lies there, no better.
+print("difference between two means of p(x|z), root mean square over pixels:")
+for t in (1.0, 0.5):
+    means = uses.sample(vae.model, like, temperature=t)
+    print(f"  temperature {t}: {number(mean_se((means[::2] - means[1::2]).square().mean(1).sqrt()))}")
+
+means = uses.sample(vae.model, like[:6]).view(6, 8, 8)
+print("six means, which are smoother than any draw:")
+for line in range(8):
+    print("   ".join("".join(" .:+#"[round(4 * ink)] * 2 for ink in row) for row in means[:, line].tolist()))
