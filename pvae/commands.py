@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -47,6 +49,7 @@ def use_flags(
         *,
         total: int | None = None,
         choose: Callable[..., Any] | None = None,
+        page: bool = False,
         **reading: bool,
     ) -> None:
         import matplotlib
@@ -58,13 +61,14 @@ def use_flags(
         from pvae.using import Asked
 
         outs = out or []
-        used.check_outputs(outs, overwrite)
+        used.check_outputs(outs, overwrite, page=page)
         own = opened.open_run(run, variant, device=device, data_folder=data_dir, trust=trust)
         chosen = choose(own, data_dir) if choose else opened.chosen(own, rows, select, **reading)
         if own.others and variant is None:
             typer.echo(f"{own.name}, of {1 + len(own.others)} variants (--variant names another)", err=True)
-        with matplotlib.rc_context(STYLE), bar("rows", total or len(chosen.x), wanted=total != 0) as show:
-            made = make(Asked(own, chosen, seed, _counted(show), data_dir))
+        with matplotlib.rc_context(STYLE), ExitStack() as stack:
+            show = partial(bar, "rows", total or len(chosen.x), wanted=total != 0)
+            made = make(Asked(own, chosen, seed, _counted(stack, show), data_dir))
             about = {"variant": own.name, "fitted": fingerprint(own.variant), "rows": chosen.where}
             used.save(made, *outs)
             written = outs or used.keep(made, run, about)
@@ -73,11 +77,13 @@ def use_flags(
     return carry_out
 
 
-def _counted(show: Callable[[int, str], None]) -> Callable[[int], None]:
-    done = 0
+def _counted(stack: ExitStack, bar: Callable[[], Any]) -> Callable[[int], None]:
+    """A function that counts rows on a bar, which appears with the first of them: mistakes found before come alone."""
+    done, show = 0, None
 
     def count(rows: int) -> None:
-        nonlocal done
+        nonlocal done, show
+        show = show or stack.enter_context(bar())
         done += rows
         show(done, "")
 
@@ -145,7 +151,7 @@ def latent_map(
     """The codes on a plane, and a page on which the pointer shows what each place decodes to."""
     from pvae import using
 
-    carry_out(lambda asked: using.latent_map(asked, projection=projection, size=size), rows, select, total=0)
+    carry_out(lambda asked: using.latent_map(asked, projection=projection, size=size), rows, select, total=0, page=True)
 
 
 @takes(use_flags)

@@ -111,6 +111,8 @@ def _histogram(axis: Any, kinds: Mapping[str, np.ndarray], threshold: float) -> 
     low, high = np.quantile(whole, [0.002, 0.99])
     edges: Any = np.linspace(low, max(high, low + 1e-6), 31)
     for colour, (kind, values) in zip((GREY, COLOURS[0], COLOURS[1]), kinds.items(), strict=False):
+        if not len(values):
+            continue
         style: Any = {"histtype": "stepfilled" if colour == GREY else "step", "lw": 1.4, "density": True}
         axis.hist(np.clip(values, low, high), bins=edges, color=colour, label=kind, **style)
     axis.axvline(threshold, color="black", lw=1, ls="--", label="threshold")

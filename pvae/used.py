@@ -59,15 +59,22 @@ class Use:
     aside: Collection[str] = ()
 
 
-def check_outputs(outs: Sequence[Path], overwrite: bool) -> None:
+def check_outputs(outs: Sequence[Path], overwrite: bool, *, page: bool = True) -> None:
     """Refuse, before any work, files that can't be written or would replace others.
 
+    Arguments:
+        outs: the files.
+        overwrite: files may be replaced.
+        page: there will be a page.
+
     Raises:
-        UserError: an unknown format, or a file that exists while ``overwrite`` is off.
+        UserError: an unknown format, a page where there is none, or a file that exists while ``overwrite`` is off.
     """
     for path in outs:
         if path.suffix not in KINDS:
             raise UserError(f"--out {path}: unknown format '{path.suffix}'{nearest(path.suffix, KINDS)}")
+        if path.suffix == ".html" and not page:
+            raise UserError(f"--out {path}: only map makes a page; write .npz, .npy, .csv or .png")
         if path.is_dir():
             raise UserError(f"--out {path} is a folder; name a file in it")
         if path.exists() and not overwrite:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -179,20 +180,24 @@ def decode(asked: Asked, path: Path, *, draw: bool = False) -> Use:
 
 def _codes(path: Path, dim: int) -> np.ndarray:
     """Codes [B, D] of a file: of ``encode``, or any table of D columns."""
-    if path.suffix == ".npz" and path.is_file():
-        with np.load(path, allow_pickle=False) as archive:
-            for name in ("mean", "z"):
-                if name in archive.files:
-                    return np.asarray(archive[name], dtype=np.float64).reshape(-1, archive[name].shape[-1])
-    found = np.asarray(read_table(path)["x_train"])
-    first = path.read_text(encoding="utf-8").split("\n", 1)[0] if path.suffix == ".csv" else ""
-    if first.replace('"', "").startswith("mean0"):
-        found = found[:, :dim]  # of encode, which puts the means first
+    known = _named_codes(path) if path.suffix == ".npz" else None
+    found = np.array(read_table(path)["x_train"] if known is None else known)  # not a memory map, which none may write
+    if path.suffix == ".csv":
+        first = path.read_text(encoding="utf-8").split("\n", 1)[0].replace('"', "")
+        means = sum(name.startswith("mean") for name in first.split(","))
+        found = found[:, : means or None]  # of encode, which puts the means first
     if found.ndim != 2 or found.shape[1] != dim:
         raise UserError(f"{path}: the codes have shape {found.shape}, but {dim} columns are needed")
     if not np.isfinite(found).all():
         raise UserError(f"{path}: row {np.argwhere(~np.isfinite(found))[0][0]} of the codes is not finite")
     return found
+
+
+def _named_codes(path: Path) -> np.ndarray | None:
+    """The codes in an archive of ``encode`` or ``interpolate``; None where it is neither's."""
+    with suppress(Exception), np.load(path, allow_pickle=False) as archive:  # read_table says what is wrong with it
+        return next((archive[name] for name in ("mean", "z") if name in archive.files), None)
+    return None
 
 
 def denoise(asked: Asked, word: str, *, add: bool, draws: int = 100, steps: int = 100) -> Use:

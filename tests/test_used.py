@@ -107,6 +107,9 @@ def test_outputs_are_refused_before_any_work(name, words, workplace):
     assert words in str(error.value)
     check_outputs([workplace / "new.npy"], False)
     check_outputs([workplace / "there.npz"], True)
+    check_outputs([workplace / "new.html"], False)
+    with pytest.raises(UserError, match=r"only map makes a page; write .npz, .npy, .csv or .png"):
+        check_outputs([workplace / "new.html"], False, page=False)
 
 
 # Whole or not at all
