@@ -26,7 +26,7 @@ __all__ = ["anomalies", "class_models", "classify", "with_others"]
 
 # Training rows that class models are not fitted to, so that their probabilities can be calibrated; most of these.
 HELD_OUT, CALIBRATION = 0.1, 2000
-UNITS = {"distance": "squared standard deviations", "neighbours": "u"}
+UNITS = {"distance": "sd²", "neighbours": "u"}
 
 
 def with_others(run: Opened, data_folder: str | Path | None = None) -> Chosen:

@@ -64,7 +64,7 @@ def number(estimate: Estimate) -> str:
     """
     if not math.isfinite(estimate.se) or estimate.se == 0:
         return f"{estimate.mean:.2g}"
-    digits = 1 if estimate.se >= 0.3 else 2 if estimate.se >= 0.01 else 3
+    digits = 1 if estimate.se >= 0.3 else max(2, math.ceil(-math.log10(estimate.se)))
     return f"{estimate.mean:z.{digits}f} ± {estimate.se:.{digits}f}"
 
 
