@@ -11,11 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import constraints
 
+from pvae.building import build
 from pvae.evaluation import bounds
 from pvae.families import Family, scale_of
 from pvae.likelihoods import Likelihood
 from pvae.priors import Prior
-from pvae.recipe import Recipe, build, load_data, resolve
+from pvae.recipe import Recipe, load_data, resolve
 from pvae.training import fit
 
 

@@ -11,28 +11,17 @@ from pathlib import Path
 from typing import Any, NamedTuple, get_type_hints
 
 import tomli_w
-import torch
-from torch import Tensor, nn
 
-from pvae import components, data, guides, ranks
+from pvae import components, data
 from pvae.components import KINDS, Component, make, table
 from pvae.engines import check_engine
-from pvae.errors import Refused, UserError, fits, nearest
-from pvae.families import Family
+from pvae.errors import UserError, fits, nearest
 from pvae.files import write_text
-from pvae.guides import local_bound
-from pvae.missing import masked
-from pvae.networks import Filled, Standardized
-from pvae.objectives import Objective
 from pvae.precision import check_precision
-from pvae.runtime import seeded
-from pvae.sites import Sites, find_sites
 
 __all__ = [
-    "Built",
     "Recipe",
     "RecipeFile",
-    "build",
     "check_value",
     "load_data",
     "open_file",
@@ -97,14 +86,6 @@ class Recipe:
             return f"{self.name('program')}'s own"
         component = getattr(self, kind)
         return components.label(component, components.defaults(kind, component))
-
-
-class Built(NamedTuple):
-    """A recipe's program, guide and objective, ready for :func:`pvae.training.fit`."""
-
-    program: Any
-    guide: guides.Guide
-    objective: Objective
 
 
 class RecipeFile(NamedTuple):
@@ -205,93 +186,6 @@ def load_data(recipe: Recipe, folder: str | Path | None = None) -> data.Dataset:
         missing=recipe.missing,
         only=recipe.only,
     )
-
-
-def build(recipe: Recipe, dataset: data.Dataset) -> Built:
-    """Program, guide and objective of a resolved recipe, sized from the data.
-
-    Recipes that differ in the guide alone start from the same decoder and, where they have one, the same encoder.
-    Where entries may be missing, the program's ``model`` scores those that are there, and the encoder and what starts
-    from rows see the means of the training values in the place of the others.
-
-    Raises:
-        UserError: a component refuses its arguments, or two of them do not go together.
-    """
-    with seeded(recipe.seed):
-        posterior = _Posterior(recipe, dataset)
-        program = _program(recipe, dataset, posterior)
-        if dataset.missing:  # the program's own, so that all who name it see this one
-            program.model = masked(program.model)
-        sites = find_sites(program.model, dataset.train[:3])
-        posterior.fit_to(sites)
-    family, encoder = posterior.family, posterior.encoder
-    bound = local_bound(program.model, family, sites)
-    own = len(ranks.share(len(dataset.train)))
-    supplied = {"encoder": encoder, "family": family, "num_data": own, "bound": bound, "sites": sites}
-    return Built(program, make("guide", recipe.guide, **supplied), make("objective", recipe.objective))
-
-
-def _program(recipe: Recipe, dataset: data.Dataset, posterior: _Posterior) -> Any:
-    columns = dataset.train.shape[1] - dataset.classes
-    likelihood = make("likelihood", recipe.likelihood)
-    supplied = {"columns": columns, "latent": recipe.latent, "likelihood": likelihood, "classes": dataset.classes}
-    if components.takes("program", recipe.program, "decoder"):
-        outputs = likelihood.params_per_value * columns
-        sizes = {"inputs": recipe.latent, "outputs": outputs, "shape": dataset.shape, "decodes": True}
-        supplied["decoder"] = make("network", recipe.network, **sizes)
-    posterior.make_encoder()
-    if components.takes("program", recipe.program, "prior"):
-        if components.takes("prior", recipe.prior, "posterior"):
-            posterior.check_has_encoder()
-        known = {"dim": recipe.latent, "posterior": posterior, "data": posterior.rows}
-        supplied["prior"] = make("prior", recipe.prior, **known)
-    return make("program", recipe.program, **supplied)
-
-
-class _Posterior:
-    """The guide's family over its encoder, x [B, columns] to q(z|x): what a prior may be made of."""
-
-    def __init__(self, recipe: Recipe, dataset: data.Dataset) -> None:
-        self.recipe, self.dataset = recipe, dataset
-        self.family: Family = make("family", recipe.family, dim=recipe.latent)
-        self.encoder: nn.Module = nn.Identity()
-
-    @property
-    def rows(self) -> Tensor:
-        """The rows that networks and priors start from, as the encoder sees them."""
-        rows, means = self.dataset.sample, self.dataset.means
-        return rows if means is None else torch.where(rows.isnan(), means.to(rows), rows)
-
-    def __call__(self, x: Tensor) -> Any:
-        return self.family(self.encoder(x))
-
-    def make_encoder(self) -> None:
-        """The encoder of the recipe's network for the family as it is."""
-        sizes = {"inputs": self.dataset.train.shape[1], "outputs": self.family.size, "shape": self.dataset.shape}
-        self.encoder = make("network", self.recipe.network, **sizes, labels=self.dataset.classes, decodes=False)
-        rows, means = self.rows, self.dataset.means
-        if rows.min() < 0 or rows.max() > 1:  # intensities are fit for a network as they are
-            self.encoder = Standardized(self.encoder, rows)
-        if means is not None:
-            self.encoder = Filled(self.encoder, means.to(rows))
-
-    def fit_to(self, sites: Sites) -> None:
-        """Size family and encoder anew where the program's latents are not the recipe's D dimensions."""
-        if sites.dim != self.family.dim:
-            if components.takes("prior", self.recipe.prior, "posterior") and components.takes(
-                "program", self.recipe.program, "prior"
-            ):
-                raise Refused(f"prior {self.recipe.name('prior')} needs z to be the program's only latent")
-            self.family = make("family", self.recipe.family, dim=sites.dim)
-            self.make_encoder()
-
-    def check_has_encoder(self) -> None:
-        """Refuse a prior that is made of the guide's posterior where the guide or its family has none to give."""
-        prior, guide, family = (str(table(getattr(self.recipe, k))["type"]) for k in ("prior", "guide", "family"))
-        if not components.takes("guide", self.recipe.guide, "encoder"):
-            raise Refused(f"prior {prior} needs an encoder, and guide {guide} has none; use --guide Amortized")
-        if self.family.point_mass:
-            raise Refused(f"prior {prior} needs a density, and family {family} has none; use another --family")
 
 
 def write(recipe: Recipe, folder: Path, vary: Mapping[str, list[Any]] | None = None) -> None:

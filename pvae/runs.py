@@ -14,10 +14,11 @@ from typing import Any, NamedTuple
 import torch
 
 from pvae import checkpoints, components, recipe
+from pvae.building import Built, build
 from pvae.data import Dataset
 from pvae.errors import UserError
 from pvae.objectives import NonFinite
-from pvae.recipe import Built, Recipe
+from pvae.recipe import Recipe
 from pvae.runtime import pick_device, seeded, unchecked
 from pvae.support import check_support
 from pvae.training import Fit, check_budget, fit
@@ -55,7 +56,7 @@ def check(own: Recipe, data: Dataset) -> Built:
         Refused: components that do not go together.
     """
     check_budget(data, own.epochs or 0, own.batch_size, own.learning_rate or 0.0, own.patience)
-    built = recipe.build(own, data)
+    built = build(own, data)
     shard = data.shard()
     check_support(built.program.model, shard)
     x, index = next(shard.batches(2, own.seed, 0))
@@ -130,7 +131,7 @@ def train(
     own: Recipe, data: Dataset, folder: Path, *, device: str = "auto", resume: bool = False, progress: bool = False
 ) -> Variant:
     """Fit a resolved recipe in its prepared folder."""
-    built = recipe.build(own, data)
+    built = build(own, data)
     report = fit(
         built.program.model,
         built.guide,
@@ -164,7 +165,7 @@ def load(folder: Path, data: Dataset, *, device: str = "auto", trust: bool = Fal
     tensors, header = checkpoints.read(folder)
     if header["digest"] != data.digest:
         raise UserError(f"{folder} was fitted to other rows than {data.identity} has now; fit it anew")
-    built = recipe.build(own, data)
+    built = build(own, data)
     tensors = checkpoints.best(tensors) or tensors
     for kind, module in (("model", built.program), ("guide", built.guide)):
         checkpoints.fill(module, kind, tensors, folder)

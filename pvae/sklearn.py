@@ -19,12 +19,13 @@ from sklearn.utils.validation import check_is_fitted, validate_data
 from torch import Tensor
 
 from pvae import coding, components, training
+from pvae.building import Built, build
 from pvae.data import Dataset
 from pvae.errors import Refused, UserError, positive
 from pvae.families import Delta
 from pvae.guides import Guide, given, local_bound
 from pvae.passes import Rows, by_rows
-from pvae.recipe import Built, Recipe, build, check_value, resolve
+from pvae.recipe import Recipe, check_value, resolve
 from pvae.runtime import seeded
 from pvae.sites import find_sites
 from pvae.stopping import Interrupted

@@ -9,6 +9,7 @@ from pyro import poutine
 from torch import nn
 
 from pvae import captured, engines, families, guides, likelihoods, networks, objectives, priors, training
+from pvae.building import build
 from pvae.data import Dataset
 from pvae.engines import PyroStep, RecordedStep
 from pvae.errors import UserError
@@ -16,7 +17,7 @@ from pvae.generative import VAE
 from pvae.guides import Amortized, PerDatapoint
 from pvae.objectives import NonFinite
 from pvae.optimizer import FusedAdam
-from pvae.recipe import Recipe, build, resolve
+from pvae.recipe import Recipe, resolve
 from pvae.recorded import Unrecordable
 from pvae.runtime import LocalModule, local_method, seeded, unchecked
 from pvae.training import fit

@@ -6,6 +6,7 @@ import torch
 from cases import COLUMNS, LATENT, LIKELIHOODS
 from oracles import LinearGaussian
 
+from pvae.building import build
 from pvae.data import Dataset, load
 from pvae.errors import UserError
 from pvae.families import DiagonalNormal
@@ -16,7 +17,7 @@ from pvae.networks import MLP, Filled
 from pvae.objectives import ELBO, IWAE, AnalyticKL, DReG, StickingTheLanding
 from pvae.predictive import STATISTICS, predictive_checks
 from pvae.priors import StandardNormal, VampPrior
-from pvae.recipe import Recipe, build, resolve
+from pvae.recipe import Recipe, resolve
 from pvae.runtime import seeded
 from pvae.support import check_support
 from pvae.targets import simulate

@@ -8,11 +8,12 @@ import torch
 from pyro.infer import SVI
 
 from pvae import families, guides, likelihoods, networks, objectives, priors
+from pvae.building import build
 from pvae.data import Dataset
 from pvae.errors import Refused
 from pvae.guides import PerDatapoint
 from pvae.optimizer import FusedAdam
-from pvae.recipe import Recipe, build, resolve
+from pvae.recipe import Recipe, resolve
 from pvae.runtime import seeded, unchecked
 
 ROWS, COLUMNS, LATENT = 8, 4, 2

@@ -16,13 +16,13 @@ from pyro.infer import SVI, Trace_ELBO
 from scipy import stats
 from torch import nn
 
+from pvae.building import build as build_recipe
 from pvae.errors import UserError
 from pvae.evaluation import Budget, evaluate
 from pvae.likelihoods import Bernoulli, Gaussian, NegativeBinomial, Poisson, ZeroInflatedNegativeBinomial
 from pvae.networks import MLP
 from pvae.priors import StandardNormal
 from pvae.recipe import Recipe, load_data, resolve
-from pvae.recipe import build as build_recipe
 from pvae.runtime import LocalModule, module_of
 from pvae.sites import innermost
 from pvae.stats import mean_se

@@ -10,11 +10,12 @@ import pytest
 import torch
 
 from pvae import compare, components
+from pvae.building import build
 from pvae.components import KINDS, find, make, table
 from pvae.data import Dataset
 from pvae.errors import Refused, UserError
 from pvae.networks import Standardized
-from pvae.recipe import Recipe, build, load_data, open_file, read, record, resolve, words, write
+from pvae.recipe import Recipe, load_data, open_file, read, record, resolve, words, write
 from pvae.runtime import seeded
 
 COLUMNS, ROWS = 6, 10

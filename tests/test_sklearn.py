@@ -19,8 +19,9 @@ from sklearn.preprocessing import StandardScaler
 from sklearn.utils.estimator_checks import parametrize_with_checks
 from torch import nn
 
-from pvae import coding, families, recipe, training
+from pvae import coding, families, training
 from pvae import sklearn as interface
+from pvae.building import build
 from pvae.data import Dataset
 from pvae.evaluation import bounds
 from pvae.families import DiagonalNormal
@@ -78,7 +79,7 @@ def test_a_row_does_not_feel_its_neighbours(family):
 def test_the_fit_is_the_cores():
     fitted = small(max_iter=3, batch_size=16).fit(X)
     rows = torch.tensor(X, dtype=torch.float32)
-    built = recipe.build(fitted.recipe_, Dataset("X", rows, rows[:0], rows[:0], (5,)))
+    built = build(fitted.recipe_, Dataset("X", rows, rows[:0], rows[:0], (5,)))
     found = training.fit(
         built.program.model, built.guide, rows, epochs=3, batch_size=16, seed=fitted.recipe_.seed, engine="pyro"
     )
@@ -264,7 +265,9 @@ LINES = {
     "n_draws is 0": lambda: small(n_draws=0).fit(X).score(X),
     "n_draws is -1": lambda: small(family="FlowFamily", n_draws=-1).fit(X).transform(X),
     "family Delta has no density": lambda: small(family="Delta").fit(X).score(X),
-    "VampPrior needs an encoder, .*use inference Amortized": lambda: small(prior="VampPrior", inference="PerDatapoint").fit(X),
+    "VampPrior needs an encoder, .*use inference Amortized": lambda: small(
+        prior="VampPrior", inference="PerDatapoint"
+    ).fit(X),
     "validation_fraction 0.001 of 60 rows is 0": lambda: small(n_iter_no_change=1, validation_fraction=0.001).fit(X),
     r"shape \(2, 2\) holds 4 values, but X has 5 columns": lambda: small(network="Conv", shape=(2, 2)).fit(X),
     "unknown device 'nonsense'": lambda: small(device="nonsense").fit(X),

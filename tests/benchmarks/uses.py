@@ -20,11 +20,12 @@ import torch
 from torch import Tensor
 
 from pvae import classes, recipe, uses
+from pvae.building import Built, build
 from pvae.data import Dataset
 from pvae.files import write_text
 from pvae.noise import GaussianNoise
 from pvae.proximity import proximity
-from pvae.recipe import Built, Recipe
+from pvae.recipe import Recipe
 from pvae.runtime import seeded
 from pvae.stats import Estimate, mean_se, number
 from pvae.training import fit
@@ -92,7 +93,7 @@ class Case:
 def fitted(own: Recipe, data: Dataset) -> tuple[Built, float]:
     """A recipe's programs, fitted, and the seconds that it took."""
     own = recipe.resolve(own)
-    built = recipe.build(own, data)
+    built = build(own, data)
     found = fit(
         built.program.model,
         built.guide,
