@@ -143,6 +143,31 @@ def test_outputs_are_written_where_they_are_asked_for_and_nowhere_else(pvae):
     assert csv.read_csv("map.csv").column_names == ["codes0", "codes1", "label"]  # not the grid's 20 lines
 
 
+def test_arrays_say_where_their_rows_stand(pvae):
+    run, select = run_of(PLANE), "--select 7,2,40"
+    for line, rows in (
+        (f"encode {run} {select}", [7, 2, 40]),
+        (f"reconstruct {run} train {select}", [7, 2, 40]),
+        (f"augment {run} {select} --per-row 2", [7, 7, 2, 2, 40, 40]),
+    ):
+        told(pvae(f"{line} --out out.npz --overwrite"))
+        assert arrays("out.npz")["row"].tolist() == rows
+    told(pvae(f"encode {run} --out all.npz"))
+    told(pvae(f"encode {run} {select} --out some.npz"))
+    np.testing.assert_allclose(arrays("some.npz")["mean"], arrays("all.npz")["mean"][[7, 2, 40]], rtol=1e-4, atol=1e-6)
+
+
+def test_what_is_hidden_is_the_seeds_and_of_the_share_asked(pvae):
+    hidden = []
+    for seed in (1, 2):
+        told(pvae(f"impute {run_of(PLANE)} {FEW} --samples 4 --hide 0.3 --seed {seed} --out {seed}.npz"))
+        x = arrays(f"{seed}.npz")["x"]
+        hidden.append((x > 0) & (x < 1))  # what is there is 0 or 1; what is filled in is a mean
+    assert not np.array_equal(*hidden)
+    for own in hidden:
+        assert abs(own.mean() - 0.3) < 4.5 * np.sqrt(0.3 * 0.7 / own.size)
+
+
 def test_an_output_is_replaced_only_when_told(pvae):
     line = f"reconstruct {run_of(PLANE)} {ROWS} --out out.npz"
     told(pvae(line))
