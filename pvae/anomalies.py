@@ -163,8 +163,8 @@ def anomalies(
         raise UserError(f"the rate of false alarms is {false_alarm}, but it must be between 0 and 1")
     wanted, left_out = _available(guide, scores)
     look = partial(_looked_at, model, guide, K=K, progress=progress)
+    _rank(len(reference), false_alarm)  # refused before any work
     normal = look(reference, None, seed=seed + REFERENCE)
-    _rank(len(normal["elbo"]), false_alarm)
     found = look(x, index, seed=seed)
     pairs = {name: [_ordered(each) for each in SCORES[name](found, normal)] for name in wanted}
     own, others = ({name: pair[side] for name, pair in pairs.items()} for side in (0, 1))

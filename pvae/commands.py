@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from pvae.errors import UserError
-from pvae.flags import DataDir, Device, Overwrite, Run, Trust, takes, whole_numbers
+from pvae.flags import DataDir, Device, Run, Trust, takes, whole_numbers
 
 __all__ = ["COMMANDS"]
 
@@ -21,7 +21,10 @@ Rows = Annotated[
     typer.Argument(help="test, train or validation rows of the run, or a .npy, .npz, .csv or .parquet file."),
 ]
 Select = Annotated[str | None, Flag(help="Which rows, counted from 0, as 0:20 or 3,17,5 (default all).")]
-Draws = Annotated[int, Flag(help="Of each code.")]
+Samples = Annotated[int, Flag(help="K, draws of each row's code.")]
+Replace = Annotated[bool, Flag("--overwrite", help="Replace files that --out names.")]
+# How many rows a bar counts to: those that are given; None where more pass than these.
+OF_ROWS = -1
 DrawX = Annotated[bool, Flag("--draw", help="Draw x from p(x|z) instead of taking its mean.")]
 
 
@@ -32,7 +35,7 @@ def use_flags(
         list[Path] | None,
         Flag(help="A .npz, .npy, .csv, .png or .html; repeatable (default in the run's folder)."),
     ] = None,
-    overwrite: Overwrite = False,
+    overwrite: Replace = False,
     seed: Annotated[int, Flag(help="Of all draws.")] = 0,
     device: Device = "auto",
     data_dir: DataDir = None,
@@ -47,7 +50,7 @@ def use_flags(
         rows: str = "test",
         select: str | None = None,
         *,
-        total: int | None = None,
+        total: int | None = OF_ROWS,
         choose: Callable[..., Any] | None = None,
         page: bool = False,
         **reading: bool,
@@ -67,7 +70,7 @@ def use_flags(
         if own.others and variant is None:
             typer.echo(f"{own.name}, of {1 + len(own.others)} variants (--variant names another)", err=True)
         with matplotlib.rc_context(STYLE), ExitStack() as stack:
-            show = partial(bar, "rows", total or len(chosen.x), wanted=total != 0)
+            show = partial(bar, "rows", len(chosen.x) if total == OF_ROWS else total)
             made = make(Asked(own, chosen, seed, _counted(stack, show), data_dir))
             about = {"variant": own.name, "fitted": fingerprint(own.variant), "rows": chosen.where}
             used.save(made, *outs)
@@ -103,11 +106,12 @@ def _tell(made: Any, written: list[Path]) -> None:
 
 
 @takes(use_flags)
-def reconstruct(carry_out: Any, rows: Rows = "test", select: Select = None, draws: Draws = 8) -> None:
+def reconstruct(carry_out: Any, rows: Rows = "test", select: Select = None, samples: Samples = 8) -> None:
     """Rows through their codes and back, beside principal components."""
     from pvae import using
 
-    carry_out(lambda asked: using.reconstruct(asked, draws=draws), rows, select)
+    _at_least(samples=samples)
+    carry_out(lambda asked: using.reconstruct(asked, K=samples), rows, select)
 
 
 @takes(use_flags)
@@ -135,7 +139,8 @@ def interpolate(
     """From row to row through the latent space."""
     from pvae import using
 
-    carry_out(lambda asked: using.interpolate(asked, steps=steps, how=how), rows, select, total=0)
+    _at_least(steps=steps)
+    carry_out(lambda asked: using.interpolate(asked, steps=steps, how=how), rows, select, total=None)
 
 
 @takes(use_flags)
@@ -151,15 +156,18 @@ def latent_map(
     """The codes on a plane, and a page on which the pointer shows what each place decodes to."""
     from pvae import using
 
-    carry_out(lambda asked: using.latent_map(asked, projection=projection, size=size), rows, select, total=0, page=True)
+    carry_out(
+        lambda asked: using.latent_map(asked, projection=projection, size=size), rows, select, total=None, page=True
+    )
 
 
 @takes(use_flags)
-def encode(carry_out: Any, rows: Rows = "test", select: Select = None, draws: Draws = 64) -> None:
+def encode(carry_out: Any, rows: Rows = "test", select: Select = None, samples: Samples = 64) -> None:
     """Rows to codes: mean and standard deviation, rate in bits, distortion."""
     from pvae import using
 
-    carry_out(lambda asked: using.encode(asked, draws=draws), rows, select)
+    _at_least(samples=samples)
+    carry_out(lambda asked: using.encode(asked, K=samples), rows, select)
 
 
 @takes(use_flags)
@@ -171,7 +179,7 @@ def decode(
     """Codes to rows."""
     from pvae import using
 
-    carry_out(lambda asked: using.decode(asked, codes, draw=draw), total=0)
+    carry_out(lambda asked: using.decode(asked, codes, draw=draw), total=None)
 
 
 @takes(use_flags)
@@ -185,15 +193,17 @@ def denoise(
     add: Annotated[
         bool | None, Flag("--add/--as-is", help="Add the noise first (default for the run's rows), or not (for files).")
     ] = None,
-    draws: Draws = 100,
+    samples: Samples = 100,
     steps: Annotated[int, Flag(help="The most refinement steps of a row.")] = 100,
 ) -> None:
     """Rows without their noise: the posterior mean of what they were."""
     from pvae import using
 
+    _at_least(samples=samples, steps=steps)
+
     def make(asked: Any) -> Any:
         wanted = asked.rows.from_run if add is None else add
-        return using.denoise(asked, noise, add=wanted, draws=draws, steps=steps)
+        return using.denoise(asked, noise, add=wanted, K=samples, steps=steps)
 
     carry_out(make, rows, select, raw=not add)
 
@@ -205,12 +215,13 @@ def impute(
     select: Select = None,
     hide: Annotated[float | None, Flag(help="Hide this share of the entries, to see how well they are told.")] = None,
     draws: Annotated[int, Flag(help="Of each missing entry.")] = 5,
-    samples: Annotated[int, Flag(help="K, codes that are weighed for each row.")] = 100,
+    samples: Samples = 100,
     steps: Annotated[int, Flag(help="The most refinement steps of a row.")] = 100,
 ) -> None:
     """Missing entries (NaN) filled in from those that are there: mean, standard deviation, draws."""
     from pvae import using
 
+    _at_least(samples=samples, draws=draws, steps=steps)
     carry_out(
         lambda asked: using.impute(asked, hide=hide, draws=draws, K=samples, steps=steps), rows, select, missing=True
     )
@@ -228,6 +239,7 @@ def augment(
     """New rows around given ones, and how many of them keep their class."""
     from pvae import using
 
+    _at_least(per_row=per_row)
     carry_out(lambda asked: using.augment(asked, per_row=per_row, spread=spread, draw=draw), rows, select)
 
 
@@ -242,7 +254,7 @@ def anomalies(
     ] = None,
     score: Annotated[str | None, Flag(help="Scores, by commas (default all).")] = None,
     false_alarm: Annotated[float, Flag(help="Share of normal rows that may be flagged.")] = 0.05,
-    samples: Annotated[int, Flag(help="K, draws for each row.")] = 16,
+    samples: Samples = 16,
 ) -> None:
     """Which rows are unlike held-out ones: scores, thresholds for a false-alarm rate, AUROC where labels tell."""
     from pvae import deciding
@@ -250,12 +262,12 @@ def anomalies(
     chosen = None if score is None else score.split(",")
     labels = None if anomalous is None else whole_numbers("--anomalous", anomalous, "label", least=0)
     others = rows == "test" and select is None
-
+    _at_least(samples=samples)
     carry_out(
         lambda asked: deciding.anomalies(asked, anomalous=labels, chosen=chosen, K=samples, false_alarm=false_alarm),
         rows,
         select,
-        total=0,
+        total=None,
         choose=deciding.with_others if others else None,
     )
 
@@ -266,7 +278,7 @@ def classify(
     rows: Rows = "test",
     select: Select = None,
     epochs: Annotated[int | None, Flag(help="Of each class's model (default the run's).")] = None,
-    samples: Annotated[int, Flag(help="K, draws for each row and class.")] = 16,
+    samples: Samples = 16,
 ) -> None:
     """The class of rows by Bayes' rule on a model for each class, trained at the first use, and how sure that is."""
     from pvae import deciding
@@ -279,7 +291,7 @@ def classify(
         )
         return deciding.classify(asked, models, data=data, K=samples)
 
-    carry_out(make, rows, select, total=0)
+    carry_out(make, rows, select, total=None)
 
 
 def _at_least(**counts: int) -> None:

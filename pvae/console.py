@@ -9,12 +9,12 @@ __all__ = ["bar"]
 
 
 @contextmanager
-def bar(label: str, total: int, *, done: int = 0, wanted: bool = True) -> Iterator[Callable[[int, str], None]]:
+def bar(label: str, total: int | None, *, done: int = 0, wanted: bool = True) -> Iterator[Callable[[int, str], None]]:
     """A progress bar on standard error; the yielded function takes how much is done and a few words.
 
     Arguments:
         label: what is counted, in the plural.
-        total: of them.
+        total: of them; None where that is not known.
         done: at the start.
         wanted: show it at all.
     """

@@ -132,13 +132,12 @@ def _told_anomalies(asked: Asked, found: Anomalies, reference: Tensor, rows: Cho
 
 def _table(found: Anomalies, figures: dict[str, Estimate]) -> tuple[str, list[str], list[list[str]]]:
     """A line for each score."""
-    header = ["score", "threshold", "flagged", *(["AUROC", "detected", "false alarms"] if figures else [])]
+    header = ["score", "threshold", *(["AUROC", "detected", "false alarms"] if figures else ["flagged"])]
     lines = []
     for name in found.scores:
-        flagged = int(found.flagged(name).sum())
-        line = [name, f"{found.thresholds[name]:.4g} {UNITS.get(name, 'nats')}", str(flagged)]
-        known = [figures[f"{what}[{name}]"] for what in ("auroc", "detected", "false_alarms")] if figures else []
-        lines.append([*line, *map(number, known)])
+        known = [number(figures[f"{what}[{name}]"]) for what in ("auroc", "detected", "false_alarms") if figures]
+        flagged = known or [str(int(found.flagged(name).sum()))]
+        lines.append([name, f"{found.thresholds[name]:.4g} {UNITS.get(name, 'nats')}", *flagged])
     return "Scores, higher for what is more anomalous", header, lines
 
 
@@ -181,12 +180,10 @@ def _classified(asked: Asked, found: Classified, temperature: Estimate, held: in
     if not torch.isin(labels, kinds).all():
         raise UserError(f"the {asked.rows.where} have labels that no class model knows; known are {kinds.tolist()}")
     y = torch.searchsorted(kinds, labels)
-    lines = []
-    for name, at in (("as they are", found.at(1.0)), ("calibrated", found)):
-        own = at.figures(y)
-        lines.append([name, *(number(own[what]) for what in FIGURES)])
-    told.append(f"Accuracy {number(found.figures(y)['accuracy'])}.")
-    table = ("Against the labels", ["probabilities", *FIGURES.values()], lines)
+    plain, calibrated = found.at(1.0).figures(y), found.figures(y)
+    lines = [[words, number(plain[name]), number(calibrated[name])] for name, words in FIGURES.items()]
+    told.append(f"Accuracy {number(calibrated['accuracy'])}.")
+    table = ("Against the labels", ["probabilities", "as they are", "calibrated"], lines)
     figure = confusions(found.confusion(y).numpy(), [f"{kind:g}" for kind in kinds.tolist()])
     return Use("classify", _plain(arrays | {"label": labels}), told, [table], figure)
 
@@ -222,6 +219,8 @@ def class_models(
         UserError: the data have no labels, or one alone.
     """
     own = run.variant.recipe
+    if run.guide.family.point_mass:
+        raise UserError(f"classify needs evidence, and family {own.name('family')} has none; fit with another --family")
     if run.data.train_labels is None or (run.data.classes == 0 and len(_kinds(run.data)) < 2):
         has = "none" if run.data.train_labels is None else "one alone"
         raise UserError(

@@ -102,7 +102,8 @@ def scores(found: Mapping[str, tuple[np.ndarray, np.ndarray, float]], anomalous:
         known = {"rows": own} if anomalous is None else {"normal": own[~anomalous], "anomalous": own[anomalous]}
         _histogram(axis, {"held-out normal rows": reference, **known}, threshold)
         axis.set_title(name, fontsize=8)
-    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, **SMALL)
+    figure.supxlabel("score; the outermost bars hold what lies beyond", fontsize=8)
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=4, **SMALL)
     return figure
 
 

@@ -71,12 +71,12 @@ class Asked(NamedTuple):
         return self.rows.x, self.rows.index
 
 
-def reconstruct(asked: Asked, *, draws: int = 8) -> Use:
+def reconstruct(asked: Asked, *, K: int = 8) -> Use:
     """Rows through their codes and back."""
-    found = uses.reconstruct(*asked.programs, *asked.given, K=draws, **asked.options)
+    found = uses.reconstruct(*asked.programs, *asked.given, K=K, **asked.options)
     own, pca = _error(found, asked.x), _error(_pca(asked.run, asked.x), asked.x)
     told = [
-        f"Squared error {_of(own)} per value over {_count(asked)} ({draws} draws of each code); the training rows' "
+        f"Squared error {_of(own)} per value over {_count(asked)} ({K} draws of each code); the training rows' "
         f"first {_dim(asked.run)} principal components leave {_of(pca)}."
     ]
     lines = {"original": asked.x, "reconstruction": found}
@@ -89,7 +89,7 @@ def sample(asked: Asked, count: int, *, temperature: float = 1.0, draw: bool = F
     found = uses.sample(asked.run.model, like, temperature=temperature, draw=draw, **asked.options)
     what = "draws of p(x|z)" if draw else "means of p(x|z)"
     told = [f"{count} {what} at z from the prior, temperature {temperature:g}, seed {asked.seed}."]
-    return _use("sample", {"x": found}, told, sheets(_arrays({told[0]: found[:96]}), _shape(asked)))
+    return _use("sample", {"x": found}, told, sheets(_arrays({what: found[:96]}), _shape(asked)))
 
 
 def interpolate(asked: Asked, *, steps: int = 9, how: str = "linear") -> Use:
@@ -139,9 +139,9 @@ def latent_map(asked: Asked, *, projection: str = "auto", size: int = 20) -> Use
 _WAYS = {"plane": "their two latent dimensions", "pca": "the codes' principal components", "tsne": "t-SNE of the codes"}
 
 
-def encode(asked: Asked, *, draws: int = 64) -> Use:
+def encode(asked: Asked, *, K: int = 64) -> Use:
     """Rows to codes: mean and standard deviation, rate and distortion, beside principal components."""
-    found = uses.encode(*asked.programs, *asked.given, K=draws, **asked.options)
+    found = uses.encode(*asked.programs, *asked.given, K=K, **asked.options)
     pca, dim = _pca(asked.run, asked.x), _dim(asked.run)
     rate, distortion = mean_se(found.rate), mean_se(found.distortion)
     told = [
@@ -200,7 +200,7 @@ def _named_codes(path: Path) -> np.ndarray | None:
     return None
 
 
-def denoise(asked: Asked, word: str, *, add: bool, draws: int = 100, steps: int = 100) -> Use:
+def denoise(asked: Asked, word: str, *, add: bool, K: int = 100, steps: int = 100) -> Use:
     """Rows without their noise: what x was, on average, given what is seen of it.
 
     Arguments:
@@ -215,10 +215,10 @@ def denoise(asked: Asked, word: str, *, add: bool, draws: int = 100, steps: int 
         seen = noise.added(asked.x) if add else asked.x
     y = torch.cat([seen, asked.rows.x[:, asked.run.columns :]], 1)
     found = uses.denoise(
-        *asked.programs, y, noise, asked.rows.index, K=draws, steps=steps, seed=asked.seed, progress=asked.progress
+        *asked.programs, y, noise, asked.rows.index, K=K, steps=steps, seed=asked.seed, progress=asked.progress
     )
     lines = {"seen": seen, "denoised": found.x}
-    told = [f"{_count(asked).capitalize()}, {word}: the posterior mean of x under K = {draws} weighed draws."]
+    told = [f"{_count(asked).capitalize()}, {word}: the posterior mean of x under K = {K} weighed draws."]
     if add:
         noisy, left = _error(seen, asked.x), _error(found.x, asked.x)
         share = (found.x - asked.x).square().mean(1) / (seen - asked.x).square().mean()
@@ -239,8 +239,9 @@ def impute(asked: Asked, *, hide: float | None, draws: int = 5, K: int = 100, st
     """
     there = _there(asked, hide)
     x = torch.cat([torch.where(there, asked.x, torch.nan), asked.rows.x[:, asked.run.columns :]], 1)
+    means = _column_means(asked.run)
     found = uses.impute(
-        *asked.programs, x, asked.rows.index, K=K, draws=draws, steps=steps, seed=asked.seed, progress=asked.progress
+        *asked.programs, x, asked.rows.index, means=means, K=K, draws=draws, steps=steps, **asked.options
     )
     filled = found.x[:, : asked.run.columns]
     missing = (~there).double().mean().item()
@@ -249,8 +250,8 @@ def impute(asked: Asked, *, hide: float | None, draws: int = 5, K: int = 100, st
     if hide is not None:
         hidden = ~there & ~asked.x.isnan()
         own = _masked_error(filled, asked.x, hidden)
-        means = _masked_error(_column_means(asked.run).expand_as(asked.x), asked.x, hidden)
-        told.append(f"Squared error of the hidden entries {_of(own)}; their columns' means leave {_of(means)}.")
+        plain = _masked_error(means.expand_as(asked.x), asked.x, hidden)
+        told.append(f"Squared error of the hidden entries {_of(own)}; their columns' means leave {_of(plain)}.")
         lines = {"original": asked.x} | lines
     arrays = {"x": filled, "sd": found.sd, "draws": found.draws, "ess": found.ess, "row": asked.rows.place}
     return _use("impute", arrays, told, strips(_arrays(lines), _shape(asked)))
@@ -271,11 +272,15 @@ def _there(asked: Asked, hide: float | None) -> Tensor:
 
 def augment(asked: Asked, *, per_row: int = 4, spread: float = 1.0, draw: bool = False) -> Use:
     """New rows around given ones, and how many keep their class."""
+    if not 0 <= spread < math.inf:
+        raise UserError(f"--spread is {spread:g}, but it must be at least 0")
     found = uses.augment(*asked.programs, *asked.given, per_row=per_row, spread=spread, draw=draw, **asked.options)
-    moved = (found.x - asked.x[found.row]).square().mean(1)
+    # New rows around one row are not independent: errors are over the given rows.
+    moved = (found.x - asked.x[found.row]).square().nanmean(1).view(-1, per_row).mean(1)
+    wide = f"{spread:g} standard deviation{'' if spread == 1 else 's'}"
     told = [
-        f"{len(found.x)} new rows around {_count(asked)}, {spread:g} standard deviations of q wide; they differ from "
-        f"their row by {_of(mean_se(moved))} (squared, per value)."
+        f"{len(found.x)} new rows around {_count(asked)}, {wide} of q wide; they differ from their row by "
+        f"{_of(mean_se(moved))} (squared, per value)."
     ]
     arrays = {"x": found.x, "row": asked.rows.place[found.row]}
     if asked.rows.labels is not None and asked.run.data.train_labels is not None:
@@ -298,12 +303,13 @@ def _preserved(asked: Asked, x: Tensor, labels: Tensor) -> str:
     assert given is not None
     judge = KNeighborsClassifier(5).fit(_plain(asked, known), kinds.numpy())
     kept, own = (
-        mean_se(torch.from_numpy(judge.predict(_plain(asked, rows)) == kind.numpy()).double())
+        torch.from_numpy(judge.predict(_plain(asked, rows)) == kind.numpy()).double()
         for rows, kind in ((x, labels), (asked.x, given))
     )
+    around = mean_se(kept.view(len(own), -1).mean(1))
     return (
-        f"Class kept by {_percent(kept)} of the new rows, as the five nearest of {len(known):,} {WORDS[part]} see it; "
-        f"they see {_percent(own)} of the given rows right."
+        f"Class kept by {_percent(around)} of the new rows, as the five nearest of {len(known):,} {WORDS[part]} see "
+        f"it; they see {_percent(mean_se(own))} of the given rows right."
     )
 
 

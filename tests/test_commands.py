@@ -30,7 +30,7 @@ ASKED = {
     "map": (f"map RUN {ROWS} --size 4", {"codes": (12, 2), "grid": (4, 4, 64), "label": (12,)}),
     "encode": (f"encode RUN {ROWS}", {"mean": (12, "D"), "sd": (12, "D"), "rate": (12,), "distortion": (12,)}),
     "decode": ("decode RUN codes.npy --draw", {"x": (5, 64)}),
-    "denoise": (f"denoise RUN {FEW} --draws 8 --noise 'FlipNoise(rate=0.1)'", {"x": (6, 64), "seen": (6, 64)}),
+    "denoise": (f"denoise RUN {FEW} --samples 8 --noise 'FlipNoise(rate=0.1)'", {"x": (6, 64), "seen": (6, 64)}),
     "impute": (f"impute RUN {FEW} --samples 8 --hide 0.5", {"x": (6, 64), "sd": (6, 64), "draws": (5, 6, 64)}),
     "anomalies": ("anomalies RUN --samples 2", {"row": (..., ), "evidence": (..., ), "flagged_elbo": (..., )}),
     "augment": (f"augment RUN {ROWS} --per-row 2", {"x": (24, 64), "row": (24,), "label": (24,)}),
@@ -204,7 +204,7 @@ def test_files_are_rows_as_the_runs_own_are(pvae):
     # Noisy rows are taken as they are, and need not be 0 or 1.
     noisy = np.clip(IMAGES, 0, 1) + np.random.default_rng(0).normal(size=IMAGES.shape).astype("float32")
     np.save("noisy.npy", noisy)
-    told(pvae(f"denoise {run} noisy.npy --draws 4 --steps 2 --out c.npz"))
+    told(pvae(f"denoise {run} noisy.npy --samples 4 --steps 2 --out c.npz"))
     np.testing.assert_array_equal(arrays("c.npz")["seen"], noisy.reshape(12, 64))
     # Missing entries are filled in, and what is there stays as it is.
     np.save("gaps.npy", at(IMAGES > 0.5, 2, slice(5, 9), np.nan))
@@ -289,9 +289,9 @@ MISTAKES = {
     "count": ("sample RUN --count 0", "--count is 0, but it must be at least 1"),
     "seed": ("sample RUN --seed -1", "--seed is -1, but it must be at least 0"),
     "large seed": ("sample RUN --seed 3000000000", "--seed is 3000000000"),
-    "draws": ("encode RUN --draws 0", "K is 0, but it must be positive"),
-    "per row": ("augment RUN --per-row 0", "per_row is 0"),
-    "spread": ("augment RUN --spread -1", "the spread is -1.0, but it must be at least 0"),
+    "draws": ("encode RUN --samples 0", "--samples is 0, but it must be at least 1"),
+    "per row": ("augment RUN --per-row 0", "--per-row is 0"),
+    "spread": ("augment RUN --spread -1", "--spread is -1, but it must be at least 0"),
     "path": ("interpolate RUN --how straight", "unknown path 'straight'"),
     "one row": ("interpolate RUN --select 3", "a path needs at least 2 rows, but 1 is given"),
     "steps": ("interpolate RUN --steps 0", "steps is 0"),

@@ -57,7 +57,7 @@ def anomaly_scores(train: Tensor, x: Tensor, dim: int) -> dict[str, Tensor]:
     return {
         f"PCA error, {dim} dimensions": (through_pca(train, x, dim) - x).square().sum(1),
         "IsolationForest, 200 trees": torch.from_numpy(-forest.score_samples(rows)),
-        f"OneClassSVM, {len(few):,} rows": torch.from_numpy(-machine.score_samples(rows)),
+        f"OneClassSVM, at most {FEW:,} rows": torch.from_numpy(-machine.score_samples(rows)),
     }
 
 
