@@ -18,6 +18,7 @@ from pvae.data import Dataset
 from pvae.errors import UserError
 from pvae.opened import Chosen, Opened
 from pvae.stats import Estimate, number
+from pvae.stopping import Interrupted
 from pvae.use_pictures import confusions, scores
 from pvae.used import Use
 from pvae.using import Asked
@@ -239,7 +240,11 @@ def class_models(
     cells = [replace(cell, place=str(label)) for cell, label in zip(cells, labels, strict=True)]
     folder = run.folder / runs.CLASSES / f"{run.name}-{own.epochs}-epochs".replace("/", "_")
     pool = grid.Pool(device=run.device, data_folder=data_folder, progress=progress, say=say)
-    found = _fitted(cells, folder, shelf, run.device) or grid.train(cells, folder, shelf, pool, resume=True)
+    try:
+        found = _fitted(cells, folder, shelf, run.device) or grid.train(cells, folder, shelf, pool, resume=True)
+    except Interrupted as error:
+        words = f"stopped; what is trained is kept in {folder}; the same command goes on"
+        raise Interrupted(words, error.signal) from None
     return [(each.built.program.model, each.built.guide) for each in found], data
 
 

@@ -195,7 +195,11 @@ def _from_file(opened: Opened, path: Path, raw: bool, missing: bool) -> Chosen:
         raise UserError(f"{path}: rows have {flat.shape[1]} columns, but the run's have {opened.columns} ({shape})")
     labels = _labels(opened, path, table.get("y_train"))
     kind = "none" if raw else opened.data.binarize
-    values = torch.from_numpy(np.array(checked(str(path), flat, kind, 1, missing=missing)))
+    if not missing and np.isnan(flat).any():
+        row, column = np.argwhere(np.isnan(flat))[0].tolist()
+        count = f"({int(np.isnan(flat).sum())} in all)"
+        raise UserError(f"{path}: row {row}, column {column} is nan {count}; pvae impute fills in what is missing")
+    values = torch.from_numpy(np.array(checked(str(path), flat, kind, 1, missing=True)))
     rows = binarized({"test": values}, kind)["test"]
     if not raw:
         _check_support(opened, rows, path)
