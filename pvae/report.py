@@ -38,8 +38,7 @@ def write(folder: Path) -> Path:
         groups = results["groups"]
         pictures = [figures(group, export.load(folder, n)) for n, group in enumerate(groups, 1)]
         fitted = {mark for group in groups for row in group["rows"] for mark in row.get("fitted", [])}
-        shape = tuple(groups[0]["data"]["shape"])
-        kept = [use | {"blocks": _blocks(use, shape)} for use in used.kept(folder, fitted)]
+        kept = [use | {"blocks": _blocks(use)} for use in used.kept(folder, fitted)]
         page = render(results, pictures, [_diagnoses(folder, group) for group in groups], kept)
     except (KeyError, IndexError, TypeError) as error:
         path = folder / "results.json"
@@ -68,12 +67,12 @@ def _gaps(test: dict[str, Any]) -> dict[str, tuple[float, float, float]]:
     return {words: (test[name]["mean"], *test[name]["interval"]) for name, words in there.items()}
 
 
-def _blocks(use: dict[str, Any], shape: tuple[int, ...]) -> list[Any]:
+def _blocks(use: dict[str, Any]) -> list[Any]:
     """Of a latent map what one can move in: the plane, and sliders where there are more than two dimensions."""
     if use["verb"] != "map" or not use["arrays"].is_file():
         return []
     with np.load(use["arrays"], allow_pickle=False) as archive:
-        known = {name: archive[name] for name in archive.files}
+        known, shape = {name: archive[name] for name in archive.files}, tuple(use["shape"])
     tensors = {name: torch.from_numpy(values) for name, values in known.items() if name != "how"}
     fields = {field.name: tensors.get(field.name) for field in dataclasses.fields(LatentMap)}
     found: Any = LatentMap(**fields | {"how": str(known["how"])})  # type: ignore[arg-type]

@@ -132,7 +132,7 @@ def keep(use: Use, folder: Path, about: Mapping[str, Any]) -> list[Path]:
     """Keep a use in a run's folder, in the place of the last one of its verb, and return the files.
 
     Arguments:
-        about: what it belongs to: the variant, the fit's fingerprint, the rows.
+        about: what it belongs to: the variant, the fit's fingerprint, the shape of a row.
     """
     kinds = {".npz": True, ".png": use.figure is not None, ".html": bool(use.page)}
     paths = {kind: folder / FOLDER / f"{use.verb}{kind}" for kind in kinds}

@@ -76,8 +76,8 @@ def reconstruct(asked: Asked, *, K: int = 8) -> Use:
     found = uses.reconstruct(*asked.programs, *asked.given, K=K, **asked.options)
     own, pca = _error(found, asked.x), _error(_pca(asked.run, asked.x), asked.x)
     told = [
-        f"Squared error {_of(own)} per value over {_count(asked)} ({K} draws of each code); the training rows' "
-        f"first {_dim(asked.run)} principal components leave {_of(pca)}."
+        f"Squared error {_of(own)} per value over {_count(asked)} ({K} draws of each code); as many principal "
+        f"components{_seen_by_pca(asked.run)} leave {_of(pca)}."
     ]
     lines = {"original": asked.x, "reconstruction": found}
     return _use("reconstruct", {"x": found, "row": asked.rows.place}, told, strips(_arrays(lines), _shape(asked)))
@@ -146,12 +146,12 @@ def encode(asked: Asked, *, K: int = 64) -> Use:
     rate, distortion = mean_se(found.rate), mean_se(found.distortion)
     told = [
         f"{_count(asked).capitalize()} as {dim} numbers each: {asked.run.columns / dim:.3g} times fewer.",
-        f"Squared error at the code's mean {_of(mean_se(found.error))} per value; as many principal components leave "
-        f"{_of(_error(pca, asked.x))}.",
+        f"Squared error at the code's mean {_of(mean_se(found.error))} per value; as many principal components"
+        f"{_seen_by_pca(asked.run)} leave {_of(_error(pca, asked.x))}.",
         f"Distortion {number(distortion)} nats per row.",
     ]
     if not math.isnan(rate.mean):
-        both = (found.rate + found.distortion / math.log(2)) / asked.run.columns
+        both = (found.rate + found.distortion / math.log(2)) / (~asked.x.isnan()).sum(1).clamp(min=1)
         told.insert(1, f"Rate {number(rate)} bits per row by bits-back coding, {_bits(asked, both)}.")
     else:
         told.insert(1, "Rate: a point mass has none; its codes cost what their numbers cost.")
@@ -218,10 +218,10 @@ def denoise(asked: Asked, word: str, *, add: bool, K: int = 100, steps: int = 10
         *asked.programs, y, noise, asked.rows.index, K=K, steps=steps, seed=asked.seed, progress=asked.progress
     )
     lines = {"seen": seen, "denoised": found.x}
-    told = [f"{_count(asked).capitalize()}, {word}: the posterior mean of x under K = {K} weighed draws."]
+    told = [f"{_count(asked).capitalize()}, {word}: the posterior mean of x under {_relied_on(found.ess, K)}."]
     if add:
         noisy, left = _error(seen, asked.x), _error(found.x, asked.x)
-        share = (found.x - asked.x).square().mean(1) / (seen - asked.x).square().mean()
+        share = (found.x - asked.x).square().nanmean(1) / noisy.mean
         told.append(
             f"Squared error {_of(noisy)} per value with noise, {_of(left)} without: {number(mean_se(share))} of it."
         )
@@ -245,16 +245,23 @@ def impute(asked: Asked, *, hide: float | None, draws: int = 5, K: int = 100, st
     )
     filled = found.x[:, : asked.run.columns]
     missing = (~there).double().mean().item()
-    told = [f"{_count(asked).capitalize()}, {missing:.1%} of the entries missing, {draws} draws of each; K = {K}."]
+    told = [
+        f"{_count(asked).capitalize()}, {missing:.1%} of the entries missing, {draws} draws of each under {_relied_on(found.ess, K)}."
+    ]
     lines = {"seen": torch.where(there, asked.x, torch.nan), "mean": filled, "a draw": found.draws[0]}
     if hide is not None:
         hidden = ~there & ~asked.x.isnan()
         own = _masked_error(filled, asked.x, hidden)
-        plain = _masked_error(means.expand_as(asked.x), asked.x, hidden)
+        plain = _masked_error(means[: asked.run.columns].expand_as(asked.x), asked.x, hidden)
         told.append(f"Squared error of the hidden entries {_of(own)}; their columns' means leave {_of(plain)}.")
         lines = {"original": asked.x} | lines
     arrays = {"x": filled, "sd": found.sd, "draws": found.draws, "ess": found.ess, "row": asked.rows.place}
     return _use("impute", arrays, told, strips(_arrays(lines), _shape(asked)))
+
+
+def _relied_on(ess: Tensor, K: int) -> str:
+    """How many of a row's weighed draws count, at the median."""
+    return f"{K} weighed draws, of which {ess.nanmedian():.0f} count in the median row"
 
 
 def _there(asked: Asked, hide: float | None) -> Tensor:
@@ -329,8 +336,13 @@ def _pca(run: Opened, x: Tensor) -> Tensor:
     return torch.from_numpy(fitted.inverse_transform(fitted.transform(x.numpy()))).to(x)
 
 
+def _seen_by_pca(run: Opened) -> str:
+    return f" of {FITTED:,} training rows" if len(run.data.train) > FITTED else ""
+
+
 def _column_means(run: Opened) -> Tensor:
-    return run.data.fixed_train(FITTED).x[:, : run.columns].nanmean(0)
+    """Means of all columns, a label's among them."""
+    return run.data.fixed_train(FITTED).x.nanmean(0)
 
 
 def _error(found: Tensor, x: Tensor) -> Estimate:
