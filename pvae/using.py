@@ -246,7 +246,8 @@ def impute(asked: Asked, *, hide: float | None, draws: int = 5, K: int = 100, st
     filled = found.x[:, : asked.run.columns]
     missing = (~there).double().mean().item()
     told = [
-        f"{_count(asked).capitalize()}, {missing:.1%} of the entries missing, {draws} draws of each under {_relied_on(found.ess, K)}."
+        f"{_count(asked).capitalize()}, {missing:.1%} of the entries missing, {draws} draws of each under "
+        f"{_relied_on(found.ess, K)}."
     ]
     lines = {"seen": torch.where(there, asked.x, torch.nan), "mean": filled, "a draw": found.draws[0]}
     if hide is not None:
