@@ -11,6 +11,7 @@ __version__ = "0.1.0"
 MODULES = (
     "ais",
     "anomalies",
+    "beside",
     "building",
     "calibration",
     "captured",

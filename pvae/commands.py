@@ -60,13 +60,15 @@ def use_flags(
         from pvae import opened, used
         from pvae.console import bar
         from pvae.drawing import STYLE
-        from pvae.runs import fingerprint
+        from pvae.runs import fingerprint, unfinished
         from pvae.using import Asked
 
         outs = out or []
         used.check_outputs(outs, overwrite, page=page)
         own = opened.open_run(run, variant, device=device, data_folder=data_dir, trust=trust)
         chosen = choose(own, data_dir) if choose else opened.chosen(own, rows, select, **reading)
+        if left := unfinished(own.variant):
+            typer.echo(f"warning: {own.name} {left}", err=True)
         if own.others and variant is None:
             typer.echo(f"{own.name}, of {1 + len(own.others)} variants (--variant names another)", err=True)
         with matplotlib.rc_context(STYLE), ExitStack() as stack:
@@ -98,10 +100,11 @@ def _tell(made: Any, written: list[Path]) -> None:
 
     from pvae.tables import Table, rich_table
 
+    console = Console()
     for sentence in made.sentences:
-        typer.echo(sentence)
+        console.print(sentence, markup=False, highlight=False)
     for table in made.tables:
-        Console().print(rich_table(Table(*table)))
+        console.print(rich_table(Table(*table)))
     typer.echo(f"written: {', '.join(map(str, written))}")
 
 

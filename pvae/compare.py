@@ -139,6 +139,8 @@ def load(job: Job, data_folder: str | Path | None = None) -> list[Entry]:
     shelf = Shelf(data_folder)
     if not axes:
         variant = runs.load(job.folder, shelf[own], device=job.device, trust=job.trust)
+        if left := runs.unfinished(variant):
+            job.say(f"warning: {job.folder} {left}")
         return [Entry(own.name("guide"), [variant], shelf[own])]
     begun = [cell for cell in grid.cells(own, axes) if (job.folder / cell.place / "recipe.toml").is_file()]
     there = [
@@ -153,9 +155,8 @@ def load(job: Job, data_folder: str | Path | None = None) -> list[Entry]:
         if cell.place not in {other.place for other in there}:
             job.say(f"warning: {cell.place} is not trained and stays out; the first command with --resume trains it")
     for cell, variant in zip(there, found, strict=True):
-        done, wanted = len(variant.fit.history), cell.recipe.epochs or 0
-        if done < wanted and variant.fit.stopped != "early":
-            job.say(f"warning: {cell.place} has had {done} of its {wanted} epochs; --resume trains the rest")
+        if left := runs.unfinished(variant):
+            job.say(f"warning: {cell.place} {left}")
     return _entries(there, found, shelf)
 
 

@@ -92,7 +92,7 @@ def read_table(path: Path) -> dict[str, np.ndarray]:
     if path.suffix not in readers:
         raise UserError(f"{path}: unknown format '{path.suffix}'{nearest(path.suffix, readers)}")
     if not path.is_file():
-        raise UserError(f"{path}: no such file")
+        raise UserError(f"{path}: {'a folder, and no file' if path.is_dir() else 'no such file'}")
     if path.stat().st_size == 0:
         raise UserError(f"{path}: the file is empty")
     try:

@@ -23,7 +23,7 @@ from pvae.runtime import pick_device, seeded, unchecked
 from pvae.support import check_support
 from pvae.training import Fit, check_budget, fit
 
-__all__ = ["Variant", "check", "fingerprint", "load", "parameters", "place", "prepare", "train"]
+__all__ = ["Variant", "check", "fingerprint", "load", "parameters", "place", "prepare", "train", "unfinished"]
 
 FILES = (
     "recipe.toml",
@@ -171,6 +171,14 @@ def load(folder: Path, data: Dataset, *, device: str = "auto", trust: bool = Fal
         checkpoints.fill(module, kind, tensors, folder)
         module.to(pick_device(device)).eval()
     return Variant(own, built, Fit(header["history"], header["seconds"], header["stopped"], header.get("engine", "")))
+
+
+def unfinished(variant: Variant) -> str:
+    """What is left of a training that was stopped, in words; empty where nothing is."""
+    done, wanted = len(variant.fit.history), variant.recipe.epochs or 0
+    if done >= wanted or variant.fit.stopped == "early":
+        return ""
+    return f"has had {done} of its {wanted} epochs; the command that began it with --resume trains the rest"
 
 
 def parameters(variant: Variant) -> dict[str, int]:

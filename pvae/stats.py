@@ -23,6 +23,7 @@ __all__ = [
     "log_mean_exp_se",
     "mean_se",
     "number",
+    "percent",
     "r_hat",
     "tail_length",
     "uniform_p",
@@ -66,6 +67,16 @@ def number(estimate: Estimate) -> str:
         return f"{estimate.mean:.2g}"
     digits = 1 if estimate.se >= 0.3 else max(2, math.ceil(-math.log10(estimate.se)))
     return f"{estimate.mean:z.{digits}f} ± {estimate.se:.{digits}f}"
+
+
+def percent(estimate: Estimate) -> str:
+    """A share with its standard error, in percent.
+
+    >>> percent(Estimate(0.9765, 0.0078))
+    '97.7 ± 0.8%'
+    """
+    mean, se = 100 * estimate.mean, 100 * estimate.se
+    return f"{mean:.1f} ± {se:.1f}%" if math.isfinite(se) else f"{mean:.1f}%"
 
 
 def log_mean_exp(log_w: Tensor, dim: int = 0) -> Tensor:

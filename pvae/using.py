@@ -14,10 +14,12 @@ import torch
 from torch import Tensor
 
 from pvae import uses
+from pvae.beside import column_means, components_words, preserved, through_components
 from pvae.components import parse
 from pvae.errors import UserError
 from pvae.files import read_table
-from pvae.opened import WORDS, Chosen, Opened
+from pvae.mapped import available_memory
+from pvae.opened import Chosen, Opened
 from pvae.passes import rows_of
 from pvae.sites import base_measure
 from pvae.stats import Estimate, mean_se, number
@@ -36,9 +38,6 @@ __all__ = [
     "reconstruct",
     "sample",
 ]
-
-# Training rows to which what stands beside is fitted: PCA, nearest neighbours.
-FITTED = 10_000
 
 
 class Asked(NamedTuple):
@@ -71,13 +70,23 @@ class Asked(NamedTuple):
         return self.rows.x, self.rows.index
 
 
+def check_room(asked: Asked, rows: int, flag: str) -> None:
+    """Refuse more new rows than half of the memory that is left can hold, twice: on their way and laid end to end."""
+    size, room = 8 * rows * asked.run.columns, available_memory() / 2
+    if size > room:
+        raise UserError(
+            f"{flag}: {rows:,} rows of {asked.run.columns} values take {size / 2**30:,.1f} GiB, and there is room for "
+            f"{room / 2**30:.1f}; give a smaller number"
+        )
+
+
 def reconstruct(asked: Asked, *, K: int = 8) -> Use:
     """Rows through their codes and back."""
     found = uses.reconstruct(*asked.programs, *asked.given, K=K, **asked.options)
-    own, pca = _error(found, asked.x), _error(_pca(asked.run, asked.x), asked.x)
+    own, pca = _error(found, asked.x), _error(through_components(asked.run, asked.x), asked.x)
     told = [
         f"Squared error {_of(own)} per value over {_count(asked)} ({K} draws of each code); as many principal "
-        f"components{_seen_by_pca(asked.run)} leave {_of(pca)}."
+        f"components{components_words(asked.run)} leave {_of(pca)}."
     ]
     lines = {"original": asked.x, "reconstruction": found}
     return _use("reconstruct", {"x": found, "row": asked.rows.place}, told, strips(_arrays(lines), _shape(asked)))
@@ -85,15 +94,19 @@ def reconstruct(asked: Asked, *, K: int = 8) -> Use:
 
 def sample(asked: Asked, count: int, *, temperature: float = 1.0, draw: bool = False) -> Use:
     """New rows from the prior; the rows given say of what shape, and bring the labels that a program takes."""
+    check_room(asked, count, f"--count {count}")
     like = asked.rows.x.repeat(-(-count // len(asked.rows.x)), 1)[:count]
     found = uses.sample(asked.run.model, like, temperature=temperature, draw=draw, **asked.options)
     what = "draws of p(x|z)" if draw else "means of p(x|z)"
     told = [f"{count} {what} at z from the prior, temperature {temperature:g}, seed {asked.seed}."]
+    if asked.run.guide.family.point_mass:
+        told.append("The run's codes are points, which need not follow the prior: its draws need not look like data.")
     return _use("sample", {"x": found}, told, sheets(_arrays({what: found[:96]}), _shape(asked)))
 
 
 def interpolate(asked: Asked, *, steps: int = 9, how: str = "linear") -> Use:
     """The way from row to row through the codes."""
+    check_room(asked, steps * (len(asked.rows.x) - 1), f"--steps {steps}")
     found = uses.interpolate(*asked.programs, *asked.given, steps=steps, how=how, seed=asked.seed)
     legs = {
         f"rows {a} to {b}": found.x[leg * steps : (leg + 1) * steps + 1]
@@ -142,12 +155,12 @@ _WAYS = {"plane": "their two latent dimensions", "pca": "the codes' principal co
 def encode(asked: Asked, *, K: int = 64) -> Use:
     """Rows to codes: mean and standard deviation, rate and distortion, beside principal components."""
     found = uses.encode(*asked.programs, *asked.given, K=K, **asked.options)
-    pca, dim = _pca(asked.run, asked.x), _dim(asked.run)
+    pca, dim = through_components(asked.run, asked.x), _dim(asked.run)
     rate, distortion = mean_se(found.rate), mean_se(found.distortion)
     told = [
         f"{_count(asked).capitalize()} as {dim} numbers each: {asked.run.columns / dim:.3g} times fewer.",
         f"Squared error at the code's mean {_of(mean_se(found.error))} per value; as many principal components"
-        f"{_seen_by_pca(asked.run)} leave {_of(_error(pca, asked.x))}.",
+        f"{components_words(asked.run)} leave {_of(_error(pca, asked.x))}.",
         f"Distortion {number(distortion)} nats per row.",
     ]
     if not math.isnan(rate.mean):
@@ -218,7 +231,7 @@ def denoise(asked: Asked, word: str, *, add: bool, K: int = 100, steps: int = 10
         *asked.programs, y, noise, asked.rows.index, K=K, steps=steps, seed=asked.seed, progress=asked.progress
     )
     lines = {"seen": seen, "denoised": found.x}
-    told = [f"{_count(asked).capitalize()}, {word}: the posterior mean of x under {_relied_on(found.ess, K)}."]
+    told = [f"{_count(asked).capitalize()}, {word}: the posterior mean of x under {_relied_on(asked, found.ess, K)}."]
     if add:
         noisy, left = _error(seen, asked.x), _error(found.x, asked.x)
         share = (found.x - asked.x).square().nanmean(1) / noisy.mean
@@ -239,7 +252,7 @@ def impute(asked: Asked, *, hide: float | None, draws: int = 5, K: int = 100, st
     """
     there = _there(asked, hide)
     x = torch.cat([torch.where(there, asked.x, torch.nan), asked.rows.x[:, asked.run.columns :]], 1)
-    means = _column_means(asked.run)
+    means = column_means(asked.run)
     found = uses.impute(
         *asked.programs, x, asked.rows.index, means=means, K=K, draws=draws, steps=steps, **asked.options
     )
@@ -247,11 +260,13 @@ def impute(asked: Asked, *, hide: float | None, draws: int = 5, K: int = 100, st
     missing = (~there).double().mean().item()
     told = [
         f"{_count(asked).capitalize()}, {missing:.1%} of the entries missing, {draws} draws of each under "
-        f"{_relied_on(found.ess, K)}."
+        f"{_relied_on(asked, found.ess, K)}."
     ]
     lines = {"seen": torch.where(there, asked.x, torch.nan), "mean": filled, "a draw": found.draws[0]}
     if hide is not None:
         hidden = ~there & ~asked.x.isnan()
+        if not hidden.any():
+            raise UserError(f"--hide {hide:g} hides none of the {asked.x.numel()} entries; give a larger share")
         own = _masked_error(filled, asked.x, hidden)
         plain = _masked_error(means[: asked.run.columns].expand_as(asked.x), asked.x, hidden)
         told.append(f"Squared error of the hidden entries {_of(own)}; their columns' means leave {_of(plain)}.")
@@ -260,8 +275,10 @@ def impute(asked: Asked, *, hide: float | None, draws: int = 5, K: int = 100, st
     return _use("impute", arrays, told, strips(_arrays(lines), _shape(asked)))
 
 
-def _relied_on(ess: Tensor, K: int) -> str:
+def _relied_on(asked: Asked, ess: Tensor, K: int) -> str:
     """How many of a row's weighed draws count, at the median."""
+    if asked.run.guide.family.point_mass:
+        return "one code, the best that was found: no posterior is averaged over"
     return f"{K} weighed draws, of which {ess.nanmedian():.0f} count in the median row"
 
 
@@ -282,6 +299,7 @@ def augment(asked: Asked, *, per_row: int = 4, spread: float = 1.0, draw: bool =
     """New rows around given ones, and how many keep their class."""
     if not 0 <= spread < math.inf:
         raise UserError(f"--spread is {spread:g}, but it must be at least 0")
+    check_room(asked, per_row * len(asked.x), f"--per-row {per_row}")
     found = uses.augment(*asked.programs, *asked.given, per_row=per_row, spread=spread, draw=draw, **asked.options)
     # New rows around one row are not independent: errors are over the given rows.
     moved = (found.x - asked.x[found.row]).square().nanmean(1).view(-1, per_row).mean(1)
@@ -291,59 +309,12 @@ def augment(asked: Asked, *, per_row: int = 4, spread: float = 1.0, draw: bool =
         f"{_of(mean_se(moved))} (squared, per value)."
     ]
     arrays = {"x": found.x, "row": asked.rows.place[found.row]}
-    if asked.rows.labels is not None and asked.run.data.train_labels is not None:
-        labels = asked.rows.labels[found.row]
-        arrays["label"] = labels
-        told.append(_preserved(asked, found.x, labels))
+    if asked.rows.labels is not None:
+        arrays["label"] = asked.rows.labels[found.row]
+        told += filter(None, [preserved(asked.run, asked.rows, found.x, found.row)])
     around = found.x.view(len(asked.x), per_row, -1)
     lines = {"row": asked.x} | {f"new {k + 1}": around[:, k] for k in range(min(per_row, 5))}
     return _use("augment", arrays, told, strips(_arrays(lines), _shape(asked)))
-
-
-def _preserved(asked: Asked, x: Tensor, labels: Tensor) -> str:
-    """How many new rows a classifier that has seen other rows puts into the class of their row."""
-    from sklearn.neighbors import KNeighborsClassifier
-
-    part = "test" if asked.rows.index is not None else "train"
-    known = (asked.run.data.test if part == "test" else asked.run.data.fixed_train(FITTED).x)[:FITTED]
-    kinds = getattr(asked.run.data, f"{part}_labels")[: len(known)]
-    given = asked.rows.labels
-    assert given is not None
-    judge = KNeighborsClassifier(5).fit(_plain(asked, known), kinds.numpy())
-    kept, own = (
-        torch.from_numpy(judge.predict(_plain(asked, rows)) == kind.numpy()).double()
-        for rows, kind in ((x, labels), (asked.x, given))
-    )
-    around = mean_se(kept.view(len(own), -1).mean(1))
-    return (
-        f"Class kept by {_percent(around)} of the new rows, as the five nearest of {len(known):,} {WORDS[part]} see "
-        f"it; they see {_percent(mean_se(own))} of the given rows right."
-    )
-
-
-def _plain(asked: Asked, rows: Tensor) -> np.ndarray:
-    """Rows as a classifier takes them: without labels, 0 for what is missing."""
-    return rows[:, : asked.run.columns].nan_to_num(0.0).numpy()
-
-
-def _pca(run: Opened, x: Tensor) -> Tensor:
-    """Rows through as many principal components of the training rows as there are latent dimensions."""
-    from sklearn.decomposition import PCA
-
-    known = run.data.fixed_train(FITTED).x[:, : run.columns]
-    if known.isnan().any() or x.isnan().any():
-        return torch.full_like(x, torch.nan)
-    fitted = PCA(min(_dim(run), *known.shape), random_state=0).fit(known.numpy())
-    return torch.from_numpy(fitted.inverse_transform(fitted.transform(x.numpy()))).to(x)
-
-
-def _seen_by_pca(run: Opened) -> str:
-    return f" of {FITTED:,} training rows" if len(run.data.train) > FITTED else ""
-
-
-def _column_means(run: Opened) -> Tensor:
-    """Means of all columns, a label's among them."""
-    return run.data.fixed_train(FITTED).x.nanmean(0)
 
 
 def _error(found: Tensor, x: Tensor) -> Estimate:
@@ -359,10 +330,6 @@ def _masked_error(found: Tensor, x: Tensor, where: Tensor) -> Estimate:
 
 def _of(estimate: Estimate) -> str:
     return number(estimate) if math.isfinite(estimate.mean) else "an unknown error (entries are missing)"
-
-
-def _percent(estimate: Estimate) -> str:
-    return f"{100 * estimate.mean:.1f} ± {100 * estimate.se:.1f}%"
 
 
 def _dim(run: Opened) -> int:
