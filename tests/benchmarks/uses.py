@@ -37,7 +37,7 @@ Line = list[str]
 
 @dataclass
 class Table:
-    """A table of the page."""
+    """A table of the page; ``command`` says how to measure it alone, and with which commands the like on a run."""
 
     title: str
     header: Line
@@ -48,7 +48,7 @@ class Table:
     def markdown(self) -> str:
         rows = [self.header, ["---"] * len(self.header), *self.lines]
         table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
-        repeat = f"\n\nRepeat: `{self.command}`" if self.command else ""
+        repeat = f"\n\nAlone: {self.command}." if self.command else ""
         return f"### {self.title}\n\n{self.note}{chr(10) * 2 if self.note else ''}{table}{repeat}"
 
 
@@ -126,7 +126,7 @@ def reconstruction(case: Case) -> Table:
         f"{len(case.data.test):,} test rows through {case.dim} numbers: the mean of p(x\\|z) at the code's mean. The "
         "autoencoder is the same network with point-mass codes that cost nothing. PCA's time includes its fit."
     )
-    return Table("Reconstruction and compression", header, lines, note, f"pvae encode runs/fit-{case.data.name}")
+    return Table("Reconstruction and compression", header, lines, note)
 
 
 def millis(seconds: float, case: Case) -> str:
@@ -148,7 +148,7 @@ def latent_space(case: Case) -> Table:
     note = (
         "Far is farther from every training row than 95% of the test rows' reconstructions are: 0.05 would be data's."
     )
-    return Table("Smoothness and holes", ["", *names.values()], lines, note, "pvae compare models/autoencoder.toml")
+    return Table("Smoothness and holes", ["", *names.values()], lines, note)
 
 
 def denoising(case: Case) -> Table:
@@ -173,7 +173,7 @@ def denoising(case: Case) -> Table:
     lines = [[n, number(mean_se(e)), number(mean_se(e / start))] for n, e in errors(fits, x).items()]
     note = f"{len(x):,} test rows with Gaussian noise of standard deviation 0.5 added."
     header = ["", "squared error per value", "share of the noise's"]
-    return Table("Denoising", header, lines, note, f"pvae denoise runs/fit-{case.data.name} --select 0:{case.rows}")
+    return Table("Denoising", header, lines, note)
 
 
 def errors(fits: dict[str, Tensor], x: Tensor, where: Tensor | None = None) -> dict[str, Tensor]:
@@ -212,8 +212,7 @@ def imputation(case: Case) -> Table:
         f"{min(peers.FEW, len(case.train)):,} training rows, the others at all. Times include their fit.{left}"
     )
     header = ["", "squared error per hidden value", "ms per row"]
-    command = f"pvae impute runs/fit-{case.data.name} --hide 0.5 --select 0:{case.rows}"
-    return Table("Imputation", header, lines, note, command)
+    return Table("Imputation", header, lines, note)
 
 
 def anomaly(case: Case) -> Table:
@@ -239,8 +238,7 @@ def anomaly(case: Case) -> Table:
         f"digit its standard error is about {0.29 / (len(whole.test) / 10) ** 0.5:.2f}. Fits: "
         f"{describe(case.held_out)}; K = 16."
     )
-    command = f"pvae fit models/anomalies-{case.data.name}.toml --out runs/no-zeros; pvae anomalies runs/no-zeros"
-    return Table("Anomalies: a digit that was not trained on", ["", "mean", *map(str, kinds)], lines, note, command)
+    return Table("Anomalies: a digit that was not trained on", ["", "mean", *map(str, kinds)], lines, note)
 
 
 def uses_auroc(score: Tensor, truth: Tensor) -> float:
@@ -269,7 +267,7 @@ def classification(case: Case) -> Table:
     asked = time.perf_counter() - begin
     mine = found.figures(data.test_labels)
     name = f"a VAE for each class, calibrated at {temperature:.2g}"
-    lines = [[name, percent(mine["accuracy"]), number(mine["log_loss"]), f"{took:.0f} s, {asked:.0f} s"]]
+    lines = [[name, percent(mine["accuracy"]), number(mine["log_loss"]), f"{took:.2g} s, {asked:.2g} s"]]
     train, labels = data.fixed_train(len(data.train)).x, data.train_labels
     for name, classifier in peers.classifiers().items():
         begin = time.perf_counter()
@@ -277,25 +275,33 @@ def classification(case: Case) -> Table:
         p = torch.from_numpy(classifier.predict_proba(data.test.numpy()))  # type: ignore[attr-defined]
         loss = -p.clamp(min=1e-12).log().gather(1, data.test_labels.unsqueeze(1)).squeeze(1)
         lines.append(
-            [name, percent(mean_se(hit)), number(mean_se(loss)), f"{time.perf_counter() - begin:.0f} s in all"]
+            [name, percent(mean_se(hit)), number(mean_se(loss)), f"{time.perf_counter() - begin:.2g} s in all"]
         )
     note = (
         f"{len(data.test):,} test rows, {len(train):,} training rows, {len(data.validation):,} more to calibrate on. "
         f"Class models: {describe(own)}."
     )
     header = ["", "accuracy (%)", "log loss (nats)", "training, test"]
-    command = f"pvae fit models/classify-{case.data.name}.toml --out runs/classes; pvae classify runs/classes"
-    return Table("Classification", header, lines, note, command)
+    return Table("Classification", header, lines, note)
 
 
 def percent(estimate: Estimate) -> str:
     return f"{100 * estimate.mean:.2f} ± {100 * estimate.se:.2f}"
 
 
+BINARIZED = {
+    "none": "greys",
+    "threshold": "binarized at 0.5",
+    "dynamic": "binarized afresh for each batch",
+    "levels": "grey levels",
+}
+
+
 def describe(own: Recipe) -> str:
     known = recipe.resolve(own)
     hidden = known.network["hidden"] if isinstance(known.network, dict) else ""
-    return f"{known.latent} latent dimensions, hidden {hidden}, {known.epochs} epochs, {known.binarize} binarization"
+    how = BINARIZED[known.binarize or "none"]
+    return f"{known.latent} latent dimensions, hidden {hidden}, {known.epochs} epochs, {how}"
 
 
 def augmentation(case: Case) -> Table:
@@ -326,8 +332,7 @@ def augmentation(case: Case) -> Table:
         kept.setdefault("LogisticRegression on the VAE's codes instead", []).append(hit)
     lines = [[name, percent(mean_se(torch.tensor(values)))] for name, values in kept.items()]
     note = f"{case.labels} labelled training rows, drawn {case.draws} times; the VAE was fitted to all, without labels."
-    command = f"pvae augment runs/fit-{case.data.name} train --select 0:{case.labels} --per-row 10"
-    return Table("Augmentation", ["", "accuracy (%)"], lines, note, command)
+    return Table("Augmentation", ["", "accuracy (%)"], lines, note)
 
 
 TABLES: dict[str, Callable[[Case], Table]] = {
@@ -353,10 +358,25 @@ CASES = {
 }
 
 
+# What does the like on a run: a word of the command line for each table.
+BY_HAND = {
+    "reconstruction": "pvae encode RUN",
+    "latent_space": "pvae compare models/autoencoder.toml (greys)",
+    "denoising": "pvae denoise RUN",
+    "imputation": "pvae impute RUN --hide 0.5",
+    "anomaly": "pvae fit models/anomalies-{name}.toml --out RUN; pvae anomalies RUN (one digit)",
+    "classification": "pvae fit models/classify-{name}.toml --out RUN; pvae classify RUN",
+    "augmentation": "pvae augment RUN train --select 0:100 (the rows, without a classifier)",
+}
+
+
 def measured(name: str, wanted: list[str]) -> Iterator[Table]:
     for each in wanted or TABLES:
         begin = time.perf_counter()
         found = TABLES[each](CASES[name])
+        found.command = (
+            f"`python -m tests.benchmarks.uses {name} {each}`; on a run: `{BY_HAND[each].format(name=name)}`"
+        )
         print(found.markdown(), f"({each}: {time.perf_counter() - begin:.0f} s)", sep="\n\n", flush=True)
         yield found
 
