@@ -17,7 +17,7 @@ from torch import Tensor
 from pvae import ranks
 from pvae.errors import UserError, nearest
 from pvae.mapped import Mapped, available_memory, piece
-from pvae.sources import NAMES, PARTS, TORCHVISION, hold_out, labels_of, read
+from pvae.sources import NAMES, PARTS, TORCHVISION, hold_out, kinds_of, labels_of, read
 from pvae.values import BINARIZATIONS, bernoulli, binarized, check_shape, checked, draw_once
 
 __all__ = ["BINARIZATIONS", "NAMES", "Batch", "Dataset", "load"]
@@ -55,6 +55,7 @@ class Dataset:
         classes: number of columns at the end of each row that hold its label, one-hot.
         means: of each column's training values, [D], where NaN marks entries that are missing; None where none may be.
         only: the labels of which these are all rows; None for all labels.
+        label_names: the words that the labels number, if they are words in the file.
     """
 
     name: str
@@ -69,11 +70,17 @@ class Dataset:
     classes: int = 0
     means: Tensor | None = None
     only: tuple[int, ...] | None = None
+    label_names: tuple[str, ...] | None = None
 
     @property
     def missing(self) -> bool:
         """Whether NaN marks entries that are missing."""
         return self.means is not None
+
+    @property
+    def kinds(self) -> Tensor | None:
+        """The different labels of all parts, sorted, which is the order of a label's columns; None without labels."""
+        return kinds_of((self.train_labels, self.validation_labels, self.test_labels))
 
     @property
     def identity(self) -> str:
@@ -158,11 +165,14 @@ class Dataset:
             return x
         return bernoulli(x) if self.missing else torch.bernoulli(x)
 
-    def fixed_train(self, rows: int) -> Batch:
-        """The first training rows as evaluation sees them: under dynamic binarization drawn once, with a fixed seed."""
-        x = self.train[:rows]
+    def fixed_train(self, rows: int | Tensor) -> Batch:
+        """The first training rows, or those at some positions, as evaluation sees them.
+
+        Under dynamic binarization these rows, and no others, are drawn once, with a fixed seed.
+        """
+        x = self.train[slice(rows) if isinstance(rows, int) else rows]
         x = draw_once(x.cpu()).to(x.device) if self.binarize == "dynamic" else x
-        return Batch(x, torch.arange(len(x), device=x.device))
+        return Batch(x, torch.arange(len(x), device=x.device) if isinstance(rows, int) else rows)
 
     def summary(self) -> str:
         """One line: N, shape, range, support and binarization."""
@@ -258,7 +268,7 @@ def _resident(
             rows[f"x_{part}"] = checked(where, x, binarize, TOP_LEVEL.get(name, 1), missing=missing)
     split(name, rows, rows["x_train"][0].size)
     tensors = {part: torch.from_numpy(rows[f"x_{part}"]) for part in PARTS}
-    labels = labels_of(name, rows)
+    labels, names = labels_of(name, rows)
     shape, other = tensors["train"].shape[1:], tensors["test"].shape[1:]
     if other != shape:
         raise UserError(f"{name}: test rows have shape {tuple(other)}, but training rows {tuple(shape)}")
@@ -278,6 +288,7 @@ def _resident(
         test_labels=labels["test"],
         classes=classes,
         only=None if only is None else tuple(sorted(set(only))),
+        label_names=names,
     )
 
 
@@ -288,7 +299,8 @@ def _only(
     known = {part: values for part, values in labels.items() if values is not None}
     if any(len(rows) and part not in known for part, rows in x.items()):
         raise UserError(f"{name}: --only takes labels, and not all rows have one; add a column or array of labels")
-    kinds = torch.cat(list(known.values())).unique().tolist()
+    found = kinds_of(known.values())
+    kinds = [] if found is None else found.tolist()
     wanted = ",".join(map(str, only))
     if not only or not set(only) <= set(kinds):
         which = next((kind for kind in only if kind not in kinds), "[]")
@@ -357,7 +369,8 @@ def _labelled(name: str, x: dict[str, Tensor], labels: dict[str, Tensor | None])
     known = {part: values for part, values in labels.items() if values is not None}
     if any(len(rows) and part not in known for part, rows in x.items()):
         raise UserError(f"{name}: the program takes labels, and not all rows have one; add a column or array of labels")
-    kinds = torch.cat(list(known.values())).unique()
+    kinds = kinds_of(known.values())
+    assert kinds is not None  # training rows have labels
     found = dict(x)
     for part, values in known.items():
         hot = torch.nn.functional.one_hot(torch.searchsorted(kinds, values), len(kinds))

@@ -16,6 +16,7 @@ from pvae.data import Dataset
 from pvae.errors import UserError, nearest
 from pvae.files import read_table
 from pvae.guides import Guide
+from pvae.mapped import Mapped, available_memory
 from pvae.runs import Variant
 from pvae.runtime import seeded
 from pvae.sites import innermost, observed
@@ -68,7 +69,7 @@ class Chosen(NamedTuple):
     """Rows x [B, C] of a run's data or of a file.
 
     ``labels`` [B] are their classes, if known; ``index`` [B] says which training datapoints they are, if they are any;
-    ``where`` says in words what they are, and ``place`` [B] where each stands there.
+    ``where`` says in words what they are, and ``place`` [B] where each stands there, -1 where it does not.
     """
 
     x: Tensor
@@ -132,21 +133,19 @@ def chosen(
         missing: NaN may stand for what is missing.
 
     Raises:
-        UserError: no such rows, another number of columns, values outside the support, NaN where none is expected.
+        UserError: no such rows, another number of columns, values outside the support, NaN where none is expected, or
+            more rows of those on disk than memory holds.
     """
     if source in WORDS:
-        found = _own(opened, source)
-    elif Path(source).suffix:
-        found = _from_file(opened, Path(source), raw, missing or opened.data.missing)
-    else:
+        return _own(opened, source, select)
+    if not Path(source).suffix:
         raise UserError(f"there are no rows '{source}'{nearest(source, WORDS)}, or the path of a file")
-    if not len(found.x):
-        raise UserError(f"the run has no {found.where}; name others, or a file")
+    found = _from_file(opened, Path(source), raw, missing or opened.data.missing)
     if select is None:
         return found
     which = torch.tensor(positions(select, len(found.x), found.where))
-    labels, index = (None if values is None else values[which] for values in (found.labels, found.index))
-    return Chosen(found.x[which], labels, index, found.where, found.place[which])
+    labels = None if found.labels is None else found.labels[which]
+    return Chosen(found.x[which], labels, None, found.where, which)
 
 
 def positions(select: str, count: int, what: str) -> list[int]:
@@ -175,11 +174,23 @@ def positions(select: str, count: int, what: str) -> list[int]:
     return found
 
 
-def _own(opened: Opened, part: str) -> Chosen:
-    data = opened.data
-    x, index = data.fixed_train(len(data.train)) if part == "train" else (getattr(data, part), None)
-    labels = getattr(data, f"{part}_labels")
-    return Chosen(x, labels, index, WORDS[part], torch.arange(len(x)))
+def _own(opened: Opened, part: str, select: str | None) -> Chosen:
+    data, where = opened.data, WORDS[part]
+    rows, labels = getattr(data, part), getattr(data, f"{part}_labels")
+    if not len(rows):
+        raise UserError(f"the run has no {where}; name others, or a file")
+    place = torch.arange(len(rows)) if select is None else torch.tensor(positions(select, len(rows), where))
+    size = 4 * len(place) * rows.shape[1]
+    if isinstance(rows, Mapped) and size > available_memory() / 2:
+        raise UserError(
+            f"{len(place)} {where} take {size / 2**30:.3g} GiB, more than half of the memory that is left; name fewer, "
+            "as --select 0:1000"
+        )
+    labels = labels if labels is None else labels[place]
+    if part == "train":
+        x = data.fixed_train(len(rows) if select is None else place).x
+        return Chosen(x, labels, place, where, place)
+    return Chosen(rows if select is None else rows[place], labels, None, where, place)
 
 
 def _from_file(opened: Opened, path: Path, raw: bool, missing: bool) -> Chosen:
@@ -222,24 +233,27 @@ def _check_support(opened: Opened, x: Tensor, path: Path) -> None:
 
 
 def _labels(opened: Opened, path: Path, values: Any) -> Tensor | None:
-    """A file's labels as numbers; words are numbered in alphabetical order, as the run's were."""
+    """A file's labels as numbers; words have the numbers that they have in the run."""
     if values is None:
         return None
     found = np.asarray(values)
     if found.dtype.kind in "biuf":
         return torch.from_numpy(np.array(found))
-    words, numbers = np.unique(found.astype(str), return_inverse=True)
-    known = opened.data.test_labels
-    if known is None or len(known.unique()) != len(words):
-        raise UserError(f"{path}: its {len(words)} different labels are not the run's; number them as the run does")
-    return torch.from_numpy(numbers)
+    if opened.data.label_names is None:
+        raise UserError(f"{path}: its labels are words, but the run's are not; give numbers, or none")
+    numbers = {name: number for number, name in enumerate(opened.data.label_names)}
+    words = found.astype(str).tolist()
+    if strange := [word for word in words if word not in numbers]:
+        raise UserError(f"{path}: the run's data have no label '{strange[0]}'{nearest(strange[0], numbers)}")
+    return torch.tensor([numbers[word] for word in words])
 
 
 def _with_labels(opened: Opened, rows: Tensor, labels: Tensor | None, path: Path) -> Tensor:
     """Rows with their label's columns, which the run's program takes."""
     if labels is None:
         raise UserError(f"{path}: the run's program takes labels, and the file has none; add a column 'label'")
-    kinds = opened.data.train_labels.unique() if opened.data.train_labels is not None else labels.unique()
+    kinds = opened.data.kinds
+    assert kinds is not None  # the columns are theirs
     if not torch.isin(labels, kinds).all():
         raise UserError(f"{path}: it has a label that the run's data do not have; known are {kinds.tolist()}")
     hot = torch.nn.functional.one_hot(torch.searchsorted(kinds, labels), opened.data.classes)

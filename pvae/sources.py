@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from pvae.errors import UserError, nearest
 from pvae.files import read_table
 from pvae.values import FIXED_SEED
 
-__all__ = ["NAMES", "PARTS", "hold_out", "labels_of", "read"]
+__all__ = ["NAMES", "PARTS", "hold_out", "kinds_of", "labels_of", "read"]
 
 TORCHVISION = {"mnist": "MNIST", "fashion-mnist": "FashionMNIST", "kmnist": "KMNIST"}
 NAMES = ("digits", *TORCHVISION)
@@ -96,17 +97,25 @@ def _split(rows: dict[str, np.ndarray], part: str, size: float, generator: torch
             rows[f"{kind}_{part}"], rows[f"{kind}_train"] = whole[order[:count]], whole[order[count:]]
 
 
-def labels_of(name: str, rows: dict[str, Any]) -> dict[str, Tensor | None]:
-    """Classes as numbers; words are numbered in alphabetical order."""
+def labels_of(name: str, rows: dict[str, Any]) -> tuple[dict[str, Tensor | None], tuple[str, ...] | None]:
+    """Classes as numbers; words are numbered in alphabetical order, and are the second thing returned."""
+    names = None
     known = [part for part in PARTS if f"y_{part}" in rows]
     whole = np.concatenate([np.asarray(rows[f"y_{part}"]) for part in known]) if known else np.zeros(0)
     if any(value is None or value != value for value in whole.tolist()):
         raise UserError(f"{name}: row {_first_missing(whole)} has no label; fill it in, or leave the labels out")
     if whole.dtype.kind not in "biuf":
-        numbers = np.unique(whole.astype(str), return_inverse=True)[1]
+        words, numbers = np.unique(whole.astype(str), return_inverse=True)
+        names = tuple(words.tolist())
         parts = np.split(numbers, np.cumsum([len(rows[f"y_{part}"]) for part in known])[:-1])
         rows = rows | {f"y_{part}": values for part, values in zip(known, parts, strict=False)}
-    return {part: torch.as_tensor(rows[f"y_{part}"]) if part in known else None for part in PARTS}
+    return {part: torch.as_tensor(rows[f"y_{part}"]) if part in known else None for part in PARTS}, names
+
+
+def kinds_of(labels: Iterable[Tensor | None]) -> Tensor | None:
+    """The different labels of all parts, sorted; None where no part has any."""
+    known = [values for values in labels if values is not None]
+    return torch.cat(known).unique() if known else None
 
 
 def _first_missing(labels: np.ndarray) -> int:

@@ -146,6 +146,27 @@ def test_labels_in_words_are_numbered_in_alphabetical_order(tmp_path):
     assert torch.equal(data.test_labels, (data.test[:, 0] % 2).long())
 
 
+def test_words_of_labels_are_kept_whatever_only_leaves(tmp_path):
+    file = tmp_path / "rows.csv"
+    file.write_text("0,label\n" + "".join(f"{row},{['dog', 'eel', 'cat'][row % 3]}\n" for row in range(30)))
+    data = load(str(file), only=[1, 2])
+    assert data.label_names == ("cat", "dog", "eel")
+    assert data.kinds.tolist() == [1, 2]
+    assert load("digits").label_names is None
+
+
+@pytest.mark.parametrize("part", ["train", "validation", "test"])
+def test_a_label_that_one_part_alone_has_is_a_kind_of_all(tmp_path, part):
+    arrays = {f"x_{side}": X for side in ("train", "test")} | {f"y_{side}": 1 + Y % 2 for side in ("train", "test")}
+    row = rows_of(getattr(load(put("all.npz", arrays)(tmp_path), validation_size=0.25), part))[0]
+    arrays["y_test" if part == "test" else "y_train"][row] = 0
+    data = load(put("rare.npz", arrays)(tmp_path), validation_size=0.25, with_labels=True)
+    assert data.kinds.tolist() == [0, 1, 2]
+    for rows, own in ((data.train, data.train_labels), (data.test, data.test_labels)):
+        assert rows[:, COLUMNS:].argmax(1).equal(own)  # a label's column is its place among all kinds
+    assert load(put("bare.npy", X)(tmp_path)).kinds is None
+
+
 def test_labels_follow_their_rows(path):
     data = load(path, test_size=6, validation_size=3)
     assert data.train_labels.equal(rows_of(data.train))
@@ -254,6 +275,17 @@ def test_evaluation_sees_the_same_training_rows_each_time(own_test, binarize):
         assert set(first.x.unique().tolist()) == {0, 1}
     else:
         assert first.x.equal(data.train[:10])
+
+
+def test_rows_at_positions_are_read_and_drawn_alone(tmp_path):
+    file, which = put("rows.npy", X)(tmp_path), torch.tensor([7, 0, 7])
+    plain = [load(file, stream=on).fixed_train(which) for on in (False, True)]
+    drawn = [load(file, stream=on, binarize="dynamic").fixed_train(which) for on in (False, True)]
+    assert plain[0].x.equal(plain[1].x)
+    assert plain[0].x.equal(load(file).train[which])
+    assert plain[0].index.equal(which)
+    assert drawn[0].x.equal(drawn[1].x)
+    assert set(drawn[0].x.unique().tolist()) <= {0.0, 1.0}
 
 
 def test_identity_and_digest_change_with_the_binarization(own_test):

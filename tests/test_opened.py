@@ -8,6 +8,7 @@ import math
 import shlex
 import shutil
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from sklearn.datasets import load_digits
 
 from pvae import opened
 from pvae.cli import main
+from pvae.data import load
 from pvae.errors import UserError
 from pvae.opened import chosen, open_run, positions
 
@@ -181,6 +183,33 @@ def test_an_unknown_word_is_no_file(run, source):
         chosen(run, source)
 
 
+class Unread:
+    """Rows on disk of which no more than some may be read."""
+
+    def __init__(self, rows, most):
+        self.rows, self.most, self.shape = rows, most, rows.shape
+
+    def __getitem__(self, places):
+        assert len(places) <= self.most, f"{len(places)} rows are read"
+        return self.rows[places]
+
+
+def test_of_rows_on_disk_those_selected_alone_are_read(counts, monkeypatch):
+    np.save(place() / "many.npy", np.tile(COUNTS, (50, 1)))
+    streamed = load(str(place() / "many.npy"), stream=True)
+    own, read = replace(counts, data=streamed), streamed.train.values
+    streamed.train.values = Unread(read, 3)
+    found = chosen(own, "train", "5,0:2")
+    assert found.index.tolist() == found.place.tolist() == [5, 0, 1]
+    assert found.x.equal(torch.from_numpy(read[streamed.train.rows[[5, 0, 1]]]))
+    streamed.train.values = read
+    assert chosen(own, "train").x.equal(streamed.train.resident())
+    monkeypatch.setattr(opened, "available_memory", lambda: 2000 * 6 * 4.0)
+    with pytest.raises(UserError, match=r"2400 training rows take .*; name fewer, as --select 0:1000"):
+        chosen(own, "train")
+    assert len(chosen(own, "train", "0:1000").x) == 1000
+
+
 # Files
 
 
@@ -293,8 +322,28 @@ def test_words_for_labels_are_numbered_as_the_runs_are(tmp_path):
     run = open_run(run_of(f"fit {SMALL} --data {path} --binarize threshold"))
     found = chosen(run, path)
     assert found.labels.tolist() == [["ant", "bird", "cat"].index(name) for name in names]
-    with pytest.raises(UserError, match="its 1 different labels are not the run's; number them as the run does"):
-        chosen(run, written(tmp_path, "few.csv", rows[:4], ["ant"] * 4))
+    few = chosen(run, written(tmp_path, "few.csv", rows[:4], ["cat", "bird", "bird", "cat"]))
+    assert few.labels.tolist() == [2, 1, 1, 2]
+    with pytest.raises(UserError, match=r"the run's data have no label 'dog'.*known: ant, bird, cat"):
+        chosen(run, written(tmp_path, "other.csv", rows[:2], ["ant", "dog"]))
+
+
+def test_words_are_no_labels_of_a_run_of_numbers(run, tmp_path):
+    with pytest.raises(UserError, match="its labels are words, but the run's are not; give numbers, or none"):
+        chosen(run, written(tmp_path, "named.csv", IMAGES, ["ant"] * 12))
+
+
+def test_columns_of_labels_are_those_of_all_parts_of_the_data(tmp_path):
+    program = Path(__file__).parents[1] / "models" / "conditional.py"
+    x, y = (DIGITS.images[:80] > 8).reshape(80, 64).astype("float32"), DIGITS.target[:80] % 3
+    rare = {"x_train": x[:60][y[:60] > 0], "y_train": y[:60][y[:60] > 0], "x_test": x[60:], "y_test": y[60:]}
+    np.savez(tmp_path / "rare.npz", **rare)
+    run = open_run(
+        run_of(f"fit {SMALL} --trust --program {program}:ConditionalVAE --data {tmp_path}/rare.npz"), trust=True
+    )
+    found = chosen(run, written(tmp_path, "rows.npz", x[60:], y[60:]))
+    assert found.x[:, 64:].equal(run.data.test[:, 64:])
+    assert found.x[:, 64:].argmax(1).tolist() == y[60:].tolist()
 
 
 def test_labels_become_columns_where_the_program_takes_them(labelled, tmp_path):
