@@ -10,11 +10,10 @@ from functools import partial
 import torch
 from scipy.stats import rankdata
 from torch import Tensor
-from torch.distributions import Distribution
 
 from pvae.errors import Refused, UserError, nearest, positive
 from pvae.guides import Guide
-from pvae.passes import Rows, Values, by_rows
+from pvae.passes import Rows, Values, by_rows, moments
 from pvae.stats import Estimate, log_mean_exp, mean_se
 from pvae.weights import Program, log_weights
 
@@ -43,6 +42,11 @@ class Anomalies:
         false_alarm: share of normal rows that may be flagged, a.
         K: draws for each row.
         left_out: scores that this guide has not, with the reason.
+        missing: share of entries that are missing, of each row, [B], and of each reference row, [R].
+
+    Where entries are missing, evidence and its kin add up what is there: a row with fewer entries seems more normal,
+    whatever they are. Rates of false alarms hold where rows miss entries as the reference does; ranks among rows that
+    miss different numbers of them say little (``comparable``).
     """
 
     scores: dict[str, Tensor]
@@ -50,6 +54,12 @@ class Anomalies:
     false_alarm: float
     K: int
     left_out: dict[str, str]
+    missing: tuple[Tensor, Tensor] = (torch.zeros(0), torch.zeros(0))
+
+    @property
+    def comparable(self) -> bool:
+        """Whether all rows, the reference's too, have the same number of entries."""
+        return len(torch.cat(self.missing).unique()) <= 1
 
     @property
     def thresholds(self) -> dict[str, float]:
@@ -148,7 +158,7 @@ def anomalies(
         progress: called with the number of rows done, those of the reference among them.
 
     A reference row is left out of what it is itself compared with, so that it counts as new rows do, up to 1 / R.
-    Evidence that is no number counts as most anomalous.
+    Evidence that is no number counts as most anomalous. Of rows with missing entries only what is there is scored.
 
     Raises:
         UserError: an unknown score, a rate outside (0, 1), or a reference of too few rows for it.
@@ -168,7 +178,7 @@ def anomalies(
     found = look(x, index, seed=seed)
     pairs = {name: [_ordered(each) for each in SCORES[name](found, normal)] for name in wanted}
     own, others = ({name: pair[side] for name, pair in pairs.items()} for side in (0, 1))
-    return Anomalies(own, others, false_alarm, K, left_out)
+    return Anomalies(own, others, false_alarm, K, left_out, (found["missing"], normal["missing"]))
 
 
 def auroc(scores: Tensor, anomalous: Tensor) -> Estimate:
@@ -274,13 +284,14 @@ def _looked_at(
     seed: int,
     progress: Callable[[int], None],
 ) -> Found:
-    """What the scores take of each row: its bounds, and its code where the guide has any."""
+    """What the scores take of each row: its bounds, its code where the guide has any, its share of missing entries."""
 
     def compute(rows: Rows) -> Found:
+        missing = {"missing": rows.x.isnan().flatten(1).double().mean(1)}
         if not isinstance(guide, Guide):
-            return _bounds(model, guide, rows, K)
+            return _bounds(model, guide, rows, K) | missing
         lam = guide.params(rows.x, rows.index).detach()
-        return _bounds(model, guide.at(lam), rows, K) | {"code": _code(guide.family(lam))}
+        return _bounds(model, guide.at(lam), rows, K) | missing | {"code": moments(guide.family, lam)[0]}
 
     return by_rows(model, guide, compute, x, index, seed=seed, progress=progress)
 
@@ -292,14 +303,6 @@ def _bounds(model: Program, q: Program, rows: Rows, K: int) -> Found:
         "elbo": w.log_w.mean(0),
         "reconstruction": w.log_lik.mean(0),
     }
-
-
-def _code(q: Distribution) -> Tensor:
-    """The mean of q, [B, D], by draws where it states none."""
-    try:
-        return q.mean
-    except NotImplementedError:
-        return q.sample(torch.Size([64])).mean(0)
 
 
 def _ordered(scores: Tensor) -> Tensor:

@@ -18,15 +18,13 @@ from pvae.errors import Refused, UserError, nearest, positive
 from pvae.flows import Flow
 from pvae.guides import Guide
 from pvae.mixtures import DiagonalMixture
-from pvae.passes import Rows, Values, by_rows, decoded, fixed
+from pvae.passes import Rows, Values, by_rows, chunks, decoded, fixed, moments
 from pvae.sites import observed
 from pvae.weights import Program, log_weights
 
 __all__ = ["Augmented", "Encoded", "Path", "augment", "decode", "encode", "interpolate", "reconstruct", "sample"]
 
 PATHS = ("linear", "spherical")
-# By which the mean of a family that states none is found.
-DRAWS = 64
 Progress = Callable[[int], None]
 
 
@@ -68,7 +66,7 @@ def encode(
     Arguments:
         model, guide: a fitted program and its guide.
         x, index: rows [B, C], and which training datapoints they are; None for new ones.
-        K: draws for rate and distortion, and for the moments of a family that states none.
+        K: draws for rate and distortion.
         seed: of the draws.
         progress: called with the number of rows done.
 
@@ -79,7 +77,7 @@ def encode(
 
     def compute(rows: Rows) -> dict[str, Tensor]:
         lam = guide.params(rows.x, rows.index).detach()
-        mean, sd = (_moment(guide.family(lam), name, K) for name in ("mean", "stddev"))
+        mean, sd = moments(guide.family, lam)
         draws = log_weights(model, guide.at(lam), rows.x, rows.index, 1 if guide.family.point_mass else K)
         rate = (draws.log_q - draws.log_prior).mean(0) / math.log(2)
         fn = decoded(model, guide.sites, mean, rows.x, rows.index)
@@ -88,15 +86,6 @@ def encode(
         return {"mean": mean, "sd": sd, "rate": rate, "distortion": -draws.log_lik.mean(0), "error": error}
 
     return Encoded(**by_rows(model, guide, compute, x, index, seed=seed, progress=progress))
-
-
-def _moment(q: Any, name: str, K: int) -> Tensor:
-    """The ``mean`` or ``stddev`` [B, D] that q states, else that of draws."""
-    try:
-        return getattr(q, name)
-    except NotImplementedError:
-        z = q.sample(torch.Size([max(K, 2)]))
-        return z.mean(0) if name == "mean" else z.std(0)
 
 
 def decode(
@@ -180,7 +169,7 @@ def sample(
         like: rows [B, C] that say how many to draw, and of what shape; a program that is given something beside its
             latents, such as a label's columns, takes it from them.
         temperature: by which the noise behind each latent is multiplied: below 1 draws keep to where the prior is
-            dense, at 0 they are its centre.
+            dense, at 0 they are its centre, of a mixture the centres of its components.
         draw: draw x too.
         seed: of the draws.
         progress: called with the number of rows done.
@@ -275,7 +264,7 @@ def interpolate(
         raise UserError(f"unknown path '{how}'{nearest(how, PATHS)}")
     if len(x) < 2:
         raise UserError(f"a path needs at least 2 rows, but {len(x)} is given")
-    codes = encode(model, guide, x, index, K=DRAWS, seed=seed).mean
+    codes = encode(model, guide, x, index, K=1, seed=seed).mean
     at = torch.arange(steps * (len(x) - 1) + 1).to(codes) / steps
     first = at.long().clamp(max=len(x) - 2)
     z = _between(codes[first], codes[first + 1], (at - first).unsqueeze(-1), how)
@@ -323,16 +312,26 @@ def augment(
         draw: draw x from p(x|z) instead of taking its mean.
         seed: of the draws.
         progress: called with the number of given rows done.
+
+    Raises:
+        UserError: no new rows, or a negative spread.
+        Refused: a spread under a point mass, which has none.
     """
     positive("augment", per_row=per_row)
     if not 0 <= spread < math.inf:
         raise UserError(f"the spread is {spread}, but it must be at least 0")
+    if spread and guide.family.point_mass:
+        raise Refused(
+            "augment: a guide of point masses has no spread, so that all new rows of a row would be one; fit with "
+            "another --family, or give spread 0 and draw rows from p(x|z)"
+        )
 
     def compute(rows: Rows) -> dict[str, Tensor]:
-        q = guide.family(guide.params(rows.x, rows.index).detach())
-        mean = _moment(q, "mean", DRAWS)
-        z = mean + spread * (q.sample(torch.Size([per_row])) - mean)
-        fn = decoded(model, guide.sites, z.transpose(0, 1).flatten(0, 1), rows.x.repeat_interleave(per_row, 0))
-        return {"x": _values(fn, draw), "row": torch.arange(len(rows.x)).repeat_interleave(per_row) + rows.place.start}
+        lam = guide.params(rows.x, rows.index).detach()
+        mean = moments(guide.family, lam)[0]
+        z = (mean + spread * (guide.family(lam).sample(torch.Size([per_row])) - mean)).transpose(0, 1).flatten(0, 1)
+        row = torch.arange(len(lam), device=z.device).repeat_interleave(per_row)
+        x = [_values(decoded(model, guide.sites, z[part], rows.x[row[part]]), draw).cpu() for part in chunks(len(z), 1)]
+        return {"x": torch.cat(x), "row": row + rows.place.start}
 
     return Augmented(**by_rows(model, guide, compute, x, index, seed=seed, progress=progress))

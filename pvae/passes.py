@@ -11,7 +11,7 @@ from pyro import poutine
 from torch import Tensor
 
 from pvae.errors import UserError
-from pvae.families import Delta
+from pvae.families import Delta, Family
 from pvae.guides import Guide, PerDatapoint, ascent, given, local_bound, local_optimum
 from pvae.runtime import in_pieces, module_of, own_parameters, seeded, unchecked
 from pvae.sites import Sites, observed
@@ -23,8 +23,10 @@ __all__ = [
     "Values",
     "by_rows",
     "chunks",
+    "common_draws",
     "decoded",
     "fixed",
+    "moments",
     "refitted",
     "repeated",
     "rows_of",
@@ -33,6 +35,10 @@ __all__ = [
 
 # Datapoints that pass through the program together, and draws by which a start is chosen.
 ROWS, LOOK_DRAWS = 250, 50
+
+# Streams of noise: of a batch's draws, clear of all that searches and diagnostics take from small seeds and constants,
+# and of the draws by which moments are found, the same for every row and seed; and the number of these.
+STREAM, MOMENTS, MOMENT_DRAWS = 10**12, 10**18, 500
 
 Values = Tensor | np.ndarray
 
@@ -99,7 +105,7 @@ def by_rows(
     Arguments:
         model, guide: the programs that the function uses; both are put into evaluation mode.
         compute: a batch to named tensors [B, ...].
-        x, index: rows [N, C], and which training datapoints they are; None for new ones.
+        x, index: rows [N, C], and which training datapoints they are, on any device; None for new ones.
         seed: of all draws; the stream outside is left alone. Each batch has a stream of its own.
         size: rows of a batch, at most.
         progress: called with the number of rows done.
@@ -108,12 +114,13 @@ def by_rows(
         UserError: no rows, or rows that are no table of numbers.
     """
     rows = rows_of(x, model)
+    index = None if index is None else index.to(rows.device)
     for program in (model, guide):
         if program is not None:
             module_of(program).eval()
 
     def computed(part: slice) -> dict[str, Tensor]:
-        with seeded(seed + 1_000_003 * part.start):
+        with seeded(seed + STREAM + 1_000_003 * part.start):
             found = compute(Rows(rows[part], None if index is None else index[part], part))
         progress(part.stop - part.start)
         return {name: values.cpu() for name, values in found.items()}
@@ -128,6 +135,37 @@ def fixed(guide: Program, x: Tensor, index: Tensor | None) -> Program:
     return guide.at(guide.params(x, index).detach()) if isinstance(guide, Guide) else guide
 
 
+def moments(family: Family, lam: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of q(z; lam) for rows lam [B, P], [B, D] each.
+
+    Where the family does not state both, the missing one is that of draws. Their noise is one for all rows, so that
+    a row has the same code whatever asks for it, and whatever rows stand beside it.
+    """
+    q = family(lam)
+    mean, sd = (_stated(q, name) for name in ("mean", "stddev"))
+    if mean is None or sd is None:
+        z = common_draws(family, lam)
+        mean, sd = z.mean(0) if mean is None else mean, z.std(0) if sd is None else sd
+    return mean, sd
+
+
+def _stated(q: Any, name: str) -> Tensor | None:
+    try:
+        return getattr(q, name)
+    except NotImplementedError:
+        return None
+
+
+def common_draws(family: Family, lam: Tensor) -> Tensor:
+    """Draws from q(z; lam) under noise that is the same for every row and at every call, [S, B, D]."""
+    found = []
+    with seeded(MOMENTS):
+        for row in lam.split(1):
+            torch.manual_seed(MOMENTS)
+            found.append(family(row).sample(torch.Size([MOMENT_DRAWS])))
+    return torch.cat(found, 1)
+
+
 def decoded(model: Program, sites: Sites, z: Tensor, x: Tensor, index: Tensor | None = None) -> Any:
     """p(x|z) at z [N, D], the real vector behind the latents; its batch shape is [N].
 
@@ -138,7 +176,15 @@ def decoded(model: Program, sites: Sites, z: Tensor, x: Tensor, index: Tensor | 
     return observed(poutine.replay(model, trace=latents), x, index)["fn"]
 
 
-def weighed(model: Program, guide: Guide, lam: Tensor, x: Tensor, index: Tensor | None = None, K: int = 100) -> Codes:
+def weighed(
+    model: Program,
+    guide: Guide,
+    lam: Tensor,
+    x: Tensor,
+    index: Tensor | None = None,
+    K: int = 100,
+    together: int | None = None,
+) -> Codes:
     r"""Draws from q(z; lam) weighed towards the posterior, :math:`v_k \propto p(x, z_k) / q(z_k)`.
 
     Arguments:
@@ -147,22 +193,23 @@ def weighed(model: Program, guide: Guide, lam: Tensor, x: Tensor, index: Tensor 
         lam: [B, P].
         x, index: rows [B, C] and which training datapoints they are.
         K: draws for each row.
+        together: the most draws of all rows that pass through the program together, if fewer than usual.
     """
     q = guide.family(lam)
     z = q.sample(torch.Size([1 if guide.family.point_mass else K]))
     if guide.family.point_mass:
         return Codes(z, z.new_zeros(z.shape[:2]))
     joint = []
-    for part in chunks(len(z), len(x)):
+    for part in chunks(len(z), len(x), together):
         codes = z[part].flatten(0, 1)
         where, which = repeated(x, index, part)
         joint.append(log_weights(model, given(Delta(guide.sites.dim), codes, guide.sites), where, which).log_w)
     return Codes(z, (torch.cat(joint, 1).view(z.shape[:2]) - q.log_prob(z)).log_softmax(0))
 
 
-def chunks(K: int, B: int) -> Iterator[slice]:
-    """K draws of B rows in parts that pass through a program together."""
-    size = max(1, ROWS_PER_PASS // B)
+def chunks(K: int, B: int, together: int | None = None) -> Iterator[slice]:
+    """K draws of B rows in parts of so many draws in all, at the most, that pass through a program together."""
+    size = max(1, (together or ROWS_PER_PASS) // B)
     return (slice(start, min(start + size, K)) for start in range(0, K, size))
 
 
@@ -197,7 +244,7 @@ def refitted(
 
     def look(lam: Tensor) -> Tensor:
         with seeded(seed):
-            return bound(lam, x, index, LOOK_DRAWS)
+            return bound(lam, x, index, LOOK_DRAWS).nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
 
     best = guide.family.initial().to(x).expand(len(x), -1)
     value = look(best)
@@ -205,6 +252,6 @@ def refitted(
         with seeded(seed + 2):  # a guide that refines draws
             lam = guide.params(rows).detach()
         offered = look(lam)
-        better = offered > value  # never where it is NaN
+        better = offered > value
         best, value = torch.where(better.unsqueeze(-1), lam, best), torch.where(better, offered, value)
     return local_optimum(bound, best, x, index, steps=steps, rule=ascent(guide.family), seed=seed).lam

@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from pvae.errors import UserError, nearest, positive
+from pvae.families import Family
 from pvae.guides import Guide
-from pvae.passes import Rows, Values, by_rows, decoded, rows_of
+from pvae.passes import Rows, Values, by_rows, common_draws, decoded, moments, rows_of
 from pvae.runtime import own_parameters, seeded, unchecked
 from pvae.targets import Target
 from pvae.weights import Program
@@ -24,8 +24,8 @@ PROJECTIONS = ("auto", "plane", "pca", "tsne")
 VALUES = 1_400_000
 # Half a slider's range in standard deviations of the codes; share of the prior left outside a grid on each side.
 REACH, TAIL = 2.5, 0.01
-# Draws of the prior, and of a family that states no moments.
-PRIOR, DRAWS = 500, 200
+# Draws of the prior.
+PRIOR = 500
 
 Progress = Callable[[int], None]
 
@@ -187,17 +187,10 @@ def _codes(
 
     def compute(part: Rows) -> dict[str, Tensor]:
         lam = guide.params(part.x, part.index).detach()
-        return {"lam": lam, "mean": _mean(guide.family(lam))}
+        return {"lam": lam, "mean": moments(guide.family, lam)[0]}
 
     found = by_rows(model, guide, compute, rows, index, seed=seed, progress=progress)
     return found["lam"], found["mean"].float()
-
-
-def _mean(q: Any) -> Tensor:
-    try:
-        return q.mean
-    except NotImplementedError:
-        return q.sample(torch.Size([DRAWS])).mean(0)
 
 
 def _directions(codes: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -252,20 +245,21 @@ def _spread(model: Program, guide: Guide, lam: Tensor, ways: Tensor, seed: int) 
     """Covariances of q in the plane, [B, 2, 2]."""
 
     def compute(part: Rows) -> dict[str, Tensor]:
-        return {"spread": _covariance(guide.family(part.x), ways.to(part.x))}
+        return {"spread": _covariance(guide.family, part.x, ways.to(part.x))}
 
     return by_rows(model, guide, compute, lam, seed=seed)["spread"]
 
 
-def _covariance(q: Any, ways: Tensor) -> Tensor:
-    """W'VW of q's covariances V and directions W [D, d], by draws where q does not state them."""
+def _covariance(family: Family, lam: Tensor, ways: Tensor) -> Tensor:
+    """W'VW of the covariances V of q(z; lam) and directions W [D, d], by draws where q does not state them."""
+    q = family(lam)
     if isinstance(q, torch.distributions.MultivariateNormal | torch.distributions.LowRankMultivariateNormal):
         return ways.T @ q.covariance_matrix @ ways
     if isinstance(q, torch.distributions.Independent):
         return ways.T @ (q.variance.unsqueeze(-1) * ways)
-    z = q.sample(torch.Size([DRAWS])) @ ways
+    z = common_draws(family, lam) @ ways
     z = z - z.mean(0)
-    return torch.einsum("sbi,sbj->bij", z, z) / (DRAWS - 1)
+    return torch.einsum("sbi,sbj->bij", z, z) / (len(z) - 1)
 
 
 def _neighbours(codes: Tensor, perplexity: float, seed: int) -> Tensor:
@@ -276,7 +270,7 @@ def _neighbours(codes: Tensor, perplexity: float, seed: int) -> Tensor:
     if perplexity >= len(codes):
         raise UserError(
             f"t-SNE at perplexity {perplexity:g} needs more than {perplexity:g} rows, and here are {len(codes)}; give "
-            "more rows or a smaller perplexity"
+            "more rows (or in Python a smaller perplexity)"
         )
     made = TSNE(perplexity=perplexity, init="pca", random_state=seed).fit_transform(codes.double().numpy())
     return torch.as_tensor(made).float()

@@ -5,14 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from pvae.errors import UserError, positive
 from pvae.guides import Guide
-from pvae.passes import Rows, Values, by_rows, decoded, rows_of
+from pvae.passes import Rows, Values, by_rows, decoded, moments, rows_of
 from pvae.sites import observed
 from pvae.stats import Estimate, mean_se
 from pvae.weights import Program
@@ -23,8 +22,8 @@ __all__ = ["Proximity", "proximity"]
 STEP, DIRECTIONS = 0.1, 8
 # The share of the test rows' reconstructions that lies farther from the training rows than what counts as far.
 SHARE = 0.05
-# Training rows among which the nearest is sought, resamples of the bootstrap, draws for a mean that q does not state.
-NEIGHBOURS, RESAMPLES, DRAWS = 5000, 300, 64
+# Training rows among which the nearest is sought, and resamples of the bootstrap.
+NEIGHBOURS, RESAMPLES = 5000, 300
 
 
 @dataclass(frozen=True)
@@ -120,7 +119,7 @@ def proximity(
         raise UserError("proximity compares rows with each other: 1 is given, but at least 2 are needed")
 
     def encoded(rows: Rows) -> dict[str, Tensor]:
-        return {"codes": _mean(guide.family(guide.params(rows.x, rows.index).detach()))}
+        return {"codes": moments(guide.family, guide.params(rows.x, rows.index).detach())[0]}
 
     codes = by_rows(model, guide, encoded, rows, index, seed=seed, progress=progress)["codes"].to(rows)
     random = torch.Generator().manual_seed(seed)
@@ -134,14 +133,6 @@ def proximity(
         prior=_nearest(_from_prior(model, rows[torch.arange(draws) % len(rows)], seed), known),
         between=_nearest(middle, known),
     )
-
-
-def _mean(q: Any) -> Tensor:
-    """The mean [B, D] of q, by draws where it states none."""
-    try:
-        return q.mean
-    except NotImplementedError:
-        return q.sample(torch.Size([DRAWS])).mean(0)
 
 
 def _without_holes(rows: Tensor) -> Tensor:

@@ -10,21 +10,21 @@ import torch
 from torch import Tensor
 
 from pvae.errors import Refused, UserError, positive
-from pvae.guides import Guide
+from pvae.guides import WATCH_DRAWS, Guide
 from pvae.missing import Present, masked
 from pvae.noise import Channel, Moments, bounded, levels, moments, noisy
 from pvae.passes import ROWS, Codes, Rows, Values, by_rows, chunks, decoded, refitted, repeated, rows_of, weighed
 from pvae.runtime import module_of, own_parameters, seeded, unchecked
 from pvae.sites import innermost, observed
-from pvae.weights import Program
+from pvae.weights import ROWS_PER_PASS, Program
 
 __all__ = ["Denoised", "Imputed", "denoise", "impute"]
 
 # The search for lam and the draws that it is judged by share no noise, nor does the look at the program.
 SEARCH, LOOK = 40_000_000, 50_000_000
 
-# Rows times values of an entry that are held together, where the values are summed over.
-ENUMERATED = 2000
+# Rows times draws times values of an entry that are held together, where the values are summed over.
+ENUMERATED = 100_000
 
 Progress = Callable[[int], None]
 
@@ -114,8 +114,8 @@ def impute(
         own = todo[rows.place]
         offer = torch.where(seen.mask[own], rows.x, torch.nan) if gaps else rows.x
         there, value = seen.there[own], seen.value[own]
-        codes = _codes(masked(model, there), guide, rows, offer, K, steps, seed)
-        mean, sd = _mixed(model, guide, codes, rows, lambda fn, part: moments(_plain(fn)))
+        codes = _codes(masked(model, there), guide, rows, offer, K, steps, seed, seen.together)
+        mean, sd = _mixed(model, guide, codes, rows, lambda fn, part: moments(_plain(fn)), seen.together)
         drawn = torch.where(there, value, _drawn(model, guide, codes, rows, draws)).transpose(0, 1)
         return {"x": torch.where(there, value, mean), "sd": sd.masked_fill(there, 0), "draws": drawn, "ess": codes.ess}
 
@@ -123,7 +123,7 @@ def impute(
     made = {"x": whole.clone(), "sd": torch.zeros_like(whole), "draws": torch.stack(draws * [whole], 1)}
     made["ess"] = whole.new_full((len(whole),), torch.nan)
     if len(todo):
-        which = None if index is None else index[todo]
+        which = None if seen.which is None else seen.which[todo]
         found = by_rows(model, guide, compute, seen.rows[todo], which, seed=seed, size=seen.size, progress=progress)
         for name, values in found.items():
             made[name][todo.cpu()] = values
@@ -167,14 +167,16 @@ def denoise(
     through = noisy(model, noise, seen.name)
     _check_variance(seen)
     with own_parameters(), unchecked(), torch.no_grad(), seeded(LOOK):
-        _check_values(seen, observed(through, seen.rows[:1], None if index is None else index[:1])["fn"].support)
+        _check_values(
+            seen, observed(through, seen.rows[:1], None if seen.which is None else seen.which[:1])["fn"].support
+        )
 
     def compute(rows: Rows) -> dict[str, Tensor]:
         there, value = seen.there[rows.place], seen.value[rows.place]
         program = through if there.all() else masked(through, there)
         fn, offer = observed(model, rows.x, rows.index)["fn"], rows.x.clone()
         offer[:, : value.shape[1]] = bounded(fn, value.round() if fn.support.is_discrete else value)
-        codes = _codes(program, guide, rows, offer, K, steps, seed)
+        codes = _codes(program, guide, rows, offer, K, steps, seed, seen.together)
 
         def clean(fn: Any, part: slice) -> Moments:
             y, p = repeated(value, None, part)[0], _plain(fn).base_dist
@@ -182,7 +184,7 @@ def denoise(
             told, prior = p.clean_moments(y), moments(p.clean)
             return Moments(*(torch.where(known, one, other) for one, other in zip(told, prior, strict=True)))
 
-        mean, sd = _mixed(program, guide, codes, rows, clean)
+        mean, sd = _mixed(program, guide, codes, rows, clean, seen.together)
         return {"x": mean, "sd": sd, "ess": codes.ess}
 
     found = by_rows(model, guide, compute, seen.rows, index, seed=seed, size=seen.size, progress=progress)
@@ -194,12 +196,14 @@ class _Seen(NamedTuple):
 
     Attributes:
         rows, mask: [B, C'] all that the program is given, with means in the place of what is missing; what is there.
+        which: training datapoints they are, [B], or None.
         value, there: the same of the columns that it observes, [B, C].
         name, fn: of the observed site, and p(x|z) of some rows at draws of the prior.
     """
 
     rows: Tensor
     mask: Tensor
+    which: Tensor | None
     value: Tensor
     there: Tensor
     name: str
@@ -208,7 +212,12 @@ class _Seen(NamedTuple):
     @property
     def size(self) -> int:
         """Rows of a batch: fewer where all values that an entry may have are looked at."""
-        return max(1, min(ROWS, ENUMERATED // max(1, levels(self.fn))))
+        return max(1, min(ROWS, ENUMERATED // (WATCH_DRAWS * max(1, levels(self.fn)))))
+
+    @property
+    def together(self) -> int:
+        """Draws of all rows that pass through the program together."""
+        return max(1, min(ROWS_PER_PASS, ENUMERATED // max(1, levels(self.fn))))
 
 
 def _seen(
@@ -227,7 +236,8 @@ def _seen(
     rows = torch.where(mask, given, _means(given, mask, means))
     for program in (model, guide):
         module_of(program).eval()
-    few = rows[:3], None if index is None else index[:3]
+    which = None if index is None else index.to(rows.device)
+    few = rows[:3], None if which is None else which[:3]
     with own_parameters(), unchecked(), torch.no_grad(), seeded(LOOK):
         site = observed(model, *few)
     columns = site["value"].shape[1]
@@ -238,7 +248,7 @@ def _seen(
         raise UserError(
             f"row {row}, column {column + columns} is missing, but the program is given it beside its latents"
         )
-    return _Seen(rows, mask, rows[:, :columns], mask[:, :columns], site["name"], _plain(site["fn"]))
+    return _Seen(rows, mask, which, rows[:, :columns], mask[:, :columns], site["name"], _plain(site["fn"]))
 
 
 def _mask(x: Tensor, there: Values | None) -> Tensor:
@@ -301,19 +311,21 @@ def _sees_gaps(guide: Guide, rows: Tensor) -> bool:
         return bool(encoder(rows).isfinite().all())
 
 
-def _codes(program: Program, guide: Guide, rows: Rows, offer: Tensor, K: int, steps: int, seed: int) -> Codes:
+def _codes(
+    program: Program, guide: Guide, rows: Rows, offer: Tensor, K: int, steps: int, seed: int, together: int
+) -> Codes:
     """Weighed draws from the best q that is found for rows as a program scores them."""
     own = seed + SEARCH + rows.place.start
     lam = refitted(program, guide, rows.x, rows.index, offers=[offer], steps=steps, seed=own)
-    return weighed(program, guide, lam, rows.x, rows.index, K)
+    return weighed(program, guide, lam, rows.x, rows.index, K, together)
 
 
 def _mixed(
-    program: Program, guide: Guide, codes: Codes, rows: Rows, of: Callable[[Any, slice], Moments]
+    program: Program, guide: Guide, codes: Codes, rows: Rows, of: Callable[[Any, slice], Moments], together: int
 ) -> tuple[Tensor, Tensor]:
     r"""Mean and standard deviation of :math:`\sum_k v_k\, p_k`, whose moments are those ``of`` p(x|z_k), [B, C]."""
     mean = square = centre = torch.zeros(())
-    for part in chunks(len(codes.z), len(rows.x)):
+    for part in chunks(len(codes.z), len(rows.x), together):
         own = Codes(codes.z[part], codes.log_weights[part])
         fn = decoded(program, guide.sites, own.z.flatten(0, 1), *repeated(rows.x, rows.index, part))
         first, second = (values.unflatten(0, own.z.shape[:2]) for values in of(fn, part))

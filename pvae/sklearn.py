@@ -24,7 +24,7 @@ from pvae.data import Dataset
 from pvae.errors import Refused, UserError, positive
 from pvae.families import Delta
 from pvae.guides import Guide, given, local_bound
-from pvae.passes import Rows, by_rows
+from pvae.passes import Rows, by_rows, moments
 from pvae.recipe import Recipe, check_value, resolve
 from pvae.runtime import seeded
 from pvae.sites import find_sites
@@ -170,8 +170,8 @@ class VAE(ClassNamePrefixFeaturesOutMixin, TransformerMixin, DensityMixin, BaseE
         )
 
     def transform(self, X: Any) -> np.ndarray:
-        """Codes of the rows X [N, M]: means of q(z|x), [N, D]; by ``n_draws`` draws of a family that states none."""
-        return self._by_rows(X, self._codes)
+        """Codes of the rows X [N, M]: means of q(z|x), [N, D]; those of draws for a family that states none."""
+        return self._by_rows(X, lambda rows, lam: moments(self.guide_.family, lam)[0])
 
     def inverse_transform(self, X: Any) -> np.ndarray:
         """Codes [N, D] to rows: the mean of p(x|z), [N, M]."""
@@ -268,12 +268,6 @@ class VAE(ClassNamePrefixFeaturesOutMixin, TransformerMixin, DensityMixin, BaseE
             torch.manual_seed(self.recipe_.seed + int.from_bytes(hashlib.sha256(x.tobytes()).digest()[:7]))
             draws.append(self.guide_.family(own).sample(torch.Size([self.n_draws])))
         return torch.cat(draws, 1)
-
-    def _codes(self, rows: Rows, lam: Tensor) -> Tensor:
-        try:
-            return self.guide_.family(lam).mean
-        except NotImplementedError:
-            return self._draws(rows, lam).mean(0)
 
     def _evidence(self, rows: Rows, lam: Tensor) -> Tensor:
         guide, sites = self.guide_, self.guide_.sites

@@ -14,6 +14,8 @@ from pvae.anomalies import SCORES, Anomalies, anomalies, auroc
 from pvae.errors import Refused, UserError
 from pvae.families import Delta, DiagonalNormal, FlowFamily
 from pvae.guides import Amortized
+from pvae.missing import masked
+from pvae.networks import Filled
 
 LATENT, COLUMNS, REFERENCE, ROWS = 3, 6, 999, 4000
 
@@ -204,6 +206,26 @@ def test_a_score_that_is_no_number_is_flagged(oracle):
     found = anomalies(oracle.model, oracle.posterior, x, reference=oracle.sample(200, seed=1), false_alarm=0.01)
     assert found.flagged("evidence").tolist() == [False, False, True, False, False]
     assert found.p_values("evidence")[2] == 1 / 201
+
+
+def test_shares_of_missing_entries_tell_whether_rows_compare(oracle):
+    x, reference = oracle.sample(30), oracle.sample(99, seed=1)
+    holes, alike = (each.clone() for each in (x, x))
+    holes[:10, :4], alike[:, 1] = torch.nan, torch.nan
+    model = masked(oracle.model)
+    guide = Amortized(Filled(Best(oracle), torch.zeros(COLUMNS)), DiagonalNormal(LATENT))
+    whole = anomalies(model, guide, x, reference=reference)
+    assert whole.comparable
+    found = anomalies(model, guide, holes, reference=reference)
+    assert not found.comparable
+    assert found.missing[0].tolist() == pytest.approx(10 * [4 / COLUMNS] + 20 * [0.0])
+    assert found.missing[1].equal(torch.zeros(99, dtype=torch.double))
+    assert not anomalies(model, guide, alike, reference=reference).comparable
+    both = reference.clone()
+    both[:, 5] = torch.nan
+    assert anomalies(model, guide, alike, reference=both).comparable
+    # Why it matters: rows that miss more seem more normal, though they are drawn alike.
+    assert (found.p_values("reconstruction")[:10].mean() > whole.p_values("reconstruction").mean() + 0.2).item()
 
 
 def test_rows_are_counted_and_draws_are_fixed_by_the_seed(oracle):

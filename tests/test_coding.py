@@ -14,7 +14,7 @@ from test_programs import CLASSES, COLUMNS, PROGRAMS
 from test_programs import rows as rows_for
 from torch import nn
 
-from pvae import flows
+from pvae import coding, flows, passes
 from pvae.coding import augment, decode, encode, interpolate, reconstruct, sample
 from pvae.errors import Refused, UserError
 from pvae.families import Delta, DiagonalNormal
@@ -147,7 +147,7 @@ def test_every_family_encodes_decodes_and_augments(name):
     again = encode(vae.model, guide, x.double().numpy(), K=5)
     for one, other in zip(vars(found).values(), vars(again).values(), strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=0, equal_nan=True)
-    more = augment(vae.model, guide, x, per_row=3)
+    more = augment(vae.model, guide, x, per_row=3, spread=0.0 if family.point_mass else 1.0)
     assert more.x.shape == (18, COLUMNS)
     assert more.x.isfinite().all()
     assert more.row.tolist() == [row for row in range(6) for _ in range(3)]
@@ -439,6 +439,30 @@ def test_new_rows_stand_beside_the_row_they_were_made_around_across_batches():
     found = augment(*identity(), x, per_row=2, spread=0.0)
     assert found.row.equal(torch.arange(600).repeat_interleave(2))
     assert found.x.equal(x[found.row])
+
+
+def test_many_new_rows_are_decoded_in_parts(oracle, monkeypatch):
+    x, guide, seen = oracle.sample(3), amortized(oracle), []
+    whole = augment(oracle.model, guide, x, per_row=50)
+    monkeypatch.setattr(passes, "ROWS_PER_PASS", 20)
+    decoded = coding.decoded
+    monkeypatch.setattr(
+        coding, "decoded", lambda model, sites, z, x: seen.append(len(z)) or decoded(model, sites, z, x)
+    )
+    parts = augment(oracle.model, guide, x, per_row=50)
+    assert max(seen) <= 20
+    assert sum(seen) == 150
+    torch.testing.assert_close(parts.x, whole.x)
+    assert parts.row.equal(whole.row)
+
+
+def test_a_point_mass_has_no_spread_to_augment_by_but_rows_can_be_drawn():
+    vae, guide = linear(PRIORS["StandardNormal"](), Delta(LATENT))
+    x = torch.randn(3, COLUMNS)
+    with pytest.raises(Refused, match=r"point masses has no spread.*fit with another --family, or give spread 0"):
+        augment(vae.model, guide, x, per_row=2)
+    drawn = augment(vae.model, guide, x, per_row=2, spread=0.0, draw=True).x
+    assert len(drawn.unique(dim=0)) == 6
 
 
 # Other programs

@@ -5,16 +5,22 @@ import math
 import numpy as np
 import pytest
 import torch
+from cases import FAMILIES
 from oracles import SOURCES, LinearGaussian
 from torch import nn
 
 from pvae import passes, runtime
-from pvae.coding import augment, decode, encode, sample
+from pvae.anomalies import REFERENCE, anomalies
+from pvae.coding import augment, decode, encode, interpolate, sample
 from pvae.errors import UserError
-from pvae.families import Delta, DiagonalNormal
-from pvae.guides import Amortized
-from pvae.passes import Codes, by_rows, chunks, decoded, fixed, refitted, repeated, rows_of, weighed
+from pvae.families import Delta, DiagonalNormal, FlowFamily
+from pvae.guides import Amortized, local_bound
+from pvae.passes import Codes, by_rows, chunks, decoded, fixed, moments, refitted, repeated, rows_of, weighed
+from pvae.planes import latent_map
+from pvae.refine import RowAdam, refine
+from pvae.restoring import LOOK, SEARCH
 from pvae.runtime import unchecked
+from pvae.stats import mean_se
 
 ROWS = 23
 
@@ -99,6 +105,50 @@ def test_exact_rates_do_not_depend_on_batches_though_draws_do(double, monkeypatc
     assert sample(oracle.model, x, seed=1)[4:].equal(sample(oracle.model, x, seed=1)[4:])
 
 
+@pytest.mark.parametrize("seed", [0, 7])
+def test_batches_share_no_noise_with_what_small_seeds_and_constants_draw(oracle, seed):
+    """Searches inside guides draw from 0 and 1; uses from their seed; references and searches add constants to it."""
+    own = by_rows(oracle.model, None, lambda rows: {"draw": torch.randn(len(rows.x), 4)}, oracle.sample(6), seed=seed)
+    constants = (0, *range(100), 10_000, REFERENCE, SEARCH, LOOK, 1_000_003, 2_000_003, passes.MOMENTS)
+    others = {each + offset for each in constants for offset in (0, seed)} | {passes.STREAM + REFERENCE + seed}
+    for other in others:
+        with runtime.seeded(other):
+            assert not torch.randn(6, 4).equal(own["draw"]), other
+    with runtime.seeded(seed + passes.STREAM):
+        assert torch.randn(6, 4).equal(own["draw"])  # this can fail
+
+
+def test_the_lam_that_a_search_finds_is_judged_by_other_draws(oracle, guide):
+    """A single draw is searched to its end and then judged: under the same draw its bound is far above the ELBO."""
+    x, bound = oracle.sample(200), local_bound(oracle.model, guide.family)
+
+    def judged(stream):
+        def searched(lam):
+            with runtime.seeded(stream):
+                return bound(lam, x)
+
+        with torch.enable_grad():
+            lam = refine(searched, guide.params(x).detach(), 10, rule=RowAdam(0.1)).lam.detach()
+        own = by_rows(oracle.model, None, lambda rows: {"bound": bound(lam, rows.x)}, x)["bound"]
+        return mean_se(own - oracle.elbo(lam, x))
+
+    found, alike = judged(0), judged(passes.STREAM)
+    assert abs(found.mean) < 4.5 * found.se
+    assert alike.mean > 20 * alike.se  # this can fail
+
+
+def test_an_index_goes_where_the_rows_are(oracle):
+    index, found = torch.arange(ROWS), []
+    model = nn.Linear(1, 1, device="meta")  # no CPU, and here on every machine
+
+    def compute(rows):
+        found.append((rows.x.device.type, rows.index.device.type))
+        return {"nothing": torch.zeros(len(rows.x))}
+
+    by_rows(model, None, compute, torch.zeros(ROWS, 5), index)
+    assert found == [("meta", "meta")]
+
+
 def test_programs_are_used_as_evaluated_and_without_gradients(oracle):
     network = nn.Sequential(nn.Linear(5, 5), nn.Dropout(0.9))
     guide = Amortized(network, Delta(5)).train()
@@ -180,6 +230,7 @@ def test_chunks_cover_all_draws_and_repeat_rows_as_often(monkeypatch):
     monkeypatch.setattr(passes, "ROWS_PER_PASS", 20)
     assert [(part.start, part.stop) for part in chunks(7, 10)] == [(0, 2), (2, 4), (4, 6), (6, 7)]
     assert [(part.start, part.stop) for part in chunks(2, 100)] == [(0, 1), (1, 2)]
+    assert [(part.start, part.stop) for part in chunks(3, 2, together=4)] == [(0, 2), (2, 3)]
     x, index = torch.arange(6.0).view(3, 2), torch.arange(3)
     rows, which = repeated(x, index, slice(1, 3))
     assert rows.equal(torch.cat([x, x]))
@@ -195,6 +246,38 @@ def test_a_fixed_guide_finds_its_lam_once(oracle, guide):
         program(x)
     assert len(calls) == 1
     assert fixed(oracle.posterior, x, None) == oracle.posterior
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_moments_are_those_of_draws_and_a_rows_own(name):
+    family = FAMILIES[name]()
+    with runtime.seeded(0), torch.no_grad():
+        lam = torch.randn(6, family.size) / 2
+        z = family(lam).sample((20_000,))
+        torch.manual_seed(5)
+        undisturbed = torch.rand(1)
+        torch.manual_seed(5)
+        mean, sd = moments(family, lam)
+        assert torch.rand(1).equal(undisturbed)
+        error = z.std(0) * (1 / passes.MOMENT_DRAWS + 1 / len(z)) ** 0.5
+        assert ((mean - z.mean(0)).abs() <= 5 * error + 1e-6).all()
+        # Four times a normal's error, for tails heavier than its.
+        assert ((sd - z.std(0)).abs() <= 4 * 5 * error / 2**0.5 + 1e-6).all()
+        for one, other in zip(moments(family, lam[[4, 1]]), (mean, sd), strict=True):
+            torch.testing.assert_close(one, other[[4, 1]])
+
+
+def test_a_row_has_one_code_whatever_asks_and_whatever_stands_beside_it(oracle):
+    family = FlowFamily(2, hidden=[4], bins=4, context=2)
+    guide, x = Amortized(nn.Linear(5, family.size), family), oracle.sample(12)
+    codes = encode(oracle.model, guide, x).mean
+    mapped = latent_map(oracle.model, guide, x, size=2, seed=1).codes
+    torch.testing.assert_close(mapped, codes)
+    torch.testing.assert_close(encode(oracle.model, guide, x[5:7], K=1, seed=1).mean, codes[5:7])
+    torch.testing.assert_close(interpolate(oracle.model, guide, x[3:5], seed=2).z[[0, -1]], codes[3:5])
+    apart = anomalies(oracle.model, guide, x[:4], reference=x[2:], scores=["neighbours"], false_alarm=0.3, K=1, seed=3)
+    fifth = torch.cdist(codes[:4], codes[2:]).sort().values[:, 4]
+    torch.testing.assert_close(apart.scores["neighbours"], fifth)
 
 
 def test_data_are_decoded_at_the_codes_given(oracle, guide):
@@ -278,3 +361,14 @@ def test_a_row_starts_from_the_best_offer_and_never_from_nan(oracle, guide):
         torch.testing.assert_close(lam, guide.params(x))
         lam = refitted(oracle.model, guide, x, offers=[missing], steps=0)
     assert lam.equal(guide.family.initial().expand(4, -1))
+
+
+def test_an_offer_takes_the_place_of_a_start_that_is_nan(oracle, guide, monkeypatch):
+    def bound(model, family, sites):
+        exact = local_bound(model, family, sites)
+        return lambda lam, *rest: exact(lam, *rest).where((lam != family.initial()).any(1), torch.nan)
+
+    x = oracle.sample(4)
+    monkeypatch.setattr(passes, "local_bound", bound)
+    with unchecked():
+        torch.testing.assert_close(refitted(oracle.model, guide, x, offers=[x], steps=0), guide.params(x))

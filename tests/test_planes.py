@@ -13,7 +13,7 @@ from oracles import LinearGaussian
 from sklearn.decomposition import PCA
 from torch import nn
 
-from pvae import planes
+from pvae import passes, planes
 from pvae.drawing import class_names
 from pvae.errors import UserError
 from pvae.families import Delta, DiagonalNormal, FullRankNormal
@@ -111,12 +111,12 @@ def test_every_family_has_a_map(name):
 
 
 def test_a_covariance_by_draws_is_the_covariance(monkeypatch):
-    monkeypatch.setattr(planes, "DRAWS", 4000)
+    monkeypatch.setattr(passes, "MOMENT_DRAWS", 4000)
     q = FAMILIES["MixtureOfNormals"]()
     with seeded(0):
         lam = torch.randn(3, q.size)
         ways = torch.linalg.qr(torch.randn(LATENT, 2))[0]
-        found, sample = planes._covariance(q(lam), ways), q(lam).sample((40_000,)) @ ways
+        found, sample = planes._covariance(q, lam, ways), q(lam).sample((40_000,)) @ ways
     own = torch.stack([torch.cov(sample[:, b].T) for b in range(3)])
     assert ((found - own).abs() < 5 * (2 / 4000) ** 0.5 * own.diagonal(dim1=1, dim2=2).amax(1).view(3, 1, 1)).all()
 
@@ -186,7 +186,7 @@ def test_a_program_that_is_given_labels_decodes_those_of_the_first_row():
         (5, 9, {"projection": "plane"}, "'plane' is for 2 latent dimensions, and here are 5: take 'pca' or 'tsne'"),
         (1, 9, {}, "the latents have 1 dimension, a line and no plane: sliders or interpolate show it"),
         (2, 9, {"projection": "pcs"}, "unknown projection 'pcs'; did you mean 'pca'?"),
-        (5, 9, {"projection": "tsne"}, "t-SNE at perplexity 30 needs more than 30 rows, and here are 9; give more"),
+        (5, 9, {"projection": "tsne"}, "needs more than 30 rows, and here are 9; give more rows (or in Python a"),
         (5, 9, {"projection": "tsne", "perplexity": 0}, "latent_map: perplexity is 0, but it must be positive"),
         (5, 2, {}, "2 rows have no 2 principal directions; give at least 3"),
         (2, 9, {"size": 1}, "latent_map: size is 1, but a grid needs at least 2 columns"),

@@ -8,11 +8,12 @@ from cases import COLUMNS, LATENT, LIKELIHOODS
 from oracles import SOURCES, LinearGaussian
 from torch import nn
 
+from pvae import restoring
 from pvae.errors import Refused, UserError
 from pvae.families import Delta, DiagonalNormal, FullRankNormal
 from pvae.generative import VAE
 from pvae.guides import Amortized
-from pvae.likelihoods import Bernoulli, Gaussian, StudentT
+from pvae.likelihoods import Bernoulli, Categorical, Gaussian, StudentT
 from pvae.missing import masked
 from pvae.networks import MLP, Filled
 from pvae.noise import FlipNoise, GaussianNoise
@@ -207,6 +208,21 @@ def test_strong_noise_leaves_rows_within_the_support_and_the_same_seed_gives_the
     low, high = getattr(inside, "lower_bound", -torch.inf), getattr(inside, "upper_bound", torch.inf)
     assert (one.x >= low).all()
     assert (one.x <= high).all()
+
+
+@pytest.mark.parametrize("values", [2, 40])
+def test_rows_times_draws_times_levels_are_bounded(values, monkeypatch):
+    """Of a likelihood whose values are summed over, however many draws are asked for."""
+    monkeypatch.setattr(restoring, "ENUMERATED", 20_000)
+    with seeded(0):
+        likelihood = Bernoulli() if values == 2 else Categorical(levels=values)
+        decoder = nn.Linear(LATENT, COLUMNS * likelihood.params_per_value)
+    vae, seen, own = VAE(decoder, likelihood, StandardNormal(LATENT)), [], decoder.forward
+    monkeypatch.setattr(decoder, "forward", lambda z: seen.append(len(z)) or own(z))
+    x = torch.ones(9, COLUMNS)
+    denoise(vae.model, amortized(DiagonalNormal(LATENT), COLUMNS), x, GaussianNoise(scale=0.5), K=900, steps=2)
+    assert max(seen) * values <= 20_000
+    assert max(seen) * values > 20_000 / 4  # and not in far smaller pieces
 
 
 def test_nothing_missing_is_not_looked_at(oracle):

@@ -263,7 +263,7 @@ LINES = {
     "the codes have 3 columns, but the program's latents have 2": lambda: small().fit(X).inverse_transform(X[:, :3]),
     "sample: n_samples is 0": lambda: small().fit(X).sample(0),
     "n_draws is 0": lambda: small(n_draws=0).fit(X).score(X),
-    "n_draws is -1": lambda: small(family="FlowFamily", n_draws=-1).fit(X).transform(X),
+    "n_draws is -1": lambda: small(family="FlowFamily", n_draws=-1).fit(X).score_samples(X),
     "family Delta has no density": lambda: small(family="Delta").fit(X).score(X),
     "VampPrior needs an encoder, .*use inference Amortized": lambda: small(
         prior="VampPrior", inference="PerDatapoint"
