@@ -182,7 +182,10 @@ def calibrated(log_evidence: Tensor, labels: Values, prior: Values | Sequence[fl
         slopes = partial(_slopes, log_evidence, log_prior, target)
         flattest, steepest = (slopes(end)[0].mean().item() for end in LOG_POWERS)
         if flattest >= 0:
-            raise UserError(f"the evidence tells less of the classes of these {rows} rows than the prior does")
+            raise UserError(
+                f"the evidence tells less of the classes of these {rows} rows than the prior does, so that no "
+                "temperature is best; fit the programs for longer or to more rows, or calibrate on rows like theirs"
+            )
         if steepest > 0:
             break
     power = brentq(lambda at: slopes(at)[0].mean().item(), *LOG_POWERS)
