@@ -307,7 +307,7 @@ def _only(
         raise UserError(f"{name}: --only {which}: no row has such a label; give some of {_listed(kinds)}")
     kept = {part: torch.isin(values, torch.as_tensor(only)) for part, values in known.items()}
     for part, rows in x.items():
-        if len(rows) and not kept[part].any():
+        if len(rows) and part != "validation" and not kept[part].any():
             raise UserError(f"{name}: --only {wanted} leaves no {part} rows; give more labels, or hold out others")
     x = {part: rows[kept[part]] if part in kept else rows for part, rows in x.items()}
     return x, {part: None if values is None else values[kept[part]] for part, values in labels.items()}

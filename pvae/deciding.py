@@ -11,12 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pvae import checkpoints, classes, grid, recipe, runs, uses
+from pvae import checkpoints, classes, grid, opened, recipe, runs, uses
 from pvae.anomalies import Anomalies
 from pvae.classes import Classified
 from pvae.data import Dataset
 from pvae.errors import UserError
-from pvae.opened import Chosen, Opened
+from pvae.opened import WORDS, Chosen, Opened
 from pvae.stats import Estimate, number
 from pvae.stopping import Interrupted
 from pvae.use_pictures import confusions, scores
@@ -27,16 +27,22 @@ __all__ = ["anomalies", "class_models", "classify", "with_others"]
 
 # Training rows that class models are not fitted to, so that their probabilities can be calibrated; most of these.
 HELD_OUT, CALIBRATION = 0.1, 2000
+EVERY = "test rows of all labels"
 UNITS = {"distance": "sd²", "neighbours": "u"}
 
 
 def with_others(run: Opened, data_folder: str | Path | None = None) -> Chosen:
-    """The test rows of a run; of one that was trained on some labels alone, those of all other labels too."""
+    """The test rows of a run; of one that was trained on some labels alone, those of all other labels too.
+
+    The place of rows of other labels is -1. A program that takes the label has no columns for others.
+    """
     own = run.variant.recipe
-    if own.only is None:
-        return Chosen(run.data.test, run.data.test_labels, None, "test rows", torch.arange(len(run.data.test)))
+    if own.only is None or run.data.classes:
+        return opened.chosen(run)
     every = recipe.load_data(replace(own, only=None), data_folder)
-    return Chosen(every.test, every.test_labels, None, "test rows of all labels", torch.arange(len(every.test)))
+    assert every.test_labels is not None  # else none could be kept
+    known = torch.isin(every.test_labels, torch.tensor(own.only))
+    return Chosen(every.test, every.test_labels, None, EVERY, torch.where(known, known.cumsum(0) - 1, -1))
 
 
 def anomalies(
@@ -54,9 +60,17 @@ def anomalies(
         chosen: names of the scores.
         K: draws for each row.
         false_alarm: share of normal rows that may be flagged.
+
+    Returns:
+        Scores, p-values and flags of the rows that are scored. ``row`` is their position in the file or in the run's
+        own rows, as ``--select`` counts it, -1 for rows of other labels; ``row_of_all`` that among the test rows of all
+        labels.
     """
-    reference, rows = _reference(asked)
-    truth = _anomalous(asked, rows, anomalous)
+    truth = _anomalous(asked, anomalous)
+    reference, scored = _reference(asked, anomalous)
+    named = _named(asked, anomalous)
+    place = (scored & named).nonzero()[:, 0]
+    rows, truth = asked.rows.at(place), None if truth is None else truth[place]
     found = uses.anomalies(
         *asked.programs,
         rows.x,
@@ -68,9 +82,9 @@ def anomalies(
         **asked.options,
     )
     figures = found.figures(truth) if truth is not None and truth.any() and not truth.all() else {}
-    told = _told_anomalies(asked, found, reference, rows, truth)
-    arrays: dict[str, Tensor] = {"row": rows.place, **found.scores}
-    arrays |= {f"flagged_{name}": found.flagged(name) for name in found.scores}
+    told = _told_anomalies(found, len(reference), rows, truth, int((~named).sum()))
+    arrays: dict[str, Tensor] = {"row": rows.place, **({"row_of_all": place} if rows.where == EVERY else {})}
+    arrays |= found.scores | {f"flagged_{name}": found.flagged(name) for name in found.scores}
     arrays |= {f"p_{name}": found.p_values(name) for name in found.scores}
     arrays |= {} if truth is None else {"anomalous": truth}
     drawn = {
@@ -82,25 +96,30 @@ def anomalies(
     return Use("anomalies", _plain(arrays), told, tables, figure)
 
 
-def _reference(asked: Asked) -> tuple[Tensor, Chosen]:
-    """Held-out normal rows, and the rows to be scored: of test rows, those that are not the reference."""
+def _reference(asked: Asked, anomalous: Sequence[int] | None) -> tuple[Tensor, Tensor]:
+    """Held-out normal rows [R, C], and which of the given rows are none of them, [B].
+
+    They are validation rows; where there are none or these are given, test rows that are not given. Where all of these
+    are given, every other one is reference and is not scored.
+    """
     data, rows = asked.run.data, asked.rows
-    if len(data.validation):
-        return data.validation, rows
-    if not rows.where.startswith("test rows"):
-        return data.test, rows
-    # Every other test row of the run's own labels is reference; the rest, and all others, are scored.
-    own = rows.place.new_ones(len(rows.x), dtype=torch.bool)
-    if rows.labels is not None and asked.run.variant.recipe.only is not None:
-        own = torch.isin(rows.labels, torch.tensor(asked.run.variant.recipe.only))
-    reference = own & (own.cumsum(0) % 2 == 0)
-    labels = None if rows.labels is None else rows.labels[~reference]
-    return rows.x[reference], Chosen(rows.x[~reference], labels, None, rows.where, rows.place[~reference])
+    part = "validation" if len(data.validation) and rows.where != WORDS["validation"] else "test"
+    held, labels = getattr(data, part), getattr(data, f"{part}_labels")
+    normal = torch.ones(len(held), dtype=torch.bool)
+    if anomalous is not None and labels is not None:
+        normal = ~torch.isin(labels, torch.tensor(anomalous))
+    if part == "validation" or rows.where not in (WORDS["test"], EVERY):
+        return held[normal], torch.ones(len(rows.x), dtype=torch.bool)
+    used = normal.clone()
+    used[rows.place[rows.place >= 0]] = False
+    if not used.any():
+        used = normal & (normal.cumsum(0) % 2 == 0)
+    return held[used], (rows.place < 0) | ~used[rows.place.clamp(min=0)]
 
 
-def _anomalous(asked: Asked, rows: Chosen, given: Sequence[int] | None) -> Tensor | None:
-    """Which rows are known to be anomalous, if anything is known."""
-    only = asked.run.variant.recipe.only
+def _anomalous(asked: Asked, given: Sequence[int] | None) -> Tensor | None:
+    """Which rows are known to be anomalous, [B], if anything is known."""
+    only, rows = asked.run.variant.recipe.only, asked.rows
     if given is not None:
         if rows.labels is None:
             raise UserError(f"--anomalous: the {rows.where} have no labels")
@@ -114,12 +133,22 @@ def _anomalous(asked: Asked, rows: Chosen, given: Sequence[int] | None) -> Tenso
     return rows.labels == 1 if set(rows.labels.tolist()) == {0, 1} and not rows.from_run else None
 
 
-def _told_anomalies(asked: Asked, found: Anomalies, reference: Tensor, rows: Chosen, truth: Tensor | None) -> list[str]:
+def _named(asked: Asked, anomalous: Sequence[int] | None) -> Tensor:
+    """Rows whose kind is told, [B]: where anomalous labels are named, others that the run does not know are neither."""
+    only, labels = asked.run.variant.recipe.only, asked.rows.labels
+    if anomalous is None or only is None or labels is None:
+        return torch.ones(len(asked.rows.x), dtype=torch.bool)
+    return torch.isin(labels, torch.tensor([*only, *anomalous]))
+
+
+def _told_anomalies(found: Anomalies, held: int, rows: Chosen, truth: Tensor | None, others: int) -> list[str]:
     expected = found.expected
     told = [
-        f"{len(rows.x)} {rows.where} against {len(reference)} held-out normal rows; a row is flagged beyond a "
+        f"{len(rows.x)} {rows.where} against {held} held-out normal rows; a row is flagged beyond a "
         f"threshold that {100 * expected.mean:.2g} ± {100 * expected.se:.2g}% of fresh normal rows exceed."
     ]
+    if others:
+        told.append(f"{others} rows of labels that are neither the run's nor named anomalous are left out.")
     for reason in dict.fromkeys(found.left_out.values()):
         told.append(f"Left out: {', '.join(n for n, why in found.left_out.items() if why == reason)} ({reason}).")
     if truth is None:
@@ -155,37 +184,64 @@ def classify(asked: Asked, models: Sequence[Any] | None, *, data: Dataset, K: in
     prior = torch.bincount(torch.searchsorted(kinds, train), minlength=len(kinds)).double()
 
     def judged(x: Tensor, seed: int) -> Classified:
-        if models is None:
-            built = asked.run.variant.built
-            own = x[:, : asked.run.columns]
-            return classes.by_label(built.program.model, built.guide, own, len(kinds), prior=prior, K=K, seed=seed)
-        return uses.classify(models, x, prior=prior, K=K, seed=seed, progress=asked.progress)
+        if models is not None:
+            return uses.classify(models, x, prior=prior, K=K, seed=seed, progress=asked.progress)
+        own = x[:, : asked.run.columns]
+        every = classes.by_label(*asked.programs, own, data.classes, K=K, seed=seed)
+        assert data.kinds is not None  # the columns are theirs
+        return _of_classes(every, torch.isin(data.kinds, kinds), prior)
 
-    held = data.validation[:CALIBRATION]
-    known = torch.searchsorted(kinds, _labels_of(data)[:CALIBRATION])
+    part, held, known = _calibrating(asked, data, kinds)
     temperature = classes.calibrated(judged(held, asked.seed + 1).log_evidence, known, prior)
     found = judged(asked.rows.x, asked.seed).at(temperature.mean)
-    return _classified(asked, found, temperature, len(held), kinds)
+    return _classified(asked, found, temperature, f"{len(held)} {part}", kinds)
 
 
-def _classified(asked: Asked, found: Classified, temperature: Estimate, held: int, kinds: Tensor) -> Use:
+def _of_classes(found: Classified, which: Tensor, prior: Tensor) -> Classified:
+    """The same evidence of some classes alone: those with training rows."""
+    kept = {name: getattr(found, name)[:, which] for name in ("log_evidence", "log_evidence_se")}
+    return replace(found, **kept, log_prior=(prior / prior.sum()).log())
+
+
+def _calibrating(asked: Asked, data: Dataset, kinds: Tensor) -> tuple[str, Tensor, Tensor]:
+    """In words what probabilities are calibrated on; these rows [B, C], and which of the kinds each is of [B].
+
+    They are validation rows, to which no class model was fitted; where these are to be judged, test rows.
+    """
+    part = "test" if asked.rows.where == WORDS["validation"] else "validation"
+    labels = getattr(data, f"{part}_labels")
+    known = torch.zeros(0, dtype=torch.bool) if labels is None else torch.isin(labels, kinds)
+    if not known.any():
+        raise UserError(f"classify calibrates on {part} rows of its classes, and there are none; hold out others")
+    words = "held-out training rows" if part == "validation" else WORDS[part]
+    y = torch.searchsorted(kinds, labels[known][:CALIBRATION])
+    return words, getattr(data, part)[known][:CALIBRATION], y
+
+
+def _classified(asked: Asked, found: Classified, temperature: Estimate, held: str, kinds: Tensor) -> Use:
     told = [
         f"{len(asked.x)} {asked.rows.where} into {len(kinds)} classes by the evidence of each (IWAE-{found.K}), at "
-        f"temperature {number(temperature)}, at which {held} held-out training rows have the smallest log loss."
+        f"temperature {number(temperature)}, at which {held} have the smallest log loss."
     ]
+    if asked.rows.index is not None:
+        told.append("Models were fitted to these rows or calibrated on them: of fresh rows they know less.")
     arrays = {"predicted": kinds[found.predicted], "probability": found.log_probabilities.exp()}
     arrays |= {"log_evidence": found.log_evidence, "row": asked.rows.place}
-    if asked.rows.labels is None:
-        return Use("classify", _plain(arrays), [*told, "The rows have no labels to judge this by."])
     labels = asked.rows.labels
-    if not torch.isin(labels, kinds).all():
+    if labels is None:
+        return Use("classify", _plain(arrays), [*told, "The rows have no labels to judge this by."])
+    known = torch.isin(labels, kinds)
+    if not known.any():
         raise UserError(f"the {asked.rows.where} have labels that no class model knows; known are {kinds.tolist()}")
-    y = torch.searchsorted(kinds, labels)
-    plain, calibrated = found.at(1.0).figures(y), found.figures(y)
+    if others := int((~known).sum()):
+        told.append(f"{others} rows have labels that no class model knows; what follows is of the others.")
+    y = torch.searchsorted(kinds, labels[known])
+    judged = replace(found, log_evidence=found.log_evidence[known], log_evidence_se=found.log_evidence_se[known])
+    plain, calibrated = judged.at(1.0).figures(y), judged.figures(y)
     lines = [[words, number(plain[name]), number(calibrated[name])] for name, words in FIGURES.items()]
     told.append(f"Accuracy {number(calibrated['accuracy'])}.")
     table = ("Against the labels", ["probabilities", "as they are", "calibrated"], lines)
-    figure = confusions(found.confusion(y).numpy(), [f"{kind:g}" for kind in kinds.tolist()])
+    figure = confusions(judged.confusion(y).numpy(), [f"{kind:g}" for kind in kinds.tolist()])
     return Use("classify", _plain(arrays | {"label": labels}), told, [table], figure)
 
 
@@ -222,7 +278,7 @@ def class_models(
     own = run.variant.recipe
     if run.guide.family.point_mass:
         raise UserError(f"classify needs evidence, and family {own.name('family')} has none; fit with another --family")
-    if run.data.train_labels is None or (run.data.classes == 0 and len(_kinds(run.data)) < 2):
+    if run.data.train_labels is None or len(_kinds(run.data)) < 2:
         has = "none" if run.data.train_labels is None else "one alone"
         raise UserError(
             f"classify needs labels, and {own.data} has {has}; give its rows a column 'label' (.csv, .parquet) or an "
@@ -261,13 +317,9 @@ def _fitted(cells: Sequence[grid.Cell], folder: Path, shelf: grid.Shelf, device:
 
 
 def _kinds(data: Dataset) -> Tensor:
+    """The labels that have training rows, and so a model."""
     assert data.train_labels is not None
     return data.train_labels.unique()
-
-
-def _labels_of(data: Dataset) -> Tensor:
-    assert data.validation_labels is not None
-    return data.validation_labels
 
 
 def _plain(arrays: dict[str, Tensor]) -> dict[str, np.ndarray]:

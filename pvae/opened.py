@@ -83,6 +83,11 @@ class Chosen(NamedTuple):
         """The rows are of the run's own data, and so as they should be."""
         return self.where in WORDS.values()
 
+    def at(self, which: Tensor) -> Chosen:
+        """Some of these rows."""
+        labels, index = (None if values is None else values[which] for values in (self.labels, self.index))
+        return Chosen(self.x[which], labels, index, self.where, self.place[which])
+
 
 def open_run(
     folder: Path,
@@ -141,11 +146,7 @@ def chosen(
     if not Path(source).suffix:
         raise UserError(f"there are no rows '{source}'{nearest(source, WORDS)}, or the path of a file")
     found = _from_file(opened, Path(source), raw, missing or opened.data.missing)
-    if select is None:
-        return found
-    which = torch.tensor(positions(select, len(found.x), found.where))
-    labels = None if found.labels is None else found.labels[which]
-    return Chosen(found.x[which], labels, None, found.where, which)
+    return found if select is None else found.at(torch.tensor(positions(select, len(found.x), found.where)))
 
 
 def positions(select: str, count: int, what: str) -> list[int]:

@@ -53,7 +53,10 @@ def test_rows_of_other_labels_are_the_anomalies_and_no_row_is_its_own_reference(
     run = opened(line)
     rows = with_others(run)
     made = anomalies(asked(run, rows), K=2, chosen=["elbo"], false_alarm=0.1)
-    place, anomalous = torch.from_numpy(made.arrays["row"]), made.arrays["anomalous"]
+    place, anomalous = torch.from_numpy(made.arrays["row_of_all"]), made.arrays["anomalous"]
+    own = torch.from_numpy(made.arrays["row"])
+    assert ((own < 0) == torch.from_numpy(anomalous)).all()
+    assert run.data.test[own[own >= 0]].equal(rows.x[place[own >= 0]])  # as --select counts the run's own
     assert len(place.unique()) == len(place)
     assert (anomalous == ~np.isin(rows.labels[place].numpy(), [0, 1, 2])).all()
     others = (~torch.isin(rows.labels, torch.tensor([0, 1, 2]))).sum().item()
@@ -110,6 +113,66 @@ def test_labels_given_count_as_anomalous():
     bare = chosen(run)._replace(labels=None)
     with pytest.raises(UserError, match="--anomalous: the test rows have no labels"):
         anomalies(asked(run, bare), anomalous=[3], K=2)
+
+
+@pytest.fixture
+def compared(monkeypatch):
+    """What anomalies are sought in and what they are compared with: labels by rows, no two of which are alike."""
+    images = (DIGITS.images / 16).reshape(-1, 64).astype("float32")
+    labels, seen = {row.tobytes(): label for row, label in zip(images, DIGITS.target, strict=True)}, []
+
+    def spy(model, guide, x, *args, reference, **kwargs):
+        seen[:] = [{row.tobytes(): labels[row.tobytes()] for row in rows.numpy()} for rows in (x, reference)]
+        return own(model, guide, x, *args, reference=reference, **kwargs)
+
+    own = deciding.uses.anomalies
+    monkeypatch.setattr(deciding.uses, "anomalies", spy)
+    return seen
+
+
+WAYS = {
+    "all": lambda run: with_others(run),
+    "test": chosen,
+    "some": lambda run: chosen(run, "test", "0:70"),
+    "train": lambda run: chosen(run, "train", "0:70"),
+    "validation": lambda run: chosen(run, "validation"),
+}
+
+
+@pytest.mark.parametrize(
+    ("held", "way"),
+    [(held, way) for held in ("", " --validation-size 0.2") for way in WAYS if held or way != "validation"],
+)
+@pytest.mark.parametrize("which", ["", " --only 0,1,2"], ids=["every", "some"])
+def test_the_reference_is_held_out_normal_and_apart_from_what_is_scored(which, held, way, compared):
+    run = opened(f"fit {SMALL} --likelihood Gaussian --binarize none{which}{held}")
+    rows = WAYS[way](run)
+    only = run.variant.recipe.only or range(10)
+    for named in (None, [1]):
+        made = anomalies(asked(run, rows), anomalous=named, K=1, chosen=["reconstruction"], false_alarm=0.2)
+        scored, reference = compared
+        assert not scored.keys() & reference.keys()
+        assert not reference.keys() & {row.tobytes() for row in run.data.train.numpy()}
+        assert set(reference.values()) == set(only) - set(named or [])
+        assert set(scored.values()) <= ({*only, *named} if named else set(range(10)))
+        told = rows.labels if named is None else rows.labels[torch.isin(rows.labels, torch.tensor([*only, *named]))]
+        left_out = len(rows.x) - len(told)
+        assert any(f"{left_out} rows of labels that are neither" in line for line in made.sentences) == bool(left_out)
+        if way in ("some", "train", "validation"):
+            assert len(made.arrays["row"]) == len(rows.x)  # all that were asked for
+        elif named:
+            assert made.arrays["anomalous"].sum() == (rows.labels == 1).sum()
+
+
+def test_a_program_that_takes_the_label_is_asked_about_its_own_labels_alone():
+    run = opened(LABELLED)
+    rows = with_others(run)
+    assert rows.x.equal(run.data.test)
+    made = anomalies(asked(run, rows), anomalous=[2], K=1, chosen=["elbo"])
+    assert set(rows.labels.tolist()) == {0, 1, 2}
+    assert made.arrays["anomalous"].sum() == (rows.labels == 2).sum()
+    with pytest.raises(UserError, match="--anomalous: no row has label 7; there are"):
+        anomalies(asked(run, rows), anomalous=[7], K=1)
 
 
 def test_without_knowledge_nothing_is_judged():
@@ -214,6 +277,50 @@ def test_labels_need_not_count_from_0_and_may_be_unknown(classified):
 
 
 PARTS = ("train", "validation", "test")
+
+
+def test_rows_that_are_judged_do_not_calibrate():
+    run = opened(f"{LABELLED} --validation-size 0.1")
+    held = chosen(run, "validation")
+    made = classify(asked(run, held), None, data=run.data, K=2)
+    assert "at which 116 test rows have the smallest log loss" in made.sentences[0]
+    swapped = replace(run.data, validation=run.data.test, validation_labels=run.data.test_labels)
+    other = classify(asked(run, held._replace(where="rows of a file")), None, data=swapped, K=2)
+    assert "at which 116 held-out training rows have" in other.sentences[0]
+    np.testing.assert_array_equal(made.arrays["probability"], other.arrays["probability"])
+    fitted = classify(asked(run, chosen(run, "train", "0:50")), None, data=run.data, K=2)
+    assert any("Models were fitted to these rows or calibrated on them" in line for line in fitted.sentences)
+    assert not any("Models were fitted" in line for line in made.sentences)
+    with pytest.raises(UserError, match="classify calibrates on test rows of its classes, and there are none"):
+        classify(asked(run, held), None, data=replace(run.data, test_labels=None), K=2)
+
+
+def test_a_kind_without_training_rows_has_no_model_and_one_of_few_rows_has(tmp_path):
+    x, y = (DIGITS.images[:300] > 8).reshape(300, 64).astype("float32"), DIGITS.target[:300] % 4
+    train = np.concatenate([np.flatnonzero(y[:200] < 2), np.flatnonzero(y[:200] == 2)[:2]])  # two rows of label 2
+    np.savez(tmp_path / "rare.npz", x_train=x[train], y_train=y[train], x_test=x[200:], y_test=y[200:])
+    run = opened(f"fit {SMALL} --data {tmp_path}/rare.npz")
+    models, data = class_models(run, epochs=1)
+    assert len(models) == 3
+    assert 2 not in data.validation_labels
+    made = classify(asked(run), models, data=data, K=1)
+    strange = (y[200:] == 3).sum()
+    assert any(f"{strange} rows have labels that no class model knows" in line for line in made.sentences)
+    assert set(made.arrays["predicted"].tolist()) <= {0, 1, 2}
+    assert len(made.arrays["predicted"]) == 100
+
+
+def test_columns_of_kinds_without_training_rows_are_no_classes(tmp_path):
+    x, y = (DIGITS.images[:300] > 8).reshape(300, 64).astype("float32"), DIGITS.target[:300] % 4
+    train = np.flatnonzero(y[:200] != 0)
+    np.savez(tmp_path / "rare.npz", x_train=x[train], y_train=y[train], x_test=x[200:], y_test=y[200:])
+    line = f"fit {SMALL} --trust --program {CONDITIONAL}:ConditionalVAE --validation-size 0.2 --data {tmp_path}"
+    run = opened(f"{line}/rare.npz")
+    made = classify(asked(run), None, data=class_models(run)[1], K=2)
+    assert made.arrays["probability"].shape == (100, 3)
+    assert set(made.arrays["predicted"].tolist()) <= {1, 2, 3}
+    again = classes.by_label(run.model, run.guide, run.data.test[:, :64], 4, K=2).log_evidence
+    np.testing.assert_array_equal(made.arrays["log_evidence"], again[:, 1:].numpy())
 
 
 def test_a_program_that_takes_the_label_is_its_own_class_model(monkeypatch):
