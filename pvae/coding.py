@@ -331,7 +331,11 @@ def augment(
         mean = moments(guide.family, lam)[0]
         z = (mean + spread * (guide.family(lam).sample(torch.Size([per_row])) - mean)).transpose(0, 1).flatten(0, 1)
         row = torch.arange(len(lam), device=z.device).repeat_interleave(per_row)
-        x = [_values(decoded(model, guide.sites, z[part], rows.x[row[part]]), draw).cpu() for part in chunks(len(z), 1)]
-        return {"x": torch.cat(x), "row": row + rows.place.start}
+        x = torch.empty(len(z), 0)
+        for part in chunks(len(z), 1):
+            made = _values(decoded(model, guide.sites, z[part], rows.x[row[part]]), draw).cpu()
+            x = made.new_empty(len(z), *made.shape[1:]) if part.start == 0 else x
+            x[part] = made
+        return {"x": x, "row": row + rows.place.start}
 
     return Augmented(**by_rows(model, guide, compute, x, index, seed=seed, progress=progress))

@@ -1,5 +1,7 @@
 """Restored rows: against conditional Gaussians and quadrature, what is there to the bit, and what can't be restored."""
 
+from functools import partial
+
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -22,6 +24,7 @@ from pvae.restoring import denoise, impute
 from pvae.runtime import seeded
 
 D, M, B = 2, 6, 40
+INDEX = torch.arange(6)
 
 
 def amortized(family, columns=M):
@@ -223,6 +226,24 @@ def test_rows_times_draws_times_levels_are_bounded(values, monkeypatch):
     denoise(vae.model, amortized(DiagonalNormal(LATENT), COLUMNS), x, GaussianNoise(scale=0.5), K=900, steps=2)
     assert max(seen) * values <= 20_000
     assert max(seen) * values > 20_000 / 4  # and not in far smaller pieces
+
+
+class Elsewhere:
+    """An index that can be used once it has been brought to the rows' device."""
+
+    def __init__(self, index):
+        self.index = index
+
+    def to(self, device):
+        return self.index.to(device)
+
+
+def test_an_index_on_another_device_is_brought_to_the_rows(oracle):
+    x, guide, options = oracle.sample(6), SOURCES["PerDatapoint"](oracle.model, D, M, 6), {"K": 3, "steps": 2}
+    holes = x.where(gaps(6), torch.nan)
+    for use, rows in ((impute, holes), (partial(denoise, noise=GaussianNoise(scale=0.5)), x)):
+        one, other = (use(oracle.model, guide, rows, index=at, **options) for at in (INDEX, Elsewhere(INDEX)))
+        assert one.x.equal(other.x)
 
 
 def test_nothing_missing_is_not_looked_at(oracle):
