@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.collections import LineCollection
+from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 
 __all__ = [
@@ -22,6 +24,7 @@ __all__ = [
     "cloud",
     "digits_of",
     "framed",
+    "scale",
     "sheet",
     "standard_normal",
 ]
@@ -31,6 +34,8 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#0
 # Enough to tell ten classes apart, as digits have; two of them are none of Okabe and Ito's.
 CLASSES = (*COLOURS, "#7A7A00", "#882255")
 GREY = "#999999"
+# Entries that are missing, and the frames of images.
+MISSING, FRAME = "#cfe3f1", "#d0d0d0"
 # Legends.
 SMALL: Any = {"frameon": False, "fontsize": 8}
 STYLE: Any = {
@@ -70,26 +75,51 @@ def digits_of(shape: tuple[int, ...]) -> tuple[int, int]:
     return (shape[0], shape[1]) if len(shape) == 2 else (1, int(np.prod(shape)))
 
 
-def sheet(axis: Axes, images: np.ndarray, shape: tuple[int, ...], per_line: int) -> None:
-    """Draw rows [B, columns] as a sheet of images, this many a line."""
+def scale(*groups: np.ndarray) -> tuple[float, float]:
+    """Ends of a grey scale for rows: 0 and 1 where all values lie between them, else the lowest and the highest.
+
+    >>> scale(np.array([0.2, np.nan]), np.array([0.7])), scale(np.array([-1.0, 3.0])), scale(np.array([np.nan]))
+    ((0.0, 1.0), (-1.0, 3.0), (0.0, 1.0))
+    """
+    known = np.concatenate([rows[np.isfinite(rows)] for rows in groups])
+    low, high = (float(known.min()), float(known.max())) if len(known) else (0.0, 1.0)
+    return (0.0, 1.0) if low >= 0 and high <= 1 else (low, high)
+
+
+def sheet(
+    axis: Axes, images: np.ndarray, shape: tuple[int, ...], per_line: int, ends: tuple[float, float] | None = None
+) -> None:
+    """Draw rows [B, columns] as a sheet of framed images, this many a line; missing entries are pale blue.
+
+    Arguments:
+        ends: of the grey scale, beyond which values are clipped; the rows' own unless given.
+    """
     height, width = digits_of(shape)
     lines = -(-len(images) // per_line)
     whole = np.full((lines * (height + 1) - 1, per_line * (width + 1) - 1), np.nan)
+    gaps, frames = np.full_like(whole, np.nan), []
     for place, image in enumerate(images):
         top, left = place // per_line * (height + 1), place % per_line * (width + 1)
-        whole[top : top + height, left : left + width] = image.reshape(height, width)
-    low, high = np.nanmin(whole), np.nanmax(whole)
-    binary_like = low >= 0 and high <= 1
-    axis.imshow(
-        whole,
-        cmap="gray_r",
-        vmin=0 if binary_like else low,
-        vmax=1 if binary_like else high,
-        aspect="equal" if height > 1 else "auto",
-    )
+        own = np.s_[top : top + height, left : left + width]
+        whole[own] = image.reshape(height, width)
+        gaps[own] = np.where(np.isnan(whole[own]), 1, np.nan)
+        frames.append(_frame(top - 0.5, left - 0.5, height, width))
+    low, high = ends or scale(images)
+    aspect: Any = "equal" if height > 1 else "auto"
+    axis.imshow(whole, cmap="gray_r", vmin=low, vmax=high, aspect=aspect)
+    if not np.isnan(gaps).all():
+        axis.imshow(gaps, cmap=ListedColormap([MISSING]), aspect=aspect)
+    if height > 1:
+        axis.add_collection(LineCollection(frames, colors=FRAME, linewidths=0.5, clip_on=False), autolim=False)
     axis.set_xticks([])
     axis.set_yticks([])
     axis.spines[:].set_visible(False)
+
+
+def _frame(top: float, left: float, height: int, width: int) -> list[tuple[float, float]]:
+    """The corners of an image, the first of them twice."""
+    right, bottom = left + width, top + height
+    return [(left, top), (right, top), (right, bottom), (left, bottom), (left, top)]
 
 
 def class_names(labels: np.ndarray) -> list[str]:
@@ -115,9 +145,10 @@ def cloud(axis: Axes, codes: np.ndarray, prior: np.ndarray, labels: np.ndarray, 
     if len(prior) and standard_normal(prior):
         turn = np.linspace(0, 2 * np.pi, 200)
         for radius in (1, 2, 3):
-            axis.plot(radius * np.cos(turn), radius * np.sin(turn), color="black", lw=0.6)
+            known = "1, 2, 3 sd of the prior" if radius == 1 else None
+            axis.plot(radius * np.cos(turn), radius * np.sin(turn), color="black", lw=0.6, label=known)
     axis.set_aspect("equal", adjustable="datalim")
-    axis.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), markerscale=2, handletextpad=0.1, **SMALL)
+    axis.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), markerscale=2, handletextpad=0.4, **SMALL)
 
 
 def standard_normal(prior: np.ndarray) -> bool:

@@ -9,7 +9,7 @@ import xarray as xr
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
-from pvae.drawing import COLOURS, STYLE, address, digits_of, framed, sheet
+from pvae.drawing import COLOURS, STYLE, address, digits_of, framed, scale, sheet
 from pvae.map_panels import side_by_side
 
 __all__ = ["digits_of", "figures"]
@@ -165,12 +165,13 @@ def _pictures(idata: xr.DataTree, shape: tuple[int, ...], count: int = 20) -> st
         *((str(v), found.sel(variant=v).to_numpy()[:count]) for v in found.variant.to_numpy()),
     ]
     height, width = digits_of(shape)
+    ends = scale(originals)
     if height == 1:
-        return _side_by_side(dict(lines), shape)
+        return _side_by_side(dict(lines), shape, ends)
     tall = len(lines) * (0.1 + 7.4 * height / (count * width))
     figure = Figure(figsize=(8.6, 0.35 + tall), layout="constrained")
     for axis, (name, images) in zip(figure.subplots(len(lines), 1), lines, strict=True):
-        sheet(axis, images, shape, count)
+        sheet(axis, images, shape, count, ends)
         axis.set_ylabel(name, rotation=0, ha="right", va="center", fontsize=8)
     return address(figure, "png")
 
@@ -178,18 +179,19 @@ def _pictures(idata: xr.DataTree, shape: tuple[int, ...], count: int = 20) -> st
 def _prior(idata: xr.DataTree, shape: tuple[int, ...]) -> str:
     """Means of x at draws from the prior, for each variant."""
     found = idata["means"]["prior_x"]
-    return _side_by_side({str(v): found.sel(variant=v).to_numpy() for v in found.variant.to_numpy()}, shape)
+    panels = {str(v): found.sel(variant=v).to_numpy() for v in found.variant.to_numpy()}
+    return _side_by_side(panels, shape, scale(*panels.values()))
 
 
-def _side_by_side(panels: dict[str, np.ndarray], shape: tuple[int, ...]) -> str:
+def _side_by_side(panels: dict[str, np.ndarray], shape: tuple[int, ...], ends: tuple[float, float]) -> str:
     """A panel of pictures under each name; rows that are no images stand as strips, one above the other."""
     height, width = digits_of(shape)
-    per_line = 8 if height > 1 else 1
+    per_line = (8 if len(panels) > 1 else 16) if height > 1 else 1
     lines = max(-(-len(images) // per_line) for images in panels.values())
     tall = 8.4 / len(panels) * lines * height / (per_line * width)
     figure = Figure(figsize=(8.6, 0.4 + min(max(tall, 1.0), 6.0)), layout="constrained")
     for axis, (name, images) in zip(np.atleast_1d(figure.subplots(1, len(panels))), panels.items(), strict=True):
-        sheet(axis, images, shape, per_line)
+        sheet(axis, images, shape, per_line, ends)
         axis.set_title(name, fontsize=9)
     return address(figure, "png")
 

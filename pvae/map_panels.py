@@ -11,14 +11,26 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.patches import Ellipse
 
-from pvae.drawing import CLASSES, COLOURS, STYLE, address, class_names, cloud, digits_of, framed, sheet, standard_normal
+from pvae.drawing import (
+    CLASSES,
+    COLOURS,
+    GREY,
+    STYLE,
+    address,
+    class_names,
+    cloud,
+    digits_of,
+    scale,
+    sheet,
+    standard_normal,
+)
 from pvae.errors import UserError
 from pvae.planes import LatentMap, Sliders
 
 __all__ = ["page", "picture", "side_by_side", "widget"]
 
 # Codes that a page holds, ellipses that a picture shows, and lines of a grid that it draws.
-CODES, ELLIPSES, LINES = 1500, 60, 12
+CODES, ELLIPSES, LINES = 1500, 30, 12
 Labels = Sequence[Any] | np.ndarray
 AXES = {
     "plane": ("first latent dimension (u)", "second latent dimension (u)"),
@@ -43,13 +55,14 @@ def picture(found: LatentMap | Sliders, labels: Labels | None = None, shape: Seq
     if isinstance(found, Sliders):
         return _lines(found, _shape(found.grid, shape))
     own = _labels(found, labels)
-    figure, axes = framed(1 if found.how == "tsne" else 2, width=5.4 if found.how == "tsne" else 9.6, height=4.2)
+    figure, axes = _pairs(1 if found.how == "tsne" else 2, height=4.2)
     codes = _array(found.codes)
+    if found.spread is not None:
+        _outline(axes[0], codes, _ellipses(found), own)
     cloud(axes[0], codes, np.zeros((0, 2)) if found.prior is None else _array(found.prior), own, "codes of rows")
     words = _axes(found)
     axes[0].set(xlabel=words[0], ylabel=words[1])
     if found.spread is not None:
-        _outline(axes[0], codes, _ellipses(found))
         lines = np.linspace(0, len(found.up) - 1, min(LINES, len(found.up))).round().astype(int)
         images = _array(found.grid)[lines[::-1]][:, lines]
         sheet(axes[1], images.reshape(len(lines) ** 2, -1), _shape(found.grid, shape), len(lines))
@@ -66,19 +79,23 @@ def side_by_side(maps: Mapping[str, tuple[np.ndarray, np.ndarray]], labels: Labe
         labels: class of each row, [B].
     """
     own = np.zeros(0) if labels is None else np.asarray(labels)
-    columns = min(len(maps), 2)
-    lines = -(-len(maps) // columns)
-    figure = Figure(figsize=(9.6 if columns > 1 else 5.4, 3.9 * lines), layout="constrained")
-    axes = figure.subplots(lines, columns, squeeze=False).flat
-    for axis in axes:
-        axis.set_axis_off()
-    for axis, (name, (codes, prior)) in zip(figure.axes, maps.items(), strict=False):
-        axis.set_axis_on()
+    figure, axes = _pairs(len(maps), height=3.9)
+    for axis, (name, (codes, prior)) in zip(axes, maps.items(), strict=True):
         places, draws, words = _plane(codes, prior)
         cloud(axis, places, draws, own, "codes")
         axis.set(xlabel=words[0], ylabel=words[1])
         axis.set_title(name, fontsize=9)
     return figure
+
+
+def _pairs(count: int, height: float) -> tuple[Figure, list[Any]]:
+    """Panels two by two; one alone has an empty place beside it, so that a page shows all of one size."""
+    lines = -(-count // 2)
+    figure = Figure(figsize=(9.6, height * lines), layout="constrained")
+    axes = list(figure.subplots(lines, 2, squeeze=False).flat)
+    for axis in axes[count:]:
+        axis.set_axis_off()
+    return figure, axes[:count]
 
 
 def _plane(codes: np.ndarray, prior: np.ndarray) -> tuple[np.ndarray, np.ndarray, tuple[str, str]]:
@@ -210,13 +227,16 @@ def _ellipses(found: LatentMap) -> np.ndarray:
     return np.column_stack([axes, np.arctan2(ways[:, 1, 1], ways[:, 0, 1])])
 
 
-def _outline(axis: Any, codes: np.ndarray, ellipses: np.ndarray) -> None:
-    """Ellipses of some codes, so few that they can be told apart."""
+def _outline(axis: Any, codes: np.ndarray, ellipses: np.ndarray, labels: np.ndarray) -> None:
+    """Ellipses of some codes, so few that they can be told apart, in the colours of their classes."""
+    if not ellipses[:, 0].any():
+        return
+    kinds = np.unique(labels, return_inverse=True)[1] if class_names(labels) else None
     for b in np.linspace(0, len(codes) - 1, min(ELLIPSES, len(codes))).round().astype(int):
         long, short, turn = ellipses[b]
-        axis.add_patch(
-            Ellipse(codes[b], 2 * long, 2 * short, angle=math.degrees(turn), fill=False, lw=0.7, ec="#333333")
-        )
+        colour = GREY if kinds is None else CLASSES[kinds[b]]
+        axis.add_patch(Ellipse(codes[b], 2 * long, 2 * short, angle=math.degrees(turn), fill=False, lw=0.6, ec=colour))
+    axis.plot([], [], ls="none", marker="o", ms=4, mfc="none", mec=GREY, mew=0.6, label="q(z|x), 1 sd")
 
 
 def _lines(found: Sliders, shape: tuple[int, ...]) -> Figure:
@@ -228,7 +248,7 @@ def _lines(found: Sliders, shape: tuple[int, ...]) -> Figure:
     ]
     figure = Figure(figsize=(8.6, 0.6 + 1.0 * count), layout="constrained")
     for d, (axis, images) in enumerate(zip(figure.subplots(count, 1, squeeze=False).flat, rows, strict=True)):
-        sheet(axis, images, shape, G if digits_of(shape)[0] > 1 else 1)
+        sheet(axis, images, shape, G if digits_of(shape)[0] > 1 else 1, scale(*rows))
         axis.set_ylabel(f"direction {d + 1}\n{found.share[d]:.0%}", rotation=0, ha="right", va="center", fontsize=8)
     reach = float(found.positions[-1])
     figure.supxlabel(f"{-reach:g} to {reach:g} standard deviations of the codes from their mean", fontsize=8)

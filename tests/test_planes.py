@@ -14,7 +14,7 @@ from sklearn.decomposition import PCA
 from torch import nn
 
 from pvae import passes, planes
-from pvae.drawing import class_names
+from pvae.drawing import CLASSES, GREY, class_names
 from pvae.errors import UserError
 from pvae.families import Delta, DiagonalNormal, FullRankNormal
 from pvae.generative import VAE
@@ -303,7 +303,7 @@ def test_a_map_without_labels_or_with_too_many_has_one_colour(maps):
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_picture_shows_codes_and_grid(maps, kind):
     figure = picture(maps[kind], LABELS, (2, 3))
-    assert len(figure.axes) == {"tsne": 1, "sliders": 3}.get(kind, 2)
+    assert sum(axis.axison for axis in figure.axes) == {"tsne": 1, "sliders": 3}.get(kind, 2)
     figure.canvas.draw()
     if kind in ("plane", "pca"):
         (image,) = figure.axes[1].images
@@ -320,7 +320,24 @@ def test_maps_stand_side_by_side(dim, count):
         {f"{HOSTILE} {n}": (rng.normal(size=(30, dim)), rng.normal(size=(20, dim))) for n in range(count)}, [0, 1] * 15
     )
     figure.canvas.draw()
-    assert sum(axis.axison for axis in figure.axes) == count
+    shown = [axis for axis in figure.axes if axis.axison]
+    assert len(shown) == count
+    # Alone or not, a panel and the page's picture are as wide.
+    assert figure.get_figwidth() == 9.6
+    assert all(axis.get_position().width < 0.5 for axis in shown)
+
+
+def test_ellipses_have_their_class_colour_and_both_rings_a_name(maps):
+    from matplotlib.colors import to_hex
+    from matplotlib.patches import Ellipse
+
+    for labels, colours in ((LABELS, set(CLASSES[:3])), (None, {GREY})):
+        axis = picture(maps["plane"], labels).axes[0]
+        drawn = [patch for patch in axis.patches if isinstance(patch, Ellipse)]
+        assert {to_hex(patch.get_edgecolor()).upper() for patch in drawn} == colours
+        assert len(drawn) == 30
+        words = [text.get_text() for text in axis.get_legend().get_texts()]
+        assert {"q(z|x), 1 sd", "1, 2, 3 sd of the prior"} <= set(words)
 
 
 @pytest.mark.parametrize(
