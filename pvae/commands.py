@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from pvae.errors import UserError
-from pvae.flags import DataDir, Device, Run, Trust, takes, whole_numbers
+from pvae.flags import DataDir, Device, Run, Trust, takes
 
 __all__ = ["COMMANDS"]
 
@@ -123,12 +123,13 @@ def sample(
     count: Annotated[int, Flag(help="How many.")] = 64,
     temperature: Annotated[float, Flag(help="Of the prior's noise: below 1, draws nearer to its centre.")] = 1.0,
     draw: DrawX = False,
+    label: Annotated[str | None, Flag(help="Of all rows, for a program that is given labels.")] = None,
 ) -> None:
     """New rows from the prior."""
     from pvae import using
 
     _at_least(count=count)
-    carry_out(lambda asked: using.sample(asked, count, temperature=temperature, draw=draw), total=count)
+    carry_out(lambda asked: using.sample(asked, count, temperature=temperature, draw=draw, label=label), total=count)
 
 
 @takes(use_flags)
@@ -263,11 +264,11 @@ def anomalies(
     from pvae import deciding
 
     chosen = None if score is None else score.split(",")
-    labels = None if anomalous is None else whole_numbers("--anomalous", anomalous, "label", least=0)
+    labels = None if anomalous is None else [word.strip() for word in anomalous.split(",")]
     others = rows == "test" and select is None
     _at_least(samples=samples)
     carry_out(
-        lambda asked: deciding.anomalies(asked, anomalous=labels, chosen=chosen, K=samples, false_alarm=false_alarm),
+        lambda asked: deciding.anomalies(asked, named=labels, chosen=chosen, K=samples, false_alarm=false_alarm),
         rows,
         select,
         total=None,

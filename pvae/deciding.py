@@ -14,12 +14,13 @@ from torch import Tensor
 from pvae import checkpoints, classes, grid, opened, recipe, runs, uses
 from pvae.anomalies import Anomalies
 from pvae.classes import Classified
+from pvae.console import bar
 from pvae.data import Dataset
 from pvae.errors import UserError
 from pvae.opened import WORDS, Chosen, Opened
 from pvae.stats import Estimate, number
 from pvae.stopping import Interrupted
-from pvae.use_pictures import confusions, scores
+from pvae.use_pictures import confusions, scores, strips
 from pvae.used import Use
 from pvae.using import Asked
 
@@ -48,7 +49,7 @@ def with_others(run: Opened, data_folder: str | Path | None = None) -> Chosen:
 def anomalies(
     asked: Asked,
     *,
-    anomalous: Sequence[int] | None = None,
+    named: Sequence[str] | None = None,
     chosen: Sequence[str] | None = None,
     K: int = 16,
     false_alarm: float = 0.05,
@@ -56,7 +57,7 @@ def anomalies(
     """How unlike held-out normal rows the rows are, by each score, and which lie beyond its threshold.
 
     Arguments:
-        anomalous: labels that count as anomalous; unless given those that the run was not trained on, or of a file 1.
+        named: labels that count as anomalous; unless given those that the run was not trained on, or of a file 1.
         chosen: names of the scores.
         K: draws for each row.
         false_alarm: share of normal rows that may be flagged.
@@ -66,10 +67,11 @@ def anomalies(
         own rows, as ``--select`` counts it, -1 for rows of other labels; ``row_of_all`` that among the test rows of all
         labels.
     """
+    anomalous = None if named is None else [_label(asked.run, word) for word in named]
     truth = _anomalous(asked, anomalous)
     reference, scored = _reference(asked, anomalous)
-    named = _named(asked, anomalous)
-    place = (scored & named).nonzero()[:, 0]
+    told_of = _told_of(asked, anomalous)
+    place = (scored & told_of).nonzero()[:, 0]
     rows, truth = asked.rows.at(place), None if truth is None else truth[place]
     found = uses.anomalies(
         *asked.programs,
@@ -82,7 +84,7 @@ def anomalies(
         **asked.options,
     )
     figures = found.figures(truth) if truth is not None and truth.any() and not truth.all() else {}
-    told = _told_anomalies(found, len(reference), rows, truth, int((~named).sum()))
+    told = _told_anomalies(found, len(reference), rows, truth, int((~told_of).sum()))
     arrays: dict[str, Tensor] = {"row": rows.place, **({"row_of_all": place} if rows.where == EVERY else {})}
     arrays |= found.scores | {f"flagged_{name}": found.flagged(name) for name in found.scores}
     arrays |= {f"p_{name}": found.p_values(name) for name in found.scores}
@@ -92,11 +94,17 @@ def anomalies(
         for name, own in found.scores.items()
     }
     figure = scores(drawn, None if truth is None else truth.numpy())
+    if not found.comparable:
+        own, other = (100 * share.mean().item() for share in found.missing)
+        told.append(
+            f"Rows lack {own:.2g}% of their entries, the reference {other:.2g}%; scores add up what is there, so that "
+            "rows with more gaps seem more normal."
+        )
     tables = [_table(found, figures)]
     return Use("anomalies", _plain(arrays), told, tables, figure)
 
 
-def _reference(asked: Asked, anomalous: Sequence[int] | None) -> tuple[Tensor, Tensor]:
+def _reference(asked: Asked, anomalous: Sequence[float] | None) -> tuple[Tensor, Tensor]:
     """Held-out normal rows [R, C], and which of the given rows are none of them, [B].
 
     They are validation rows; where there are none or these are given, test rows that are not given. Where all of these
@@ -117,14 +125,16 @@ def _reference(asked: Asked, anomalous: Sequence[int] | None) -> tuple[Tensor, T
     return held[used], (rows.place < 0) | ~used[rows.place.clamp(min=0)]
 
 
-def _anomalous(asked: Asked, given: Sequence[int] | None) -> Tensor | None:
+def _anomalous(asked: Asked, given: Sequence[float] | None) -> Tensor | None:
     """Which rows are known to be anomalous, [B], if anything is known."""
     only, rows = asked.run.variant.recipe.only, asked.rows
     if given is not None:
         if rows.labels is None:
             raise UserError(f"--anomalous: the {rows.where} have no labels")
         if missing := set(given) - set(rows.labels.tolist()):
-            raise UserError(f"--anomalous: no row has label {min(missing)}; there are {rows.labels.unique().tolist()}")
+            raise UserError(
+                f"--anomalous: no row has label {min(missing):g}; there are {rows.labels.unique().tolist()}"
+            )
         return torch.isin(rows.labels, torch.tensor(list(given)))
     if rows.labels is None:
         return None
@@ -133,7 +143,15 @@ def _anomalous(asked: Asked, given: Sequence[int] | None) -> Tensor | None:
     return rows.labels == 1 if set(rows.labels.tolist()) == {0, 1} and not rows.from_run else None
 
 
-def _named(asked: Asked, anomalous: Sequence[int] | None) -> Tensor:
+def _label(run: Opened, word: str) -> float:
+    """A label as a number: one of the run's, or of a file's own."""
+    try:
+        return float(word) if run.data.label_names is None else run.label_of(word)
+    except ValueError:
+        raise UserError(f"--anomalous: '{word}' is no label; the labels are numbers") from None
+
+
+def _told_of(asked: Asked, anomalous: Sequence[float] | None) -> Tensor:
     """Rows whose kind is told, [B]: where anomalous labels are named, others that the run does not know are neither."""
     only, labels = asked.run.variant.recipe.only, asked.rows.labels
     if anomalous is None or only is None or labels is None:
@@ -228,8 +246,11 @@ def _classified(asked: Asked, found: Classified, temperature: Estimate, held: st
     arrays = {"predicted": kinds[found.predicted], "probability": found.log_probabilities.exp()}
     arrays |= {"log_evidence": found.log_evidence, "row": asked.rows.place}
     labels = asked.rows.labels
+    names = [asked.run.label_name(kind) for kind in kinds.tolist()]
     if labels is None:
-        return Use("classify", _plain(arrays), [*told, "The rows have no labels to judge this by."])
+        figure = strips({"row": asked.x.numpy()}, asked.run.data.shape, [names[y] for y in found.predicted.tolist()])
+        told.append("The rows have no labels to judge this by.")
+        return Use("classify", _with_names(_plain(arrays), found, names), told, figure=figure)
     known = torch.isin(labels, kinds)
     if not known.any():
         raise UserError(f"the {asked.rows.where} have labels that no class model knows; known are {kinds.tolist()}")
@@ -241,8 +262,15 @@ def _classified(asked: Asked, found: Classified, temperature: Estimate, held: st
     lines = [[words, number(plain[name]), number(calibrated[name])] for name, words in FIGURES.items()]
     told.append(f"Accuracy {number(calibrated['accuracy'])}.")
     table = ("Against the labels", ["probabilities", "as they are", "calibrated"], lines)
-    figure = confusions(judged.confusion(y).numpy(), [f"{kind:g}" for kind in kinds.tolist()])
-    return Use("classify", _plain(arrays | {"label": labels}), told, [table], figure)
+    figure = confusions(judged.confusion(y).numpy(), names)
+    return Use("classify", _with_names(_plain(arrays | {"label": labels}), found, names), told, [table], figure)
+
+
+def _with_names(arrays: dict[str, np.ndarray], found: Classified, names: list[str]) -> dict[str, np.ndarray]:
+    """The arrays, with predicted classes in words where the run's labels are words."""
+    if all(name.lstrip("-").replace(".", "").isdigit() for name in names):
+        return arrays
+    return arrays | {"predicted_name": np.array(names)[found.predicted.numpy()]}
 
 
 FIGURES = {
@@ -295,13 +323,34 @@ def class_models(
     cells = grid.cells(own, {"only": [[label] for label in labels]})
     cells = [replace(cell, place=str(label)) for cell, label in zip(cells, labels, strict=True)]
     folder = run.folder / runs.CLASSES / f"{run.name}-{own.epochs}-epochs".replace("/", "_")
-    pool = grid.Pool(device=run.device, data_folder=data_folder, progress=progress, say=say)
     try:
-        found = _fitted(cells, folder, shelf, run.device) or grid.train(cells, folder, shelf, pool, resume=True)
+        found = _fitted(cells, folder, shelf, run.device)
+        if not found:
+            say(f"training a model for each of {len(cells)} classes: {own.epochs} epochs each")
+            found = _trained(cells, folder, shelf, run, data_folder, progress)
     except Interrupted as error:
         words = f"stopped; what is trained is kept in {folder}; the same command goes on"
         raise Interrupted(words, error.signal) from None
     return [(each.built.program.model, each.built.guide) for each in found], data
+
+
+def _trained(
+    cells: list[grid.Cell],
+    folder: Path,
+    shelf: grid.Shelf,
+    run: Opened,
+    data_folder: str | Path | None,
+    progress: bool,
+) -> list[runs.Variant]:
+    """Class models, trained as far as they are not yet."""
+    with bar("classes", len(cells), wanted=progress) as show:
+        begun = iter(range(len(cells)))
+        pool = grid.Pool(
+            device=run.device, data_folder=data_folder, say=lambda line: show(next(begun), line.split(",")[0])
+        )
+        found = grid.train(cells, folder, shelf, pool, resume=True)
+        show(len(cells), "")
+    return found
 
 
 def _fitted(cells: Sequence[grid.Cell], folder: Path, shelf: grid.Shelf, device: str) -> list[runs.Variant]:

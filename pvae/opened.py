@@ -59,6 +59,29 @@ class Opened:
         """Its guide."""
         return self.variant.built.guide
 
+    def label_name(self, label: float) -> str:
+        """A label as the run's data write it: a word, or a number."""
+        names = self.data.label_names
+        return f"{label:g}" if names is None else names[int(label)]
+
+    def label_of(self, word: str) -> float:
+        """The number of a label.
+
+        Raises:
+            UserError: the run's data have none of this name.
+        """
+        kinds = [] if self.data.kinds is None else self.data.kinds.tolist()
+        known = {self.label_name(kind): kind for kind in kinds}
+        if word not in known:
+            raise UserError(f"the run's data have no label '{word}'{nearest(word, known)}")
+        return known[word]
+
+    def labelled(self, rows: Tensor, labels: Tensor) -> Tensor:
+        """Rows with their labels' columns, [B, columns + classes], as a program that is given labels takes them."""
+        assert self.data.kinds is not None  # the columns are theirs
+        hot = torch.nn.functional.one_hot(torch.searchsorted(self.data.kinds, labels), self.data.classes)
+        return torch.cat([rows, hot.to(rows)], 1)
+
     @property
     def columns(self) -> int:
         """Number of a row's own values, without those of its label."""
@@ -257,5 +280,4 @@ def _with_labels(opened: Opened, rows: Tensor, labels: Tensor | None, path: Path
     assert kinds is not None  # the columns are theirs
     if not torch.isin(labels, kinds).all():
         raise UserError(f"{path}: it has a label that the run's data do not have; known are {kinds.tolist()}")
-    hot = torch.nn.functional.one_hot(torch.searchsorted(kinds, labels), opened.data.classes)
-    return torch.cat([rows, hot.to(rows)], 1)
+    return opened.labelled(rows, labels)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
@@ -23,7 +23,7 @@ from pvae.opened import Chosen, Opened
 from pvae.passes import rows_of
 from pvae.sites import base_measure
 from pvae.stats import Estimate, mean_se, number
-from pvae.use_pictures import ACROSS, sheets, strips
+from pvae.use_pictures import sheets, strips
 from pvae.used import Use
 
 __all__ = [
@@ -92,16 +92,35 @@ def reconstruct(asked: Asked, *, K: int = 8) -> Use:
     return _use("reconstruct", {"x": found, "row": asked.rows.place}, told, strips(_arrays(lines), _shape(asked)))
 
 
-def sample(asked: Asked, count: int, *, temperature: float = 1.0, draw: bool = False) -> Use:
-    """New rows from the prior; the rows given say of what shape, and bring the labels that a program takes."""
+def sample(asked: Asked, count: int, *, temperature: float = 1.0, draw: bool = False, label: str | None = None) -> Use:
+    """New rows from the prior, for a program that is given labels all of one ``label``, else those of the rows."""
     check_room(asked, count, f"--count {count}")
-    like = asked.rows.x.repeat(-(-count // len(asked.rows.x)), 1)[:count]
+    like, labels = _beside(asked, count, None if label is None else torch.tensor([asked.run.label_of(label)] * count))
     found = uses.sample(asked.run.model, like, temperature=temperature, draw=draw, **asked.options)
     what = "draws of p(x|z)" if draw else "means of p(x|z)"
     told = [f"{count} {what} at z from the prior, temperature {temperature:g}, seed {asked.seed}."]
+    if label is None and labels:
+        told.append(f"They have the labels of the {asked.rows.where}, in their order; --label gives all the same.")
     if asked.run.guide.family.point_mass:
         told.append("The run's codes are points, which need not follow the prior: its draws need not look like data.")
-    return _use("sample", {"x": found}, told, sheets(_arrays({what: found[:96]}), _shape(asked)))
+    return _use("sample", {"x": found} | labels, told, sheets(_arrays({what: found}), _shape(asked)))
+
+
+def _beside(asked: Asked, count: int, labels: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+    """What new rows are given beside their latents [count, C]: labels, if the program takes any, and these by name.
+
+    Arguments:
+        labels: of the new rows, [count]; those of the rows at hand, in their order, unless given.
+    """
+    run, rows = asked.run, asked.rows
+    which = torch.arange(count) % len(rows.x)
+    if not run.data.classes:
+        if labels is not None:
+            raise UserError("the run's program takes no labels; fit one that does, as models/conditional-digits.toml")
+        return rows.x[which], {}
+    labels = rows.labels[which] if labels is None and rows.labels is not None else labels
+    assert labels is not None  # of every row of data whose program takes them
+    return run.labelled(rows.x[which, : run.columns], labels), {"label": labels}
 
 
 def interpolate(asked: Asked, *, steps: int = 9, how: str = "linear") -> Use:
@@ -117,8 +136,7 @@ def interpolate(asked: Asked, *, steps: int = 9, how: str = "linear") -> Use:
         f"A {how} path of {len(found.x)} codes through {_count(asked)}; from one to the next a value moves by "
         f"{moved.mean():.3g} (root mean square), at most {moved.max():.3g}."
     ]
-    shown = dict(list(legs.items())[:8])
-    figure = sheets(_arrays(shown), _shape(asked), per_line=steps + 1)
+    figure = sheets(_arrays(legs), _shape(asked), per_line=steps + 1)
     return _use("interpolate", {"x": found.x, "z": found.z, "at": found.at}, told, figure)
 
 
@@ -183,17 +201,20 @@ def _bits(asked: Asked, both: Tensor) -> str:
 
 
 def decode(asked: Asked, path: Path, *, draw: bool = False) -> Use:
-    """Codes of a file to rows."""
+    """Codes of a file to rows; where the program is given labels, under those that the file has."""
     z = _codes(path, _dim(asked.run))
-    beside = asked.rows.x.repeat(-(-len(z) // len(asked.rows.x)), 1)[: len(z)]
+    own = _named(path, ("label",)) if asked.run.data.classes else None
+    beside, labels = _beside(asked, len(z), None if own is None else torch.from_numpy(np.array(own)))
     found = uses.decode(*asked.programs, z, beside, draw=draw, **asked.options)
     told = [f"{len(z)} codes of {path.name} decoded to {'draws' if draw else 'means'} of p(x|z)."]
-    return _use("decode", {"x": found}, told, sheets(_arrays({told[0]: found[:96]}), _shape(asked)))
+    if labels:
+        told.append(f"Labels are those of {path.name if own is not None else asked.rows.where + ', in their order'}.")
+    return _use("decode", {"x": found} | labels, told, sheets(_arrays({told[0]: found}), _shape(asked)))
 
 
 def _codes(path: Path, dim: int) -> np.ndarray:
     """Codes [B, D] of a file: of ``encode``, or any table of D columns."""
-    known = _named_codes(path) if path.suffix == ".npz" else None
+    known = _named(path, ("mean", "z"))
     found = np.array(read_table(path)["x_train"] if known is None else known)  # not a memory map, which none may write
     if path.suffix == ".csv":
         first = path.read_text(encoding="utf-8").split("\n", 1)[0].replace('"', "")
@@ -206,10 +227,12 @@ def _codes(path: Path, dim: int) -> np.ndarray:
     return found
 
 
-def _named_codes(path: Path) -> np.ndarray | None:
-    """The codes in an archive of ``encode`` or ``interpolate``; None where it is neither's."""
+def _named(path: Path, names: Sequence[str]) -> np.ndarray | None:
+    """The first of these arrays that an archive of a use has; None where it has none, or is no archive."""
+    if path.suffix != ".npz":
+        return None
     with suppress(Exception), np.load(path, allow_pickle=False) as archive:  # read_table says what is wrong with it
-        return next((archive[name] for name in ("mean", "z") if name in archive.files), None)
+        return next((archive[name] for name in names if name in archive.files), None)
     return None
 
 
@@ -349,7 +372,7 @@ def _labelled(asked: Asked) -> dict[str, Tensor]:
 
 
 def _arrays(lines: dict[str, Tensor]) -> dict[str, np.ndarray]:
-    return {name: values[: 8 * ACROSS].detach().cpu().double().numpy() for name, values in lines.items()}
+    return {name: values.detach().cpu().numpy() for name, values in lines.items()}
 
 
 def _use(verb: str, arrays: dict[str, Tensor], told: list[str], figure: Any) -> Use:

@@ -279,7 +279,7 @@ MISTAKES = {
     "rare alarm": ("anomalies RUN --false-alarm 0.001", "rows"),
     "score": ("anomalies RUN --score evidense", "did you mean 'evidence'?"),
     "anomalous": ("anomalies RUN --anomalous 99", "--anomalous: no row has label 99"),
-    "anomalous words": ("anomalies RUN --anomalous seven", "whole numbers separated by commas"),
+    "anomalous words": ("anomalies RUN --anomalous seven", "--anomalous: 'seven' is no label"),
     "broken file": ("reconstruct RUN broken.npz", "not a readable .npz file"),
     "broken codes": ("decode RUN broken.npz", "not a readable .npz file"),
     "codes": ("decode RUN narrow.npy", "the codes have shape (12, 63), but 2 columns are needed"),
