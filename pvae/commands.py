@@ -74,6 +74,7 @@ def use_flags(
         with matplotlib.rc_context(STYLE), ExitStack() as stack:
             show = partial(bar, "rows", len(chosen.x) if total == OF_ROWS else total)
             made = make(Asked(own, chosen, seed, _counted(stack, show), data_dir))
+            made.columns = own.data.columns
             about = {"variant": own.name, "fitted": fingerprint(own.variant), "shape": own.data.shape}
             used.save(made, *outs)
             written = outs or used.keep(made, run, about)

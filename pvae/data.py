@@ -56,6 +56,7 @@ class Dataset:
         means: of each column's training values, [D], where NaN marks entries that are missing; None where none may be.
         only: the labels of which these are all rows; None for all labels.
         label_names: the words that the labels number, if they are words in the file.
+        columns: names of the columns, if the file has any.
     """
 
     name: str
@@ -71,6 +72,7 @@ class Dataset:
     means: Tensor | None = None
     only: tuple[int, ...] | None = None
     label_names: tuple[str, ...] | None = None
+    columns: tuple[str, ...] | None = None
 
     @property
     def missing(self) -> bool:
@@ -289,6 +291,7 @@ def _resident(
         classes=classes,
         only=None if only is None else tuple(sorted(set(only))),
         label_names=names,
+        columns=tuple(map(str, rows["columns"])) if "columns" in rows else None,
     )
 
 

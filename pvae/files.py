@@ -77,8 +77,8 @@ def read_table(path: Path) -> dict[str, np.ndarray]:
 
     Returns:
         Arrays ``x_train`` and, where the file has them, ``y_train``, ``x_test``, ``y_test``: an .npz file may have
-        arrays of these names, or ``x`` and ``y``; a .csv or .parquet may have a column ``label``. That of an .npy
-        file is a memory map, read when it is indexed.
+        arrays of these names, or ``x`` and ``y``; a .csv or .parquet may have a column ``label``, and its columns'
+        names are ``columns``. That of an .npy file is a memory map, read when it is indexed.
 
     Raises:
         UserError: no such file, unknown format, truncated, pickled, empty, ragged or not numeric.
@@ -145,7 +145,8 @@ def _read_csv(path: Path) -> dict[str, np.ndarray]:
     if not header and not all(map(_is_number, first)):
         wrong = next(cell for cell in first if not _is_number(cell))
         raise UserError(f"{path}: the first line mixes numbers with '{wrong}', so it neither names columns nor is data")
-    return _columns(path, csv.read_csv(path, read_options=csv.ReadOptions(autogenerate_column_names=not header)))
+    found = _columns(path, csv.read_csv(path, read_options=csv.ReadOptions(autogenerate_column_names=not header)))
+    return found if header else {name: values for name, values in found.items() if name != "columns"}
 
 
 def _read_parquet(path: Path) -> dict[str, np.ndarray]:
@@ -167,6 +168,7 @@ def _columns(path: Path, table: Any) -> dict[str, np.ndarray]:
     if not names or not table.num_rows:
         raise UserError(f"{path}: no rows of numbers in it")
     found = {"x_train": np.column_stack([table.column(name).to_numpy().astype(np.float64) for name in names])}
+    found["columns"] = np.array(names)
     if "label" in table.column_names:
         found["y_train"] = table.column("label").to_numpy()
     return found

@@ -225,6 +225,8 @@ def _from_file(opened: Opened, path: Path, raw: bool, missing: bool) -> Chosen:
     if not x.size:
         raise UserError(f"{path}: there are no rows in it, or no values in them")
     flat = x.reshape(len(x), -1) if x.ndim > 1 else x.reshape(1, -1)
+    if (names := opened.data.columns) and "columns" in table:
+        flat = flat[:, _order(path, names, table["columns"].tolist())]
     if flat.shape[1] != opened.columns:
         shape = " x ".join(map(str, opened.data.shape))
         raise UserError(f"{path}: rows have {flat.shape[1]} columns, but the run's have {opened.columns} ({shape})")
@@ -241,6 +243,15 @@ def _from_file(opened: Opened, path: Path, raw: bool, missing: bool) -> Chosen:
     if opened.data.classes:
         rows = _with_labels(opened, rows, labels, path)
     return Chosen(rows, labels, None, f"rows of {path.name}", torch.arange(len(rows)))
+
+
+def _order(path: Path, names: Sequence[str], there: list[str]) -> list[int]:
+    """Where a file has the run's columns; others of it, as those beside what was imputed, are left alone."""
+    if lacking := [name for name in names if name not in there]:
+        raise UserError(
+            f"{path}: it has no column '{lacking[0]}', which the run's data have{nearest(lacking[0], there)}"
+        )
+    return [there.index(name) for name in names]
 
 
 def _check_support(opened: Opened, x: Tensor, path: Path) -> None:

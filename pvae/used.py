@@ -48,6 +48,7 @@ class Use:
         figure: a picture.
         page: a self-contained page that one can move in.
         aside: names of arrays that are not about the rows, and so never columns.
+        columns: names of the data's columns, if they have any.
     """
 
     verb: str
@@ -57,6 +58,7 @@ class Use:
     figure: Figure | None = None
     page: str = ""
     aside: Collection[str] = ()
+    columns: Sequence[str] | None = None
 
 
 def check_outputs(outs: Sequence[Path], overwrite: bool, *, page: bool = True) -> None:
@@ -102,7 +104,8 @@ def _write(use: Use, path: Path) -> None:
         elif path.suffix == ".npy":
             np.save(file, next(iter(use.arrays.values())))
         elif path.suffix == ".csv":
-            _write_csv(file, {name: values for name, values in use.arrays.items() if name not in use.aside})
+            shown = {name: values for name, values in use.arrays.items() if name not in use.aside}
+            _write_csv(file, shown, use.columns)
         else:
             file.write(use.page.encode() if path.suffix == ".html" else _picture(use))
 
@@ -114,8 +117,11 @@ def _picture(use: Use) -> bytes:
     return file.getvalue()
 
 
-def _write_csv(file: Any, arrays: Mapping[str, np.ndarray]) -> None:
-    """Columns of all arrays that have a row for each row of the first; a table's columns are numbered."""
+def _write_csv(file: Any, arrays: Mapping[str, np.ndarray], names: Sequence[str] | None) -> None:
+    """Columns of all arrays that have a row for each row of the first.
+
+    Those of a table are numbered, but those of x are the data's own, so that the file may stand for the data's.
+    """
     import pyarrow as pa
     from pyarrow import csv
 
@@ -124,7 +130,10 @@ def _write_csv(file: Any, arrays: Mapping[str, np.ndarray]) -> None:
         if values.ndim == 1 and len(values) == rows:
             columns[name] = values
         elif values.ndim == 2 and len(values) == rows:
-            columns |= {f"{name}{place}": values[:, place] for place in range(values.shape[1])}
+            own = names if names and len(names) == values.shape[1] else None
+            for place in range(values.shape[1]):
+                told = f"{name}{place}" if own is None else own[place] if name == "x" else f"{name}_{own[place]}"
+                columns[told] = values[:, place]
     csv.write_csv(pa.table({name: np.ascontiguousarray(values) for name, values in columns.items()}), file)
 
 

@@ -47,7 +47,9 @@ def test_a_table_comes_back_as_it_was_written(tmp_path, suffix, write, labels):
     path = tmp_path / f"rows{suffix}"
     write(path)
     found = read_table(path)
+    names = found.pop("columns", None)
     assert sorted(found) == ["x_train", "y_train"][: 1 + labels]
+    assert names is None or names.tolist() == ["a", "b", "c"]
     np.testing.assert_array_equal(found["x_train"], X)
     if labels:
         np.testing.assert_array_equal(found["y_train"], Y)

@@ -360,3 +360,22 @@ def test_labels_become_columns_where_the_program_takes_them(labelled, tmp_path):
 
 def test_the_module_lists_the_words_that_it_knows():
     assert tuple(opened.WORDS) == ("test", "train", "validation")
+
+
+def test_columns_are_known_by_their_names(tmp_path):
+    rows = np.random.default_rng(0).normal(size=(40, 3)).round(3)
+
+    def table(name, order, more=()):
+        path = tmp_path / name
+        lines = [",".join([*(("a", "b", "c")[c] for c in order), *more])]
+        lines += [",".join([*(f"{row[c]}" for c in order), *("9" for _ in more)]) for row in rows]
+        path.write_text("\n".join(lines))
+        return path
+
+    data = load(str(table("rows.csv", (0, 1, 2))))
+    run = replace(open_run(run_of(FIT)), data=data)
+    assert data.columns == ("a", "b", "c")
+    for path in (table("turned.csv", (2, 0, 1)), table("wider.csv", (0, 1, 2), more=("sd_a", "row"))):
+        np.testing.assert_array_equal(opened._from_file(run, path, True, False).x.numpy(), rows.astype(np.float32))
+    with pytest.raises(UserError, match="it has no column 'b', which the run's data have"):
+        opened._from_file(run, table("lacking.csv", (0, 2)), True, False)
