@@ -49,7 +49,7 @@ def test_a_table_comes_back_as_it_was_written(tmp_path, suffix, write, labels):
     found = read_table(path)
     names = found.pop("columns", None)
     assert sorted(found) == ["x_train", "y_train"][: 1 + labels]
-    assert names is None or names.tolist() == ["a", "b", "c"]
+    assert names is None or len(set(names)) == X.shape[1]
     np.testing.assert_array_equal(found["x_train"], X)
     if labels:
         np.testing.assert_array_equal(found["y_train"], Y)
