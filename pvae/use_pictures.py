@@ -202,8 +202,7 @@ def _histogram(axis: Any, kinds: Mapping[str, np.ndarray], threshold: float) -> 
 
 def confusions(counts: np.ndarray, names: Sequence[str]) -> Figure:
     """A confusion matrix: how many rows of each class were taken for each."""
-    size = min(1.6 + 0.42 * len(names), 8.0)
-    figure, (axis,) = framed(1, width=size, height=size)
+    figure, (axis,) = framed(1, width=WIDTH, height=min(1.2 + 0.34 * len(names), 7.0))
     shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
     axis.imshow(shares, cmap="Blues", vmin=0, vmax=1)
     for row, column in np.ndindex(*counts.shape):
