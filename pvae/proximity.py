@@ -36,19 +36,25 @@ class Proximity:
         rows: distance of each row's reconstruction, the mean of p(x|z) at its code, from the nearest training row, [B].
         prior: the same for draws z from the prior, [S].
         between: the same for points halfway between two random rows' codes, [S].
+        rows_apart, prior_apart: squared distance of each reconstruction, and of each prior draw's image, from the mean
+            of its kind, [B] and [S].
     """
 
     step: Tensor
     rows: Tensor
     prior: Tensor
     between: Tensor
+    rows_apart: Tensor
+    prior_apart: Tensor
 
     def figures(self, *, seed: int = 0) -> dict[str, Estimate]:
-        """``step``, ``roughness``, ``vacuum_prior`` and ``vacuum_between``, with their standard errors.
+        """``step``, ``roughness``, ``vacuum_prior``, ``vacuum_between`` and ``variety``, with their standard errors.
 
         ``roughness`` is the step at the 95th percentile of the codes over that of the median code: 1 where the decoder
         is equally steep at all codes. The vacuums are the shares of prior draws, and of midpoints, that decode to
         something farther from every training row than 95% of the test rows' reconstructions are; data have 0.05.
+        A blur is near to everything, and so no vacuum: ``variety`` is the spread of prior draws' images (root mean
+        square distance from their mean) over that of the reconstructions, near 1 where the prior gives what data do.
         Errors but the step's are of a bootstrap over rows and draws, the threshold's own error included.
 
         Arguments:
@@ -57,7 +63,8 @@ class Proximity:
         random = torch.Generator().manual_seed(seed)
         shares = {"vacuum_prior": (self.rows, self.prior), "vacuum_between": (self.rows, self.between)}
         found = {"step": mean_se(self.step), "roughness": _bootstrapped(_roughness, (self.step,), random)}
-        return found | {name: _bootstrapped(_vacuum, samples, random) for name, samples in shares.items()}
+        found |= {name: _bootstrapped(_vacuum, samples, random) for name, samples in shares.items()}
+        return found | {"variety": _bootstrapped(_variety, (self.rows_apart, self.prior_apart), random)}
 
 
 def _roughness(step: Tensor) -> Tensor:
@@ -66,6 +73,10 @@ def _roughness(step: Tensor) -> Tensor:
 
 def _vacuum(rows: Tensor, others: Tensor) -> Tensor:
     return (others > rows.quantile(1 - SHARE)).double().mean()
+
+
+def _variety(rows: Tensor, prior: Tensor) -> Tensor:
+    return (prior.mean() / rows.mean()).sqrt()
 
 
 def _bootstrapped(statistic: Callable[..., Tensor], samples: tuple[Tensor, ...], random: torch.Generator) -> Estimate:
@@ -127,11 +138,14 @@ def proximity(
     pairs = torch.stack([torch.randperm(len(rows), generator=random)[:2] for _ in range(draws)])
     images = _decoded(model, guide, codes, rows)
     middle = _decoded(model, guide, codes[pairs].mean(1), rows[pairs[:, 0]])
+    prior = _from_prior(model, rows[torch.arange(draws) % len(rows)], seed)
     return Proximity(
         step=_steps(model, guide, codes, rows, images, random),
         rows=_nearest(images, known),
-        prior=_nearest(_from_prior(model, rows[torch.arange(draws) % len(rows)], seed), known),
+        prior=_nearest(prior, known),
         between=_nearest(middle, known),
+        rows_apart=(images - images.mean(0)).square().mean(1),
+        prior_apart=(prior - prior.mean(0)).square().mean(1),
     )
 
 

@@ -83,6 +83,7 @@ SPACE = {
     "roughness": "steepest 5% of codes, times the median",
     "vacuum_prior": "prior draws far from data (data: 0.05)",
     "vacuum_between": "midpoints of codes far from data (0.05)",
+    "variety": "spread of prior draws over reconstructions' (1)",
 }
 
 # Variants beyond which they stand one below the other on a terminal.

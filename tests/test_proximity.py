@@ -76,6 +76,7 @@ def test_the_scale_of_the_latent_space_is_no_matter():
     assert found[0]["vacuum_between"].mean == pytest.approx(found[1]["vacuum_between"].mean, abs=0.01)
     # Prior draws are near the codes of the first and all at the centre of the second's.
     assert found[0]["vacuum_prior"].mean > found[1]["vacuum_prior"].mean
+    assert found[1]["variety"].mean == pytest.approx(found[0]["variety"].mean / 100, rel=1e-3)
 
 
 def test_a_steep_place_makes_a_decoder_rough():
@@ -97,6 +98,7 @@ def test_where_the_model_is_right_there_is_no_vacuum():
     # Shares of 1,000 draws beyond a quantile of 1,000 rows: the error of both is 0.0097 where p = 0.05.
     assert 0.006 < vacuum.se < 0.014
     assert abs(vacuum.mean - 0.05) < 4.5 * vacuum.se
+    assert abs(found["variety"].mean - 1) < 4.5 * found["variety"].se < 0.2
 
 
 def test_codes_that_the_prior_does_not_know_leave_a_vacuum():
@@ -108,6 +110,7 @@ def test_codes_that_the_prior_does_not_know_leave_a_vacuum():
     # Beyond 4 standard deviations of the codes: exp(-0.4^2 / 2) = 0.92 of the draws.
     assert found["vacuum_prior"].mean > 0.85
     assert found["vacuum_between"].mean < 0.1
+    assert abs(found["variety"].mean - 10) < 4.5 * found["variety"].se < 2
 
 
 def test_a_hole_between_codes_is_seen_halfway():

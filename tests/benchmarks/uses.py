@@ -140,6 +140,7 @@ def latent_space(case: Case) -> Table:
         "roughness": "steepest 5% of codes, times the median",
         "vacuum_prior": "prior draws far from data",
         "vacuum_between": "midpoints of codes far from data",
+        "variety": "spread of prior draws over reconstructions'",
     }
     lines = []
     for name, built in (("VAE", case.vae), ("autoencoder", case.autoencoder)):
