@@ -163,7 +163,7 @@ def denoising(case: Case) -> Table:
     took = time.perf_counter() - begin
     plain = uses.reconstruct(built.program.model, built.guide, y, K=8)
     fits = {
-        f"VAE, posterior mean ({1e3 * took / len(x):.2g} ms per row)": own,
+        f"VAE, posterior mean ({1e3 * took / len(x):.3g} ms per row)": own,
         "VAE, noisy row through the encoder": plain,
         "y > 0.5": (y > 0.5).float(),
         f"PCA, {case.dim} components": peers.through_pca(case.train, y, case.dim),
