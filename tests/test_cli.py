@@ -133,8 +133,9 @@ def test_results_follow_their_schema(compared):
         assert row.keys() == {
             *("name", "guide", "settings", "program", "family", "likelihood", "prior", "network", "objective"),
             *("latent", "parameters", "epochs", "history", "seeds", "fitted", "train", "test"),
-            *("seconds", "evaluation_seconds"),
+            *("seconds", "evaluation_seconds", "latent_space"),
         }
+        assert row["latent_space"].keys() == {"step", "roughness", "vacuum_prior", "vacuum_between", "variety"}
         assert (row["latent"], row["seeds"], row["family"]) == (2, [0], "DiagonalNormal")
         assert row["parameters"]["local"] == (1438 * 4 if row["guide"] == "PerDatapoint" else 0)
         for split in ("train", "test"):

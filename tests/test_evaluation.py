@@ -11,15 +11,14 @@ from oracles import LinearGaussian
 from torch import Tensor, nn
 
 from pvae import evaluation, runtime
+from pvae.coding import reconstruct, sample
 from pvae.errors import UserError
 from pvae.evaluation import (
     Budget,
     Evaluation,
     bounds,
     evaluate,
-    reconstruct,
     refinement_curve,
-    sample,
 )
 from pvae.families import Delta, DiagonalNormal, FullRankNormal
 from pvae.guides import Amortized, Guide, PerDatapoint, local_bound
