@@ -468,9 +468,10 @@ def test_samples_have_the_priors_mean_and_covariance(oracle):
 
 
 def test_a_program_without_a_picture_is_refused(oracle):
-    def model(x, index=None):
-        with pyro.plate("data", len(x), dim=-1):
-            pyro.sample("x", dist.Normal(0.0, 1.0), obs=x[:, 0])
+    class Flat(runtime.LocalModule):
+        def forward(self, x, index=None):
+            with pyro.plate("data", len(x), dim=-1):
+                pyro.sample("x", dist.Normal(0.0, 1.0), obs=x[:, 0])
 
     with pytest.raises(UserError, match="observes no site of the data's shape"):
-        sample(model, oracle.sample(3))
+        sample(Flat(), oracle.sample(3))
