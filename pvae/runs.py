@@ -23,7 +23,7 @@ from pvae.runtime import pick_device, seeded, unchecked
 from pvae.support import check_support
 from pvae.training import Fit, check_budget, fit
 
-__all__ = ["Variant", "check", "fingerprint", "load", "parameters", "place", "prepare", "train", "unfinished"]
+__all__ = ["Variant", "check", "fingerprint", "fitted", "load", "parameters", "place", "prepare", "train", "unfinished"]
 
 FILES = (
     "recipe.toml",
@@ -132,7 +132,14 @@ def train(
 ) -> Variant:
     """Fit a resolved recipe in its prepared folder."""
     built = build(own, data)
-    report = fit(
+    there = resume and (folder / checkpoints.FILE).is_file()
+    report = fitted(own, built, data, device=device, folder=folder, resume=there, progress=progress)
+    return Variant(own, built, report)
+
+
+def fitted(own: Recipe, built: Built, data: Dataset, **options: Any) -> Fit:
+    """Fit what a resolved recipe builds, by its budget; ``options`` are those of :func:`pvae.training.fit`."""
+    return fit(
         built.program.model,
         built.guide,
         data,
@@ -144,12 +151,8 @@ def train(
         engine=own.engine,
         precision=own.precision,
         seed=own.seed,
-        device=device,
-        folder=folder,
-        resume=resume and (folder / checkpoints.FILE).is_file(),
-        progress=progress,
+        **options,
     )
-    return Variant(own, built, report)
 
 
 def load(folder: Path, data: Dataset, *, device: str = "auto", trust: bool = False) -> Variant:

@@ -18,14 +18,15 @@ from sklearn.utils import check_array, check_random_state
 from sklearn.utils.validation import check_is_fitted, validate_data
 from torch import Tensor
 
-from pvae import coding, components, training
-from pvae.building import Built, build
+from pvae import coding, components
+from pvae.building import build
 from pvae.data import Dataset
 from pvae.errors import Refused, UserError, positive
 from pvae.families import Delta
 from pvae.guides import Guide, given, local_bound
 from pvae.passes import Rows, by_rows, moments
 from pvae.recipe import Recipe, check_value, resolve
+from pvae.runs import fitted
 from pvae.runtime import seeded
 from pvae.sites import find_sites
 from pvae.stopping import Interrupted
@@ -147,27 +148,11 @@ class VAE(ClassNamePrefixFeaturesOutMixin, TransformerMixin, DensityMixin, BaseE
             data = whole if recipe.patience is None else _held_out(whole, self.validation_fraction, recipe.seed)
             built = build(recipe, data)
             _check_values(built.program.model, whole)
-            found = self._train(recipe, built, data)
+            found = fitted(recipe, built, data, device=self.device, progress=bool(self.verbose))
         self.model_, self.guide_, self.recipe_ = built.program.cpu().double(), built.guide.cpu().double(), recipe
         self.history_, self.n_iter_ = found.history, len(found.history)
         self._tie()
         return self
-
-    def _train(self, recipe: Recipe, built: Built, data: Dataset) -> training.Fit:
-        return training.fit(
-            built.program.model,
-            built.guide,
-            data,
-            epochs=recipe.epochs or 0,
-            batch_size=recipe.batch_size,
-            learning_rate=recipe.learning_rate or 0.0,
-            objective=built.objective,
-            patience=recipe.patience,
-            seed=recipe.seed,
-            device=self.device,
-            engine=recipe.engine,
-            progress=bool(self.verbose),
-        )
 
     def transform(self, X: Any) -> np.ndarray:
         """Codes of the rows X [N, M]: means of q(z|x), [N, D]; those of draws for a family that states none."""
