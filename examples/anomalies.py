@@ -7,16 +7,16 @@ import sys
 
 import torch
 
-from pvae import uses
-from pvae.data import load
-from pvae.families import DiagonalNormal
-from pvae.generative import VAE
-from pvae.guides import Amortized
-from pvae.likelihoods import Bernoulli
-from pvae.networks import MLP
-from pvae.priors import StandardNormal
+from pvae import applications
+from pvae.data.loading import load
+from pvae.generative.likelihoods import Bernoulli
+from pvae.generative.networks import MLP
+from pvae.generative.priors import StandardNormal
+from pvae.generative.vae import VAE
+from pvae.inference.families import DiagonalNormal
+from pvae.inference.guides import Amortized
 from pvae.stats import number
-from pvae.training import fit
+from pvae.training.loop import fit
 
 epochs = int(sys.argv[1]) if len(sys.argv) > 1 else 150
 every = load("digits", binarize="threshold", validation_size=0.2)
@@ -29,7 +29,7 @@ for out in (1, 4):
     fit(vae.model, guide, data, epochs=epochs, learning_rate=2e-3)
 
     # Thresholds come from normal rows that nothing was fitted to: 5% of such rows exceed them, whatever the score.
-    found = uses.anomalies(vae.model, guide, every.test, reference=data.validation, false_alarm=0.05)
+    found = applications.anomalies(vae.model, guide, every.test, reference=data.validation, false_alarm=0.05)
     figures = found.figures(every.test_labels == out)
     print(f"fitted without {out}; thresholds that a share {number(found.expected)} of fresh normal rows exceeds")
     for name in found.scores:

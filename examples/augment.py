@@ -9,16 +9,16 @@ import torch
 from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
 
-from pvae import uses
-from pvae.data import load
-from pvae.families import DiagonalNormal
-from pvae.generative import VAE
-from pvae.guides import Amortized
-from pvae.likelihoods import Gaussian
-from pvae.networks import MLP
-from pvae.priors import StandardNormal
+from pvae import applications
+from pvae.data.loading import load
+from pvae.generative.likelihoods import Gaussian
+from pvae.generative.networks import MLP
+from pvae.generative.priors import StandardNormal
+from pvae.generative.vae import VAE
+from pvae.inference.families import DiagonalNormal
+from pvae.inference.guides import Amortized
 from pvae.stats import mean_se, number
-from pvae.training import fit
+from pvae.training.loop import fit
 
 epochs = int(sys.argv[1]) if len(sys.argv) > 1 else 200
 data = load("digits")
@@ -36,7 +36,7 @@ for draw in range(10):  # other labelled rows each time
     for name, classifier in classifiers.items():
         alone[name].append(100 * classifier.fit(x, y).score(data.test, data.test_labels))
     for (name, spread), gained in gains.items():
-        new = uses.augment(vae.model, guide, x, which, per_row=10, spread=spread, seed=draw)
+        new = applications.augment(vae.model, guide, x, which, per_row=10, spread=spread, seed=draw)
         classifiers[name].fit(torch.cat([x, new.x]), torch.cat([y, y[new.row]]))
         gained.append(100 * classifiers[name].score(data.test, data.test_labels) - alone[name][-1])
 

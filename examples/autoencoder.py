@@ -7,18 +7,18 @@ import sys
 
 import torch
 
-from pvae import uses
-from pvae.data import load
-from pvae.families import Delta, DiagonalNormal
-from pvae.generative import VAE
-from pvae.guides import Amortized
-from pvae.likelihoods import Gaussian
-from pvae.networks import MLP
-from pvae.objectives import ELBO
-from pvae.priors import StandardNormal
-from pvae.proximity import proximity
+from pvae import applications
+from pvae.data.loading import load
+from pvae.diagnostics.latent_geometry import proximity
+from pvae.generative.likelihoods import Gaussian
+from pvae.generative.networks import MLP
+from pvae.generative.priors import StandardNormal
+from pvae.generative.vae import VAE
+from pvae.inference.families import Delta, DiagonalNormal
+from pvae.inference.guides import Amortized
 from pvae.stats import mean_se, number
-from pvae.training import fit
+from pvae.training.loop import fit
+from pvae.training.objectives import ELBO
 
 epochs = int(sys.argv[1]) if len(sys.argv) > 1 else 200
 data, D = load("digits"), 8
@@ -30,7 +30,7 @@ for name, (family, objective) in kinds.items():
     guide = Amortized(MLP(64, family.size, hidden=[128]), family)
     fit(vae.model, guide, data, epochs=epochs, learning_rate=2e-3, objective=objective)
 
-    codes = uses.encode(vae.model, guide, data.test)
+    codes = applications.encode(vae.model, guide, data.test)
     found = proximity(vae.model, guide, data.test, data.train)
     figures = found.figures()
     print(f"{name}: error of rebuilt test rows {number(mean_se(codes.error.sqrt()))} (root mean square over pixels)")

@@ -7,17 +7,17 @@ import sys
 
 import torch
 
-from pvae import uses
-from pvae.classes import calibrated
-from pvae.data import load
-from pvae.families import DiagonalNormal
-from pvae.generative import VAE
-from pvae.guides import Amortized
-from pvae.likelihoods import Bernoulli
-from pvae.networks import MLP
-from pvae.priors import StandardNormal
+from pvae import applications
+from pvae.applications.classification import calibrated
+from pvae.data.loading import load
+from pvae.generative.likelihoods import Bernoulli
+from pvae.generative.networks import MLP
+from pvae.generative.priors import StandardNormal
+from pvae.generative.vae import VAE
+from pvae.inference.families import DiagonalNormal
+from pvae.inference.guides import Amortized
 from pvae.stats import mean_se, number
-from pvae.training import fit
+from pvae.training.loop import fit
 
 epochs = int(sys.argv[1]) if len(sys.argv) > 1 else 60
 data = load("digits", binarize="threshold", validation_size=0.2)
@@ -31,9 +31,9 @@ for digit in range(10):
     models.append((vae.model, guide))
 
 # Rows that nothing was fitted to tell how much the evidence overstates: the temperature T divides it.
-held = uses.classify(models, data.validation, K=64)
+held = applications.classify(models, data.validation, K=64)
 T = calibrated(held.log_evidence, data.validation_labels)
-found = uses.classify(models, data.test, K=64, seed=1)
+found = applications.classify(models, data.test, K=64, seed=1)
 print(f"{len(data.test)} test rows; temperature {number(T)} from {len(data.validation)} validation rows")
 for name, at in {"as they are": found, "calibrated": found.at(T.mean)}.items():
     own = at.figures(data.test_labels)

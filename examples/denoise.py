@@ -7,17 +7,17 @@ import sys
 
 import torch
 
-from pvae import uses
-from pvae.data import load
-from pvae.families import DiagonalNormal
-from pvae.generative import VAE
-from pvae.guides import Amortized
-from pvae.likelihoods import Gaussian
-from pvae.networks import MLP
-from pvae.noise import GaussianNoise
-from pvae.priors import StandardNormal
+from pvae import applications
+from pvae.data.loading import load
+from pvae.generative.likelihoods import Gaussian
+from pvae.generative.networks import MLP
+from pvae.generative.noise import GaussianNoise
+from pvae.generative.priors import StandardNormal
+from pvae.generative.vae import VAE
+from pvae.inference.families import DiagonalNormal
+from pvae.inference.guides import Amortized
 from pvae.stats import mean_se, number
-from pvae.training import fit
+from pvae.training.loop import fit
 
 epochs = int(sys.argv[1]) if len(sys.argv) > 1 else 200
 data = load("digits")
@@ -30,8 +30,8 @@ x = data.test[:200]
 for scale in (0.1, 0.3, 0.5):
     noise = GaussianNoise(scale=scale)
     y = noise.added(x)
-    found = uses.denoise(vae.model, guide, y, noise)
-    passed = uses.reconstruct(vae.model, guide, y, K=20)
+    found = applications.denoise(vae.model, guide, y, noise)
+    passed = applications.reconstruct(vae.model, guide, y, K=20)
     told = {"seen": y, "encoded and decoded": passed, "denoised": found.x}
     errors = [f"{name} {number(mean_se((each - x).square().mean(1).sqrt()))}" for name, each in told.items()]
     inside = 100 * ((found.x - x).abs() < 1.645 * found.sd).double().mean(1)

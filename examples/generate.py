@@ -7,16 +7,16 @@ import sys
 
 import torch
 
-from pvae import uses
-from pvae.data import load
-from pvae.families import DiagonalNormal
-from pvae.generative import VAE
-from pvae.guides import Amortized
-from pvae.likelihoods import Bernoulli
-from pvae.networks import MLP
-from pvae.priors import StandardNormal
+from pvae import applications
+from pvae.data.loading import load
+from pvae.generative.likelihoods import Bernoulli
+from pvae.generative.networks import MLP
+from pvae.generative.priors import StandardNormal
+from pvae.generative.vae import VAE
+from pvae.inference.families import DiagonalNormal
+from pvae.inference.guides import Amortized
 from pvae.stats import mean_se, number
-from pvae.training import fit
+from pvae.training.loop import fit
 
 epochs = int(sys.argv[1]) if len(sys.argv) > 1 else 200
 data = load("digits", binarize="threshold")
@@ -26,7 +26,7 @@ guide = Amortized(MLP(64, 16, hidden=[128]), DiagonalNormal(8))
 fit(vae.model, guide, data, epochs=epochs, learning_rate=2e-3)
 
 like = torch.zeros(500, 64)  # says how many rows to draw, and of what shape
-rows = {f"draws at temperature {t}": uses.sample(vae.model, like, temperature=t, draw=True) for t in (1.0, 0.5)}
+rows = {f"draws at temperature {t}": applications.sample(vae.model, like, temperature=t, draw=True) for t in (1.0, 0.5)}
 rows |= {"test rows": data.test, "pixels drawn one by one": torch.bernoulli(data.train.mean(0).expand(500, -1))}
 print("pixels, of 64, that differ from the nearest training row:")
 for name, x in rows.items():
@@ -36,10 +36,10 @@ for name, x in rows.items():
 # Below 1 draws keep to the middle of the latent space: less varied, and, where no digit lies there, no better.
 print("difference between two means of p(x|z), root mean square over pixels:")
 for t in (1.0, 0.5):
-    means = uses.sample(vae.model, like, temperature=t)
+    means = applications.sample(vae.model, like, temperature=t)
     print(f"  temperature {t}: {number(mean_se((means[::2] - means[1::2]).square().mean(1).sqrt()))}")
 
-means = uses.sample(vae.model, like[:6]).view(6, 8, 8)
+means = applications.sample(vae.model, like[:6]).view(6, 8, 8)
 print("six means, which are smoother than any draw:")
 for line in range(8):
     print("   ".join("".join(" .:+#"[round(4 * ink)] * 2 for ink in row) for row in means[:, line].tolist()))

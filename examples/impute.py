@@ -8,17 +8,17 @@ from dataclasses import replace
 
 import torch
 
-from pvae import uses
-from pvae.data import load
-from pvae.families import DiagonalNormal
-from pvae.generative import VAE
-from pvae.guides import Amortized
-from pvae.likelihoods import Gaussian
-from pvae.missing import masked
-from pvae.networks import MLP, Filled
-from pvae.priors import StandardNormal
+from pvae import applications
+from pvae.data.loading import load
+from pvae.generative.handlers import masked
+from pvae.generative.likelihoods import Gaussian
+from pvae.generative.networks import MLP, Filled
+from pvae.generative.priors import StandardNormal
+from pvae.generative.vae import VAE
+from pvae.inference.families import DiagonalNormal
+from pvae.inference.guides import Amortized
 from pvae.stats import mean_se, number
-from pvae.training import fit
+from pvae.training.loop import fit
 
 epochs = int(sys.argv[1]) if len(sys.argv) > 1 else 200
 data = load("digits")
@@ -35,7 +35,7 @@ fit(masked(vae.model), guide, data, epochs=epochs, learning_rate=2e-3)  # scores
 
 x = data.test[:200]
 hidden = torch.rand(x.shape, generator=torch.Generator().manual_seed(1)) < 0.5
-found = uses.impute(vae.model, guide, x.masked_fill(hidden, torch.nan), draws=20)
+found = applications.impute(vae.model, guide, x.masked_fill(hidden, torch.nan), draws=20)
 
 
 def error(filled):

@@ -7,16 +7,16 @@ import sys
 
 import torch
 
-from pvae import uses
-from pvae.data import load
-from pvae.families import DiagonalNormal
-from pvae.generative import VAE
-from pvae.guides import Amortized
-from pvae.likelihoods import Gaussian
-from pvae.networks import MLP
-from pvae.priors import StandardNormal
+from pvae import applications
+from pvae.data.loading import load
+from pvae.generative.likelihoods import Gaussian
+from pvae.generative.networks import MLP
+from pvae.generative.priors import StandardNormal
+from pvae.generative.vae import VAE
+from pvae.inference.families import DiagonalNormal
+from pvae.inference.guides import Amortized
 from pvae.stats import mean_se, number
-from pvae.training import fit
+from pvae.training.loop import fit
 
 epochs = int(sys.argv[1]) if len(sys.argv) > 1 else 200
 data = load("digits")
@@ -35,12 +35,14 @@ x = data.test[:200]  # pairs: rows 0 and 1, 1 and 2, and so on
 print(f"distance from the nearest training row: test rows {number(mean_se(distance(x)))}")
 print(f"  halfway between two of them, a blend of pixels {number(mean_se(distance((x[:-1] + x[1:]) / 2)))}")
 for how in ("linear", "spherical"):
-    path = uses.interpolate(vae.model, guide, x, steps=2, how=how)  # z [S, D], x [S, C], and where they are, at [S]
+    path = applications.interpolate(
+        vae.model, guide, x, steps=2, how=how
+    )  # z [S, D], x [S, C], and where they are, at [S]
     ends, middle = path.z[::2].norm(dim=1), path.z[1::2].norm(dim=1)
     print(f"  {how} path through the codes {number(mean_se(distance(path.x[1::2])))};", end=" ")
     print(f"norm of codes {number(mean_se(ends))} at the rows, {number(mean_se(middle))} halfway")
 
-way = uses.interpolate(vae.model, guide, x[:2], steps=6).x.view(7, 8, 8)
+way = applications.interpolate(vae.model, guide, x[:2], steps=6).x.view(7, 8, 8)
 print(f"linear, from a {data.test_labels[0]} to a {data.test_labels[1]}:")
 for line in range(8):
     print(

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import constraints
 
-from pvae.building import build
-from pvae.evaluation import bounds
-from pvae.families import Family, scale_of
-from pvae.likelihoods import Likelihood
-from pvae.priors import Prior
-from pvae.recipe import Recipe, load_data, resolve
-from pvae.training import fit
+from pvae.diagnostics.evaluation import bounds
+from pvae.generative.likelihoods import Likelihood
+from pvae.generative.priors import Prior
+from pvae.inference.families import Family, scale_of
+from pvae.recipes.build import build
+from pvae.recipes.recipe import Recipe, load_data, resolve
+from pvae.training.loop import fit
 
 
 class Geometric(Likelihood):

@@ -7,14 +7,15 @@ import sys
 
 from pyro.infer import SVI, Trace_ELBO
 
-from pvae.data import load
-from pvae.families import DiagonalNormal
-from pvae.generative import VAE
-from pvae.guides import PerDatapoint, local_bound
-from pvae.likelihoods import Gaussian
-from pvae.networks import MLP
-from pvae.optimizer import FusedAdam
-from pvae.priors import StandardNormal
+from pvae.data.loading import load
+from pvae.generative.likelihoods import Gaussian
+from pvae.generative.networks import MLP
+from pvae.generative.priors import StandardNormal
+from pvae.generative.vae import VAE
+from pvae.inference.families import DiagonalNormal
+from pvae.inference.guides import PerDatapoint
+from pvae.inference.refinement import local_bound
+from pvae.training.optimizer import FusedAdam
 
 steps = int(sys.argv[1]) if len(sys.argv) > 1 else 500
 data = load("digits")

@@ -9,16 +9,16 @@ import sys
 import torch
 from sklearn.decomposition import PCA
 
-from pvae import uses
-from pvae.data import load
-from pvae.families import DiagonalNormal
-from pvae.generative import VAE
-from pvae.guides import Amortized
-from pvae.likelihoods import Bernoulli
-from pvae.networks import MLP
-from pvae.priors import StandardNormal
+from pvae import applications
+from pvae.data.loading import load
+from pvae.generative.likelihoods import Bernoulli
+from pvae.generative.networks import MLP
+from pvae.generative.priors import StandardNormal
+from pvae.generative.vae import VAE
+from pvae.inference.families import DiagonalNormal
+from pvae.inference.guides import Amortized
 from pvae.stats import mean_se, number
-from pvae.training import fit
+from pvae.training.loop import fit
 
 epochs = int(sys.argv[1]) if len(sys.argv) > 1 else 200
 data, D = load("digits", binarize="threshold"), 8
@@ -27,8 +27,8 @@ vae = VAE(MLP(D, 64, hidden=[128]), Bernoulli(), StandardNormal(D))
 guide = Amortized(MLP(64, 2 * D, hidden=[128]), DiagonalNormal(D))
 fit(vae.model, guide, data, epochs=epochs, learning_rate=2e-3)
 
-codes = uses.encode(vae.model, guide, data.test)  # mean and sd of q(z|x), [B, D], and what they cost
-rebuilt = uses.decode(vae.model, guide, codes.mean)  # means of p(x|z), [B, 64]
+codes = applications.encode(vae.model, guide, data.test)  # mean and sd of q(z|x), [B, D], and what they cost
+rebuilt = applications.decode(vae.model, guide, codes.mean)  # means of p(x|z), [B, 64]
 pca = PCA(D).fit(data.train)
 projected = torch.from_numpy(pca.inverse_transform(pca.transform(data.test))).clamp(0, 1)
 for name, x in {"VAE": rebuilt, "PCA": projected}.items():

@@ -7,15 +7,16 @@ import sys
 
 import torch
 
-from pvae.data import load
-from pvae.evaluation import Budget, evaluate
-from pvae.families import DiagonalNormal
-from pvae.generative import VAE
-from pvae.guides import Amortized, PerDatapoint, SemiAmortized, local_bound
-from pvae.likelihoods import Bernoulli
-from pvae.networks import MLP
-from pvae.priors import StandardNormal
-from pvae.training import fit
+from pvae.data.loading import load
+from pvae.diagnostics.evaluation import Budget, evaluate
+from pvae.generative.likelihoods import Bernoulli
+from pvae.generative.networks import MLP
+from pvae.generative.priors import StandardNormal
+from pvae.generative.vae import VAE
+from pvae.inference.families import DiagonalNormal
+from pvae.inference.guides import Amortized, PerDatapoint, SemiAmortized
+from pvae.inference.refinement import local_bound
+from pvae.training.loop import fit
 
 epochs = int(sys.argv[1]) if len(sys.argv) > 1 else 30
 data = load("digits", binarize="threshold")

@@ -7,20 +7,20 @@ import sys
 
 import torch
 
-from pvae.ais import anneal
-from pvae.calibration import calibrate
-from pvae.data import load
-from pvae.evaluation import bounds
-from pvae.families import DiagonalNormal
-from pvae.generative import VAE
-from pvae.guides import Amortized, Optimized
-from pvae.likelihoods import Bernoulli
-from pvae.networks import MLP
-from pvae.priors import StandardNormal
-from pvae.reference import compare, long_chains
+from pvae.data.loading import load
+from pvae.diagnostics.calibration import calibrate
+from pvae.diagnostics.evaluation import bounds
+from pvae.diagnostics.mcmc_reference import compare, long_chains
+from pvae.generative.likelihoods import Bernoulli
+from pvae.generative.networks import MLP
+from pvae.generative.priors import StandardNormal
+from pvae.generative.vae import VAE
+from pvae.inference.families import DiagonalNormal
+from pvae.inference.guides import Amortized, Optimized
+from pvae.samplers.ais import anneal
+from pvae.samplers.log_joint import Target
 from pvae.stats import mean_se, number
-from pvae.targets import Target
-from pvae.training import fit
+from pvae.training.loop import fit
 
 epochs = int(sys.argv[1]) if len(sys.argv) > 1 else 100
 data = load("digits", binarize="threshold")

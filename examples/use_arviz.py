@@ -11,9 +11,9 @@ from pathlib import Path
 
 import xarray
 
-from pvae.compare import Job, compare
-from pvae.evaluation import Budget
-from pvae.recipe import Recipe
+from pvae.diagnostics.evaluation import Budget
+from pvae.experiments.compare import Job, compare
+from pvae.recipes.recipe import Recipe
 
 warnings.filterwarnings("ignore", message=".*(style.core|Pareto|'axis'|single numeric RGB)")
 with suppress(ImportError):

@@ -6,9 +6,9 @@ import pyro
 import torch
 from torch import Tensor, nn
 
-from pvae.likelihoods import Likelihood
-from pvae.priors import Prior
-from pvae.runtime import LocalModule, local_method
+from pvae.generative.likelihoods import Likelihood
+from pvae.generative.priors import Prior
+from pvae.runtime.pyro_params import LocalModule, local_method
 
 
 class ConditionalVAE(LocalModule):
@@ -33,7 +33,7 @@ class ConditionalVAE(LocalModule):
     Source: Sohn, Lee, Yan (2015), *Learning Structured Output Representation using Deep Conditional Generative
     Models*, NeurIPS 28.
 
-    >>> from pvae.likelihoods import Bernoulli; from pvae.priors import StandardNormal
+    >>> from pvae.generative.likelihoods import Bernoulli; from pvae.generative.priors import StandardNormal
     >>> parts = {"likelihood": Bernoulli(), "prior": StandardNormal(4), "decoder": nn.Linear(4, 64)}
     >>> program = ConditionalVAE(columns=64, latent=4, classes=10, **parts)
     >>> trace = pyro.poutine.trace(program.model).get_trace(torch.zeros(5, 64 + 10))

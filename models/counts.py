@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 
 from pvae.errors import UserError
-from pvae.likelihoods import Likelihood
-from pvae.priors import Prior
-from pvae.runtime import LocalModule, local_method
+from pvae.generative.likelihoods import Likelihood
+from pvae.generative.priors import Prior
+from pvae.runtime.pyro_params import LocalModule, local_method
 
 
 class SizedCounts(LocalModule):
@@ -36,7 +36,7 @@ class SizedCounts(LocalModule):
     Source: Lopez, Regier, Cole, Jordan, Yosef (2018), *Deep generative modeling for single-cell transcriptomics*,
     doi:10.1038/s41592-018-0229-2.
 
-    >>> from pvae.likelihoods import Poisson; from pvae.priors import StandardNormal
+    >>> from pvae.generative.likelihoods import Poisson; from pvae.generative.priors import StandardNormal
     >>> program = SizedCounts(likelihood=Poisson(), prior=StandardNormal(4), decoder=nn.Linear(4, 64))
     >>> trace = pyro.poutine.trace(program.model).get_trace(torch.zeros(5, 64))
     >>> trace.nodes["z"]["value"].shape, trace.nodes["log_size"]["value"].shape

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 
 from pvae.errors import UserError
-from pvae.priors import StandardNormal
-from pvae.runtime import LocalModule, local_method
+from pvae.generative.priors import StandardNormal
+from pvae.runtime.pyro_params import LocalModule, local_method
 
 
 class FactorAnalysis(LocalModule):

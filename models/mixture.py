@@ -7,9 +7,9 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
-from pvae.likelihoods import Likelihood
-from pvae.priors import GaussianMixture
-from pvae.runtime import LocalModule, local_method
+from pvae.generative.likelihoods import Likelihood
+from pvae.generative.priors import GaussianMixture
+from pvae.runtime.pyro_params import LocalModule, local_method
 
 
 class GaussianMixtureVAE(LocalModule):
@@ -34,7 +34,7 @@ class GaussianMixtureVAE(LocalModule):
 
     Source: Jiang, Zheng, Tan, Tang, Zhou (2017), *Variational Deep Embedding*, arXiv:1611.05148.
 
-    >>> from pvae.likelihoods import Bernoulli
+    >>> from pvae.generative.likelihoods import Bernoulli
     >>> program = GaussianMixtureVAE(columns=64, latent=4, likelihood=Bernoulli(), decoder=nn.Linear(4, 64))
     >>> program.responsibilities(torch.zeros(5, 4), torch.zeros(5, 64)).shape
     torch.Size([5, 10])

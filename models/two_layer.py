@@ -7,11 +7,11 @@ from collections.abc import Sequence
 import pyro
 from torch import Tensor, nn
 
-from pvae.families import DiagonalNormal
-from pvae.likelihoods import Likelihood
-from pvae.networks import MLP
-from pvae.priors import StandardNormal
-from pvae.runtime import LocalModule, local_method
+from pvae.generative.likelihoods import Likelihood
+from pvae.generative.networks import MLP
+from pvae.generative.priors import StandardNormal
+from pvae.inference.families import DiagonalNormal
+from pvae.runtime.pyro_params import LocalModule, local_method
 
 
 class TwoLayer(LocalModule):
@@ -32,7 +32,7 @@ class TwoLayer(LocalModule):
 
     Source: Burda, Grosse, Salakhutdinov (2016), *Importance Weighted Autoencoders*, arXiv:1509.00519.
 
-    >>> import torch; from pvae.likelihoods import Bernoulli
+    >>> import torch; from pvae.generative.likelihoods import Bernoulli
     >>> program = TwoLayer(latent=4, likelihood=Bernoulli(), decoder=MLP(4, 64))
     >>> trace = pyro.poutine.trace(program.model).get_trace(torch.zeros(5, 64))
     >>> trace.nodes["z2"]["value"].shape, trace.nodes["z1"]["value"].shape

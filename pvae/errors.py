@@ -8,8 +8,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
-__all__ = ["Diverged", "Refused", "UserError", "fits", "nearest", "positive"]
-
 
 class UserError(Exception):
     """A mistake the user can mend: one line that says what is wrong, where, and what to do."""

@@ -18,21 +18,24 @@ from sklearn.utils import check_array, check_random_state
 from sklearn.utils.validation import check_is_fitted, validate_data
 from torch import Tensor
 
-from pvae import coding, components
-from pvae.building import build
-from pvae.data import Dataset
+from pvae.applications import coding
+from pvae.data.dataset import Dataset
+from pvae.data.preprocessing import checked
 from pvae.errors import Refused, UserError, positive
-from pvae.families import Delta
-from pvae.guides import Guide, given, local_bound
-from pvae.passes import Rows, by_rows, moments
-from pvae.recipe import Recipe, check_value, resolve
-from pvae.runs import fitted
-from pvae.runtime import seeded
-from pvae.sites import find_sites
-from pvae.stopping import Interrupted
-from pvae.support import check_support
-from pvae.values import checked
-from pvae.weights import ROWS_PER_PASS, Program, log_weights
+from pvae.inference.batching import Rows, by_rows
+from pvae.inference.families import Delta
+from pvae.inference.guides import Guide
+from pvae.inference.importance import ROWS_PER_PASS, log_weights
+from pvae.inference.latents import find_sites
+from pvae.inference.posterior import moments
+from pvae.inference.refinement import given, local_bound
+from pvae.recipes import registry
+from pvae.recipes.build import build, fitted
+from pvae.recipes.recipe import Recipe, check_value, resolve
+from pvae.runtime.pyro_params import Program
+from pvae.runtime.signals import Interrupted
+from pvae.runtime.torch_state import seeded
+from pvae.training.support import check_support
 
 __all__ = ["VAE"]
 
@@ -69,7 +72,7 @@ class VAE(ClassNamePrefixFeaturesOutMixin, TransformerMixin, DensityMixin, BaseE
             other rows; ``PerDatapoint`` seeks each new row's own q.
         objective: the bound that is trained.
         max_iter: epochs.
-        batch_size, learning_rate, engine, device: see :func:`pvae.training.fit`.
+        batch_size, learning_rate, engine, device: see `fit`.
         n_iter_no_change: stop when the ELBO of held-out rows has not risen for so many epochs, and go back to the
             best; None trains to the end.
         validation_fraction: of the rows, held out for that.
@@ -81,8 +84,8 @@ class VAE(ClassNamePrefixFeaturesOutMixin, TransformerMixin, DensityMixin, BaseE
     Attributes:
         model_, guide_: program and guide, on the CPU and in double precision, in which a row's results don't depend
             on the size of its batch; ``model_.model`` and ``guide_`` go into all functions of pvae.
-        recipe_: all that was chosen, as :class:`pvae.recipe.Recipe`.
-        history_: a row for each epoch, see :class:`pvae.training.Fit`.
+        recipe_: all that was chosen, as `Recipe`.
+        history_: a row for each epoch, see `Fit`.
         n_iter_: epochs made.
         n_features_in_, feature_names_in_: columns, and their names where X has any.
 
@@ -227,8 +230,8 @@ class VAE(ClassNamePrefixFeaturesOutMixin, TransformerMixin, DensityMixin, BaseE
         keys = {key: _plain(getattr(self, NAMES.get(key, key))) for key in SHARED}
         for key, value in keys.items():
             check_value(key, value, "--")
-        network = components.table(keys["network"])
-        if components.takes("network", network, "hidden"):
+        network = registry.table(keys["network"])
+        if registry.takes("network", network, "hidden"):
             network.setdefault("hidden", _plain(self.hidden))
         return resolve(Recipe(data="X", seed=seed, **(keys | {"network": network})))
 

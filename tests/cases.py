@@ -2,7 +2,8 @@
 
 import torch
 
-from pvae import families, likelihoods, networks, priors
+from pvae.generative import likelihoods, networks, priors
+from pvae.inference import families
 
 LATENT, COLUMNS = 3, 5  # D of the latent, and values in one row of data
 

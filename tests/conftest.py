@@ -32,7 +32,7 @@ class Done(NamedTuple):
 @pytest.fixture
 def pvae(capsys):
     """A function from a command line to what it gave, run in this process."""
-    from pvae.cli import main
+    from pvae.cli.app import main
 
     def run(line):
         capsys.readouterr()

@@ -10,12 +10,13 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
-from pvae.families import DiagonalNormal
-from pvae.generative import VAE
-from pvae.guides import Amortized, Guide, PerDatapoint, SemiAmortized, local_bound
-from pvae.likelihoods import Bernoulli, Gaussian
-from pvae.priors import StandardNormal
-from pvae.weights import Program
+from pvae.generative.likelihoods import Bernoulli, Gaussian
+from pvae.generative.priors import StandardNormal
+from pvae.generative.vae import VAE
+from pvae.inference.families import DiagonalNormal
+from pvae.inference.guides import Amortized, Guide, PerDatapoint, SemiAmortized
+from pvae.inference.refinement import local_bound
+from pvae.runtime.pyro_params import Program
 
 __all__ = ["SOURCES", "Curved", "LinearGaussian"]
 

@@ -7,8 +7,8 @@ import torch
 from oracles import Curved, LinearGaussian
 from torch import Tensor
 
-from pvae.families import Family, FullRankNormal
-from pvae.guides import Guide
+from pvae.inference.families import Family, FullRankNormal
+from pvae.inference.guides import Guide
 
 __all__ = ["MISSES", "Exact", "Gridded"]
 

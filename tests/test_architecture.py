@@ -43,7 +43,7 @@ def test_functions_are_short():
 @pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["fit", "--help"], ["fit", "--epohcs", "3"]])
 def test_help_imports_no_torch(arguments):
     code = (
-        "import sys; from pvae.cli import main\n"
+        "import sys; from pvae.cli.app import main\n"
         "try: main(sys.argv[1:])\n"
         "except SystemExit: pass\n"
         "sys.exit(any(name in sys.modules for name in ('torch', 'pyro', 'numpy', 'matplotlib', 'xarray')))"

@@ -11,8 +11,10 @@ from scipy import stats
 from torch import Tensor
 from torch.distributions import biject_to, constraints
 
-from pvae import densities, families, likelihoods, networks, priors
+from pvae.distributions import univariate
 from pvae.errors import UserError
+from pvae.generative import likelihoods, networks, priors
+from pvae.inference import families
 
 N = 40_000
 POINT = {name: make for name, make in FAMILIES.items() if make().point_mass}
@@ -328,12 +330,12 @@ def test_bernoulli_in_few_passes_is_pyros_with_both_its_derivatives():
         (slope,) = torch.autograd.grad(log_p.sum(), eta, create_graph=True)
         return log_p, quick, slope, *torch.autograd.grad(slope.sum(), eta)
 
-    for found, expected in zip(looks(densities.Bernoulli), looks(dist.Bernoulli), strict=True):
+    for found, expected in zip(looks(univariate.Bernoulli), looks(dist.Bernoulli), strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
     inputs = torch.randn(2, 3, 4).requires_grad_(), torch.rand(3, 1).requires_grad_()
 
     def score(eta, x):
-        return densities.Bernoulli(logits=eta, validate_args=False).log_prob(x)
+        return univariate.Bernoulli(logits=eta, validate_args=False).log_prob(x)
 
     assert torch.autograd.gradcheck(score, inputs)
     assert torch.autograd.gradgradcheck(score, inputs)

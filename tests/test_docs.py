@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import typer
 
-from pvae import likelihoods
-from pvae.cli import app
-from pvae.components import KINDS
-from pvae.recipe import Recipe, resolve
+from pvae.cli.app import app
+from pvae.generative import likelihoods
+from pvae.recipes.recipe import Recipe, resolve
+from pvae.recipes.registry import KINDS
 
 ROOT = Path(__file__).parents[1]
 TEXTS = {name: (ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "docs/how-to.md")}
@@ -62,7 +62,7 @@ def test_links_lead_somewhere():
 
 
 def test_the_documents_rules_are_those_of_the_verdict():
-    from pvae.rules import RULES
+    from pvae.diagnostics.trust import RULES
 
     text = (ROOT / "docs" / "diagnosis.md").read_text()
     lines = [line.split(" | ") for line in text.splitlines() if line.count(" | ") == 5 and line.startswith("| ")]
@@ -78,8 +78,8 @@ def test_the_documents_rules_are_those_of_the_verdict():
 
 
 def test_the_documents_budgets_are_those_of_the_commands():
-    from pvae.compare import BUDGETS
-    from pvae.stages import PLANS
+    from pvae.diagnostics.battery import PLANS
+    from pvae.experiments.compare import BUDGETS
 
     text = (ROOT / "docs" / "diagnosis.md").read_text()
     for word, (rows, budget) in BUDGETS.items():

@@ -12,8 +12,8 @@ import test_components as laws
 import torch
 from cases import LATENT
 
-from pvae import components
-from pvae.runtime import seeded
+from pvae.recipes import registry
+from pvae.runtime.torch_state import seeded
 
 EXAMPLES = sorted((Path(__file__).parents[1] / "examples").glob("*.py"))
 OWN = Path(__file__).parents[1] / "examples" / "my_components.py"
@@ -51,7 +51,7 @@ FAMILY_LAWS = [
 
 
 def own(kind, name, **supplied):
-    return components.make(kind, f"{OWN}:{name}", **supplied)
+    return registry.make(kind, f"{OWN}:{name}", **supplied)
 
 
 CASES = [

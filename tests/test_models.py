@@ -9,8 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pvae import components, grid, recipe, sources
-from pvae.checks import check, warnings
+from pvae.data import sources
+from pvae.experiments import sweep
+from pvae.recipes import recipe, registry
+from pvae.recipes.preflight import try_recipe, warnings
 
 MODELS = Path(__file__).parents[1] / "models"
 PATHS = sorted(MODELS.glob("*.toml"))
@@ -31,7 +33,7 @@ def pictures():
 def few(pictures, monkeypatch):
     """A function from a recipe to a few hundred rows of its data; pictures are random ones in the place of MNIST's."""
     monkeypatch.setattr(sources, "_read_torchvision", lambda name, folder: dict(pictures))
-    shelf = grid.Shelf()
+    shelf = sweep.Shelf()
 
     def rows(own):
         whole = shelf[own]
@@ -46,13 +48,13 @@ def opened(path):
 
 def variants(path):
     file = opened(path)
-    return grid.cells(file.recipe, file.vary)
+    return sweep.cells(file.recipe, file.vary)
 
 
 @each
 def test_every_variant_takes_two_steps_with_a_gradient_in_every_parameter(path, few):
     for cell in variants(path):
-        assert list(check(cell.recipe, few(cell.recipe)))[-1].startswith("a gradient in every parameter")
+        assert list(try_recipe(cell.recipe, few(cell.recipe)))[-1].startswith("a gradient in every parameter")
         assert list(warnings(cell.recipe)) == []
 
 
@@ -63,7 +65,7 @@ def test_every_key_says_something(path):
     vary = keys.get("vary", {})
     assert not set(keys) & set(vary)
     for name in {*keys, *vary} & {"likelihood", "prior"}:
-        assert components.takes("program", opened(path).recipe.program, name)
+        assert registry.takes("program", opened(path).recipe.program, name)
     assert "patience" not in keys or "validation_size" in keys
 
 
@@ -71,7 +73,7 @@ def test_every_key_says_something(path):
 def test_files_of_programs_stand_beside_the_recipe_and_are_named_from_there(path):
     keys = tomllib.loads(path.read_text(encoding="utf-8"))
     for value in [keys.get("program", "VAE"), *keys.get("vary", {}).get("program", [])]:
-        file = components.own_file(value)
+        file = registry.own_file(value)
         assert file is None or (MODELS / file).is_file()
         assert file is None or "--trust" in path.read_text(encoding="utf-8")
 

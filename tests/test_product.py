@@ -7,14 +7,16 @@ import pytest
 import torch
 from pyro.infer import SVI
 
-from pvae import families, guides, likelihoods, networks, objectives, priors
-from pvae.building import build
-from pvae.data import Dataset
+from pvae.data.dataset import Dataset
 from pvae.errors import Refused
-from pvae.guides import PerDatapoint
-from pvae.optimizer import FusedAdam
-from pvae.recipe import Recipe, resolve
-from pvae.runtime import seeded, unchecked
+from pvae.generative import likelihoods, networks, priors
+from pvae.inference import families, guides
+from pvae.inference.guides import PerDatapoint
+from pvae.recipes.build import build
+from pvae.recipes.recipe import Recipe, resolve
+from pvae.runtime.torch_state import seeded, unchecked
+from pvae.training import objectives
+from pvae.training.optimizer import FusedAdam
 
 ROWS, COLUMNS, LATENT = 8, 4, 2
 TABLE = Path(__file__).parents[1] / "docs" / "product-space.md"

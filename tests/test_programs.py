@@ -16,18 +16,18 @@ from pyro.infer import SVI, Trace_ELBO
 from scipy import stats
 from torch import nn
 
-from pvae.building import build as build_recipe
+from pvae.diagnostics.evaluation import Budget, evaluate
+from pvae.distributions.supports import innermost
 from pvae.errors import UserError
-from pvae.evaluation import Budget, evaluate
-from pvae.likelihoods import Bernoulli, Gaussian, NegativeBinomial, Poisson, ZeroInflatedNegativeBinomial
-from pvae.networks import MLP
-from pvae.priors import StandardNormal
-from pvae.recipe import Recipe, load_data, resolve
-from pvae.runtime import LocalModule, module_of
-from pvae.sites import innermost
+from pvae.generative.likelihoods import Bernoulli, Gaussian, NegativeBinomial, Poisson, ZeroInflatedNegativeBinomial
+from pvae.generative.networks import MLP
+from pvae.generative.priors import StandardNormal
+from pvae.inference.importance import log_weights
+from pvae.recipes.build import build as build_recipe
+from pvae.recipes.recipe import Recipe, load_data, resolve
+from pvae.runtime.pyro_params import LocalModule, module_of
 from pvae.stats import mean_se
-from pvae.training import fit
-from pvae.weights import log_weights
+from pvae.training.loop import fit
 
 MODELS = Path(__file__).parents[1] / "models"
 PATHS = sorted(MODELS.glob("*.py"))

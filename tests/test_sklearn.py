@@ -19,15 +19,17 @@ from sklearn.preprocessing import StandardScaler
 from sklearn.utils.estimator_checks import parametrize_with_checks
 from torch import nn
 
-from pvae import coding, families, training
 from pvae import sklearn as interface
-from pvae.building import build
-from pvae.data import Dataset
-from pvae.evaluation import bounds
-from pvae.families import DiagonalNormal
-from pvae.guides import Amortized
+from pvae.applications import coding
+from pvae.data.dataset import Dataset
+from pvae.diagnostics.evaluation import bounds
+from pvae.inference import families
+from pvae.inference.families import DiagonalNormal
+from pvae.inference.guides import Amortized
+from pvae.recipes.build import build
+from pvae.runtime.signals import Interrupted
 from pvae.sklearn import VAE
-from pvae.stopping import Interrupted
+from pvae.training import loop
 
 X = LinearGaussian(2, 5).sample(60).double().numpy()
 TINY = {"max_iter": 1, "n_draws": 3, "hidden": (4,), "engine": "pyro", "device": "cpu", "random_state": 0}
@@ -80,7 +82,7 @@ def test_the_fit_is_the_cores():
     fitted = small(max_iter=3, batch_size=16).fit(X)
     rows = torch.tensor(X, dtype=torch.float32)
     built = build(fitted.recipe_, Dataset("X", rows, rows[:0], rows[:0], (5,)))
-    found = training.fit(
+    found = loop.fit(
         built.program.model, built.guide, rows, epochs=3, batch_size=16, seed=fitted.recipe_.seed, engine="pyro"
     )
     assert [row["objective"] for row in fitted.history_] == [row["objective"] for row in found.history]

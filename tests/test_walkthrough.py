@@ -16,8 +16,8 @@ import torch
 from matplotlib import rc_context
 from oracles import LinearGaussian
 
-from pvae.drawing import COLOURS, SMALL, STYLE, framed
-from pvae.weights import LogWeights
+from pvae.inference.importance import LogWeights
+from pvae.reporting.style import COLOURS, SMALL, STYLE, framed
 
 PAGE = Path(__file__).parents[1] / "docs" / "walkthrough.md"
 PICTURE = PAGE.parent / "images" / "walkthrough.png"

@@ -6,8 +6,8 @@ import time
 
 import torch
 
-from pvae import hmc
-from pvae.targets import Target
+from pvae.samplers import hmc
+from pvae.samplers.log_joint import Target
 from tests.benchmarks.clock import medians
 from tests.benchmarks.ours import binary, program
 

@@ -9,10 +9,10 @@ import time
 import torch
 from torch import Tensor
 
-from pvae.evaluation import ROWS, bounds
-from pvae.guides import Amortized
+from pvae.diagnostics.evaluation import ROWS, bounds
+from pvae.inference.guides import Amortized
+from pvae.inference.importance import ROWS_PER_PASS
 from pvae.stats import k_hat
-from pvae.weights import ROWS_PER_PASS
 from tests.benchmarks.clock import medians, timed
 from tests.benchmarks.contenders import Absent, find
 from tests.benchmarks.ours import binary, program

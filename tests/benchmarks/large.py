@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 
-from pvae.guides import PerDatapoint
+from pvae.inference.guides import PerDatapoint
 from tests.benchmarks.clock import medians
 from tests.benchmarks.ours import binary, program, stepper
 

@@ -10,18 +10,19 @@ import torch
 from pyro.infer import SVI
 from torch import Tensor
 
-from pvae.data import Dataset
+from pvae.data.dataset import Dataset
 from pvae.errors import UserError
-from pvae.families import DiagonalNormal
-from pvae.generative import VAE
-from pvae.guides import Amortized, Guide, PerDatapoint, SemiAmortized, local_bound
-from pvae.likelihoods import Bernoulli
-from pvae.networks import MLP
-from pvae.objectives import ELBO
-from pvae.optimizer import FusedAdam
-from pvae.priors import StandardNormal
-from pvae.runtime import unchecked
-from pvae.training import Fit, fit
+from pvae.generative.likelihoods import Bernoulli
+from pvae.generative.networks import MLP
+from pvae.generative.priors import StandardNormal
+from pvae.generative.vae import VAE
+from pvae.inference.families import DiagonalNormal
+from pvae.inference.guides import Amortized, Guide, PerDatapoint, SemiAmortized
+from pvae.inference.refinement import local_bound
+from pvae.runtime.torch_state import unchecked
+from pvae.training.loop import Fit, fit
+from pvae.training.objectives import ELBO
+from pvae.training.optimizer import FusedAdam
 from tests.benchmarks.contenders import HIDDEN, LATENT, LEARNING_RATE, PIXELS, Absent
 
 AMORTIZED = "amortized"
@@ -67,7 +68,7 @@ def stepper(vae: VAE, guide: Guide, x: Tensor, rows: int) -> Callable[[], None]:
 
 
 class Engine:
-    """``pvae.training.fit`` under an engine; an epoch's seconds are those of the fit's own history."""
+    """``pvae.training.loop.fit`` under an engine; an epoch's seconds are those of the fit's own history."""
 
     def __init__(
         self, engine: str, rows: np.ndarray, batch: int, source: str = AMORTIZED, made: tuple | None = None

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from matplotlib.figure import Figure
 
-from pvae.drawing import COLOURS, GREY
+from pvae.reporting.style import COLOURS, GREY
 
 DOCS = Path(__file__).parents[2] / "docs"
 LIBRARIES = ("torch", "pyro-ppl", "jax", "numpyro", "pythae")

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import torch
 
-from pvae.engines import RecordedStep
-from pvae.guides import Amortized
-from pvae.objectives import ELBO
-from pvae.optimizer import FusedAdam
-from pvae.runtime import unchecked
+from pvae.inference.guides import Amortized
+from pvae.runtime.torch_state import unchecked
+from pvae.training.engines import RecordedStep
+from pvae.training.objectives import ELBO
+from pvae.training.optimizer import FusedAdam
 from tests.benchmarks.clock import medians
 from tests.benchmarks.ours import program
 from tests.benchmarks.page import Line, Table

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from pvae.data import load
+from pvae.data.loading import load
 
 
 @cache

@@ -14,11 +14,12 @@ import numpy as np
 import torch
 from pyro.infer import SVI
 
-from pvae.data import Dataset, load
-from pvae.guides import Amortized
-from pvae.objectives import ELBO
-from pvae.optimizer import FusedAdam
-from pvae.runtime import unchecked
+from pvae.data.dataset import Dataset
+from pvae.data.loading import load
+from pvae.inference.guides import Amortized
+from pvae.runtime.torch_state import unchecked
+from pvae.training.objectives import ELBO
+from pvae.training.optimizer import FusedAdam
 from tests.benchmarks.clock import medians
 from tests.benchmarks.ours import program
 

@@ -19,14 +19,17 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from pvae import classes, recipe, runs, uses
-from pvae.building import Built, build
-from pvae.data import Dataset
-from pvae.files import write_text
-from pvae.noise import GaussianNoise
-from pvae.proximity import proximity
-from pvae.recipe import Recipe
-from pvae.runtime import seeded
+from pvae import applications
+from pvae.applications.classification import calibrated
+from pvae.data.dataset import Dataset
+from pvae.diagnostics.latent_geometry import proximity
+from pvae.generative.noise import GaussianNoise
+from pvae.recipes import recipe
+from pvae.recipes.build import Built, build
+from pvae.recipes.build import fitted as fit_recipe
+from pvae.recipes.recipe import Recipe
+from pvae.runtime.files import write_text
+from pvae.runtime.torch_state import seeded
 from pvae.stats import Estimate, mean_se, number
 from tests.benchmarks import uses_peers as peers
 
@@ -56,7 +59,7 @@ class Case:
     """A data set, and how its models are fitted."""
 
     own: Recipe
-    classes: Recipe
+    classification: Recipe
     held_out: Recipe
     rows: int
     labels: int = 100
@@ -93,7 +96,7 @@ def fitted(own: Recipe, data: Dataset) -> tuple[Built, float]:
     """A recipe's programs, fitted, and the seconds that it took."""
     own = recipe.resolve(own)
     built = build(own, data)
-    return built, runs.fitted(own, built, data).seconds
+    return built, fit_recipe(own, built, data).seconds
 
 
 def reconstruction(case: Case) -> Table:
@@ -101,7 +104,7 @@ def reconstruction(case: Case) -> Table:
     lines = []
     for name, built in (("VAE", case.vae), ("autoencoder", case.autoencoder)):
         begin = time.perf_counter()
-        found = uses.encode(built.program.model, built.guide, case.data.test, K=16)
+        found = applications.encode(built.program.model, built.guide, case.data.test, K=16)
         took = time.perf_counter() - begin
         rate = "–" if found.rate.isnan().any() else number(mean_se(found.rate))
         lines.append([name, number(mean_se(found.error)), rate, number(mean_se(found.distortion)), millis(took, case)])
@@ -149,9 +152,9 @@ def denoising(case: Case) -> Table:
         y = noise.added(x)
     built = case.vae
     begin = time.perf_counter()
-    own = uses.denoise(built.program.model, built.guide, y, noise).x
+    own = applications.denoise(built.program.model, built.guide, y, noise).x
     took = time.perf_counter() - begin
-    plain = uses.reconstruct(built.program.model, built.guide, y, K=8)
+    plain = applications.reconstruct(built.program.model, built.guide, y, K=8)
     fits = {
         f"VAE, posterior mean ({1e3 * took / len(x):.3g} ms per row)": own,
         "VAE, noisy row through the encoder": plain,
@@ -183,7 +186,7 @@ def imputation(case: Case) -> Table:
     there = torch.rand(x.shape, generator=torch.Generator().manual_seed(0)) >= 0.5
     hidden = torch.where(there, x, torch.nan)
     ways: dict[str, Callable[[], Tensor]] = {
-        "VAE, posterior mean": lambda: uses.impute(built.program.model, built.guide, hidden).x,
+        "VAE, posterior mean": lambda: applications.impute(built.program.model, built.guide, hidden).x,
         f"PCA, {case.dim} components, 50 rounds": lambda: peers.pca_imputed(case.train, x, there, case.dim),
         "KNNImputer, 5 neighbours": lambda: peers.knn_imputed(case.train, x, there),
         "column means": lambda: case.train.mean(0).expand_as(x),
@@ -218,7 +221,7 @@ def anomaly(case: Case) -> Table:
         built, _ = fitted(own, data)
         truth = whole.test_labels == kind
         train = data.fixed_train(len(data.train)).x
-        mine = uses.anomalies(built.program.model, built.guide, whole.test, reference=data.validation).scores
+        mine = applications.anomalies(built.program.model, built.guide, whole.test, reference=data.validation).scores
         named = {f"VAE, {name}": score for name, score in mine.items()}
         for name, score in (named | peers.anomaly_scores(train, whole.test, int(own.latent or 0))).items():
             found.setdefault(name, []).append(uses_auroc(score, truth))
@@ -233,7 +236,7 @@ def anomaly(case: Case) -> Table:
 
 
 def uses_auroc(score: Tensor, truth: Tensor) -> float:
-    from pvae.anomalies import auroc
+    from pvae.applications.anomalies import auroc
 
     return auroc(score, truth).mean
 
@@ -251,10 +254,10 @@ def classification(case: Case) -> Table:
         built, seconds = fitted(each, recipe.load_data(recipe.resolve(each)))
         models.append((built.program.model, built.guide))
         took += seconds
-    held = uses.classify(models, data.validation[:2000], seed=1).log_evidence
-    temperature = classes.calibrated(held, data.validation_labels[:2000]).mean
+    held = applications.classify(models, data.validation[:2000], seed=1).log_evidence
+    temperature = calibrated(held, data.validation_labels[:2000]).mean
     begin = time.perf_counter()
-    found = uses.classify(models, data.test, temperature=temperature)
+    found = applications.classify(models, data.test, temperature=temperature)
     asked = time.perf_counter() - begin
     mine = found.figures(data.test_labels)
     name = f"a VAE for each class, calibrated at {temperature:.2g}"
@@ -308,7 +311,7 @@ def augmentation(case: Case) -> Table:
             continue
         sets = {"the labelled rows alone": (rows, labels)}
         for spread in spreads:
-            new = uses.augment(built.program.model, built.guide, rows, per_row=10, spread=spread, seed=draw)
+            new = applications.augment(built.program.model, built.guide, rows, per_row=10, spread=spread, seed=draw)
             sets[f"and 10 around each, spread {spread:g}"] = (
                 torch.cat([rows, new.x]),
                 torch.cat([labels, labels[new.row]]),
@@ -317,7 +320,9 @@ def augmentation(case: Case) -> Table:
             for what, (x, own) in sets.items():
                 hit = peers.right(classifier, x, own, case.data.test, y).mean().item()
                 kept.setdefault(f"{name}, {what}", []).append(hit)
-        codes = [uses.encode(built.program.model, built.guide, each, K=1).mean for each in (rows, case.data.test)]
+        codes = [
+            applications.encode(built.program.model, built.guide, each, K=1).mean for each in (rows, case.data.test)
+        ]
         classifier = peers.classifiers()["LogisticRegression"]
         hit = peers.right(classifier, codes[0], labels, codes[1], y).mean().item()
         kept.setdefault("LogisticRegression on the VAE's codes instead", []).append(hit)

@@ -1,0 +1,290 @@
+"""Latent health: what the latents hold of the data, and whether the encoded data fill the prior."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from pyro import poutine
+from torch import Tensor
+from torch.distributions import Normal, kl_divergence
+
+from pvae.distributions.masked import entries
+from pvae.errors import Refused, UserError, positive
+from pvae.inference.guides import Guide
+from pvae.runtime.pyro_params import Program, module_of, own_parameters
+from pvae.runtime.torch_state import seeded, unchecked
+from pvae.samplers.log_joint import Target
+from pvae.stats import Estimate, holm
+
+# Rows encoded together; rows that make up the aggregate posterior; draws that tests and pictures see.
+ROWS, AGGREGATE, CODES = 250, 2000, 1000
+# Draws times rows whose densities are taken at once.
+PAIRS = 65536
+# Draws for moments that a family does not know in closed form.
+MOMENTS = 100
+ACTIVE, FAR = 0.01, 0.99
+
+
+@dataclass(frozen=True)
+class Health:
+    r"""How the latents are used; u are the real vectors behind them, D entries, and q(u) the mean of q(u|x) over rows.
+
+    A point mass has no KL and no information: these are NaN.
+
+    Attributes:
+        kl: :math:`E_x KL(q(u_d|x) \| p(u_d))` of each dimension, [D] nats, with the normal of its mean and variance in
+            place of q(u_d|x), exact for normal families; p(u_d) is exact where the prior is independent, else it is
+            the normal of its draws' moments. Where dimensions depend on each other the sum misses the total.
+        kl_se: its standard error over rows, [D].
+        activity: :math:`\mathrm{Var}_x(E_q u_d)`, [D]: the dimension is active where it exceeds 0.01.
+        total_kl, total_kl_se: :math:`E_x KL(q(u|x) \| p(u))`, by draws.
+        mutual_information, mutual_information_se: I(row; u) of the rows that make up q(u), at most 2000 of them, and
+            so never above the logarithm of their number. See :meth:`saturated`.
+        marginal_kl, marginal_kl_se: :math:`KL(q(u) \| p(u))`, the rest of the total: by what encodings miss the prior.
+        mmd: squared maximum mean discrepancy of q(u) and p(u), unbiased; entries in standard deviations, a Gaussian
+            kernel as wide as the median distance.
+        mmd_se: its standard deviation if the two were the same.
+        mmd_p: its p-value by permutations.
+        ks, ks_p: Kolmogorov-Smirnov distance of q(u_d) and p(u_d), [D], and its p-value adjusted for D of them.
+        holes, holes_se: share of prior draws farther from every encoding than 99% of other rows' encodings are: about
+            0.01 where there are none.
+        codes, prior: draws of q(u), one a row and in the rows' order, and of p(u), [M, D] each, M at most 1000.
+        means: :math:`E_q u`, [N, D].
+    """
+
+    kl: Tensor
+    kl_se: Tensor
+    activity: Tensor
+    total_kl: Tensor
+    total_kl_se: Tensor
+    mutual_information: Tensor
+    mutual_information_se: Tensor
+    marginal_kl: Tensor
+    marginal_kl_se: Tensor
+    mmd: Tensor
+    mmd_se: Tensor
+    mmd_p: Tensor
+    ks: Tensor
+    ks_p: Tensor
+    holes: Tensor
+    holes_se: Tensor
+    codes: Tensor
+    prior: Tensor
+    means: Tensor
+
+    def active(self) -> int:
+        """Number of dimensions that depend on the data, by Burda's rule."""
+        return int((self.activity > ACTIVE).sum())
+
+    def saturated(self) -> bool:
+        """Whether the mutual information is within a nat of its bound, so that more rows would show more of it."""
+        return bool(self.mutual_information > math.log(min(len(self.means), AGGREGATE)) - 1)
+
+    def figures(self) -> dict[str, Estimate]:
+        """Every number with its standard error; p-values are given without."""
+        measured = ("total_kl", "mutual_information", "marginal_kl", "mmd", "holes")
+        found = {name: Estimate(getattr(self, name).item(), getattr(self, f"{name}_se").item()) for name in measured}
+        found["information_bound"] = Estimate(math.log(min(len(self.means), AGGREGATE)), math.nan)
+        # A variance of N values is known to a share of sqrt(2 / (N - 1)), which leaves units near the threshold open.
+        error = self.activity * (2 / (len(self.means) - 1)) ** 0.5
+        sure = Normal(0.0, 1.0).cdf((self.activity - ACTIVE) / error.clamp(min=1e-12))
+        found["active_units"] = Estimate(float(self.active()), (sure * (1 - sure)).sum().sqrt().item())
+        found["mmd_p"] = Estimate(self.mmd_p.item(), math.nan)
+        found["ks_p"] = Estimate(self.ks_p.min().item(), math.nan)
+        found["ks_distance"] = Estimate(self.ks.max().item(), math.nan)
+        return found
+
+
+def latent_health(
+    model: Program,
+    guide: Guide,
+    x: Tensor,
+    index: Tensor | None = None,
+    *,
+    draws: int = 20,
+    permutations: int = 500,
+    seed: int = 0,
+) -> Health:
+    r"""What the latents hold of the rows, and whether the encoded rows fill the prior.
+
+    .. math:: E_x KL(q(u|x) \| p(u)) = I_q(x; u) + KL(q(u) \| p(u))
+
+    Arguments:
+        model: a Pyro program.
+        guide: a family with a source of its parameters.
+        x, index: rows [N, ...], at least 2, and which training datapoints they are; None for new ones.
+        draws: of each row's q for the total KL.
+        permutations: of the p-value of the maximum mean discrepancy.
+        seed: of all noise.
+
+    Raises:
+        UserError: fewer than 2 rows, or a number below 1.
+
+    Source: Burda, Grosse, Salakhutdinov (2016), arXiv:1509.00519 (active units); Hoffman and Johnson (2016), *ELBO
+    Surgery*, NIPS workshop on approximate inference (the split of the KL); Gretton, Borgwardt, Rasch, Schoelkopf, Smola
+    (2012), *A Kernel Two-Sample Test*, JMLR 13.
+    """
+    positive("latent_health", draws=draws, permutations=permutations)
+    if len(x) < 2:
+        raise UserError(f"latent health compares rows with each other: {len(x)} is too few, give at least 2")
+    for program in (model, guide):
+        module_of(program).eval()
+    with torch.no_grad(), unchecked(), own_parameters(), seeded(seed):
+        target = Target(model, x, index, guide.sites)
+        rows = torch.randperm(len(x))[:AGGREGATE].to(x.device)
+        some = Target(model, x[rows], None if index is None else index[rows], guide.sites)
+        prior = some.prior(1)[0]
+        encoded = _encode(guide, target, prior, draws)
+        lam = encoded.lam[rows]
+        codes = guide.family(lam).sample()
+        found = _of_rows(encoded) | _shared(guide, some, lam, codes) | _compared(codes, prior, permutations)
+    # In the rows' order again, so that labels go with codes.
+    codes = codes[:CODES][rows[:CODES].argsort()]
+    return Health(**found, codes=codes, prior=prior[:CODES], means=encoded.means)
+
+
+class _Encoded(NamedTuple):
+    """Of each row: lam [N, P], q's means [N, D], the variance of their noise, KL by dimension, and all of it [N]."""
+
+    lam: Tensor
+    means: Tensor
+    noise: Tensor
+    kl: Tensor
+    total: Tensor
+
+
+def _encode(guide: Guide, target: Target, prior: Tensor, draws: int) -> _Encoded:
+    fitted = Normal(prior.mean(0), prior.std(0))
+    parts = [_encode_rows(guide, target.rows(part), fitted, draws) for part in _slices(len(target.x), ROWS)]
+    return _Encoded(*map(torch.cat, zip(*parts, strict=True)))
+
+
+def _encode_rows(guide: Guide, target: Target, fitted: Normal, draws: int) -> _Encoded:
+    lam = guide.params(target.x, target.index)
+    q = guide.family(lam)
+    u = q.sample((draws,))
+    if guide.family.point_mass:
+        unknown = torch.full_like(u[0], torch.nan)
+        return _Encoded(lam, u[0], torch.zeros_like(u[0]), unknown, unknown[:, 0])
+    mean, variance, noise = _moments(q)
+    kl = _kl_by_dimension(Normal(mean, variance.sqrt()), u, _prior_of(target), fitted)
+    return _Encoded(lam, mean, noise, kl, (q.log_prob(u) - target.parts(u)[1]).mean(0))
+
+
+def _moments(q: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """q's mean and variance, and the variance of the mean's noise where it took draws, [B, D] each."""
+    with suppress(NotImplementedError):
+        return q.mean, q.variance, torch.zeros_like(q.mean)
+    u = q.sample((MOMENTS,))
+    return u.mean(0), u.var(0), u.var(0) / MOMENTS
+
+
+def _prior_of(target: Target) -> Any:
+    """The program's p(u) where u is a single site of real numbers, else None."""
+    sites = target.latents.sites
+    if len(sites) > 1 or not sites[0].plain:
+        return None
+    return poutine.trace(target.model).get_trace(target.x, target.index).nodes[sites[0].name]["fn"]
+
+
+def _kl_by_dimension(q: Normal, u: Tensor, prior: Any, fitted: Normal) -> Tensor:
+    """KL(q(u_d|x) || p(u_d)), [B, D], in closed form for normals, by the draws u of q for other independent priors."""
+    base = getattr(prior, "base_dist", None)
+    if isinstance(base, Normal):
+        return kl_divergence(q, Normal(base.loc, base.scale)).expand_as(q.loc)
+    if prior is not None:
+        with suppress(Refused):
+            return (q.log_prob(u) - entries(prior, u)).mean(0)
+    return kl_divergence(q, fitted)
+
+
+def _of_rows(encoded: _Encoded) -> dict[str, Tensor]:
+    """What is a mean over rows."""
+    roots = len(encoded.means) ** 0.5
+    return {
+        "kl": encoded.kl.mean(0),
+        "kl_se": encoded.kl.std(0) / roots,
+        "activity": (encoded.means.var(0) - encoded.noise.mean(0)).clamp(min=0),
+        "total_kl": encoded.total.mean(),
+        "total_kl_se": encoded.total.std() / roots,
+    }
+
+
+def _shared(guide: Guide, target: Target, lam: Tensor, codes: Tensor) -> dict[str, Tensor]:
+    r"""Mutual information, the mean of :math:`\log q(u|x) - \log q(u)`, and KL(q(u) || p(u)) by codes u of q(u)."""
+    unknown = codes.new_tensor(torch.nan)
+    names = ("mutual_information", "marginal_kl")
+    if guide.family.point_mass:
+        return {f"{name}{end}": unknown for name in names for end in ("", "_se")}
+    u = codes[:CODES]
+    log_aggregate = torch.full_like(u[:, 0], -torch.inf)
+    for part in _slices(len(lam), max(1, PAIRS // len(u))):
+        pairs = u.unsqueeze(1).expand(-1, len(lam[part]), -1)
+        log_aggregate = torch.logaddexp(log_aggregate, guide.family(lam[part]).log_prob(pairs).logsumexp(1))
+    log_aggregate = log_aggregate - math.log(len(lam))
+    own = guide.family(lam[:CODES]).log_prob(u)
+    log_prior = target.rows(slice(CODES)).parts(u.unsqueeze(0))[1][0]
+    found: dict[str, Tensor] = {}
+    for name, values in zip(names, (own - log_aggregate, log_aggregate - log_prior), strict=True):
+        found |= {name: values.mean(), f"{name}_se": values.std() / len(values) ** 0.5}
+    return found
+
+
+def _slices(total: int, size: int) -> Iterator[slice]:
+    for start in range(0, total, size):
+        yield slice(start, start + size)
+
+
+def _compared(codes: Tensor, prior: Tensor, permutations: int) -> dict[str, Tensor]:
+    """Encodings against prior draws, [M, D] each: discrepancy, each dimension, holes."""
+    scale = torch.cat([codes, prior]).std(0).clamp(min=1e-12)
+    codes, prior = codes / scale, prior / scale
+    return _discrepancy(codes[:CODES], prior[:CODES], permutations) | _by_dimension(codes, prior) | _holes(codes, prior)
+
+
+def _discrepancy(one: Tensor, two: Tensor, permutations: int) -> dict[str, Tensor]:
+    """Unbiased squared MMD of two samples, and its value after each permutation of their union."""
+    both, n = torch.cat([one, two]).double(), len(one)
+    squares = _distances(both, both).square_()
+    kernel = (-squares / (2 * squares[~torch.eye(len(both), dtype=torch.bool, device=both.device)].median())).exp_()
+    kernel.fill_diagonal_(0)
+    first = torch.zeros(len(both), permutations + 1, dtype=both.dtype, device=both.device)
+    first[:n, 0] = 1
+    for column in range(1, permutations + 1):
+        first[torch.randperm(len(both))[:n].to(both.device), column] = 1
+    inside = kernel @ first
+    within, across = (first * inside).sum(0), ((1 - first) * inside).sum(0)
+    others, m = kernel.sum() - within - 2 * across, len(two)
+    mmd = within / (n * (n - 1)) + others / (m * (m - 1)) - 2 * across / (n * m)
+    own, permuted = mmd[0], mmd[1:]
+    return {"mmd": own, "mmd_se": permuted.std(), "mmd_p": ((permuted >= own).sum() + 1) / (permutations + 1)}
+
+
+def _by_dimension(one: Tensor, two: Tensor) -> dict[str, Tensor]:
+    from scipy.stats import ks_2samp
+
+    columns = zip(one.T.cpu().numpy(), two.T.cpu().numpy(), strict=True)
+    found = torch.tensor([[test.statistic, test.pvalue] for test in (ks_2samp(*pair) for pair in columns)])
+    return {"ks": found[:, 0].to(one), "ks_p": holm(found[:, 1]).to(one)}
+
+
+def _holes(codes: Tensor, prior: Tensor) -> dict[str, Tensor]:
+    """The share of prior draws farther from every code than 99% of fresh codes are."""
+    # One half of the codes is what is near, the other half tells how near is usual.
+    here, fresh = codes.tensor_split(2)
+    among, away = (_distances(draws, here).amin(1) for draws in (fresh, prior))
+    n, unsure = len(fresh), (FAR * (1 - FAR) / len(fresh)) ** 0.5
+    # The value of rank r among n has r / (n + 1) below it on average.
+    levels = ((among.new_tensor([FAR, FAR - unsure, FAR + unsure]) * (n + 1) - 1) / max(1, n - 1)).clamp(0, 1)
+    share, high, low = (away > among.quantile(levels).unsqueeze(-1)).to(codes.dtype).mean(1)
+    binomial = share * (1 - share) / len(prior)
+    return {"holes": share, "holes_se": (binomial + ((high - low) / 2) ** 2).sqrt()}
+
+
+def _distances(one: Tensor, two: Tensor) -> Tensor:
+    return torch.cdist(one, two, compute_mode="donot_use_mm_for_euclid_dist")

@@ -1,0 +1,134 @@
+"""distributions.counts."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import pyro.distributions as dist
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.distributions import constraints
+
+from pvae.distributions.univariate import _Values
+
+# Rates are exp(eta) for |eta| up to KNEE: e^20 = 5e8 is far above the counts that float32 tells apart, 2^24.
+KNEE = 20.0
+
+
+# From this rate on a Poisson draw is a rounded normal one: their distribution functions differ by less than 1e-5,
+# and PyTorch's own draws overflow on CUDA.
+LARGE = 1e8
+
+
+class _Counts(_Values):
+    """Counts, scored in float64."""
+
+    support = constraints.nonnegative_integer
+
+    def _score(self, value: Tensor) -> Tensor:
+        parameters = [getattr(self, name) for name in self.arg_constraints]
+        return self._log_mass(value.double(), *(p.double() for p in parameters)).to(parameters[0].dtype)
+
+    def _log_mass(self, x: Tensor, *parameters: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    @property
+    def mean(self) -> Tensor:
+        log_mean = getattr(self, next(iter(self.arg_constraints)))
+        return _tamed(log_mean).exp().to(log_mean.dtype)
+
+
+class Poisson(_Counts):
+    r""":math:`p(x) = r^x e^{-r} / x!` with log r = eta up to \|eta\| = 20, growing as its logarithm beyond.
+
+    >>> Poisson(torch.zeros(2)).log_prob(torch.tensor([0.0, 1.0]))
+    tensor([-1., -1.])
+    """
+
+    arg_constraints: ClassVar = {"log_rate": constraints.real}
+    log_rate: Tensor
+
+    def _log_mass(self, x: Tensor, *parameters: Tensor) -> Tensor:
+        log_rate = _tamed(*parameters)
+        return x * log_rate - log_rate.exp() - (x + 1).lgamma()
+
+    @property
+    def variance(self) -> Tensor:
+        return self.mean
+
+    def _draw(self, shape: torch.Size) -> Tensor:
+        return _poisson(_tamed(self.log_rate).exp().expand(shape)).to(self.log_rate.dtype)
+
+
+class NegativeBinomial(_Counts):
+    r"""Poisson with a gamma-distributed rate, of mean m and variance m + m^2 / r; logs of m and r as in Poisson.
+
+    :math:`p(x) = \frac{\Gamma(x + r)}{\Gamma(r)\, x!} (1 - q)^r q^x` with :math:`q = m / (m + r)`.
+
+    >>> NegativeBinomial(torch.zeros(1), torch.zeros(1)).log_prob(torch.tensor([2.0])).exp()
+    tensor([0.1250])
+    """
+
+    arg_constraints: ClassVar = {"log_mean": constraints.real, "log_concentration": constraints.real}
+    log_mean: Tensor
+    log_concentration: Tensor
+
+    def _log_mass(self, x: Tensor, *parameters: Tensor) -> Tensor:
+        log_mean, log_concentration = map(_tamed, parameters)
+        r, log_odds = log_concentration.exp(), log_mean - log_concentration
+        ways = (x + r).lgamma() - r.lgamma() - (x + 1).lgamma()
+        return ways + r * F.logsigmoid(-log_odds) + x * F.logsigmoid(log_odds)
+
+    @property
+    def variance(self) -> Tensor:
+        mean = _tamed(self.log_mean).exp()
+        return (mean + mean**2 / _tamed(self.log_concentration).exp()).to(self.log_mean.dtype)
+
+    def _draw(self, shape: torch.Size) -> Tensor:
+        log_mean, log_concentration = _tamed(self.log_mean), _tamed(self.log_concentration)
+        rate = dist.Gamma(log_concentration.exp(), (log_concentration - log_mean).exp()).expand(shape).sample()
+        return _poisson(rate).to(self.log_mean.dtype)
+
+
+class ZeroInflatedNegativeBinomial(NegativeBinomial):
+    """NegativeBinomial of which a part with log-odds ``dropout`` is replaced by zeros.
+
+    Pyro's has forgotten its log-odds, and with them how to expand, once it was asked for its mean.
+    """
+
+    arg_constraints: ClassVar = {**NegativeBinomial.arg_constraints, "dropout": constraints.real}
+    dropout: Tensor
+
+    def _log_mass(self, x: Tensor, *parameters: Tensor) -> Tensor:
+        *logs, dropout = parameters
+        counted = F.logsigmoid(-dropout) + super()._log_mass(x, *logs)
+        return torch.where(x == 0, torch.logaddexp(F.logsigmoid(dropout), counted), counted)
+
+    @property
+    def mean(self) -> Tensor:
+        return (-self.dropout).sigmoid() * super().mean
+
+    @property
+    def variance(self) -> Tensor:
+        kept = (-self.dropout).sigmoid()
+        return kept * (super().variance + (1 - kept) * super().mean ** 2)
+
+    def _draw(self, shape: torch.Size) -> Tensor:
+        return super()._draw(shape) * torch.bernoulli((-self.dropout).sigmoid().expand(shape))
+
+
+def _tamed(log_rate: Tensor) -> Tensor:
+    """The logarithm itself up to KNEE, then with the same slope asinh, so that rates and their gradients are finite.
+
+    >>> _tamed(torch.tensor([-1.0, 20.0, 80.0])).round(decimals=2).tolist()
+    [-1.0, 20.0, 24.79]
+    """
+    log_rate = log_rate.double()
+    inner = log_rate.clamp(-KNEE, KNEE)
+    return inner + (log_rate - inner).asinh()
+
+
+def _poisson(rate: Tensor) -> Tensor:
+    small = torch.poisson(rate.clamp(max=LARGE))
+    return torch.where(rate < LARGE, small, (rate + rate.sqrt() * torch.randn_like(rate)).round())

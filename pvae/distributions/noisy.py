@@ -1,0 +1,120 @@
+"""distributions.noisy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, ClassVar, NamedTuple
+
+import pyro.distributions as dist
+import torch
+from torch import Tensor
+from torch.distributions import constraints
+
+from pvae.distributions.supports import innermost
+from pvae.distributions.univariate import Categorical
+
+# From x [..., *event] to p(y|x) of the same batch shape: every entry on its own.
+Channel = Callable[[Tensor], Any]
+
+
+class Moments(NamedTuple):
+    """Mean and variance of each entry."""
+
+    mean: Tensor
+    variance: Tensor
+
+
+class Noisy(dist.TorchDistribution):
+    r"""p(y|z) of each entry of a row that is seen through noise, :math:`\int p(y_d|x_d)\, p(x_d|z)\, dx_d`.
+
+    Exact where x has finitely many values, which are summed over, and for Gaussian x and noise. Elsewhere p(y|z) is
+    taken for a Gaussian of the same mean and variance, and x for jointly Gaussian with y, so that E[x|y, z] is the
+    best linear estimate.
+
+    Arguments:
+        clean: p(x|z) with event shape [*event], whose entries are independent.
+        noise: p(y|x).
+
+    >>> p = Noisy(dist.Normal(torch.zeros(2), 1.0).to_event(1), GaussianNoise(scale=1.0))
+    >>> p.clean_moments(torch.tensor([0.0, 3.0])).mean
+    tensor([0.0000, 1.5000])
+    """
+
+    arg_constraints: ClassVar[dict[str, constraints.Constraint]] = {}
+
+    def __init__(self, clean: Any, noise: Channel) -> None:
+        self.clean, self.noise = clean, noise
+        super().__init__(clean.batch_shape + clean.event_shape, validate_args=False)
+
+    @property
+    def support(self) -> Any:
+        return self.noise(torch.zeros(())).support
+
+    def expand(self, batch_shape: Any, _instance: Any = None) -> Noisy:
+        return Noisy(self.clean.expand(torch.Size(batch_shape)[: -self.clean.event_dim]), self.noise)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        if levels(self.clean):
+            return self._joint(value)[1].logsumexp(0)
+        mean, variance = moments(self.clean)
+        return dist.Normal(mean, (variance + self.noise(mean).variance).sqrt()).log_prob(value)
+
+    def clean_moments(self, value: Tensor) -> Moments:
+        """Mean and variance of p(x|y, z) at y, [..., *event]."""
+        if levels(self.clean):
+            x, joint = self._joint(value)
+            return _weighed(x, joint.softmax(0))
+        mean, variance = moments(self.clean)
+        other = self.noise(mean).variance
+        share = variance / (variance + other)
+        return Moments(bounded(self.clean, mean + share * (value - mean)), share * other)
+
+    def _joint(self, value: Tensor) -> tuple[Tensor, Tensor]:
+        """The values of x, [L, 1, ...], and log p(x, y|z) at each, [L, ..., *event]."""
+        x, log_p = _enumerated(self.clean, value.dim())
+        return x, log_p + self.noise(x).log_prob(value)
+
+
+def levels(fn: Any) -> int:
+    """How many values an entry of x has, from 0 on; 0 where there are infinitely many."""
+    support = innermost(fn.support)
+    if support is constraints.boolean:
+        return 2
+    return support.upper_bound + 1 if isinstance(support, constraints.integer_interval) else 0
+
+
+def bounded(fn: Any, values: Tensor) -> Tensor:
+    """Values [..., *event] no lower and no higher than p(x|z) has them."""
+    support = innermost(fn.support)
+    if support is constraints.boolean:
+        return values.clamp(0, 1)
+    for name, within in (("lower_bound", torch.maximum), ("upper_bound", torch.minimum)):
+        if (bound := getattr(support, name, None)) is not None:
+            values = within(values, torch.as_tensor(bound).to(values))
+    return values
+
+
+def _enumerated(fn: Any, dims: int = 0) -> tuple[Tensor, Tensor]:
+    """The values of x, [L, 1, ...], and log p(x|z) of each entry, [L, ..., *event], of so many dimensions after L."""
+    if isinstance(fn, Categorical):
+        log_p = fn.logits.movedim(-2, 0)
+        x = torch.arange(len(log_p), dtype=log_p.dtype, device=log_p.device).view(-1, *(1,) * (log_p.dim() - 1))
+    else:
+        like = fn.mean
+        x = torch.arange(levels(fn), dtype=like.dtype, device=like.device).view(-1, *(1,) * like.dim())
+        log_p = fn.base_dist.log_prob(x)
+    more = (1,) * (dims + 1 - log_p.dim())
+    return x.view(len(x), *more, *x.shape[1:]), log_p.view(len(x), *more, *log_p.shape[1:])
+
+
+def moments(fn: Any) -> Moments:
+    """Mean and variance of each entry of p(x|z), [..., *event]."""
+    if levels(fn):
+        x, log_p = _enumerated(fn)
+        return _weighed(x, log_p.exp())
+    return Moments(fn.mean, fn.variance)
+
+
+def _weighed(x: Tensor, weights: Tensor) -> Moments:
+    mean = (weights * x).sum(0)
+    return Moments(mean, (weights * (x - mean) ** 2).sum(0))

@@ -1,0 +1,171 @@
+"""Run folders: a recipe, its checkpoint and what was made of them; prepared, trained and loaded again."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from pvae.data.dataset import Dataset
+from pvae.errors import UserError
+from pvae.recipes import recipe, registry
+from pvae.recipes.build import Built, build, fitted
+from pvae.recipes.recipe import Recipe
+from pvae.runtime.torch_state import pick_device
+from pvae.training import checkpoints
+from pvae.training.loop import Fit
+
+FILES = (
+    "recipe.toml",
+    "checkpoint.safetensors",
+    "state.json",
+    "history.csv",
+    "results.json",
+    "idata.nc",
+    "report.html",
+    "diagnosis.json",
+)
+# Folders of finished parts, which a longer job goes on from, and of what the run was used for.
+CLASSES = "classes"
+PARTS = ("evaluation", "diagnosis", "uses", CLASSES)
+
+
+class Variant(NamedTuple):
+    """A fitted recipe: its program and guide, and how the fit went."""
+
+    recipe: Recipe
+    built: Built
+    fit: Fit
+
+
+def prepare(
+    folder: Path,
+    own: Recipe,
+    vary: Mapping[str, list[Any]] | None = None,
+    *,
+    overwrite: bool = False,
+    resume: bool = False,
+) -> None:
+    """Make a folder ready for a run of a resolved recipe, and write the recipe there.
+
+    Raises:
+        UserError: the folder holds something else, can't be written to, or is to be resumed with another recipe.
+    """
+    if overwrite and resume:
+        raise UserError("--overwrite and --resume exclude each other")
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"--out {folder} is a file; name a folder")
+    holds_run = (folder / "recipe.toml").is_file()
+    if resume:
+        _check_same(folder, own, dict(vary or {}))
+    elif holds_run and not overwrite:
+        raise UserError(f"--out {folder} holds a run; give --overwrite, --resume or another --out")
+    elif holds_run:
+        _clear(folder)
+    elif folder.is_dir() and any(folder.iterdir()):
+        raise UserError(f"--out {folder} holds files that are not a run's; name another folder")
+    recipe.write(own, folder, dict(vary or {}))
+
+
+def _check_same(folder: Path, own: Recipe, vary: dict[str, list[Any]]) -> None:
+    # Nothing of it is run: what is built is the recipe at hand.
+    there, axes, _ = recipe.open_file(folder / "recipe.toml", trust=True)
+    if bool(axes) != bool(vary):
+        kinds = {True: "compare's", False: "fit's"}
+        raise UserError(f"--resume: {folder} is {kinds[bool(axes)]}, not {kinds[bool(vary)]}; name another --out")
+    if axes != vary:
+        raise UserError(f"--resume: {folder} varies {axes}, but now {vary}; give the same flags, or another --out")
+    for name, value in vars(own).items():
+        if value != getattr(there, name):
+            raise UserError(
+                f"--resume: {folder} was made with {name.replace('_', '-')} = {getattr(there, name)}, but now it is "
+                f"{value}; give the same flags, or another --out"
+            )
+
+
+def _clear(folder: Path) -> None:
+    """Remove what pvae wrote, and nothing else."""
+    for name in FILES:
+        (folder / name).unlink(missing_ok=True)
+    for further in folder.glob("idata-*.nc"):
+        further.unlink()
+    checkpoints.remove(folder)
+    for name in PARTS:
+        shutil.rmtree(folder / name, ignore_errors=True)
+    for inner in folder.iterdir():
+        if inner.is_dir() and (inner / "recipe.toml").is_file():
+            shutil.rmtree(inner)
+
+
+def train(
+    own: Recipe, data: Dataset, folder: Path, *, device: str = "auto", resume: bool = False, progress: bool = False
+) -> Variant:
+    """Fit a resolved recipe in its prepared folder."""
+    built = build(own, data)
+    there = resume and (folder / checkpoints.FILE).is_file()
+    report = fitted(own, built, data, device=device, folder=folder, resume=there, progress=progress)
+    return Variant(own, built, report)
+
+
+def load(folder: Path, data: Dataset, *, device: str = "auto", trust: bool = False) -> Variant:
+    """The fitted variant of a run folder.
+
+    Arguments:
+        trust: run the code of files that the recipe names.
+
+    Raises:
+        UserError: no run, or a checkpoint that is broken, of another model or of other data.
+    """
+    own = recipe.read(folder, trust=trust)
+    tensors, header = checkpoints.read(folder)
+    if header["digest"] != data.digest:
+        raise UserError(f"{folder} was fitted to other rows than {data.identity} has now; fit it anew")
+    built = build(own, data)
+    tensors = checkpoints.best(tensors) or tensors
+    for kind, module in (("model", built.program), ("guide", built.guide)):
+        checkpoints.fill(module, kind, tensors, folder)
+        module.to(pick_device(device)).eval()
+    return Variant(own, built, Fit(header["history"], header["seconds"], header["stopped"], header.get("engine", "")))
+
+
+def unfinished(variant: Variant) -> str:
+    """What is left of a training that was stopped, in words; empty where nothing is."""
+    done, wanted = len(variant.fit.history), variant.recipe.epochs or 0
+    if done >= wanted or variant.fit.stopped == "early":
+        return ""
+    return f"has had {done} of its {wanted} epochs; the command that began it with --resume trains the rest"
+
+
+def parameters(variant: Variant) -> dict[str, int]:
+    """How many numbers are trained: shared by all datapoints, and of the datapoints' own."""
+    modules = (variant.built.program, variant.built.guide)
+    shared = {id(p): p.numel() for module in modules for p in module.parameters() if p.requires_grad}
+    table = getattr(variant.built.guide, "table", torch.empty(0))
+    return {"global": sum(shared.values()), "local": table.numel()}
+
+
+def fingerprint(variant: Variant) -> str:
+    """SHA-256 of a fit, first 16 hex digits: its numbers, its recipe, and the code of files that this names.
+
+    What was found under another one is not of this fit.
+    """
+    own = variant.recipe
+    found = hashlib.sha256(json.dumps(asdict(own), sort_keys=True, default=str).encode())
+    found.update("".join(registry.code(getattr(own, kind)) for kind in registry.KINDS).encode())
+    for module in (variant.built.program, variant.built.guide):
+        for name, values in module.state_dict().items():
+            found.update(f"{name}{tuple(values.shape)}".encode())
+            found.update(values.detach().cpu().contiguous().numpy().tobytes())
+    return found.hexdigest()[:16]
+
+
+def place(name: str) -> str:
+    """The folder of a variant's parts."""
+    return re.sub(r"[^\w=.,()+-]", "_", name)

@@ -1,0 +1,174 @@
+"""What came of using a run: arrays, a picture and sentences, written where they are wanted and kept for the page."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from pvae.errors import UserError, nearest
+from pvae.runtime.files import read_json, replacing, write_json
+
+# In a run's folder.
+FOLDER = "uses"
+# In the order of the page.
+VERBS = (
+    "reconstruct",
+    "sample",
+    "interpolate",
+    "map",
+    "encode",
+    "decode",
+    "denoise",
+    "impute",
+    "anomalies",
+    "augment",
+    "classify",
+)
+KINDS = (".npz", ".npy", ".csv", ".png", ".html")
+
+
+@dataclass
+class Use:
+    """What a command gives.
+
+    Attributes:
+        verb: the command's name.
+        arrays: by name; the first is what a .npy file holds. Those with as many rows as it become columns of a .csv.
+        sentences: for the screen and the page.
+        tables: title, header and lines of words, likewise.
+        figure: a picture.
+        page: a self-contained page that one can move in.
+        aside: names of arrays that are not about the rows, and so never columns.
+        columns: names of the data's columns, if they have any.
+    """
+
+    verb: str
+    arrays: dict[str, np.ndarray]
+    sentences: list[str] = field(default_factory=list)
+    tables: list[tuple[str, list[str], list[list[str]]]] = field(default_factory=list)
+    figure: Figure | None = None
+    page: str = ""
+    aside: Collection[str] = ()
+    columns: Sequence[str] | None = None
+
+
+def check_outputs(outs: Sequence[Path], overwrite: bool, *, page: bool = True) -> None:
+    """Refuse, before any work, files that can't be written or would replace others.
+
+    Arguments:
+        outs: the files.
+        overwrite: files may be replaced.
+        page: there will be a page.
+
+    Raises:
+        UserError: an unknown format, a page where there is none, or a file that exists while ``overwrite`` is off.
+    """
+    for path in outs:
+        if path.suffix not in KINDS:
+            raise UserError(f"--out {path}: unknown format '{path.suffix}'{nearest(path.suffix, KINDS)}")
+        if path.suffix == ".html" and not page:
+            raise UserError(f"--out {path}: only map makes a page; write .npz, .npy, .csv or .png")
+        if path.is_dir():
+            raise UserError(f"--out {path} is a folder; name a file in it")
+        if path.exists() and not overwrite:
+            raise UserError(f"--out {path} exists; give --overwrite to replace it, or another name")
+
+
+def save(use: Use, *paths: Path) -> None:
+    """Write a use to files, each whole or not at all: all arrays (.npz), the first (.npy), a table, picture, page.
+
+    Raises:
+        UserError: there is no picture or page, and nothing is written; or a file can't be written.
+    """
+    for path in paths:
+        if (path.suffix == ".png" and use.figure is None) or (path.suffix == ".html" and not use.page):
+            what = {".png": "picture", ".html": "page"}[path.suffix]
+            raise UserError(f"--out {path}: there is no {what} of {use.verb}; write .npz, .npy or .csv")
+    for path in paths:
+        _write(use, path)
+
+
+def _write(use: Use, path: Path) -> None:
+    with replacing(path) as temporary, temporary.open("wb") as file:
+        if path.suffix == ".npz":
+            np.savez_compressed(file, **use.arrays)  # type: ignore[arg-type]
+        elif path.suffix == ".npy":
+            np.save(file, next(iter(use.arrays.values())))
+        elif path.suffix == ".csv":
+            shown = {name: values for name, values in use.arrays.items() if name not in use.aside}
+            _write_csv(file, shown, use.columns)
+        else:
+            file.write(use.page.encode() if path.suffix == ".html" else _picture(use))
+
+
+def _picture(use: Use) -> bytes:
+    assert use.figure is not None
+    file = io.BytesIO()
+    use.figure.savefig(file, format="png", dpi=160, bbox_inches="tight")
+    return file.getvalue()
+
+
+def _write_csv(file: Any, arrays: Mapping[str, np.ndarray], names: Sequence[str] | None) -> None:
+    """Columns of all arrays that have a row for each row of the first.
+
+    Those of a table are numbered, but those of x are the data's own, so that the file may stand for the data's.
+    """
+    import pyarrow as pa
+    from pyarrow import csv
+
+    rows, columns = len(next(iter(arrays.values()))), {}
+    for name, values in arrays.items():
+        if values.ndim == 1 and len(values) == rows:
+            columns[name] = values
+        elif values.ndim == 2 and len(values) == rows:
+            own = names if names and len(names) == values.shape[1] else None
+            for place in range(values.shape[1]):
+                told = f"{name}{place}" if own is None else own[place] if name == "x" else f"{name}_{own[place]}"
+                columns[told] = values[:, place]
+    csv.write_csv(pa.table({name: np.ascontiguousarray(values) for name, values in columns.items()}), file)
+
+
+def keep(use: Use, folder: Path, about: Mapping[str, Any]) -> list[Path]:
+    """Keep a use in a run's folder, in the place of the last one of its verb, and return the files.
+
+    Arguments:
+        about: what it belongs to: the variant, the fit's fingerprint, the shape of a row.
+    """
+    kinds = {".npz": True, ".png": use.figure is not None, ".html": bool(use.page)}
+    paths = {kind: folder / FOLDER / f"{use.verb}{kind}" for kind in kinds}
+    for kind, there in kinds.items():
+        if there:
+            save(use, paths[kind])
+        else:
+            paths[kind].unlink(missing_ok=True)  # of an earlier use, to which it would not belong
+    told = {"sentences": use.sentences, "tables": use.tables}
+    write_json(folder / FOLDER / f"{use.verb}.json", {"verb": use.verb, **about, **told})
+    return [path for kind, path in paths.items() if kinds[kind]]
+
+
+def kept(folder: Path, fitted: Collection[str]) -> list[dict[str, Any]]:
+    """What a run's folder keeps of its uses, in the order of ``VERBS``; that of earlier fits is left out.
+
+    Returns:
+        What :func:`keep` wrote of each, with ``picture``, an address for an image's ``src``, and ``arrays``.
+    """
+    found = []
+    for verb in VERBS:
+        path = folder / FOLDER / f"{verb}.json"
+        told = read_json(path, f"pvae {verb} {folder} writes it anew") if path.is_file() else {}
+        if told.get("fitted") in fitted:
+            drawn = path.with_suffix(".png")
+            told["picture"] = _address(drawn.read_bytes()) if drawn.is_file() else None
+            found.append(told | {"arrays": path.with_suffix(".npz")})
+    return found
+
+
+def _address(png: bytes) -> str:
+    return f"data:image/png;base64,{base64.b64encode(png).decode()}"

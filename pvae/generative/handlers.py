@@ -1,0 +1,172 @@
+"""generative.handlers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pyro.distributions as dist
+import torch
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.util import site_is_subsample
+from torch import Tensor
+from torch.distributions import constraints
+
+from pvae.distributions.flows import Flow
+from pvae.distributions.masked import Present, separable, whole
+from pvae.distributions.mixtures import DiagonalMixture
+from pvae.distributions.noisy import Channel, Noisy
+from pvae.distributions.supports import innermost
+from pvae.errors import Refused, UserError
+from pvae.runtime.pyro_params import Program
+
+
+class Missing(Messenger):
+    r"""A block in which observed sites score the entries that are there: :math:`\log p(x_{obs}|z)` for log p(x|z).
+
+    Arguments:
+        mask: which entries are there, [B, *event] of the observed value; None for those that are not NaN.
+
+    What stands in x where the mask is False matters neither to values nor to gradients. Rows repeated n times
+    (B, then B again) take the mask repeated.
+
+    Raises:
+        Refused: entries are missing at an observed site that scores whole rows.
+        UserError: the mask is not of truth values, or does not fit the observed site.
+
+    >>> import pyro
+    >>> x = torch.tensor([[1.0, torch.nan]])
+    >>> with Missing(), pyro.poutine.trace() as seen:
+    ...     _ = pyro.sample("x", dist.Normal(torch.zeros(2), 1.0).to_event(1), obs=x)
+    >>> seen.trace.nodes["x"]["fn"].log_prob(x)
+    tensor([-1.4189])
+    """
+
+    def __init__(self, mask: Tensor | None = None) -> None:
+        super().__init__()
+        if mask is not None and mask.dtype != torch.bool:
+            raise UserError(f"the mask holds {mask.dtype}; it must be bool, True where a value is there")
+        self.mask = mask
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if not msg["is_observed"] or site_is_subsample(msg) or msg["infer"].get("_deterministic"):
+            return
+        mask = self._of(msg["name"], msg["value"])
+        if separable(msg["fn"]):  # whatever the mask holds: a recording can't look
+            msg["fn"] = Present(msg["fn"], mask)
+        elif not mask.all():
+            raise Refused(f"entries of observed site '{msg['name']}' are missing, but {whole(msg['fn'])}")
+
+    def _of(self, name: str, value: Tensor) -> Tensor:
+        """The mask of a site's value."""
+        if self.mask is None:
+            return ~value.isnan()
+        times, left = divmod(len(value), max(1, len(self.mask))) if value.dim() else (0, 1)
+        if left or value.shape[1:] != self.mask.shape[1:]:
+            raise UserError(
+                f"the mask is of shape {tuple(self.mask.shape)}, but observed site '{name}' has {tuple(value.shape)}"
+            )
+        return self.mask if times == 1 else self.mask.repeat(times, *(1,) * (value.dim() - 1))
+
+
+def masked(model: Program, mask: Tensor | None = None) -> Program:
+    """The program under :class:`Missing`: the same latents and parameters, scored on the entries that are there.
+
+    >>> program = masked(lambda x: None, torch.ones(2, 3, dtype=torch.bool))
+    >>> program(torch.zeros(2, 3))
+    """
+    Missing(mask)  # refuses what is no mask, here and not at the first call
+    return Under(model, partial(Missing, mask))
+
+
+class Under:
+    """A program under a messenger, which still tells whose method it is, and so where its parameters are.
+
+    Arguments:
+        model: the program.
+        block: makes the messenger of each run.
+    """
+
+    def __init__(self, model: Program, block: Callable[[], Messenger]) -> None:
+        self.model, self.block = model, block
+        self.__self__ = model if isinstance(model, torch.nn.Module) else getattr(model, "__self__", None)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        with self.block():
+            return self.model(*args, **kwargs)
+
+
+class Through(Messenger):
+    r"""A block in which observed sites are seen through noise: :math:`\log p(y|z)` for log p(x|z), where y is observed.
+
+    Arguments:
+        noise: p(y|x).
+        name: of the site that is noisy; None for all that are observed.
+
+    Raises:
+        Refused: a site that scores whole rows, or whose values the noise does not take.
+
+    >>> import pyro
+    >>> with Through(FlipNoise(rate=0.5)), pyro.poutine.trace() as seen:
+    ...     _ = pyro.sample("x", dist.Bernoulli(torch.tensor([0.9])).to_event(1), obs=torch.ones(1))
+    >>> seen.trace.nodes["x"]["fn"].log_prob(torch.ones(1)).exp()
+    tensor(0.5000)
+    """
+
+    def __init__(self, noise: Channel, name: str | None = None) -> None:
+        super().__init__()
+        self.noise, self.name = noise, name
+
+    def _pyro_sample(self, msg: Any) -> None:
+        aside = site_is_subsample(msg) or msg["infer"].get("_deterministic")
+        if msg["is_observed"] and not aside and self.name in (None, msg["name"]):
+            msg["fn"] = self._noisy(msg["name"], msg["fn"])
+
+    def _noisy(self, name: str, fn: Any) -> Any:
+        if isinstance(fn, Present):
+            return Present(self._noisy(name, fn.fn), fn.there)
+        if not separable(fn):
+            raise Refused(f"noise on observed site '{name}': {whole(fn)}")
+        takes, has = getattr(self.noise, "takes", constraints.real), innermost(fn.support)
+        if takes is constraints.boolean and has is not constraints.boolean:
+            raise Refused(
+                f"{type(self.noise).__name__} takes binary values, but observed site '{name}' is "
+                f"{type(getattr(fn, 'base_dist', fn)).__name__}, {has}; use GaussianNoise, or a binary likelihood"
+            )
+        return Noisy(fn, self.noise).to_event(fn.event_dim)
+
+
+def noisy(model: Program, noise: Channel, name: str | None = None) -> Program:
+    """The program under :class:`Through`: the same latents and parameters, and y observed in the place of x."""
+    return Under(model, partial(Through, noise, name))
+
+
+class Tempered(Messenger):
+    """A block in which the noise behind each latent is multiplied by a temperature."""
+
+    def __init__(self, temperature: float) -> None:
+        super().__init__()
+        self.temperature = temperature
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if self.temperature == 1 or msg["is_observed"] or site_is_subsample(msg):
+            return
+        msg["fn"] = _tempered(msg["name"], msg["fn"], max(self.temperature, 1e-6))
+
+
+def _tempered(name: str, fn: Any, t: float) -> Any:
+    """The distribution with its noise multiplied by t."""
+    if isinstance(fn, torch.distributions.Independent):
+        return dist.Independent(_tempered(name, fn.base_dist, t), fn.reinterpreted_batch_ndims)
+    if isinstance(fn, torch.distributions.Normal | torch.distributions.Laplace):
+        return type(fn)(fn.loc, fn.scale * t)
+    if isinstance(fn, torch.distributions.StudentT):
+        return dist.StudentT(fn.df, fn.loc, fn.scale * t)
+    if isinstance(fn, torch.distributions.MultivariateNormal):
+        return dist.MultivariateNormal(fn.loc, scale_tril=fn.scale_tril * t)
+    if isinstance(fn, DiagonalMixture):
+        return DiagonalMixture(fn.log_weights, fn.means, fn.scales * t, fn.batch_shape)
+    if isinstance(fn, Flow):
+        return Flow(fn.shift, fn.scale, fn.transform, temperature=t)
+    raise Refused(f"latent '{name}' is {type(fn).__name__}, which has no scale for a temperature; draw it at 1")

@@ -1,0 +1,248 @@
+"""Priors p(z): modules that, called without arguments, return a distribution over z."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import pyro.distributions as dist
+import torch
+from torch import Tensor, nn
+
+from pvae.distributions.flows import Flow, Kind, spline
+from pvae.distributions.mixtures import DiagonalMixture, well_spread
+from pvae.errors import UserError, positive
+
+__all__ = ["StandardNormal", "DiagonalNormal", "Laplace", "StudentT", "GaussianMixture", "VampPrior", "FlowPrior"]
+
+
+class Prior(nn.Module):
+    """What every prior states. Calling one returns p(z) over z [D].
+
+    Arguments:
+        dim: D, the number of latent dimensions.
+    """
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.dim = dim
+
+    def forward(self) -> dist.TorchDistribution:
+        """p(z) with event shape [D]."""
+        raise NotImplementedError
+
+
+class StandardNormal(Prior):
+    r"""Independent standard normals, :math:`p(z) = N(z; 0, I)`.
+
+    Arguments:
+        dim: D, the number of latent dimensions.
+
+    >>> StandardNormal(8)().sample((5,)).shape
+    torch.Size([5, 8])
+    """
+
+    mean: Tensor
+    scale: Tensor
+
+    def __init__(self, dim: int) -> None:
+        super().__init__(dim)
+        self.register_buffer("mean", torch.zeros(dim), persistent=False)
+        self.register_buffer("scale", torch.ones(dim), persistent=False)
+
+    def forward(self) -> dist.TorchDistribution:
+        return dist.Normal(self.mean, self.scale).to_event(1)
+
+
+class DiagonalNormal(Prior):
+    r"""Independent normals with learned location and scale, :math:`p(z) = \prod_d N(z_d; m_d, s_d^2)`.
+
+    Arguments:
+        dim: D, the number of latent dimensions.
+
+    Starts as the standard normal. It gains over that only where decoder or family can't rescale z themselves.
+
+    >>> DiagonalNormal(8)().sample((5,)).shape
+    torch.Size([5, 8])
+    """
+
+    def __init__(self, dim: int) -> None:
+        super().__init__(dim)
+        self.mean, self.log_scale = nn.Parameter(torch.zeros(dim)), nn.Parameter(torch.zeros(dim))
+
+    def forward(self) -> dist.TorchDistribution:
+        return dist.Normal(self.mean, self.log_scale.exp()).to_event(1)
+
+
+class Laplace(Prior):
+    r"""Independent Laplace distributions, which favour codes near 0: :math:`p(z) = \prod_d e^{-|z_d| / b} / 2b`.
+
+    Arguments:
+        dim: D, the number of latent dimensions.
+        scale: b; the standard deviation is :math:`\sqrt 2 b`.
+
+    Raises:
+        UserError: the scale is not positive.
+
+    >>> Laplace(8)().sample((5,)).shape
+    torch.Size([5, 8])
+    """
+
+    mean: Tensor
+    scale: Tensor
+
+    def __init__(self, dim: int, *, scale: float = 1.0) -> None:
+        super().__init__(dim)
+        positive("Laplace", scale=scale)
+        self.register_buffer("mean", torch.zeros(dim), persistent=False)
+        self.register_buffer("scale", torch.full((dim,), float(scale)), persistent=False)
+
+    def forward(self) -> dist.TorchDistribution:
+        return dist.Laplace(self.mean, self.scale).to_event(1)
+
+
+class StudentT(Prior):
+    r"""Independent Student t distributions, whose heavy tails let codes lie far out: :math:`p(z) = \prod_d t_\nu(z_d)`.
+
+    Arguments:
+        dim: D, the number of latent dimensions.
+        df: nu, the degrees of freedom; the tails fall as :math:`|z_d|^{-\nu - 1}`.
+
+    Raises:
+        UserError: the degrees of freedom are not positive.
+
+    >>> StudentT(8)().sample((5,)).shape
+    torch.Size([5, 8])
+    """
+
+    mean: Tensor
+    df: Tensor
+
+    def __init__(self, dim: int, *, df: float = 4.0) -> None:
+        super().__init__(dim)
+        positive("StudentT", df=df)
+        self.register_buffer("mean", torch.zeros(dim), persistent=False)
+        self.register_buffer("df", torch.full((dim,), float(df)), persistent=False)
+
+    def forward(self) -> dist.TorchDistribution:
+        return dist.StudentT(self.df, self.mean, 1.0).to_event(1)
+
+
+class GaussianMixture(Prior):
+    r"""Learned mixture of normals, :math:`p(z) = \sum_c \pi_c \prod_d N(z_d; m_{cd}, s_{cd}^2)`.
+
+    Arguments:
+        dim: D, the number of latent dimensions.
+        components: C, the number of normals; they start evenly spread over a standard normal, with scale 1.
+
+    Raises:
+        UserError: components below 1.
+
+    >>> GaussianMixture(8)().sample((5,)).shape
+    torch.Size([5, 8])
+    """
+
+    def __init__(self, dim: int, *, components: int = 10) -> None:
+        super().__init__(dim)
+        positive("GaussianMixture", components=components)
+        self.logits = nn.Parameter(torch.zeros(components))
+        self.means = nn.Parameter(well_spread(components, dim))
+        self.log_scales = nn.Parameter(torch.zeros(components, dim))
+
+    def forward(self) -> dist.TorchDistribution:
+        return DiagonalMixture(self.logits, self.means, self.log_scales.exp())
+
+
+class VampPrior(Prior):
+    r"""Mixture of the guide's own posteriors at learned pseudo-inputs, :math:`p(z) = \frac1K \sum_k q(z|u_k)`.
+
+    Arguments:
+        dim: D, the number of latent dimensions.
+        pseudo_inputs: K. They start at random rows of the data, plus noise of 0.01 of the data's spread; rows are
+            taken again, with noise of their own, where the data have fewer.
+        posterior: u [K, columns] to q(z|u): the guide's family over the guide's encoder. It stays the guide's: its
+            parameters are not registered here again, but gradients of p(z) reach them.
+        data: rows [N, columns]. Where all values lie in [0, 1], so do the pseudo-inputs.
+
+    With DiagonalNormal posteriors a score is one matrix product; other families are scored component by component.
+
+    Raises:
+        UserError: pseudo_inputs below 1, no rows, or a posterior without a density.
+
+    Source: Tomczak and Welling (2018), *VAE with a VampPrior*, arXiv:1705.07120.
+
+    >>> from pvae.inference.families import DiagonalNormal as Family
+    >>> encoder = nn.Linear(64, 16)
+    >>> VampPrior(8, posterior=lambda u: Family(8)(encoder(u)), data=torch.rand(100, 64))().sample((5,)).shape
+    torch.Size([5, 8])
+    """
+
+    posterior: Callable[[Tensor], dist.TorchDistribution]
+
+    unit: Tensor
+
+    def __init__(
+        self, dim: int, *, pseudo_inputs: int = 500, posterior: Callable[[Tensor], dist.TorchDistribution], data: Tensor
+    ) -> None:
+        super().__init__(dim)
+        positive("VampPrior", pseudo_inputs=pseudo_inputs, rows=len(data))
+        # Not by plain assignment, which would register a module's parameters.
+        object.__setattr__(self, "posterior", posterior)
+        data = data.to(torch.get_default_dtype())
+        rows = data[torch.randperm(len(data)).repeat(-(-pseudo_inputs // len(data)))[:pseudo_inputs]]
+        rows = rows + 0.01 * data.std() * torch.randn_like(rows) if data.numel() > 1 else rows
+        self.unit_interval = bool(data.min() >= 0 and data.max() <= 1)
+        # Not nearer to 0 and 1 than 0.05: out there the logistic map has hardly a slope left.
+        # In units in which a step of the optimizer means about the same for any data.
+        self.register_buffer("unit", data.std().clamp_min(1e-6) if data.numel() > 1 else torch.ones(()))
+        self.rows = nn.Parameter(rows.clamp(0.05, 0.95).logit() if self.unit_interval else rows / self.unit)
+
+    def inputs(self) -> Tensor:
+        """The pseudo-inputs u, [K, columns]."""
+        return self.rows.sigmoid() if self.unit_interval else self.rows * self.unit
+
+    def forward(self) -> dist.TorchDistribution:
+        q = self.posterior(self.inputs())
+        if isinstance(q, dist.Delta):
+            raise UserError("VampPrior: its mixture of point masses has no density; take a family other than Delta")
+        logits = self.rows.new_zeros(len(self.rows))
+        if isinstance(q, dist.Independent) and isinstance(q.base_dist, dist.Normal):
+            return DiagonalMixture(logits, q.base_dist.loc, q.base_dist.scale)
+        return dist.MixtureSameFamily(dist.Categorical(logits=logits), q)
+
+
+class FlowPrior(Prior):
+    r"""Spline flow, :math:`z = m + s\, T^{-1}(\epsilon)`, :math:`\epsilon \sim N(0, I)`, with learned m, s and T.
+
+    Arguments:
+        dim: D, the number of latent dimensions.
+        kind: "coupling" draws in one pass through each network, "autoregressive" in D; both score in one.
+        transforms: number of layers of T.
+        hidden: widths of the networks that give the splines' knots.
+        bins: of each spline.
+
+    Starts near the standard normal. T is the identity beyond 5 scales from m.
+
+    Raises:
+        UserError: an unknown kind, transforms or a width below 1, or bins below 2.
+
+    Source: Durkan, Bekasov, Murray, Papamakarios (2019), *Neural Spline Flows*, arXiv:1906.04032.
+
+    >>> FlowPrior(8)().sample((5,)).shape
+    torch.Size([5, 8])
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        kind: Kind = "coupling",
+        transforms: int = 3,
+        hidden: Sequence[int] = (64, 64),
+        bins: int = 8,
+    ) -> None:
+        super().__init__(dim)
+        self.mean, self.log_scale = nn.Parameter(torch.zeros(dim)), nn.Parameter(torch.zeros(dim))
+        self.transform = spline(dim, kind=kind, transforms=transforms, hidden=hidden, bins=bins)
+
+    def forward(self) -> dist.TorchDistribution:
+        return Flow(self.mean, self.log_scale.exp(), self.transform())

@@ -1,0 +1,315 @@
+"""Posterior families q(z|x): modules that turn parameters lam into a distribution over z.
+
+A family does not know where lam comes from; that is the guide's business.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+import pyro.distributions as dist
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import pad
+
+from pvae.distributions.flows import Flow, spline
+from pvae.distributions.mixtures import ReparametrizedMixture, well_spread
+from pvae.errors import UserError
+
+__all__ = ["DiagonalNormal", "Delta", "LowRankNormal", "FullRankNormal", "MixtureOfNormals", "FlowFamily"]
+
+
+def bounded(values: Tensor, limit: float = 10.0) -> Tensor:
+    """The values themselves up to a limit either way, and 0.01 of what exceeds it: exponentials of them stay finite.
+
+    >>> bounded(torch.tensor([-110.0, 3.0, 80.0]))
+    tensor([-11.0000,   3.0000,  10.7000])
+    """
+    return torch.lerp(values.clamp(-limit, limit), values, 0.01)
+
+
+def scale_of(log_scale: Tensor) -> Tensor:
+    """A positive scale. Between e^-10 and e^10 the logarithm is taken as it is, see :func:`bounded`."""
+    return bounded(log_scale).exp()
+
+
+class Family(nn.Module):
+    """What every family states. Calling one with lam [..., P] returns q(z) over z [..., D].
+
+    Arguments:
+        dim: D, the number of latent dimensions.
+
+    Attributes:
+        size: P, the number of entries of lam.
+        point_mass: q has no density, so that an ELBO under it bounds nothing.
+    """
+
+    point_mass: ClassVar[bool] = False
+    size: int
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.dim = dim
+
+    def forward(self, lam: Tensor) -> dist.TorchDistribution:
+        """q(z|x) with event shape [D]."""
+        raise NotImplementedError
+
+    def initial(self) -> Tensor:
+        """The lam [P] from which a datapoint's own fit starts."""
+        return torch.zeros(self.size)
+
+    def around(self, mean: Tensor, log_scale: Tensor) -> Tensor:
+        """The lam [..., P] nearest to independent normals of this mean and log scale [..., D]; else the initial one."""
+        return self.initial().to(mean).expand(*mean.shape[:-1], -1)
+
+    def shaped(self, mean: Tensor, covariance: Tensor) -> Tensor:
+        """The lam [..., P] near a normal of this mean [..., D] and covariance [..., D, D]; where one is held at all."""
+        raise NotImplementedError
+
+    def _with_normals(self, mean: Tensor, log_scale: Tensor) -> Tensor:
+        """The initial lam with its first entries replaced, where these are (mean, log scale)."""
+        rest = self.initial()[2 * self.dim :].to(mean)
+        return torch.cat([mean, log_scale, rest.expand(*mean.shape[:-1], -1)], -1)
+
+    def natural(self, lam: Tensor, gradient: Tensor) -> Tensor:
+        r"""Natural gradient :math:`F(\lambda)^{-1} g`, F the Fisher information of q; g itself where F is unknown."""
+        return gradient
+
+
+class DiagonalNormal(Family):
+    r"""Independent normals, :math:`q(z|x) = \prod_d N(z_d; \mu_d, \sigma_d^2)` with lam = (mu, log sigma).
+
+    Arguments:
+        dim: D, the number of latent dimensions; P = 2 D.
+
+    A draw is :math:`z = \mu + \sigma \epsilon` with :math:`\epsilon \sim N(0, I)`, so that gradients pass.
+
+    >>> q = DiagonalNormal(8)
+    >>> q(q.initial()).sample((5,)).shape
+    torch.Size([5, 8])
+    """
+
+    def __init__(self, dim: int) -> None:
+        super().__init__(dim)
+        self.size = 2 * dim
+
+    def around(self, mean: Tensor, log_scale: Tensor) -> Tensor:
+        return self._with_normals(mean, log_scale)
+
+    def forward(self, lam: Tensor) -> dist.TorchDistribution:
+        mean, log_scale = lam.chunk(2, -1)
+        return dist.Normal(mean, scale_of(log_scale)).to_event(1)
+
+    def natural(self, lam: Tensor, gradient: Tensor) -> Tensor:
+        # F = diag(1 / sigma^2, 2)
+        (by_mean, by_log_scale), (_, log_scale) = gradient.chunk(2, -1), lam.chunk(2, -1)
+        return torch.cat([by_mean * scale_of(log_scale) ** 2, by_log_scale / 2], -1)
+
+
+class Delta(Family):
+    r"""All mass in one point, :math:`q(z|x) = \delta(z - \lambda)`: the posterior's mode, or an autoencoder's code.
+
+    Arguments:
+        dim: D, the number of latent dimensions; P = D.
+
+    Its "ELBO" is log p(x, z) at the point, which bounds no evidence; evaluation says so and gives no gaps.
+
+    >>> Delta(8)(torch.ones(3, 8)).sample().shape
+    torch.Size([3, 8])
+    """
+
+    point_mass = True
+
+    def __init__(self, dim: int) -> None:
+        super().__init__(dim)
+        self.size = dim
+
+    def around(self, mean: Tensor, log_scale: Tensor) -> Tensor:
+        return mean
+
+    def forward(self, lam: Tensor) -> dist.TorchDistribution:
+        return dist.Delta(lam, event_dim=1)
+
+
+class LowRankNormal(Family):
+    r"""Correlated normal, :math:`q(z|x) = N(z; \mu, \mathrm{diag}(s)^2 + W W^T)` with W = diag(s) V, V [D, R].
+
+    Arguments:
+        dim: D, the number of latent dimensions; P = D (2 + R), lam = (mu, log s, V).
+        rank: R, the number of directions in which z is correlated; more than D add nothing and are not made.
+
+    Entries of V beyond 100 count as in :func:`bounded`.
+
+    Raises:
+        UserError: a rank below 1.
+
+    >>> q = LowRankNormal(8)
+    >>> q(q.initial()).sample((5,)).shape
+    torch.Size([5, 8])
+    """
+
+    def __init__(self, dim: int, *, rank: int = 2) -> None:
+        super().__init__(dim)
+        if rank < 1:
+            raise UserError(f"LowRankNormal: rank is {rank}, but it must be at least 1")
+        self.rank = min(rank, dim)
+        self.size = dim * (2 + self.rank)
+
+    def around(self, mean: Tensor, log_scale: Tensor) -> Tensor:
+        return self._with_normals(mean, log_scale)
+
+    def shaped(self, mean: Tensor, covariance: Tensor) -> Tensor:
+        # The best independent scales, and the directions in which the normal is wider than these.
+        scale = torch.linalg.inv(covariance).diagonal(dim1=-2, dim2=-1).rsqrt()
+        wider, directions = torch.linalg.eigh(covariance / scale.unsqueeze(-1) / scale.unsqueeze(-2))
+        lengths = (wider[..., -self.rank :] - 1).clamp(min=0.01).sqrt()
+        return torch.cat([mean, scale.log(), (directions[..., -self.rank :] * lengths.unsqueeze(-2)).flatten(-2)], -1)
+
+    def forward(self, lam: Tensor) -> dist.TorchDistribution:
+        mean, log_scale, factor = lam.split([self.dim, self.dim, self.dim * self.rank], -1)
+        # V in units of s, so that I + V^T V, which is factorized, does not depend on the scales.
+        scale, factor = scale_of(log_scale), bounded(factor, 100.0).unflatten(-1, (self.dim, self.rank))
+        return dist.LowRankMultivariateNormal(mean, scale.unsqueeze(-1) * factor, scale**2)
+
+    def initial(self) -> Tensor:
+        # V = 0 would be stationary: q is the same for V and -V.
+        return torch.cat([torch.zeros(2 * self.dim), 0.1 * well_spread(self.dim, self.rank).flatten()])
+
+
+class FullRankNormal(Family):
+    r"""Normal with any covariance, :math:`q(z|x) = N(z; \mu, L L^T)` with L lower triangular.
+
+    Arguments:
+        dim: D, the number of latent dimensions; P = D + D (D + 1) / 2, lam = (mu, log of L's diagonal, L below it).
+
+    >>> q = FullRankNormal(8)
+    >>> q(q.initial()).sample((5,)).shape
+    torch.Size([5, 8])
+    """
+
+    below: Tensor
+
+    def __init__(self, dim: int) -> None:
+        super().__init__(dim)
+        self.size = dim + dim * (dim + 1) // 2
+        self.register_buffer("below", torch.tril_indices(dim, dim, -1), persistent=False)
+
+    def around(self, mean: Tensor, log_scale: Tensor) -> Tensor:
+        return self._with_normals(mean, log_scale)
+
+    def shaped(self, mean: Tensor, covariance: Tensor) -> Tensor:
+        factor, (rows, columns) = torch.linalg.cholesky(covariance), self.below
+        return torch.cat([mean, factor.diagonal(dim1=-2, dim2=-1).log(), factor[..., rows, columns]], -1)
+
+    def forward(self, lam: Tensor) -> dist.TorchDistribution:
+        return dist.MultivariateNormal(lam[..., : self.dim], scale_tril=self._factor(lam))
+
+    def _factor(self, lam: Tensor) -> Tensor:
+        _, log_diagonal, lower = lam.split([self.dim, self.dim, self.size - 2 * self.dim], -1)
+        return self._triangle(scale_of(log_diagonal), lower)
+
+    def _triangle(self, diagonal: Tensor, lower: Tensor) -> Tensor:
+        made = diagonal.diag_embed()
+        rows, columns = self.below
+        made[..., rows, columns] = lower
+        return made
+
+    def natural(self, lam: Tensor, gradient: Tensor) -> Tensor:
+        # In the mean F^-1 g = L L^T g; in L it is L Phi(L^T g), Phi the lower triangle with half the diagonal.
+        factor = self._factor(lam)
+        diagonal = factor.diagonal(dim1=-2, dim2=-1)
+        by_mean, by_log, by_lower = gradient.split([self.dim, self.dim, self.size - 2 * self.dim], -1)
+        inner = (factor.mT @ self._triangle(by_log / diagonal, by_lower)).tril()
+        inner = inner - inner.diagonal(dim1=-2, dim2=-1).diag_embed() / 2
+        by_factor = factor @ inner
+        by_mean = (factor @ (factor.mT @ by_mean.unsqueeze(-1))).squeeze(-1)
+        rows, columns = self.below
+        return torch.cat([by_mean, by_factor.diagonal(dim1=-2, dim2=-1) / diagonal, by_factor[..., rows, columns]], -1)
+
+
+class MixtureOfNormals(Family):
+    r"""Several modes, :math:`q(z|x) = \sum_c \pi_c \prod_d N(z_d; \mu_{cd}, \sigma_{cd}^2)`.
+
+    Arguments:
+        dim: D, the number of latent dimensions; P = C (1 + 2 D), lam = (log pi but for a constant, mu, log sigma).
+        components: C, the number of normals.
+
+    Draws have gradients in all of lam, the weights included: see `ReparametrizedMixture`.
+
+    Raises:
+        UserError: components below 1.
+
+    Source: Figurnov, Mohamed, Mnih (2018), *Implicit Reparameterization Gradients*, arXiv:1805.08498.
+
+    >>> q = MixtureOfNormals(8)
+    >>> q(q.initial()).sample((5,)).shape
+    torch.Size([5, 8])
+    """
+
+    def __init__(self, dim: int, *, components: int = 3) -> None:
+        super().__init__(dim)
+        if components < 1:
+            raise UserError(f"MixtureOfNormals: components is {components}, but it must be at least 1")
+        self.components = components
+        self.size = components * (1 + 2 * dim)
+
+    def around(self, mean: Tensor, log_scale: Tensor) -> Tensor:
+        # The components a little apart: at one place they would stay together.
+        apart = well_spread(self.components, self.dim).to(mean) / 2
+        means = mean.unsqueeze(-2) + log_scale.exp().unsqueeze(-2) * apart
+        weights = mean.new_zeros(*mean.shape[:-1], self.components)
+        log_scales = log_scale.unsqueeze(-2).expand_as(means)
+        return torch.cat([weights, means.flatten(-2), log_scales.flatten(-2)], -1)
+
+    def forward(self, lam: Tensor) -> dist.TorchDistribution:
+        logits, normals = lam.split([self.components, self.size - self.components], -1)
+        means, log_scales = normals.unflatten(-1, (2, self.components, self.dim)).unbind(-3)
+        return ReparametrizedMixture(bounded(logits), means, scale_of(log_scales))
+
+    def initial(self) -> Tensor:
+        # Components at one place would stay together: their gradients are the same.
+        means = well_spread(self.components, self.dim).flatten() / 2
+        return pad(means, (self.components, self.components * self.dim))
+
+
+class FlowFamily(Family):
+    r"""Spline flow around a normal, :math:`z = \mu + \sigma T_c^{-1}(\epsilon)`, :math:`\epsilon \sim N(0, I)`.
+
+    Arguments:
+        dim: D, the number of latent dimensions; P = 2 D + C, lam = (mu, log sigma, c).
+        transforms: number of coupling layers of T, which is shared by all datapoints.
+        hidden: widths of the networks that give the splines' knots.
+        bins: of each spline.
+        context: C, the number of values c by which a datapoint shapes its T.
+
+    Starts near the normal. T is the identity beyond 5 sigma from mu. Draws are smooth enough in lam for second
+    derivatives, but the density's slope jumps at the splines' knots: gradients through unrolled steps on a bound
+    miss these jumps.
+
+    Raises:
+        UserError: context, transforms or a width below 1, or bins below 2.
+
+    Source: Durkan, Bekasov, Murray, Papamakarios (2019), *Neural Spline Flows*, arXiv:1906.04032.
+
+    >>> q = FlowFamily(8)
+    >>> q(q.initial()).sample((5,)).shape
+    torch.Size([5, 8])
+    """
+
+    def __init__(
+        self, dim: int, *, transforms: int = 2, hidden: Sequence[int] = (64, 64), bins: int = 8, context: int = 8
+    ) -> None:
+        super().__init__(dim)
+        if context < 1:
+            raise UserError(f"FlowFamily: context is {context}, but it must be at least 1")
+        self.size = 2 * dim + context
+        self.transform = spline(dim, context, transforms=transforms, hidden=hidden, bins=bins)
+
+    def around(self, mean: Tensor, log_scale: Tensor) -> Tensor:
+        return self._with_normals(mean, log_scale)
+
+    def forward(self, lam: Tensor) -> dist.TorchDistribution:
+        mean, log_scale, context = lam.split([self.dim, self.dim, self.size - 2 * self.dim], -1)
+        return Flow(mean, scale_of(log_scale), self.transform(context))

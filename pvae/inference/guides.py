@@ -1,0 +1,270 @@
+"""Guides: a posterior family plus a source of its parameters lam. Three sources serve any family."""
+
+from __future__ import annotations
+
+import torch
+from pyro.poutine.runtime import effectful
+from torch import Tensor, nn
+from torch.distributions import constraints
+
+from pvae.errors import UserError, positive
+from pvae.inference.families import Family
+from pvae.inference.latents import Sites, vector
+from pvae.inference.refinement import (
+    Bound,
+    RowAdam,
+    RowState,
+    ascent,
+    given,
+    local_bound,
+    local_optimum,
+    refine,
+)
+from pvae.runtime.pyro_params import LocalModule, Program, mark
+
+__all__ = ["Amortized", "PerDatapoint", "SemiAmortized"]
+
+
+class Guide(LocalModule):
+    """What every guide states: ``guide(x, index)`` is a Pyro program that draws the model's latents in plate "data".
+
+    Arguments:
+        family: the posterior family.
+        sites: the latents it is over, see `find_sites`; one vector "z" unless given.
+
+    Attributes:
+        kl_weight: of the bound that rows climb while training, so that it is the objective's.
+
+    Raises:
+        UserError: the family has another number of dimensions than the sites.
+    """
+
+    def __init__(self, family: Family, sites: Sites | None = None) -> None:
+        super().__init__()
+        self.family, self.sites = family, sites or vector(family.dim)
+        self.kl_weight: float | Tensor = 1.0
+        if self.sites.dim != family.dim:
+            raise UserError(f"the family has {family.dim} dimensions, but the program's latents have {self.sites.dim}")
+
+    def params(self, x: Tensor, index: Tensor | None = None) -> Tensor:
+        """lam [B, P] of the rows x [B, D]; ``index`` [B] tells which datapoints they are, None that they are new."""
+        raise NotImplementedError
+
+    def at(self, lam: Tensor) -> Program:
+        """The guide of the same family and sites whose parameters are lam [B, P]."""
+        return given(self.family, lam, self.sites)
+
+    def forward(self, x: Tensor, index: Tensor | None = None) -> None:
+        self.at(self.params(x, index))(x, index)
+
+    @property
+    def _weight(self) -> float | Tensor:
+        return self.kl_weight if self.training else 1.0
+
+
+class Amortized(Guide):
+    r"""One network for all datapoints, :math:`\lambda_i = f_\phi(x_i)`.
+
+    Arguments:
+        encoder: x [B, D] to lam [B, P].
+        family: the posterior family.
+        sites: the latents that q is over.
+
+    Source: Kingma and Welling (2014), *Auto-Encoding Variational Bayes*, arXiv:1312.6114.
+
+    >>> from pvae.inference.families import DiagonalNormal; from pvae.generative.networks import MLP
+    >>> family = DiagonalNormal(2)
+    >>> Amortized(MLP(64, family.size), family).params(torch.zeros(5, 64)).shape
+    torch.Size([5, 4])
+    """
+
+    def __init__(self, encoder: nn.Module, family: Family, *, sites: Sites | None = None) -> None:
+        super().__init__(family, sites)
+        self.encoder = encoder
+
+    def params(self, x: Tensor, index: Tensor | None = None) -> Tensor:
+        return self.encoder(x)
+
+
+class SemiAmortized(Guide):
+    r"""The network's lam, refined on the datapoint's own ELBO, :math:`\lambda_i = \mathrm{refine}(f_\phi(x_i))`.
+
+    Arguments:
+        encoder: x [B, D] to lam [B, P].
+        family: the posterior family.
+        steps: number of refinement steps.
+        bound: the datapoints' own bound, see :func:`local_bound`.
+        draws: of each step's gradient; near the optimum a single draw's noise costs more than a step wins.
+        learning_rate: of a refinement step, see `NaturalAscent`.
+        unroll: train the encoder through the steps; otherwise as if the steps added a constant.
+        sites: the latents that q is over.
+
+    Raises:
+        UserError: steps or draws below 1, or a learning rate that is not positive.
+
+    Source: Kim, Wiseman, Miller, Sontag, Rush (2018), *Semi-Amortized Variational Autoencoders*, arXiv:1802.02550.
+    """
+
+    def __init__(
+        self,
+        encoder: nn.Module,
+        family: Family,
+        steps: int = 5,
+        *,
+        bound: Bound,
+        draws: int = 8,
+        learning_rate: float = 0.1,
+        unroll: bool = True,
+        sites: Sites | None = None,
+    ) -> None:
+        super().__init__(family, sites)
+        positive("SemiAmortized", steps=steps, draws=draws, learning_rate=learning_rate)
+        self.encoder = encoder
+        self.steps, self.draws, self.bound, self.unroll = steps, draws, bound, unroll
+        self.rule = ascent(family, learning_rate)
+
+    def params(self, x: Tensor, index: Tensor | None = None) -> Tensor:
+        lam = self.encoder(x)
+        through = self.unroll and torch.is_grad_enabled()
+        found = refine(
+            lambda lam: self.bound(lam, x, index, self.draws, self._weight),
+            lam,
+            self.steps,
+            rule=self.rule,
+            unroll=through,
+        )
+        return found.lam if through else lam + (found.lam - lam).detach()
+
+
+class Optimized(Guide):
+    r"""Another guide's lam, each row's refined until it comes to rest: the best q of the family as far as it is found.
+
+    Not a source one trains with: evaluation asks with it what is left once the source of lam is out of the way.
+
+    Arguments:
+        guide: where the rows start.
+        model: the program whose ELBO they climb.
+        steps: the most steps.
+    """
+
+    def __init__(self, guide: Guide, model: Program, *, steps: int = 300) -> None:
+        super().__init__(guide.family, guide.sites)
+        positive("Optimized", steps=steps)
+        self.start, self.steps = guide, steps
+        self.bound = local_bound(model, guide.family, guide.sites)
+
+    def params(self, x: Tensor, index: Tensor | None = None) -> Tensor:
+        lam = self.start.params(x, index).detach()
+        return local_optimum(self.bound, lam, x, index, steps=self.steps, rule=ascent(self.family)).lam
+
+
+class PerDatapoint(Guide):
+    r"""A row of parameters for every datapoint, :math:`\lambda_i = \Lambda_{i\cdot}`, as before there were encoders.
+
+    Arguments:
+        num_data: N, the number of datapoints.
+        family: the posterior family.
+        bound: the datapoints' own bound, see :func:`local_bound`; needed for more than one local step and for new data.
+        local_steps: steps of a row at each visit. The last is taken together with the decoder's.
+        local_learning_rate: of these steps, see `RowAdam`.
+        new_steps: the most steps with which rows of new data are fitted, from the initial value, decoder frozen.
+        sites: the latents that q is over.
+
+    Each row has its own Adam moments and step count, so that rows outside a batch keep their bits. Memory is
+    the table and its moments, 3 N P + N numbers.
+
+    Raises:
+        UserError: a count below 1 or a learning rate that is not positive.
+
+    Source: Hoffman, Blei, Wang, Paisley (2013), *Stochastic Variational Inference*, arXiv:1206.7051.
+    """
+
+    table: Tensor
+    first: Tensor
+    second: Tensor
+    row_steps: Tensor
+
+    def __init__(
+        self,
+        num_data: int,
+        family: Family,
+        *,
+        bound: Bound | None = None,
+        local_steps: int = 5,
+        local_learning_rate: float = 0.1,
+        new_steps: int = 200,
+        sites: Sites | None = None,
+    ) -> None:
+        super().__init__(family, sites)
+        positive(
+            "PerDatapoint",
+            num_data=num_data,
+            local_steps=local_steps,
+            local_learning_rate=local_learning_rate,
+            new_steps=new_steps,
+        )
+        self.bound, self.local_steps, self.new_steps = bound, local_steps, new_steps
+        self.rule = RowAdam(local_learning_rate)
+        start = family.initial()
+        self.register_buffer("table", start.repeat(num_data, 1))
+        self.register_buffer("first", torch.zeros(num_data, family.size, dtype=start.dtype))
+        self.register_buffer("second", torch.zeros(num_data, family.size, dtype=start.dtype))
+        self.register_buffer("row_steps", torch.zeros(num_data, dtype=torch.int32))
+        self._visited: tuple[Tensor, Tensor, RowState] | None = None
+
+    def params(self, x: Tensor, index: Tensor | None = None) -> Tensor:
+        if index is None:
+            start = self.family.initial().to(self.table).expand(len(x), -1)
+            return local_optimum(self._own_bound(), start, x, steps=self.new_steps, rule=self.rule).lam
+        if not (self.training and torch.is_grad_enabled()):
+            return self.table[index]
+        lam, state = self.table[index], RowState(self.first[index], self.second[index], self.row_steps[index])
+        if self.local_steps > 1:
+            bound = self._own_bound()
+            found = refine(
+                lambda lam: bound(lam, x, index, 1, self._weight),
+                lam,
+                self.local_steps - 1,
+                rule=self.rule,
+                state=state,
+            )
+            lam, state = found.lam, found.state
+        lam = mark(lam.detach().requires_grad_())
+        # Told as a parameter, so that SVI takes gradients even where no other parameter is left to train.
+        effectful(type="param")(lambda *_, **__: lam)("rows", lam, constraint=constraints.real, name="rows")
+        self._visited = (index, lam, state)
+        return lam
+
+    def visited(self) -> tuple[Tensor, Tensor, RowState]:
+        """Of the last visit in training, once: which rows these were, their lam as a leaf, and their state."""
+        if self._visited is None:
+            raise UserError("PerDatapoint: the rows were not visited in training")
+        found, self._visited = self._visited, None
+        return found
+
+    def forget(self) -> None:
+        """Let a visit go without a step."""
+        self._visited = None
+
+    def moved(self, lam: Tensor, gradient: Tensor, state: RowState) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Rows after their joint step on the loss's gradient, as :meth:`write_rows` takes them."""
+        # The loss is the negative bound, summed over the batch.
+        lam, state = self.rule.step(lam.detach(), -gradient, state)
+        return lam, state.first, state.second, state.steps
+
+    def write_rows(self, index: Tensor, lam: Tensor, first: Tensor, second: Tensor, steps: Tensor) -> None:
+        """Put rows and their state back into the table."""
+        self.table[index], self.first[index], self.second[index], self.row_steps[index] = lam, first, second, steps
+
+    def step_rows(self) -> None:
+        """After the loss's backward pass: let the visited rows take their joint step, and write them back."""
+        if self._visited is None:
+            return
+        index, lam, state = self.visited()
+        if lam.grad is not None:
+            self.write_rows(index, *self.moved(lam, lam.grad, state))
+
+    def _own_bound(self) -> Bound:
+        if self.bound is None:
+            raise UserError("PerDatapoint needs bound=local_bound(model, family) for local steps and for new data")
+        return self.bound

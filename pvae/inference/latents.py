@@ -1,0 +1,173 @@
+"""The latent sites of a Pyro program, laid end to end, so that one family serves any program."""
+
+from __future__ import annotations
+
+import copy
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro import poutine
+from torch import Tensor
+from torch.distributions import biject_to, constraints
+
+from pvae.distributions.supports import innermost
+from pvae.errors import UserError
+from pvae.inference.importance import random_sites
+from pvae.runtime.pyro_params import Program
+from pvae.runtime.torch_state import seeded
+
+JOINT = "_latents"
+BOUNDS = ("lower_bound", "upper_bound")
+
+
+@dataclass(frozen=True)
+class Site:
+    """One latent of each datapoint: its name, event shape, and the values that it may take."""
+
+    name: str
+    shape: tuple[int, ...]
+    support: constraints.Constraint = field(compare=False)
+
+    @property
+    def transform(self) -> Any:
+        """From real vectors to the support."""
+        return biject_to(self.support)
+
+    @property
+    def free(self) -> tuple[int, ...]:
+        """The shape of the real vectors behind the values; a simplex has one entry less than its values."""
+        return tuple(self.transform.inverse_shape(self.shape))
+
+    @property
+    def plain(self) -> bool:
+        """The site is a real vector."""
+        return len(self.shape) == 1 and innermost(self.support) is constraints.real
+
+
+@dataclass(frozen=True)
+class Sites:
+    """All latents of one datapoint, a vector of ``dim`` real numbers to a family.
+
+    >>> Sites((Site("z", (3,), constraints.real_vector), Site("s", (), constraints.positive))).dim
+    4
+    """
+
+    sites: tuple[Site, ...]
+
+    @property
+    def dim(self) -> int:
+        """D, the number of real numbers behind all latents."""
+        return sum(math.prod(site.free) for site in self.sites)
+
+    def sample(self, q: dist.TorchDistribution) -> None:
+        r"""Draw all latents in a guide, from q over their real vector; to be called inside plate "data".
+
+        Several sites, or one with a bounded support, are drawn jointly as an auxiliary site u and set to
+        :math:`z_s = T_s(u_s)`, with the density :math:`q(u) \prod_s |\det \partial T_s / \partial u_s|^{-1}`.
+        """
+        if len(self.sites) == 1 and self.sites[0].plain:
+            pyro.sample(self.sites[0].name, q)
+            return
+        joint, start = pyro.sample(JOINT, q, infer={"is_auxiliary": True}), 0
+        for site in self.sites:
+            end = start + math.prod(site.free)
+            free = joint[..., start:end].reshape(joint.shape[:-1] + site.free)
+            value = site.transform(free)
+            volume = site.transform.log_abs_det_jacobian(free, value)
+            volume = volume.reshape(*joint.shape[:-1], -1).sum(-1)
+            pyro.sample(site.name, dist.Delta(value, -volume, event_dim=len(site.shape)))
+            start = end
+
+
+def vector(dim: int) -> Sites:
+    """The sites of the default program: one real vector "z" of D entries."""
+    return Sites((Site("z", (dim,), constraints.real_vector),))
+
+
+def find_sites(model: Program, x: Tensor) -> Sites:
+    """The latent sites of a program, found by running it on a few of the rows x [B, ...].
+
+    Raises:
+        UserError: the program fails, has no plate "data", no latent, or one that is discrete, stands outside plate
+            "data" or inside another one, or whose shape is not the same for all datapoints.
+    """
+    count = min(len(x), 3)
+    found, again = (_traced(model, x[: count - skip], seed=skip) for skip in (0, 1 if count > 1 else 0))
+    if found != again:
+        here, there = ({site.name: site.shape for site in sites} for sites in (found, again))
+        name = next(n for n in (*here, *there) if here.get(n) != there.get(n))
+        raise UserError(
+            f"the program's latent '{name}' changes from run to run ({here.get(name)}, then {there.get(name)}); "
+            "its sites and their shapes must be the same for all datapoints"
+        )
+    return Sites(tuple(found))
+
+
+def _traced(model: Program, x: Tensor, seed: int) -> list[Site]:
+    with seeded(seed), torch.no_grad():
+        try:
+            trace = poutine.trace(model).get_trace(x, torch.arange(len(x), device=x.device))
+        except UserError:
+            raise
+        except Exception as error:  # a user's program may raise anything
+            raise UserError(f"the program fails on {len(x)} rows of shape {tuple(x.shape[1:])}: {error}") from error
+    sites = dict(random_sites(trace))
+    if not any(site["is_observed"] for site in sites.values()):
+        raise UserError('the program observes nothing; it needs pyro.sample("x", ..., obs=x)')
+    found = [_site(name, site, len(x)) for name, site in sites.items() if not site["is_observed"]]
+    if not found:
+        raise UserError('the program has no latent: it needs a pyro.sample without obs inside plate "data"')
+    return found
+
+
+def _site(name: str, site: dict[str, Any], rows: int) -> Site:
+    fn, frames = site["fn"], [(frame.name, frame.dim) for frame in site["cond_indep_stack"]]
+    if ("data", -1) not in frames:
+        raise UserError(f"latent '{name}' stands outside pyro.plate(\"data\", len(x), dim=-1), so it has no datapoint")
+    if len(frames) > 1:
+        raise UserError(f"latent '{name}' stands in a plate inside \"data\"; write that plate as .to_event(1)")
+    if fn.support.is_discrete:
+        raise UserError(f"latent '{name}' is discrete, and no family here holds it; sum it out of the program")
+    if fn.batch_shape != (rows,):
+        raise UserError(f"latent '{name}' has batch shape {tuple(fn.batch_shape)}, but plate \"data\" has {rows} rows")
+    return Site(name, tuple(fn.event_shape), _support(name, fn))
+
+
+def _support(name: str, fn: Any) -> Any:
+    """The support of one datapoint's latent, free of the shapes of the rows at hand."""
+    inner = innermost(fn.support)
+    bounds = {key: value for key in BOUNDS if isinstance(value := getattr(inner, key, None), Tensor) and value.dim()}
+    if inner is constraints.real:  # also behind a mixture's support, say, which biject_to does not know
+        return constraints.independent(constraints.real, fn.event_dim)
+    if not bounds:
+        return fn.support
+    inner = copy.copy(inner)
+    for key, value in bounds.items():
+        if (value != value.flatten()[0]).any():
+            raise UserError(f"the support of latent '{name}' is not the same everywhere; its bounds must be numbers")
+        setattr(inner, key, value.flatten()[0].item())
+    return constraints.independent(inner, fn.event_dim)
+
+
+def observed(program: Program, x: Tensor, index: Tensor | None = None) -> dict[str, Any]:
+    """The site at which a program observes rows of values, as one run of it leaves it: ``fn`` is p(x|z).
+
+    Raises:
+        UserError: there is none of the rows' dimensions.
+    """
+    for _, site in random_sites(poutine.trace(program).get_trace(x, index)):
+        if site["is_observed"] and site["value"].dim() == x.dim():
+            return site
+    raise UserError("the program observes no site of the data's shape, so that no row can be drawn beside the data's")
+
+
+def base_measure(model: Program, x: Tensor) -> str:
+    """``mass`` or ``density``: what a program's log p(x|z) is a log of; nats of the two can't be compared."""
+    with seeded(0), torch.no_grad():
+        sites = dict(random_sites(poutine.trace(model).get_trace(x, torch.arange(len(x), device=x.device))))
+    kinds = {site["fn"].support.is_discrete for site in sites.values() if site["is_observed"]}
+    return "mass" if kinds == {True} else "density" if kinds == {False} else "mixed"

@@ -1,0 +1,137 @@
+"""Building: a resolved recipe and its data become program, guide and objective."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from pvae.data.dataset import Dataset
+from pvae.errors import Refused
+from pvae.generative.handlers import masked
+from pvae.generative.networks import Filled, Standardized
+from pvae.inference import guides
+from pvae.inference.families import Family
+from pvae.inference.latents import Sites, find_sites
+from pvae.inference.refinement import local_bound
+from pvae.recipes import registry
+from pvae.recipes.recipe import Recipe
+from pvae.recipes.registry import make, table
+from pvae.runtime import distributed
+from pvae.runtime.torch_state import seeded
+from pvae.training.loop import Fit, fit
+from pvae.training.objectives import Objective
+
+
+class Built(NamedTuple):
+    """A recipe's program, guide and objective, ready for `fit`."""
+
+    program: Any
+    guide: guides.Guide
+    objective: Objective
+
+
+def build(recipe: Recipe, dataset: Dataset) -> Built:
+    """Program, guide and objective of a resolved recipe, sized from the data.
+
+    Recipes that differ in the guide alone start from the same decoder and, where they have one, the same encoder.
+    Where entries may be missing, the program's ``model`` scores those that are there, and the encoder and what starts
+    from rows see the means of the training values in the place of the others.
+
+    Raises:
+        UserError: a component refuses its arguments, or two of them do not go together.
+    """
+    with seeded(recipe.seed):
+        posterior = _Posterior(recipe, dataset)
+        program = _program(recipe, dataset, posterior)
+        if dataset.missing:  # the program's own, so that all who name it see this one
+            program.model = masked(program.model)
+        sites = find_sites(program.model, dataset.train[:3])
+        posterior.fit_to(sites)
+    family, encoder = posterior.family, posterior.encoder
+    bound = local_bound(program.model, family, sites)
+    own = len(distributed.share(len(dataset.train)))
+    supplied = {"encoder": encoder, "family": family, "num_data": own, "bound": bound, "sites": sites}
+    return Built(program, make("guide", recipe.guide, **supplied), make("objective", recipe.objective))
+
+
+def _program(recipe: Recipe, dataset: Dataset, posterior: _Posterior) -> Any:
+    columns = dataset.train.shape[1] - dataset.classes
+    likelihood = make("likelihood", recipe.likelihood)
+    supplied = {"columns": columns, "latent": recipe.latent, "likelihood": likelihood, "classes": dataset.classes}
+    if registry.takes("program", recipe.program, "decoder"):
+        outputs = likelihood.params_per_value * columns
+        sizes = {"inputs": recipe.latent, "outputs": outputs, "shape": dataset.shape, "decodes": True}
+        supplied["decoder"] = make("network", recipe.network, **sizes)
+    posterior.make_encoder()
+    if registry.takes("program", recipe.program, "prior"):
+        if registry.takes("prior", recipe.prior, "posterior"):
+            posterior.check_has_encoder()
+        known = {"dim": recipe.latent, "posterior": posterior, "data": posterior.rows}
+        supplied["prior"] = make("prior", recipe.prior, **known)
+    return make("program", recipe.program, **supplied)
+
+
+class _Posterior:
+    """The guide's family over its encoder, x [B, columns] to q(z|x): what a prior may be made of."""
+
+    def __init__(self, recipe: Recipe, dataset: Dataset) -> None:
+        self.recipe, self.dataset = recipe, dataset
+        self.family: Family = make("family", recipe.family, dim=recipe.latent)
+        self.encoder: nn.Module = nn.Identity()
+
+    @property
+    def rows(self) -> Tensor:
+        """The rows that networks and priors start from, as the encoder sees them."""
+        rows, means = self.dataset.sample, self.dataset.means
+        return rows if means is None else torch.where(rows.isnan(), means.to(rows), rows)
+
+    def __call__(self, x: Tensor) -> Any:
+        return self.family(self.encoder(x))
+
+    def make_encoder(self) -> None:
+        """The encoder of the recipe's network for the family as it is."""
+        sizes = {"inputs": self.dataset.train.shape[1], "outputs": self.family.size, "shape": self.dataset.shape}
+        self.encoder = make("network", self.recipe.network, **sizes, labels=self.dataset.classes, decodes=False)
+        rows, means = self.rows, self.dataset.means
+        if rows.min() < 0 or rows.max() > 1:  # intensities are fit for a network as they are
+            self.encoder = Standardized(self.encoder, rows)
+        if means is not None:
+            self.encoder = Filled(self.encoder, means.to(rows))
+
+    def fit_to(self, sites: Sites) -> None:
+        """Size family and encoder anew where the program's latents are not the recipe's D dimensions."""
+        if sites.dim != self.family.dim:
+            if registry.takes("prior", self.recipe.prior, "posterior") and registry.takes(
+                "program", self.recipe.program, "prior"
+            ):
+                raise Refused(f"prior {self.recipe.name('prior')} needs z to be the program's only latent")
+            self.family = make("family", self.recipe.family, dim=sites.dim)
+            self.make_encoder()
+
+    def check_has_encoder(self) -> None:
+        """Refuse a prior that is made of the guide's posterior where the guide or its family has none to give."""
+        prior, guide, family = (str(table(getattr(self.recipe, k))["type"]) for k in ("prior", "guide", "family"))
+        if not registry.takes("guide", self.recipe.guide, "encoder"):
+            raise Refused(f"prior {prior} needs an encoder, and guide {guide} has none; use --guide Amortized")
+        if self.family.point_mass:
+            raise Refused(f"prior {prior} needs a density, and family {family} has none; use another --family")
+
+
+def fitted(own: Recipe, built: Built, data: Dataset, **options: Any) -> Fit:
+    """Fit what a resolved recipe builds, by its budget; ``options`` are those of `fit`."""
+    return fit(
+        built.program.model,
+        built.guide,
+        data,
+        epochs=own.epochs or 0,
+        batch_size=own.batch_size,
+        learning_rate=own.learning_rate or 0.0,
+        objective=built.objective,
+        patience=own.patience,
+        engine=own.engine,
+        precision=own.precision,
+        seed=own.seed,
+        **options,
+    )

@@ -1,0 +1,283 @@
+"""Recipes: everything that fixes a run, as plain words and numbers."""
+
+from __future__ import annotations
+
+import math
+import re
+import tomllib
+from collections.abc import Collection, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple, get_type_hints
+
+import tomli_w
+
+from pvae.data import loading
+from pvae.data.dataset import Dataset
+from pvae.data.sources import NAMES
+from pvae.errors import UserError, fits, nearest
+from pvae.recipes import registry
+from pvae.recipes.registry import KINDS, Component, make, table
+from pvae.runtime.files import write_text
+from pvae.runtime.precision import check_precision
+from pvae.training.engines import check_engine
+
+# What a data set takes where the user does not say: latent dimensions, hidden widths, epochs, learning rate, levels.
+USUAL = {
+    "digits": (8, [128], 150, 2e-3, 17),
+    "images": (20, [400], 10, 1e-3, 256),
+    "file": (8, [128], 100, 1e-3, 256),
+}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that fixes a run's numbers. None stands for what suits the data; :func:`resolve` fills it in.
+
+    Attributes:
+        data: a name of ``pvae.data.sources.NAMES`` or a file.
+        binarize: ``none``, ``threshold``, ``dynamic`` or ``levels``.
+        test_size, validation_size: rows held out, as a count or a fraction.
+        missing: NaN marks entries that are missing, and log p(x|z) is that of those that are there.
+        only: labels; rows of others are left out of all parts.
+        program, likelihood, prior, family, network, guide, objective: a class's name or ``file.py:Class``, with
+            arguments as in ``IWAE(K=20)``, or a table with ``type`` and its arguments.
+        latent: number of latent dimensions, D.
+        epochs, batch_size, learning_rate, patience, engine, precision, seed: see `fit`.
+        split_seed: of the rows held out; the seed unless given.
+    """
+
+    data: str = "digits"
+    binarize: str | None = None
+    test_size: float | None = None
+    validation_size: float = 0
+    missing: bool = False
+    only: list[int] | None = None
+    program: Component = "VAE"
+    likelihood: Component = "Bernoulli"
+    prior: Component = "StandardNormal"
+    family: Component = "DiagonalNormal"
+    network: Component = "MLP"
+    guide: Component = "Amortized"
+    objective: Component = "ELBO"
+    latent: int | None = None
+    epochs: int | None = None
+    batch_size: int = 128
+    learning_rate: float | None = None
+    patience: int | None = None
+    engine: str = "auto"
+    precision: str = "float32"
+    seed: int = 0
+    split_seed: int | None = None
+
+    def name(self, kind: str) -> str:
+        """The class chosen for a kind as one word, with arguments other than the defaults."""
+        if kind in ("likelihood", "prior") and not registry.takes("program", self.program, kind):
+            return f"{self.name('program')}'s own"
+        component = getattr(self, kind)
+        return registry.label(component, registry.defaults(kind, component))
+
+
+class RecipeFile(NamedTuple):
+    """A recipe as a file gives it: the recipe, the axes to vary, and the numbers that a run has written there."""
+
+    recipe: Recipe
+    vary: dict[str, list[Any]]
+    expected: dict[str, Any]
+
+
+def resolve(recipe: Recipe) -> Recipe:
+    """Fill in what suits the data, and every component's defaults, so that nothing is left to a later version's.
+
+    Raises:
+        UserError: an unknown component or argument, or a number out of range.
+
+    >>> resolve(Recipe()).binarize
+    'threshold'
+    """
+    _check_range(recipe)
+    _check_used(recipe)
+    kind = "digits" if recipe.data == "digits" else "images" if recipe.data in NAMES else "file"
+    latent, hidden, epochs, learning_rate, levels = USUAL[kind]
+    chosen = {name: table(getattr(recipe, name)) for name in KINDS}
+    for name, argument, usual in (("network", "hidden", hidden), ("likelihood", "levels", levels)):
+        if registry.takes(name, chosen[name], argument):
+            chosen[name].setdefault(argument, usual)
+    spelled: dict[str, Any] = {name: registry.spelled_out(name, component) for name, component in chosen.items()}
+    return replace(
+        recipe,
+        **spelled,
+        data=str(Path(recipe.data).resolve()) if kind == "file" and Path(recipe.data).exists() else recipe.data,
+        only=recipe.only and sorted(set(recipe.only)),
+        binarize=recipe.binarize or ("none" if kind == "file" else _usual_binarization(spelled)),
+        latent=recipe.latent or latent,
+        epochs=epochs if recipe.epochs is None else recipe.epochs,
+        learning_rate=learning_rate if recipe.learning_rate is None else recipe.learning_rate,
+        split_seed=recipe.seed if recipe.split_seed is None else recipe.split_seed,
+    )
+
+
+def _check_used(recipe: Recipe) -> None:
+    """Refuse a likelihood or prior for a program that has its own."""
+    for kind in ("likelihood", "prior"):
+        given = table(getattr(recipe, kind))
+        if given["type"] != getattr(Recipe, kind) and not registry.takes("program", recipe.program, kind):
+            raise UserError(f"program {recipe.name('program')} has its own {kind}; leave --{kind} {given['type']} out")
+
+
+def _usual_binarization(spelled: Mapping[str, Component]) -> str:
+    """What makes pictures of what the program or its likelihood scores."""
+    program = registry.find("program", table(spelled["program"])["type"])
+    support = getattr(program, "support", None) or make("likelihood", spelled["likelihood"]).support
+    return "threshold" if str(support) == "Boolean()" else "levels" if support.is_discrete else "none"
+
+
+def check_value(key: str, value: Any, where: str = "") -> None:
+    """Refuse a key that no recipe has, or a value that is not of its type; ``where`` begins the message."""
+    hints = get_type_hints(Recipe)
+    if key not in hints:
+        raise UserError(f"{where.removesuffix('vary.')}unknown key '{key}'{nearest(key, hints)}")
+    if not fits(value, hints[key]):
+        raise UserError(f"{where}{key} is {value!r}, but it takes {registry.type_words(hints[key])}")
+    if isinstance(value, Mapping) and not isinstance(value.get("type"), str):
+        raise UserError(f'{where}{key} has no type; write type = "{getattr(Recipe, key)}", say, in its table')
+
+
+def _check_range(recipe: Recipe, where: str = "") -> None:
+    for name, least in (
+        ("latent", 1),
+        ("epochs", 0),
+        ("batch_size", 1),
+        ("patience", 1),
+        ("seed", 0),
+        ("split_seed", 0),
+    ):
+        value = getattr(recipe, name)
+        if value is not None and not least <= value < 2**31:
+            bound = f"at least {least}" if value < least else f"below {2**31}"
+            raise UserError(f"{where}--{name.replace('_', '-')} is {value}, but it must be {bound}")
+    check_engine(recipe.engine)
+    check_precision(recipe.precision)
+    if recipe.learning_rate is not None and not 0 < recipe.learning_rate < math.inf:
+        raise UserError(f"{where}--learning-rate is {recipe.learning_rate}, but it must be positive")
+
+
+def load_data(recipe: Recipe, folder: str | Path | None = None) -> Dataset:
+    """The recipe's data; ``folder`` is where torchvision's data sets are."""
+    program = registry.find("program", table(recipe.program)["type"])
+    return loading.load(
+        recipe.data,
+        binarize=recipe.binarize or "none",
+        folder=folder,
+        test_size=recipe.test_size,
+        validation_size=recipe.validation_size,
+        seed=recipe.seed if recipe.split_seed is None else recipe.split_seed,
+        with_labels=getattr(program, "uses_labels", False),
+        missing=recipe.missing,
+        only=recipe.only,
+    )
+
+
+def write(recipe: Recipe, folder: Path, vary: Mapping[str, list[Any]] | None = None) -> None:
+    """Write ``recipe.toml``, with the axes that a comparison varies."""
+    write_text(folder / "recipe.toml", words(recipe, vary))
+
+
+def words(recipe: Recipe, vary: Mapping[str, list[Any]] | None = None) -> str:
+    """A recipe as the text of a recipe file."""
+    keys = {name: value for name, value in asdict(recipe).items() if value is not None}
+    return _dumped(keys | ({"vary": vary} if vary else {}))
+
+
+def read(folder: Path, *, trust: bool = False) -> Recipe:
+    """Read ``recipe.toml`` of a run folder.
+
+    Arguments:
+        trust: let the recipe name files whose code is to be run.
+
+    Raises:
+        UserError: it is missing or broken, has an unknown key, or names code that is not trusted.
+    """
+    if not (folder / "recipe.toml").is_file():
+        raise UserError(f"{folder} is not a run: it has no recipe.toml")
+    return open_file(folder / "recipe.toml", trust=trust).recipe
+
+
+def open_file(path: Path, changes: Mapping[str, Any] | None = None, *, trust: bool = False) -> RecipeFile:
+    """Read a recipe file and change some of its keys.
+
+    Arguments:
+        path: of a TOML file whose keys are those of :class:`Recipe`, and tables ``vary`` and ``expected``.
+        changes: keys that take the place of the file's.
+        trust: run the code of files that the recipe names; those that ``changes`` names are trusted.
+
+    Raises:
+        UserError: the file is missing or broken, has an unknown key or a value of the wrong type, or names code that
+            is not trusted.
+    """
+    keys = _toml(path)
+    vary, expected = keys.pop("vary", {}), keys.pop("expected", {})
+    if not isinstance(vary, dict) or not all(isinstance(values, list) and values for values in vary.values()):
+        raise UserError(f"{path}: vary must be a table whose keys have lists of values")
+    for where, values in (("", {key: [value] for key, value in keys.items()}), ("vary.", vary)):
+        for key in values:
+            for value in values[key]:
+                check_value(key, value, f"{path}: {where}")
+    own = {name: _located(value, name, path.parent) for name, value in keys.items()}
+    named = {registry.own_file(value) for value in (changes or {}).values() if isinstance(value, (str, dict))}
+    axes = {axis: [_located(value, axis, path.parent) for value in values] for axis, values in vary.items()}
+    if not trust:
+        left = {n: [v] for n, v in own.items() if n not in (changes or {})} | axes
+        _refuse_code(path, left, {Path(file).resolve() for file in named if file})
+    recipe = Recipe(**(own | dict(changes or {})))
+    _check_range(recipe, f"{path}: ")
+    return RecipeFile(recipe, axes, expected)
+
+
+def record(path: Path, expected: Mapping[str, Any]) -> None:
+    """Put what a run has found into the table ``expected`` of its recipe file, and leave the rest of the file alone."""
+    own = re.sub(
+        r"^\[expected[.\]].*?(?=^\[(?!expected[.\]])|\Z)", "", path.read_text(encoding="utf-8"), flags=re.M | re.S
+    )
+    write_text(path, f"{own.rstrip()}\n\n{_dumped({'expected': expected})}")
+
+
+def _dumped(keys: Mapping[str, Any]) -> str:
+    """TOML as one writes it by hand: a list on one line, if the line is not too long."""
+
+    def joined(found: re.Match[str]) -> str:
+        line = " ".join(value.strip() for value in found[1].splitlines())
+        return f"[{line[:-1]}]" if len(line) < 100 else found[0]
+
+    plain = r'(?: +(?:"[^\n]*"|[^\[\]\n]+),\n)+'  # values that are no lists
+    return re.sub(rf"\[\n({plain}) *\]", joined, tomli_w.dumps(keys))
+
+
+def _toml(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"there is no recipe {path}") from None
+    except (tomllib.TOMLDecodeError, OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} can't be read: {error}") from error
+
+
+def _located(value: Any, key: str, folder: Path) -> Any:
+    """A value whose file, if it names one, is looked for beside the recipe first."""
+    if key == "data" and isinstance(value, str) and (folder / value).is_file():
+        return str(folder / value)
+    file = registry.own_file(value) if key in KINDS else None
+    if file is None or not (folder / file).is_file():
+        return value
+    own = table(value)
+    return own | {"type": f"{folder / file}:{own['type'].rpartition(':')[2]}"}
+
+
+def _refuse_code(path: Path, keys: Mapping[str, list[Any]], named: Collection[Path]) -> None:
+    for kind in KINDS:
+        for value in keys.get(kind, []):
+            file = registry.own_file(value)
+            if file and Path(file).resolve() not in named:
+                raise UserError(
+                    f"{path}: {kind} is code in {file}, which runs only if you give --trust or name it in --{kind}"
+                )

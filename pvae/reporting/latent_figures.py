@@ -1,0 +1,126 @@
+"""Panels of what latents hold and of what data the fit makes, one function each."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from pvae.diagnostics.predictive_checks import STATISTICS
+from pvae.reporting.style import COLOURS, GREY, SMALL, address, array, cloud, digits_of, framed
+
+BLUE, ORANGE = COLOURS[:2]
+ACTIVE = 0.01
+
+
+def kl(found: Mapping[str, Any], shape: tuple[int, ...]) -> str | None:
+    if "health" not in found:
+        return None
+    kl, se, activity = (array(found["health"], name) for name in ("kl", "kl_se", "activity"))
+    known = not np.isnan(kl).any()
+    order = np.argsort(-(kl if known else activity), kind="stable")
+    figure, axes = framed(2 if known else 1, width=8.6 if known else 5.0)
+    ticks, active = np.arange(len(kl)), activity[order] > ACTIVE
+    colours = np.where(active, BLUE, GREY)
+    if known:
+        axes[0].bar(ticks, kl[order], color=colours, yerr=2 * se[order], error_kw={"lw": 0.8})
+        axes[0].set_ylabel("KL from the prior (nats)")
+        axes[0].set_title(f"{active.sum()} of {len(kl)} dimensions are active", fontsize=9)
+    shown = np.maximum(activity[order], 1e-6)
+    axes[-1].vlines(ticks, 1e-6, shown, color=colours, lw=1)
+    axes[-1].scatter(ticks, shown, color=colours, s=14)
+    axes[-1].axhline(ACTIVE, color="black", lw=0.8, ls="--")
+    axes[-1].annotate("active", (1.01, ACTIVE), xycoords=axes[-1].get_yaxis_transform(), va="bottom", fontsize=8)
+    axes[-1].annotate("idle", (1.01, ACTIVE), xycoords=axes[-1].get_yaxis_transform(), va="top", fontsize=8)
+    axes[-1].set(yscale="log", ylabel="variance of the posterior's mean (u²)")
+    axes[-1].set_ylim(bottom=min(shown.min() / 2, ACTIVE / 10))
+    every = -(-len(kl) // 17)
+    for axis in axes:
+        axis.set_xticks(ticks[::every], [str(d) for d in order[::every]])
+        axis.set_xlabel("dimension")
+    return address(figure, "svg")
+
+
+def aggregate(found: Mapping[str, Any], shape: tuple[int, ...]) -> str | None:
+    if "health" not in found or not len(found["health"].codes):
+        return None
+    health = found["health"]
+    codes, prior, kl, ks_p, ks = (array(health, name) for name in ("codes", "prior", "kl", "ks_p", "ks"))
+    flat = codes.shape[1] == 1
+    figure, axes = framed(1 if flat else 2, width=5.0 if flat else 8.6, height=3.8)
+    if not flat:
+        size = array(health, "activity") if np.isnan(kl).any() else kl
+        pair = np.argsort(-size, kind="stable")[:2]
+        labels = array(found["rows"], "labels") if "rows" in found else np.zeros(0)
+        cloud(axes[0], codes[:, pair], prior[:, pair], labels)
+        axes[0].set(xlabel=f"dimension {pair[0]} (u)", ylabel=f"dimension {pair[1]} (u)")
+    least = int(np.lexsort((-ks, ks_p))[0])
+    # An outlier must not squeeze the rest of both into one bin.
+    both = np.concatenate([codes[:, least], prior[:, least]])
+    low, high = np.quantile(both, [0.002, 0.998])
+    edges: Any = np.linspace(low, high, int(np.clip(2 * len(codes) ** 0.5, 6, 41))) if high > low else 10
+    for values, colour, name in ((prior, GREY, "prior"), (codes, BLUE, "all rows' posterior draws")):
+        kind: Any = {"histtype": "stepfilled" if colour == GREY else "step", "lw": 1.4}
+        axes[-1].hist(values[:, least], bins=edges, density=True, color=colour, label=name, **kind)
+    p = f"p = {ks_p[least]:.2g}" if ks_p[least] >= 1e-4 else "p < 0.0001"
+    axes[-1].set(xlabel=f"dimension {least} (u)", ylabel="density (1/u)")
+    axes[-1].set_title(f"farthest from the prior: {p}", fontsize=9)
+    axes[-1].legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2, **SMALL)
+    return address(figure, "png")
+
+
+def predictive(found: Mapping[str, Any], shape: tuple[int, ...]) -> str | None:
+    if "predictive" not in found:
+        return None
+    part = found["predictive"]
+    pixel_p, observed, replicated = (array(part, name) for name in ("pixel_p", "observed", "replicated"))
+    names = list(STATISTICS) if len(STATISTICS) == len(observed) else [f"statistic {s}" for s in range(len(observed))]
+    told = [s for s in range(len(observed)) if np.ptp(np.append(replicated[:, s], observed[s])) > 0]
+    figure = Figure(figsize=(8.6, 3.6), layout="constrained")
+    left, right = np.asarray(figure.subfigures(1, 2, width_ratios=(1, 1.5))) if told else (figure, None)
+    _columns(left, pixel_p, shape)
+    if told:
+        _statistics(right, {names[s]: (replicated[:, s], observed[s]) for s in told})
+    return address(figure, "svg")
+
+
+def _columns(figure: Any, p: np.ndarray, shape: tuple[int, ...]) -> None:
+    axis = figure.subplots()
+    if len(shape) == 2 and int(np.prod(shape)) == len(p):
+        colours = LinearSegmentedColormap.from_list("p", [ORANGE, "#ffffff", BLUE])
+        image = axis.imshow(p.reshape(digits_of(shape)), cmap=colours, vmin=0, vmax=1)
+        axis.set(xticks=[], yticks=[])
+        axis.spines[:].set_visible(True)
+        scale = figure.colorbar(image, ax=axis, location="bottom", shrink=0.9)
+        scale.set_label("p-value of each pixel's mean\n0: the data's is larger, 1: it is smaller", fontsize=8)
+        return
+    ticks = np.arange(len(p))
+    off = (p < 0.025) | (p > 0.975)
+    axis.axhspan(0.025, 0.975, color=GREY, alpha=0.15, lw=0)
+    axis.scatter(ticks, p, s=16, color=np.where(off, ORANGE, BLUE), clip_on=False, zorder=3)
+    axis.axhline(0.5, color="black", lw=0.6)
+    axis.set(xlabel="column, counted from 0", ylabel="p-value of the column's mean", ylim=(0, 1))
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+
+
+def _statistics(figure: Any, values: dict[str, tuple[np.ndarray, float]]) -> None:
+    """A small histogram of each statistic over replicates, the data's as a line."""
+    columns = min(len(values), 3)
+    axes = figure.subplots(-(-len(values) // columns), columns, squeeze=False).flat
+    for axis in axes:
+        axis.set_axis_off()
+    for axis, (name, (draws, data)) in zip(figure.axes, values.items(), strict=False):
+        axis.set_axis_on()
+        axis.hist(draws, bins=20, color=GREY)
+        axis.axvline(data, color=ORANGE, lw=1.8)
+        axis.set_title(name, fontsize=8)
+        axis.set_yticks([])
+        axis.spines["left"].set_visible(False)
+        axis.xaxis.set_major_locator(MaxNLocator(2))
+        axis.tick_params(labelsize=7)
+        axis.margins(x=0.15)
+    figure.supxlabel("units of the data; grey: replicates, line: the data", fontsize=8)

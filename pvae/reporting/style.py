@@ -1,0 +1,141 @@
+"""What all figures of the page share: style, colours, panels, sheets of images, and pictures as data addresses."""
+
+from __future__ import annotations
+
+import base64
+import io
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.collections import LineCollection
+from matplotlib.colors import ListedColormap
+from matplotlib.figure import Figure
+
+# Okabe and Ito's colours, which people with any colour vision tell apart; yellow, too pale for lines, comes last.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000", "#F0E442")
+# Enough to tell ten classes apart, as digits have; two of them are none of Okabe and Ito's.
+CLASSES = (*COLOURS, "#7A7A00", "#882255")
+GREY = "#999999"
+# Entries that are missing, and the frames of images.
+MISSING, FRAME = "#cfe3f1", "#d0d0d0"
+# Legends.
+SMALL: Any = {"frameon": False, "fontsize": 8}
+STYLE: Any = {
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "font.size": 9,
+    "svg.fonttype": "path",
+    "svg.hashsalt": "pvae",
+}
+
+
+def address(figure: Figure, kind: str) -> str:
+    """A figure as an address for an image's ``src``; kind is svg or png. The same figure has the same bytes."""
+    file = io.BytesIO()
+    figure.savefig(file, format=kind, dpi=160, bbox_inches="tight", metadata={"Date": None} if kind == "svg" else None)
+    media = {"svg": "image/svg+xml", "png": "image/png"}[kind]
+    return f"data:{media};base64,{base64.b64encode(file.getvalue()).decode()}"
+
+
+def array(part: Any, name: str) -> np.ndarray:
+    """A tensor of a part as an array of doubles."""
+    return np.asarray(getattr(part, name).detach().cpu().double())
+
+
+def framed(columns: int, width: float = 8.6, height: float = 3.2) -> tuple[Figure, list[Axes]]:
+    """A figure with this many panels beside each other, sizes in inches."""
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, list(np.atleast_1d(figure.subplots(1, columns)))
+
+
+def digits_of(shape: tuple[int, ...]) -> tuple[int, int]:
+    """Height and width as which a row is drawn: an image's own, else one strip.
+
+    >>> digits_of((28, 28)), digits_of((5,))
+    ((28, 28), (1, 5))
+    """
+    return (shape[0], shape[1]) if len(shape) == 2 else (1, int(np.prod(shape)))
+
+
+def scale(*groups: np.ndarray) -> tuple[float, float]:
+    """Ends of a grey scale for rows: 0 and 1 where all values lie between them, else the lowest and the highest.
+
+    >>> scale(np.array([0.2, np.nan]), np.array([0.7])), scale(np.array([-1.0, 3.0])), scale(np.array([np.nan]))
+    ((0.0, 1.0), (-1.0, 3.0), (0.0, 1.0))
+    """
+    known = np.concatenate([rows[np.isfinite(rows)] for rows in groups])
+    low, high = (float(known.min()), float(known.max())) if len(known) else (0.0, 1.0)
+    return (0.0, 1.0) if low >= 0 and high <= 1 else (low, high)
+
+
+def sheet(
+    axis: Axes, images: np.ndarray, shape: tuple[int, ...], per_line: int, ends: tuple[float, float] | None = None
+) -> None:
+    """Draw rows [B, columns] as a sheet of framed images, this many a line; missing entries are pale blue.
+
+    Arguments:
+        ends: of the grey scale, beyond which values are clipped; the rows' own unless given.
+    """
+    height, width = digits_of(shape)
+    lines = -(-len(images) // per_line)
+    whole = np.full((lines * (height + 1) - 1, per_line * (width + 1) - 1), np.nan)
+    gaps, frames = np.full_like(whole, np.nan), []
+    for place, image in enumerate(images):
+        top, left = place // per_line * (height + 1), place % per_line * (width + 1)
+        own = np.s_[top : top + height, left : left + width]
+        whole[own] = image.reshape(height, width)
+        gaps[own] = np.where(np.isnan(whole[own]), 1, np.nan)
+        frames.append(_frame(top - 0.5, left - 0.5, height, width))
+    low, high = ends or scale(images)
+    aspect: Any = "equal" if height > 1 else "auto"
+    axis.imshow(whole, cmap="gray_r", vmin=low, vmax=high, aspect=aspect)
+    if not np.isnan(gaps).all():
+        axis.imshow(gaps, cmap=ListedColormap([MISSING]), aspect=aspect)
+    if height > 1:
+        axis.add_collection(LineCollection(frames, colors=FRAME, linewidths=0.5, clip_on=False), autolim=False)
+    axis.set_xticks([])
+    axis.set_yticks([])
+    axis.spines[:].set_visible(False)
+
+
+def _frame(top: float, left: float, height: int, width: int) -> list[tuple[float, float]]:
+    """The corners of an image, the first of them twice."""
+    right, bottom = left + width, top + height
+    return [(left, top), (right, top), (right, bottom), (left, bottom), (left, top)]
+
+
+def class_names(labels: np.ndarray) -> list[str]:
+    """The names of the classes of some labels in order; none where there is one class, or more than can be told apart.
+
+    >>> class_names(np.array([2.0, 0.0, 2.0])), class_names(np.array(["b", "a"])), class_names(np.arange(99))
+    (['0', '2'], ['a', 'b'], [])
+    """
+    kinds = np.unique(labels)
+    named = 1 < len(kinds) <= len(CLASSES)
+    return [str(kind) if kinds.dtype.kind in "US" else f"{kind:g}" for kind in kinds] if named else []
+
+
+def cloud(axis: Axes, codes: np.ndarray, prior: np.ndarray, labels: np.ndarray, name: str = "posterior draws") -> None:
+    """Codes [M, 2] over prior draws [S, 2], coloured by class where there are few; circles for a standard normal."""
+    axis.scatter(prior[:, 0], prior[:, 1], s=5, color="#cccccc", linewidths=0, label="prior" if len(prior) else None)
+    names = class_names(labels) if len(labels) == len(codes) else []
+    for colour, kind, word in zip(CLASSES, np.unique(labels), names, strict=False):
+        own = codes[labels == kind]
+        axis.scatter(own[:, 0], own[:, 1], s=7, color=colour, linewidths=0, label=word)
+    if not names:
+        axis.scatter(codes[:, 0], codes[:, 1], s=7, color=COLOURS[0], alpha=0.7, linewidths=0, label=name)
+    if len(prior) and standard_normal(prior):
+        turn = np.linspace(0, 2 * np.pi, 200)
+        for radius in (1, 2, 3):
+            known = "1, 2, 3 sd of the prior" if radius == 1 else None
+            axis.plot(radius * np.cos(turn), radius * np.sin(turn), color="black", lw=0.6, label=known)
+    axis.set_aspect("equal", adjustable="datalim")
+    axis.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), markerscale=2, handletextpad=0.4, **SMALL)
+
+
+def standard_normal(prior: np.ndarray) -> bool:
+    """Whether draws [S, D] look like a standard normal's in each dimension; 0.1% of true ones do not."""
+    from scipy.stats import kstest
+
+    return all(kstest(column, "norm").pvalue > 0.001 / prior.shape[1] for column in prior.T)

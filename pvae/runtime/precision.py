@@ -1,0 +1,79 @@
+"""Precision: networks multiply in fewer bits; everything else, log-densities first of all, stays in float32."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+
+from pvae.errors import UserError, nearest
+
+PRECISIONS = ("float32", "tf32", "bf16")
+
+# What layers of networks do; products inside a density, as with a normal's factor, are left as they are.
+LAYERS = frozenset(
+    getattr(functional, name)
+    for name in ("linear", "bilinear", *(f"conv{kind}{d}d" for kind in ("", "_transpose") for d in (1, 2, 3)))
+)
+
+
+def check_precision(name: str, device: torch.device | None = None) -> None:
+    """Refuse the name of no precision, and one that the device does not have."""
+    if name not in PRECISIONS:
+        raise UserError(f"unknown precision '{name}'{nearest(name, PRECISIONS)}")
+    if device and name == "tf32" and device.type != "cuda":
+        raise UserError(f"--precision tf32 is CUDA's alone, and the device is {device.type}; use float32 or bf16")
+
+
+def products(name: str, device: torch.device) -> AbstractContextManager[Any]:
+    """A block in which networks' layers multiply in this precision, forward and backward.
+
+    Arguments:
+        name: ``float32``; ``tf32``, NVIDIA's 10 bits of mantissa inside a product; or ``bf16``, by autocast, 7 bits of
+            each factor. Results are float32 again before anything else sees them.
+        device: where the block runs.
+
+    Raises:
+        UserError: no such precision, or ``tf32`` on another device than CUDA.
+
+    >>> with products("bf16", torch.device("cpu")):
+    ...     functional.linear(torch.tensor([1.001]), torch.ones(1, 1)).dtype, torch.tensor([1.001]) * 1
+    (torch.float32, tensor([1.0010]))
+    """
+    check_precision(name, device)
+    if name == "bf16":
+        return _BFloat16(device)
+    return _tf32() if name == "tf32" else nullcontext()
+
+
+@contextmanager
+def _tf32() -> Iterator[None]:
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    torch.set_float32_matmul_precision("high")
+    torch.backends.cudnn.allow_tf32 = True
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before[0])
+        torch.backends.cudnn.allow_tf32 = before[1]
+
+
+class _BFloat16(TorchFunctionMode):
+    """Layers run under autocast, each by itself."""
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__()
+        self.device = device
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func not in LAYERS:
+            return func(*args, **(kwargs or {}))
+        x = args[0] if args else (kwargs or {})["input"]
+        with torch.autocast(self.device.type, torch.bfloat16):
+            return func(*args, **(kwargs or {})).to(x.dtype)

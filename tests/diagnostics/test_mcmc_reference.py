@@ -1,0 +1,215 @@
+"""Posteriors against long chains: exact ones pass, missed ones are found, chains that are not sound give no number."""
+
+import math
+from dataclasses import replace
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from oracles import LinearGaussian
+from posteriors import MISSES, Exact, Gridded
+
+from pvae.diagnostics.mcmc_reference import _drawn, against_chains, compare, long_chains
+from pvae.errors import UserError
+from pvae.inference.families import Delta, DiagonalNormal
+from pvae.inference.guides import Amortized, Guide
+from pvae.samplers.ais import Annealed
+from pvae.stats import uniform_p
+
+ROWS = 10
+SHORT = {"draws": 800, "warm_up": 200, "temperatures": 30}
+LINEAR = [(10, 100.0)]
+SLOW = [(2, 1.0), (2, 100.0), (10, 1.0), (50, 1.0), (50, 100.0)]
+
+
+def linear(dim, conditioning, **settings):
+    oracle = LinearGaussian(dim, dim + 3, conditioning=conditioning)
+    x = oracle.sample(ROWS)
+    return (lambda *miss: Exact(oracle, *miss)), x, long_chains(oracle.model, x, **SHORT | settings)
+
+
+def curved():
+    oracle = Gridded().oracle
+    x = oracle.sample(ROWS)
+
+    def guide(*miss):
+        found = Gridded(*miss)
+        found.oracle = oracle
+        return found
+
+    return guide, x, long_chains(oracle.model, x, **SHORT)
+
+
+@pytest.fixture(
+    scope="module",
+    params=[*LINEAR, *(pytest.param(case, marks=pytest.mark.slow) for case in SLOW), "curved"],
+    ids=str,
+)
+def case(request):
+    """A function from a miss to a guide, rows, and chains of their posteriors."""
+    if request.param == "curved":
+        return curved()
+    # The largest R-hat of 50 dimensions is below 1.01 in longer chains only.
+    return linear(*request.param, draws=800 if request.param in LINEAR else 2000)
+
+
+def exact_moments(guide, x):
+    oracle = guide.oracle
+    if isinstance(oracle, LinearGaussian):
+        return oracle.mean(x), oracle.covariance.diag().sqrt().expand(len(x), -1)
+    return oracle.moments(x)
+
+
+def test_chains_are_sound_and_have_the_exact_means_and_standard_deviations(case):
+    guide, x, chains = case
+    found = compare(chains, guide(), x)
+    mean, sd = exact_moments(guide(), x)
+    assert found.sound.all()
+    assert ((found.mean - mean).abs() < 4.5 * found.sd / found.ess.sqrt()).all()  # 4.5 standard errors
+    # The error that is stated is the chains' and that of 4000 draws of q together, the latter about a third of it.
+    assert ((found.sd / sd).log().abs() < 4.5 * found.sd_se).all()
+
+
+def test_an_exact_posterior_passes(case):
+    guide, x, chains = case
+    figures = compare(chains, guide(), x).figures()
+    assert figures["reference_p"].mean > 0.01
+    assert figures["mean_error"].mean < 0.02  # a sampler's noise, 0.03, is taken off
+    for name, value in (("sd_ratio", 1.0), ("coverage_50", 0.5), ("coverage_90", 0.9)):
+        assert figures[name].mean == pytest.approx(value, abs=0.02)  # standard error at most 0.004
+
+
+@pytest.mark.parametrize("miss", MISSES)
+def test_a_missed_posterior_is_found_and_by_how_much(case, miss):
+    guide, x, chains = case
+    scale, shift = MISSES[miss]
+    figures = compare(chains, guide(scale, shift), x).figures()
+    assert figures["reference_p"].mean < 1e-3
+    assert figures["mean_error"].mean == pytest.approx(shift, abs=0.03)  # standard error at most 0.007
+    assert figures["sd_ratio"].mean == pytest.approx(scale, rel=0.02)  # standard error at most 0.4%
+
+
+@pytest.mark.parametrize("case", LINEAR, indirect=True, ids=str)
+@pytest.mark.parametrize("scale", [0.5, 2.0])
+def test_coverage_is_that_of_closed_forms(case, scale):
+    guide, x, chains = case
+    figures = compare(chains, guide(scale), x).figures()
+    normal = torch.distributions.Normal(0.0, 1.0)
+    for name, level in (("coverage_50", 0.5), ("coverage_90", 0.9)):
+        exact = 2 * normal.cdf(scale * normal.icdf(torch.tensor((1 + level) / 2))).item() - 1
+        assert figures[name].mean == pytest.approx(exact, abs=0.02)  # standard error at most 0.004
+
+
+@pytest.mark.slow
+def test_p_values_of_the_exact_posterior_are_uniform_themselves():
+    # Rows have chains of their own: 500 rows are 100 repeats of 5.
+    oracle = LinearGaussian(2, 5)
+    x = oracle.sample(500)
+    chains = long_chains(oracle.model, x, **SHORT)
+
+    def repeats(scale):
+        found = compare(chains, Exact(oracle, scale), x)
+        return torch.stack([some(found, slice(i, None, 100)).p_values().flatten() for i in range(100)])
+
+    assert (uniform_p(repeats(1.0)) > 0.01).all()
+    assert (uniform_p(repeats(0.95))[2:] < 1e-3).all()  # by standard deviations
+
+
+def folded(x, index=None):
+    """Latents of either sign explain a row: two modes at +-x, which merge near 0."""
+    with pyro.plate("data", len(x), dim=-1):
+        z = pyro.sample("z", dist.Normal(torch.zeros(1), 3.0).to_event(1))
+        pyro.sample("x", dist.Normal(z.abs(), 0.5).to_event(1), obs=x)
+
+
+class Fixed(Guide):
+    """One normal for all rows."""
+
+    def __init__(self):
+        super().__init__(DiagonalNormal(1))
+
+    def params(self, x, index=None):
+        return self.family.initial().expand(len(x), -1)
+
+
+@pytest.fixture(scope="module")
+def folds():
+    x = torch.tensor([[0.0], [6.0], [0.0]])
+    return against_chains(folded, Fixed(), x, draws=700, warm_up=200, temperatures=30)
+
+
+def some(found, rows):
+    """The reference of some of the rows."""
+    return replace(found, **{name: value[rows] for name, value in vars(found).items() if value.dim()})
+
+
+def test_chains_that_are_stuck_in_different_modes_are_refused_and_no_figure_uses_them(folds):
+    assert folds.sound.tolist() == [True, False, True]
+    assert folds.r_hat[1] > 1.5
+    figures, alone = folds.figures(), some(folds, [0, 2]).figures()
+    assert figures["sound"].mean == pytest.approx(2 / 3)
+    assert alone["sound"].mean == 1
+    assert {n: v.mean for n, v in figures.items() if n != "sound"} == {
+        n: v.mean for n, v in alone.items() if n != "sound"
+    }
+
+
+def test_where_most_chains_are_refused_there_is_no_number(folds):
+    assert set(some(folds, [0, 1]).figures()) > {"sound"}
+    assert set(some(folds, [0, 1, 1]).figures()) == {"sound"}
+
+
+def test_chains_that_are_too_short_are_refused():
+    oracle = LinearGaussian(2, 5)
+    x = oracle.sample(4)
+    found = against_chains(oracle.model, Exact(oracle), x, draws=30, warm_up=30, temperatures=10)
+    assert not found.sound.any()
+
+
+@pytest.mark.parametrize("case", LINEAR, indirect=True, ids=str)
+def test_chains_that_diverge_are_refused(case):
+    guide, x, chains = case
+    divergent = torch.zeros(ROWS)
+    divergent[1] = 0.05
+    sound = compare(replace(chains, divergent=divergent), guide(), x).sound
+    assert torch.equal(sound, divergent == 0)
+
+
+def test_chains_start_at_different_particles_that_have_weight():
+    position = torch.arange(12.0).view(12, 1, 1).expand(12, 3, 2)
+    log_w = torch.full((12, 3), -1000.0)
+    log_w[4:8], log_w[:, 2] = 0.0, math.nan
+    begin = _drawn(Annealed(log_w, position, log_w[0], log_w[0]), 4)
+    assert begin.shape == (4, 3, 2)
+    assert begin[:, :2].sort(0).values[:, 0, 0].tolist() == [4, 5, 6, 7]
+    assert len(begin[:, 2, 0].unique()) == 4  # without weights any will do
+
+
+def test_a_seed_fixes_all_and_the_stream_outside_goes_on():
+    oracle = LinearGaussian(2, 5)
+    x, few = oracle.sample(3), {"draws": 10, "warm_up": 10, "temperatures": 5}
+    before, seen = torch.get_rng_state(), []
+    one, same, other = (
+        against_chains(oracle.model, Exact(oracle), x, seed=seed, progress=seen.append, **few) for seed in (3, 3, 4)
+    )
+    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(one.mean, same.mean)
+    assert torch.equal(one.guide_mean, same.guide_mean)
+    assert not torch.equal(one.mean, other.mean)
+    third = seen[: len(seen) // 3]
+    assert third == sorted(third)
+    assert third[-1] == pytest.approx(1)
+
+
+@pytest.mark.parametrize("name", ["chains", "draws", "warm_up", "temperatures", "leapfrogs"])
+def test_counts_below_one_are_refused(name):
+    oracle = LinearGaussian(2, 5)
+    with pytest.raises(UserError, match=f"{name} is 0, but it must be at least 1"):
+        against_chains(oracle.model, Exact(oracle), oracle.sample(2), **{"draws": 5, "warm_up": 5, name: 0})
+
+
+def test_a_point_mass_is_refused():
+    oracle = LinearGaussian(2, 5)
+    with pytest.raises(UserError, match="Delta is a point mass"):
+        against_chains(oracle.model, Amortized(torch.nn.Linear(5, 2), Delta(2)), oracle.sample(2))

@@ -1,0 +1,381 @@
+"""Runs opened for use, and rows out of their data or of files: the same values whatever holds them."""
+
+import atexit
+import contextlib
+import functools
+import io
+import math
+import shlex
+import shutil
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from sklearn.datasets import load_digits
+
+from pvae.cli.app import main
+from pvae.data.loading import load
+from pvae.errors import UserError
+from pvae.experiments import opened_run
+from pvae.experiments.opened_run import chosen, open_run, positions
+
+SMALL = "--epochs 1 --hidden 16 --latent 2"
+FIT = f"fit {SMALL}"
+COMPARE = f"compare {SMALL} --guides Amortized,SemiAmortized --rows 5 --samples 5 --refine-steps 5"
+COUNTS = np.random.default_rng(0).poisson(3.0, (60, 6)).astype("float32")
+DIGITS = load_digits()
+IMAGES = (DIGITS.images[:12] / 16).astype("float32")
+
+
+@functools.cache
+def place():
+    """A folder of this process's runs, removed at its end."""
+    folder = Path(tempfile.mkdtemp())
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    np.save(folder / "counts.npy", COUNTS)
+    return folder
+
+
+@functools.cache
+def run_of(line):
+    """The folder of a command's run, made once; {place} in the line is where files are."""
+    folder = Path(tempfile.mkdtemp(dir=place())) / "run"
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()) as err:
+        assert main([*shlex.split(line.format(place=place())), "--out", str(folder)]) == 0, err.getvalue()
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run():
+    return open_run(run_of(FIT))
+
+
+@pytest.fixture(scope="module")
+def counts():
+    return open_run(run_of(f"fit {SMALL} --data {{place}}/counts.npy --likelihood Poisson"))
+
+
+@pytest.fixture(scope="module")
+def labelled():
+    program = Path(__file__).parents[2] / "models" / "conditional.py"
+    return open_run(run_of(f"fit {SMALL} --trust --program {program}:ConditionalVAE"), trust=True)
+
+
+# Runs
+
+
+def test_a_fit_opens_with_its_program_guide_and_data(run):
+    assert (run.name, list(run.others), run.columns) == ("Amortized", [], 64)
+    assert run.guide.sites.dim == 2
+    assert not run.guide.training
+    assert len(run.data.test) == 359
+    assert open_run(run_of(FIT), "Amortized").name == "Amortized"
+
+
+def test_a_comparison_opens_at_its_first_variant_or_at_one_by_name():
+    folder = run_of(COMPARE)
+    first, second = open_run(folder), open_run(folder, "SemiAmortized")
+    assert (first.name, list(first.others)) == ("Amortized", ["SemiAmortized"])
+    assert (second.name, list(second.others)) == ("SemiAmortized", ["Amortized"])
+    assert type(second.guide).__name__ == "SemiAmortized"
+    pairs = zip(first.guide.encoder.parameters(), second.guide.encoder.parameters(), strict=True)
+    assert any(not a.equal(b) for a, b in pairs)
+
+
+def test_variants_that_are_not_trained_yet_are_none(tmp_path):
+    shutil.copytree(run_of(COMPARE), tmp_path / "run")
+    (tmp_path / "run/Amortized/checkpoint.safetensors").unlink()
+    assert (open_run(tmp_path / "run").name, open_run(tmp_path / "run").others) == ("SemiAmortized", [])
+    with pytest.raises(UserError, match="has no variant 'Amortized'; did you mean 'SemiAmortized'"):
+        open_run(tmp_path / "run", "Amortized")
+    (tmp_path / "run/SemiAmortized/checkpoint.safetensors").unlink()
+    with pytest.raises(UserError, match="holds no trained variant; the command that began it with --resume goes on"):
+        open_run(tmp_path / "run")
+
+
+def test_what_is_no_run_or_has_other_data_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"is not a run: it has no recipe.toml; pvae fit --out .* makes one"):
+        open_run(tmp_path)
+    np.save(tmp_path / "own.npy", COUNTS)
+    folder = run_of(f"fit {SMALL} --data {tmp_path}/own.npy --likelihood Poisson")
+    np.save(tmp_path / "own.npy", COUNTS + 1)
+    with pytest.raises(UserError, match=r"was fitted to other rows than .* has now; fit it anew"):
+        open_run(folder)
+
+
+def test_code_that_a_run_names_runs_only_where_it_is_trusted(labelled):
+    with pytest.raises(UserError, match="--trust"):
+        open_run(labelled.folder)
+
+
+# A run's own rows
+
+
+def test_words_stand_for_parts_of_the_data(run):
+    test, train = chosen(run), chosen(run, "train")
+    assert test.x.equal(run.data.test)
+    assert test.labels.equal(run.data.test_labels)
+    assert test.index is None
+    assert train.x.equal(run.data.train)
+    assert train.index.equal(torch.arange(len(run.data.train)))
+    assert (test.where, train.where) == ("test rows", "training rows")
+    assert test.from_run
+    with pytest.raises(UserError, match="the run has no validation rows; name others, or a file"):
+        chosen(run, "validation")
+
+
+def test_a_selection_takes_labels_index_and_places_along(run):
+    whole, part = chosen(run, "train"), chosen(run, "train", "5,0:2")
+    which = [5, 0, 1]
+    assert part.x.equal(whole.x[which])
+    assert part.labels.equal(whole.labels[which])
+    assert part.index.tolist() == part.place.tolist() == which
+
+
+@pytest.mark.parametrize(
+    ("select", "found"),
+    [
+        ("0:3", [0, 1, 2]),
+        (":2", [0, 1]),
+        ("8:", [8, 9]),
+        (":", list(range(10))),
+        ("3,1,3", [3, 1, 3]),
+        ("9,0:1", [9, 0]),
+        (" 4 , 5 ", [4, 5]),
+        ("5:2,7", [7]),
+    ],
+)
+def test_positions_are_those_that_are_named(select, found):
+    assert positions(select, 10, "rows") == found
+
+
+@pytest.mark.parametrize(
+    ("select", "words"),
+    [
+        ("10", "--select 10: there is no row 10; there are 10 rows, counted from 0"),
+        ("0:11", "--select 0:11: there is no row 10; there are 10 rows"),
+        ("0:1000000000000", "there is no row 10; there are 10 rows"),
+        ("-1", "there is no row -1"),
+        ("-3:2", "there is no row -3"),
+        ("1,-2", "there is no row -2"),
+        ("5:5", "--select 5:5 is empty; there are 10 rows, counted from 0"),
+        ("7:3", "is empty"),
+        ("", "--select '': write positions, as 3,17,5 or 0:20"),
+        ("1,", "write positions"),
+        ("one", "write positions"),
+        ("1.5", "write positions"),
+        ("0:9:2", "write positions"),
+    ],
+)
+def test_positions_that_are_none_are_refused(select, words):
+    with pytest.raises(UserError) as error:
+        positions(select, 10, "rows")
+    assert words in str(error.value)
+
+
+@pytest.mark.parametrize("source", ["tset", "tests", "nothing", ""])
+def test_an_unknown_word_is_no_file(run, source):
+    with pytest.raises(UserError, match=f"there are no rows '{source}'.*known: test, train, validation"):
+        chosen(run, source)
+
+
+class Unread:
+    """Rows on disk of which no more than some may be read."""
+
+    def __init__(self, rows, most):
+        self.rows, self.most, self.shape = rows, most, rows.shape
+
+    def __getitem__(self, places):
+        assert len(places) <= self.most, f"{len(places)} rows are read"
+        return self.rows[places]
+
+
+def test_of_rows_on_disk_those_selected_alone_are_read(counts, monkeypatch):
+    np.save(place() / "many.npy", np.tile(COUNTS, (50, 1)))
+    streamed = load(str(place() / "many.npy"), stream=True)
+    own, read = replace(counts, data=streamed), streamed.train.values
+    streamed.train.values = Unread(read, 3)
+    found = chosen(own, "train", "5,0:2")
+    assert found.index.tolist() == found.place.tolist() == [5, 0, 1]
+    assert found.x.equal(torch.from_numpy(read[streamed.train.rows[[5, 0, 1]]]))
+    streamed.train.values = read
+    assert chosen(own, "train").x.equal(streamed.train.resident())
+    monkeypatch.setattr(opened_run, "available_memory", lambda: 2000 * 6 * 4.0)
+    with pytest.raises(UserError, match=r"2400 training rows take .*; name fewer, as --select 0:1000"):
+        chosen(own, "train")
+    assert len(chosen(own, "train", "0:1000").x) == 1000
+
+
+# Files
+
+
+def written(folder, name, x, labels=None):
+    """The path of a file of rows, in the format of its ending."""
+    path, flat = folder / name, x.reshape(len(x), math.prod(x.shape[1:]))
+    if path.suffix == ".npy":
+        np.save(path, x)
+    elif path.suffix == ".npz":
+        np.savez(path, x=x, **({} if labels is None else {"y": labels}))
+    else:
+        table = pd.DataFrame(flat, columns=[f"c{k}" for k in range(flat.shape[1])])
+        table = table if labels is None else table.assign(label=labels)
+        table.to_csv(path, index=False) if path.suffix == ".csv" else table.to_parquet(path)
+    return str(path)
+
+
+@pytest.mark.parametrize("name", ["rows.npy", "rows.npz", "rows.csv", "rows.parquet"])
+@pytest.mark.parametrize("shape", [(12, 64), (12, 8, 8)], ids=["flat", "images"])
+def test_a_file_holds_the_same_rows_in_every_format(run, name, shape, tmp_path):
+    found = chosen(run, written(tmp_path, name, IMAGES.reshape(shape)))
+    assert found.x.equal(torch.from_numpy(IMAGES.reshape(12, 64) > 0.5).float())  # binarized as the run's rows were
+    assert (found.index, found.where, found.place.tolist()) == (None, f"rows of {name}", list(range(12)))
+    assert found.labels is None
+    assert not found.from_run
+    part = chosen(run, written(tmp_path, name, IMAGES.reshape(shape)), "3,1")
+    assert part.x.equal(found.x[[3, 1]])
+
+
+@pytest.mark.parametrize("name", ["rows.npz", "rows.csv", "rows.parquet"])
+def test_a_file_brings_its_labels(run, name, tmp_path):
+    found = chosen(run, written(tmp_path, name, IMAGES, DIGITS.target[:12]))
+    assert found.labels.tolist() == DIGITS.target[:12].tolist()
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float16", "int64", "uint8", "bool"])
+def test_numbers_of_any_type_are_rows(run, dtype, tmp_path):
+    found = chosen(run, written(tmp_path, "rows.npy", (IMAGES > 0.5).astype(dtype)))
+    assert found.x.dtype == torch.float32
+    assert found.x.equal(torch.from_numpy(IMAGES.reshape(12, 64) > 0.5).float())
+
+
+def test_one_row_may_stand_alone(run, tmp_path):
+    assert chosen(run, written(tmp_path, "one.npy", IMAGES[0].reshape(64))).x.shape == (1, 64)
+    assert chosen(run, written(tmp_path, "one.npy", IMAGES[:1])).x.shape == (1, 64)
+
+
+def at(x, row, column, value):
+    x = x.astype("float32").copy()
+    x.reshape(len(x), -1)[row, column] = value
+    return x
+
+
+@pytest.mark.parametrize(
+    ("x", "words"),
+    [
+        (IMAGES[:, :, :7], "rows have 56 columns, but the run's have 64 (8 x 8)"),
+        (np.zeros((3, 65)), "rows have 65 columns"),
+        (at(IMAGES, 2, 5, np.nan), "row 2, column 5 is nan"),
+        (at(IMAGES, 2, 5, np.inf), "row 2, column 5 is inf"),
+        (at(IMAGES, 3, 0, 1.5), "row 3, column 0 is 1.5"),
+        (at(IMAGES, 0, 63, -0.1), "row 0, column 63 is -0.1"),
+        (IMAGES.astype("complex64"), "the values are of type complex64, but numbers are needed"),
+        (IMAGES[:0], "rows.npy: there are no rows in it"),
+    ],
+)
+def test_rows_that_do_not_fit_the_run_are_refused_with_their_place(run, x, words, tmp_path):
+    with pytest.raises(UserError) as error:
+        chosen(run, written(tmp_path, "rows.npy", x))
+    assert words in str(error.value)
+
+
+def test_files_that_are_none_are_refused(run, tmp_path):
+    (tmp_path / "broken.npy").write_bytes(b"\x93NUMPY broken")
+    (tmp_path / "text.csv").write_text("a,b\nx,y\n")
+    (tmp_path / "empty.npz").write_bytes(b"")
+    for name, words in (
+        ("broken.npy", "not a readable .npy file"),
+        ("text.csv", "is not numeric"),
+        ("empty.npz", "the file is empty"),
+        ("absent.csv", "no such file"),
+        ("rows.txt", "unknown format '.txt'"),
+    ):
+        with pytest.raises(UserError, match=words):
+            chosen(run, str(tmp_path / name))
+
+
+def test_values_outside_the_likelihoods_support_are_refused_but_not_where_they_may_be_noisy(counts, tmp_path):
+    path = written(tmp_path, "counts.npy", at(COUNTS[:4], 1, 2, 0.5))
+    with pytest.raises(UserError) as error:
+        chosen(counts, path)
+    assert "row 1, column 2 is 0.5, outside the support of the run's likelihood Poisson" in str(error.value)
+    assert chosen(counts, path, raw=True).x[1, 2] == 0.5
+    assert chosen(counts, written(tmp_path, "fine.npy", COUNTS[:4])).x.equal(torch.from_numpy(COUNTS[:4]))
+
+
+def test_missing_entries_pass_only_where_they_are_expected(run, counts, tmp_path):
+    path = written(tmp_path, "gaps.npy", at(IMAGES, 2, 5, np.nan))
+    found = chosen(run, path, missing=True)
+    assert found.x.isnan().nonzero().tolist() == [[2, 5]]
+    assert found.x[2, :5].equal(torch.from_numpy(IMAGES[2].flat[:5] > 0.5).float())
+    with pytest.raises(UserError, match="row 1, column 2 is nan"):
+        chosen(counts, written(tmp_path, "raw.npy", at(COUNTS[:4], 1, 2, np.nan)), raw=True)
+
+
+def test_words_for_labels_are_numbered_as_the_runs_are(tmp_path):
+    names = np.array(["bird", "ant", "cat"])[DIGITS.target[:90] % 3]
+    rows = (DIGITS.images[:90] / 16).reshape(90, 64)
+    path = written(tmp_path, "named.csv", rows, names)
+    run = open_run(run_of(f"fit {SMALL} --data {path} --binarize threshold"))
+    found = chosen(run, path)
+    assert found.labels.tolist() == [["ant", "bird", "cat"].index(name) for name in names]
+    few = chosen(run, written(tmp_path, "few.csv", rows[:4], ["cat", "bird", "bird", "cat"]))
+    assert few.labels.tolist() == [2, 1, 1, 2]
+    with pytest.raises(UserError, match=r"the run's data have no label 'dog'.*known: ant, bird, cat"):
+        chosen(run, written(tmp_path, "other.csv", rows[:2], ["ant", "dog"]))
+
+
+def test_words_are_no_labels_of_a_run_of_numbers(run, tmp_path):
+    with pytest.raises(UserError, match="its labels are words, but the run's are not; give numbers, or none"):
+        chosen(run, written(tmp_path, "named.csv", IMAGES, ["ant"] * 12))
+
+
+def test_columns_of_labels_are_those_of_all_parts_of_the_data(tmp_path):
+    program = Path(__file__).parents[2] / "models" / "conditional.py"
+    x, y = (DIGITS.images[:80] > 8).reshape(80, 64).astype("float32"), DIGITS.target[:80] % 3
+    rare = {"x_train": x[:60][y[:60] > 0], "y_train": y[:60][y[:60] > 0], "x_test": x[60:], "y_test": y[60:]}
+    np.savez(tmp_path / "rare.npz", **rare)
+    run = open_run(
+        run_of(f"fit {SMALL} --trust --program {program}:ConditionalVAE --data {tmp_path}/rare.npz"), trust=True
+    )
+    found = chosen(run, written(tmp_path, "rows.npz", x[60:], y[60:]))
+    assert found.x[:, 64:].equal(run.data.test[:, 64:])
+    assert found.x[:, 64:].argmax(1).tolist() == y[60:].tolist()
+
+
+def test_labels_become_columns_where_the_program_takes_them(labelled, tmp_path):
+    found = chosen(labelled, written(tmp_path, "rows.csv", IMAGES, DIGITS.target[:12]))
+    assert labelled.columns == 64
+    assert found.x.shape == (12, 74)
+    assert found.x[:, 64:].argmax(1).tolist() == DIGITS.target[:12].tolist()
+    assert chosen(labelled).x.shape[1] == 74
+    with pytest.raises(UserError, match="the run's program takes labels, and the file has none; add a column 'label'"):
+        chosen(labelled, written(tmp_path, "bare.npy", IMAGES))
+    with pytest.raises(UserError, match="it has a label that the run's data do not have; known are"):
+        chosen(labelled, written(tmp_path, "strange.csv", IMAGES, [11] * 12))
+
+
+def test_the_module_lists_the_words_that_it_knows():
+    assert tuple(opened_run.WORDS) == ("test", "train", "validation")
+
+
+def test_columns_are_known_by_their_names(tmp_path):
+    rows = np.random.default_rng(0).normal(size=(40, 3)).round(3)
+
+    def table(name, order, more=()):
+        path = tmp_path / name
+        lines = [",".join([*(("a", "b", "c")[c] for c in order), *more])]
+        lines += [",".join([*(f"{row[c]}" for c in order), *("9" for _ in more)]) for row in rows]
+        path.write_text("\n".join(lines))
+        return path
+
+    data = load(str(table("rows.csv", (0, 1, 2))))
+    run = replace(open_run(run_of(FIT)), data=data)
+    assert data.columns == ("a", "b", "c")
+    for path in (table("turned.csv", (2, 0, 1)), table("wider.csv", (0, 1, 2), more=("sd_a", "row"))):
+        np.testing.assert_array_equal(opened_run._from_file(run, path, True, False).x.numpy(), rows.astype(np.float32))
+    with pytest.raises(UserError, match="it has no column 'b', which the run's data have"):
+        opened_run._from_file(run, table("lacking.csv", (0, 2)), True, False)

@@ -1,0 +1,263 @@
+"""Guides: three sources of lam, each with its own memory, all within reach of the best diagonal Gaussian."""
+
+import math
+
+import pyro
+import pytest
+import torch
+from oracles import SOURCES, LinearGaussian
+from pyro.infer import SVI, Trace_ELBO
+from torch import nn
+
+from pvae.errors import UserError
+from pvae.generative.likelihoods import Bernoulli
+from pvae.generative.networks import MLP
+from pvae.generative.priors import StandardNormal
+from pvae.generative.vae import VAE
+from pvae.inference.families import Delta, DiagonalNormal
+from pvae.inference.guides import Amortized, PerDatapoint, SemiAmortized
+from pvae.inference.importance import log_weights
+from pvae.inference.refinement import given, local_bound, local_optimum, refine
+from pvae.runtime.torch_state import seeded
+from pvae.training.loop import fit
+from pvae.training.optimizer import FusedAdam
+
+FAMILY = DiagonalNormal(2)
+every_source = pytest.mark.parametrize("source", SOURCES)
+
+
+@pytest.fixture
+def oracle():
+    return LinearGaussian(2, 5)
+
+
+def shortfall(oracle, lam, x):
+    """Nats by which lam misses the best diagonal Gaussian, [B]."""
+    return oracle.elbo(oracle.best(x), x) - oracle.elbo(lam, x)
+
+
+def svi(model, guide, learning_rate=0.01):
+    return SVI(model.model, guide, FusedAdam(model, guide, learning_rate=learning_rate), Trace_ELBO())
+
+
+@every_source
+def test_fit_reaches_the_best_diagonal(oracle, source):
+    x, index = oracle.sample(200), torch.arange(200)
+    torch.manual_seed(0)
+    guide = SOURCES[source](oracle.model, 2, 5, 200)
+    fit(oracle.model, guide, x, epochs=200, batch_size=100, learning_rate=0.02)
+    with torch.no_grad(), seeded(1):
+        missing = shortfall(oracle, guide.params(x, index), x)
+    assert missing.min() > -1e-6
+    assert missing.mean() < 0.02
+
+
+@every_source
+def test_pyros_own_svi_trains(source):
+    oracle = LinearGaussian(2, 5).requires_grad_()
+    x, index = oracle.sample(50), torch.arange(50)
+    torch.manual_seed(0)
+    guide = SOURCES[source](oracle.model, 2, 5, 50)
+    loop, before = svi(oracle, guide), oracle.decoder.weight.detach().clone()
+
+    def missing():
+        with torch.no_grad(), seeded(1):
+            guide.eval()
+            lam = guide.params(x, index)
+            guide.train()
+        return shortfall(oracle, lam, x).mean().item()
+
+    start = missing()
+    for _ in range(60):
+        loop.step(x, index)
+    assert missing() < 0.5 * start
+    assert (oracle.decoder.weight - before).abs().min() > 1e-4
+
+
+@every_source
+def test_a_guide_shows_its_plate_and_its_latent_alone(oracle, source):
+    guide = SOURCES[source](oracle.model, 2, 5, 20)
+    x = oracle.sample(6)
+    trace = pyro.poutine.trace(guide).get_trace(x, torch.arange(6))
+    shown = [name for name, site in trace.nodes.items() if site["type"] == "sample"]
+    assert shown == ["data", "z"]
+    assert trace.nodes["z"]["value"].shape == (6, 2)
+    assert log_weights(oracle.model, guide, x, torch.arange(6), 7).log_w.shape == (7, 6)
+
+
+@every_source
+def test_two_models_of_one_shape_train_as_if_alone(source):
+    def pair(seed):
+        torch.manual_seed(seed)
+        vae = VAE(MLP(2, 5, hidden=[4]), Bernoulli(), StandardNormal(2))
+        return vae, SOURCES[source](vae.model, 2, 5, 8)
+
+    def step(loop, seed):
+        with seeded(seed):
+            loop.step(torch.bernoulli(torch.full((8, 5), 0.3)), torch.arange(8))
+
+    def state(modules):
+        return [tensor for module in modules for tensor in module.state_dict().values()]
+
+    alone = []
+    for seed in (0, 1):
+        modules = pair(seed)
+        loop = svi(*modules)
+        for _ in range(3):
+            step(loop, seed)
+        alone.append(state(modules))
+    together = [pair(seed) for seed in (0, 1)]
+    loops = [svi(*modules) for modules in together]
+    for _ in range(3):
+        for seed, loop in enumerate(loops):
+            step(loop, seed)
+    for modules, expected in zip(together, alone, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(state(modules), expected, strict=True))
+    assert not torch.equal(alone[0][0], alone[1][0])
+    assert not pyro.get_param_store().keys()
+
+
+def test_refinement_wins_on_the_network_it_starts_from(oracle):
+    x = oracle.sample(100)
+    torch.manual_seed(0)
+    plain = Amortized(nn.Linear(5, 4), FAMILY)
+    refined = SemiAmortized(plain.encoder, FAMILY, 20, bound=local_bound(oracle.model, FAMILY), draws=16)
+    with torch.no_grad():
+        before, after = (shortfall(oracle, guide.params(x), x) for guide in (plain, refined))
+    assert (after < before).float().mean() > 0.95
+    assert after.mean() < 0.1 * before.mean()
+
+
+def test_without_unrolling_gradients_pass_straight_through():
+    oracle = LinearGaussian(2, 5).requires_grad_()
+    x = oracle.sample(6)
+    torch.manual_seed(0)
+    encoder, bound = nn.Linear(5, 4), local_bound(oracle.model, FAMILY)
+    own = [*encoder.parameters(), *oracle.parameters()]
+
+    def gradients(unroll):
+        guide = SemiAmortized(encoder, FAMILY, 3, bound=bound, draws=2, unroll=unroll)
+        with seeded(1):
+            return torch.autograd.grad(log_weights(oracle.model, guide, x).log_w.sum(), own), guide.rule
+
+    straight, rule = gradients(unroll=False)
+    with seeded(1):
+        start = encoder(x)
+        lam = refine(lambda lam: bound(lam, x, None, 2), start, 3, rule=rule).lam.requires_grad_()
+        value = log_weights(oracle.model, given(FAMILY, lam), x).log_w.sum()
+    by_lam, *by_decoder = torch.autograd.grad(value, [lam, *oracle.parameters()])
+    expected = [*torch.autograd.grad(start, list(encoder.parameters()), by_lam), *by_decoder]
+    for one, other in zip(straight, expected, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
+    unrolled, _ = gradients(unroll=True)
+    assert all((one - other).abs().max() > 1e-3 for one, other in zip(straight, unrolled, strict=True))
+
+
+MEMORY = ("table", "first", "second", "row_steps")
+
+
+def test_rows_outside_the_batch_keep_their_bits():
+    oracle = LinearGaussian(2, 5).requires_grad_()
+    x, visits = oracle.sample(10), torch.zeros(10, dtype=torch.int32)
+    torch.manual_seed(0)
+    guide = PerDatapoint(10, FAMILY, bound=local_bound(oracle.model, FAMILY), local_steps=4)
+    loop = svi(oracle, guide)
+    for index in map(torch.tensor, ([0, 1, 2], [2, 7], [9, 0, 2, 4], [2])):
+        before = {name: getattr(guide, name).clone() for name in MEMORY}
+        loop.step(x[index], index)
+        visits[index] += 1
+        inside = torch.isin(torch.arange(10), index)
+        for name in MEMORY:
+            changed = (getattr(guide, name) != before[name]).view(10, -1)
+            assert torch.equal(changed.all(-1), inside), name
+            assert torch.equal(changed.any(-1), inside), name
+    assert torch.equal(guide.row_steps, 4 * visits)
+    assert (guide.table[visits == 0] == FAMILY.initial()).all()
+
+
+def test_a_row_does_not_know_with_whom_it_was_visited(oracle):
+    family, x = Delta(2), oracle.sample(8)  # no draws: the bound has no noise
+    bound = local_bound(oracle.model, family)
+
+    def visited(*batches):
+        guide = PerDatapoint(8, family, bound=bound, local_steps=4)
+        for index in map(torch.tensor, batches):
+            (-bound(guide.params(x[index], index), x[index])).sum().backward()
+            guide.step_rows()
+        return guide
+
+    one = visited([0, 1], [0, 2, 3], [1, 4], [0, 1])
+    other = visited([5, 0], [0], [6, 7, 1, 0], [1, 2])
+    for name in MEMORY:
+        torch.testing.assert_close(getattr(one, name)[0], getattr(other, name)[0], atol=1e-6, rtol=1e-6)
+    # The steps at a visit and the joint one after them are steps of one refinement.
+    whole = refine(lambda lam: bound(lam, x[:1]), family.initial().expand(1, -1), 12, rule=one.rule)
+    torch.testing.assert_close(one.table[:1], whole.lam, atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(one.second[:1], whole.state.second, atol=1e-6, rtol=1e-6)
+    assert one.row_steps.tolist() == [12, 12, 4, 4, 4, 0, 0, 0]
+
+
+def test_rows_stand_still_without_training(oracle):
+    x, index = oracle.sample(4), torch.tensor([3, 1, 0, 2])
+    guide = PerDatapoint(4, FAMILY, bound=local_bound(oracle.model, FAMILY))
+    guide.table.copy_(torch.arange(16.0).view(4, 4))
+    with torch.no_grad():
+        assert torch.equal(guide.params(x, index), guide.table[index])
+    guide.eval()
+    assert torch.equal(guide.params(x, index), guide.table[index])
+    guide.step_rows()
+    assert torch.equal(guide.table, torch.arange(16.0).view(4, 4))
+    assert not guide.row_steps.any()
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_new_rows_are_fitted_and_leave_no_trace(oracle, training):
+    x = oracle.sample(50, seed=1)
+    guide = PerDatapoint(10, FAMILY, bound=local_bound(oracle.model, FAMILY)).train(training)
+    before = {name: getattr(guide, name).clone() for name in MEMORY}
+    stream = torch.get_rng_state()
+    lam = guide.params(x)
+    assert torch.equal(torch.get_rng_state(), stream)
+    assert all(torch.equal(getattr(guide, name), before[name]) for name in MEMORY)
+    assert shortfall(oracle, lam, x).mean() < 0.02
+    assert torch.equal(lam, guide.params(x))
+    guide.step_rows()
+    assert all(torch.equal(getattr(guide, name), before[name]) for name in MEMORY)
+
+
+def test_gap_of_a_local_optimum_covers_what_is_left(oracle):
+    x, bound = oracle.sample(50, seed=2), local_bound(oracle.model, FAMILY)
+    gaps, left = [], []
+    for steps in (20, 50, 200):
+        found = local_optimum(bound, FAMILY.initial().expand(50, -1), x, steps=steps, tolerance=0.0)
+        gaps.append(found.gap.mean().item())
+        left.append(shortfall(oracle, found.lam, x).mean().item())
+    assert gaps == sorted(gaps, reverse=True)
+    assert left == sorted(left, reverse=True)
+    assert all(gap > rest for gap, rest in zip(gaps[:2], left[:2], strict=True))
+    assert left[-1] < 0.02
+
+
+@pytest.mark.parametrize("wrong", [0, -1, math.nan, math.inf])
+@pytest.mark.parametrize("name", ["steps", "draws", "learning_rate"])
+def test_semi_amortized_refuses_what_is_not_positive(oracle, name, wrong):
+    with pytest.raises(UserError, match=f"SemiAmortized: {name} is {wrong}, but it must be positive"):
+        SemiAmortized(nn.Linear(5, 4), FAMILY, bound=local_bound(oracle.model, FAMILY), **{name: wrong})
+
+
+@pytest.mark.parametrize("wrong", [0, -1, math.nan, math.inf])
+@pytest.mark.parametrize("name", ["num_data", "local_steps", "local_learning_rate", "new_steps"])
+def test_per_datapoint_refuses_what_is_not_positive(name, wrong):
+    with pytest.raises(UserError, match=f"PerDatapoint: {name} is {wrong}, but it must be positive"):
+        PerDatapoint(**{"num_data": 5, "family": FAMILY, name: wrong})
+
+
+def test_per_datapoint_needs_a_bound_only_for_steps_of_its_own(oracle):
+    x, index = oracle.sample(3), torch.arange(3)
+    for call in (
+        lambda: PerDatapoint(3, FAMILY).params(x, index),
+        lambda: PerDatapoint(3, FAMILY, local_steps=1).params(x),
+    ):
+        with pytest.raises(UserError, match="PerDatapoint needs bound="):
+            call()
+    assert PerDatapoint(3, FAMILY, local_steps=1).params(x, index).requires_grad

@@ -1,0 +1,104 @@
+"""The ledger: parts come back as they were made, and are made anew exactly when what they depend on has changed."""
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor
+
+from pvae.runtime.result_cache import Ledger, contents, digest
+
+
+@dataclass(frozen=True)
+class Found:
+    values: Tensor
+    sound: Tensor
+    share: Tensor
+
+
+@dataclass(frozen=True)
+class Wider(Found):
+    more: Tensor
+
+
+@pytest.fixture
+def made():
+    """A part, and the list of calls that made it."""
+    calls = []
+
+    def compute():
+        calls.append(len(calls))
+        return Found(torch.arange(3.0), torch.tensor([True, False]), torch.tensor(0.25))
+
+    return compute, calls
+
+
+def test_a_part_comes_back_as_it_was_made(tmp_path, made):
+    compute, calls = made
+    first, again = (Ledger(tmp_path, {"K": 5}).part("here", Found, compute) for _ in range(2))
+    assert calls == [0]
+    for name, value in vars(first).items():
+        assert torch.equal(getattr(again, name), value)
+        assert getattr(again, name).dtype == value.dtype
+
+
+@pytest.mark.parametrize("key", [{"K": 6}, {"K": "5"}, {"K": 5, "seed": 0}, {}])
+def test_another_key_makes_the_part_anew(tmp_path, made, key):
+    compute, calls = made
+    Ledger(tmp_path, {"K": 5}).part("here", Found, compute)
+    Ledger(tmp_path, key).part("here", Found, compute)
+    assert calls == [0, 1]
+
+
+def test_the_order_of_a_keys_entries_does_not_matter():
+    assert digest({"a": 1, "b": [2, 3]}) == digest({"b": [2, 3], "a": 1})
+
+
+@pytest.mark.parametrize("keep", [0, 10, 100])
+def test_a_truncated_file_is_made_anew(tmp_path, made, keep):
+    compute, calls = made
+    Ledger(tmp_path, {}).part("here", Found, compute)
+    path = tmp_path / "here.safetensors"
+    path.write_bytes(path.read_bytes()[:keep])
+    Ledger(tmp_path, {}).part("here", Found, compute)
+    Ledger(tmp_path, {}).part("here", Found, compute)
+    assert calls == [0, 1]
+
+
+def test_a_part_of_another_shape_is_made_anew(tmp_path, made):
+    Ledger(tmp_path, {}).part("here", Found, made[0])
+    found = Ledger(tmp_path, {}).part("here", Wider, lambda: Wider(**vars(made[0]()), more=torch.ones(1)))
+    assert torch.equal(found.more, torch.ones(1))
+
+
+def test_without_a_folder_nothing_is_kept(tmp_path, made, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    compute, calls = made
+    for _ in range(2):
+        Ledger(None, {}).part("here", Found, compute)
+    assert calls == [0, 1]
+    assert not list(tmp_path.iterdir())
+
+
+def test_numbers_that_share_memory_are_kept_each(tmp_path):
+    one = torch.ones(3)
+    found = Ledger(tmp_path, {}).part("here", Found, lambda: Found(one, one, one[:1]))
+    assert torch.equal(found.values, found.sound)
+
+
+def test_a_part_that_fails_leaves_nothing(tmp_path):
+    def fail():
+        raise RuntimeError("no")
+
+    with pytest.raises(RuntimeError):
+        Ledger(tmp_path, {}).part("here", Found, fail)
+    assert not list(tmp_path.iterdir())
+
+
+def test_contents_are_of_one_key_and_in_order(tmp_path, made):
+    now, before = Ledger(tmp_path, {"K": 5}), Ledger(tmp_path, {"K": 4})
+    for name in ("b.00010", "b.00000", "a"):
+        now.part(name, Found, made[0])
+    before.part("old", Found, made[0])
+    (tmp_path / "broken.safetensors").write_bytes(b"no")
+    assert list(contents(tmp_path, now.key)) == ["a", "b.00000", "b.00010"]
