@@ -8,7 +8,7 @@ import sys
 import torch
 
 from pvae import applications
-from pvae.data.loading import load
+from pvae.data.loading import load_data
 from pvae.generative.likelihoods import Bernoulli
 from pvae.generative.networks import MLP
 from pvae.generative.priors import StandardNormal
@@ -19,18 +19,18 @@ from pvae.stats import number
 from pvae.training.loop import fit
 
 epochs = int(sys.argv[1]) if len(sys.argv) > 1 else 150
-every = load("digits", binarize="threshold", validation_size=0.2)
+every = load_data("digits", binarize="threshold", validation_size=0.2)
 for out in (1, 4):
     normal = [digit for digit in range(10) if digit != out]
-    data = load("digits", binarize="threshold", validation_size=0.2, only=normal)
+    data = load_data("digits", binarize="threshold", validation_size=0.2, only=normal)
     torch.manual_seed(0)
     vae = VAE(MLP(8, 64, hidden=[128]), Bernoulli(), StandardNormal(8))
     guide = Amortized(MLP(64, 16, hidden=[128]), DiagonalNormal(8))
     fit(vae.model, guide, data, epochs=epochs, learning_rate=2e-3)
 
     # Thresholds come from normal rows that nothing was fitted to: 5% of such rows exceed them, whatever the score.
-    found = applications.anomalies(vae.model, guide, every.test, reference=data.validation, false_alarm=0.05)
-    figures = found.figures(every.test_labels == out)
+    found = applications.detect_anomalies(vae.model, guide, every.test, reference=data.validation, false_alarm=0.05)
+    figures = found.summary(every.test_labels == out)
     print(f"fitted without {out}; thresholds that a share {number(found.expected)} of fresh normal rows exceeds")
     for name in found.scores:
         area, caught, alarms = (number(figures[f"{what}[{name}]"]) for what in ("auroc", "detected", "false_alarms"))

@@ -8,8 +8,8 @@ import sys
 import torch
 
 from pvae import applications
-from pvae.data.loading import load
-from pvae.diagnostics.latent_geometry import proximity
+from pvae.data.loading import load_data
+from pvae.diagnostics.latent_geometry import measure_latent_geometry
 from pvae.generative.likelihoods import Gaussian
 from pvae.generative.networks import MLP
 from pvae.generative.priors import StandardNormal
@@ -21,7 +21,7 @@ from pvae.training.loop import fit
 from pvae.training.objectives import ELBO
 
 epochs = int(sys.argv[1]) if len(sys.argv) > 1 else 200
-data, D = load("digits"), 8
+data, D = load_data("digits"), 8
 # A point for q(z|x) and no KL leave the reconstruction alone: an autoencoder.
 kinds = {"autoencoder": (Delta(D), ELBO(kl_weight=0)), "VAE": (DiagonalNormal(D), ELBO())}
 for name, (family, objective) in kinds.items():
@@ -31,8 +31,8 @@ for name, (family, objective) in kinds.items():
     fit(vae.model, guide, data, epochs=epochs, learning_rate=2e-3, objective=objective)
 
     codes = applications.encode(vae.model, guide, data.test)
-    found = proximity(vae.model, guide, data.test, data.train)
-    figures = found.figures()
+    found = measure_latent_geometry(vae.model, guide, data.test, data.train)
+    figures = found.summary()
     print(f"{name}: error of rebuilt test rows {number(mean_se(codes.error.sqrt()))} (root mean square over pixels)")
     print(f"  distance from the nearest training row: rebuilt test rows {number(mean_se(found.rows))}", end=", ")
     print(

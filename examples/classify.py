@@ -8,8 +8,8 @@ import sys
 import torch
 
 from pvae import applications
-from pvae.applications.classification import calibrated
-from pvae.data.loading import load
+from pvae.applications.classification import fit_temperature
+from pvae.data.loading import load_data
 from pvae.generative.likelihoods import Bernoulli
 from pvae.generative.networks import MLP
 from pvae.generative.priors import StandardNormal
@@ -20,7 +20,7 @@ from pvae.stats import mean_se, number
 from pvae.training.loop import fit
 
 epochs = int(sys.argv[1]) if len(sys.argv) > 1 else 60
-data = load("digits", binarize="threshold", validation_size=0.2)
+data = load_data("digits", binarize="threshold", validation_size=0.2)
 models = []
 for digit in range(10):
     torch.manual_seed(digit)
@@ -32,11 +32,11 @@ for digit in range(10):
 
 # Rows that nothing was fitted to tell how much the evidence overstates: the temperature T divides it.
 held = applications.classify(models, data.validation, K=64)
-T = calibrated(held.log_evidence, data.validation_labels)
+T = fit_temperature(held.log_evidence, data.validation_labels)
 found = applications.classify(models, data.test, K=64, seed=1)
 print(f"{len(data.test)} test rows; temperature {number(T)} from {len(data.validation)} validation rows")
 for name, at in {"as they are": found, "calibrated": found.at(T.mean)}.items():
-    own = at.figures(data.test_labels)
+    own = at.summary(data.test_labels)
     print(f"probabilities {name}: accuracy {number(own['accuracy'])}, log loss {number(own['log_loss'])} nats,")
     print(f"  Brier score {number(own['brier'])}, calibration error {number(own['calibration_error'])}", end=" ")
     print(f"where chance alone makes {number(own['calibration_error_by_chance'])}")

@@ -8,7 +8,7 @@ import sys
 import torch
 
 from pvae import applications
-from pvae.data.loading import load
+from pvae.data.loading import load_data
 from pvae.generative.likelihoods import Gaussian
 from pvae.generative.networks import MLP
 from pvae.generative.noise import GaussianNoise
@@ -20,7 +20,7 @@ from pvae.stats import mean_se, number
 from pvae.training.loop import fit
 
 epochs = int(sys.argv[1]) if len(sys.argv) > 1 else 200
-data = load("digits")
+data = load_data("digits")
 torch.manual_seed(0)
 vae = VAE(MLP(8, 64, hidden=[128]), Gaussian(scale=0.3), StandardNormal(8))
 guide = Amortized(MLP(64, 16, hidden=[128]), DiagonalNormal(8))

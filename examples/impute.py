@@ -9,10 +9,10 @@ from dataclasses import replace
 import torch
 
 from pvae import applications
-from pvae.data.loading import load
-from pvae.generative.handlers import masked
+from pvae.data.loading import load_data
+from pvae.generative.handlers import mask_missing
 from pvae.generative.likelihoods import Gaussian
-from pvae.generative.networks import MLP, Filled
+from pvae.generative.networks import MLP, ImputeMeans
 from pvae.generative.priors import StandardNormal
 from pvae.generative.vae import VAE
 from pvae.inference.families import DiagonalNormal
@@ -21,7 +21,7 @@ from pvae.stats import mean_se, number
 from pvae.training.loop import fit
 
 epochs = int(sys.argv[1]) if len(sys.argv) > 1 else 200
-data = load("digits")
+data = load_data("digits")
 lost = torch.rand(data.train.shape, generator=torch.Generator().manual_seed(0)) < 0.3
 rows = data.train.masked_fill(lost, torch.nan)
 data = replace(data, train=rows, means=rows.nanmean(0))  # of a file with NaN: load(path, missing=True)
@@ -29,9 +29,9 @@ print(data.summary())
 
 torch.manual_seed(0)
 vae = VAE(MLP(8, 64, hidden=[128]), Gaussian(scale=0.3), StandardNormal(8))
-encoder = Filled(MLP(64, 16, hidden=[128]), data.means)  # sees the columns' means in the place of what is missing
+encoder = ImputeMeans(MLP(64, 16, hidden=[128]), data.means)  # sees the columns' means in the place of what is missing
 guide = Amortized(encoder, DiagonalNormal(8))
-fit(masked(vae.model), guide, data, epochs=epochs, learning_rate=2e-3)  # scores the entries that are there
+fit(mask_missing(vae.model), guide, data, epochs=epochs, learning_rate=2e-3)  # scores the entries that are there
 
 x = data.test[:200]
 hidden = torch.rand(x.shape, generator=torch.Generator().manual_seed(1)) < 0.5

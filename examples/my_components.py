@@ -14,9 +14,9 @@ from torch.distributions import constraints
 from pvae.diagnostics.evaluation import bounds
 from pvae.generative.likelihoods import Likelihood
 from pvae.generative.priors import Prior
-from pvae.inference.families import Family, scale_of
-from pvae.recipes.build import build
-from pvae.recipes.recipe import Recipe, load_data, resolve
+from pvae.inference.families import Family, positive_scale
+from pvae.recipes.build import build_model
+from pvae.recipes.recipe import Recipe, load_recipe_data, resolve
 from pvae.training.loop import fit
 
 
@@ -44,15 +44,15 @@ class SpikeAndSlab(Prior):
 
 
 class Laplace(Family):
-    r"""Independent Laplace distributions, :math:`q(z|x) = \prod_d e^{-|z_d - m_d| / b_d} / 2 b_d`, lam = (m, log b)."""
+    r"""Independent Laplace distributions, :math:`q(z|x) = \prod_d e^{-|z_d - m_d| / b_d} / 2 b_d`, q_params = (m, log b)."""
 
     def __init__(self, dim: int) -> None:
         super().__init__(dim)
         self.size = 2 * dim
 
-    def forward(self, lam: Tensor) -> dist.TorchDistribution:
-        mean, log_scale = lam.chunk(2, -1)
-        return dist.Laplace(mean, scale_of(log_scale)).to_event(1)
+    def forward(self, q_params: Tensor) -> dist.TorchDistribution:
+        mean, log_scale = q_params.chunk(2, -1)
+        return dist.Laplace(mean, positive_scale(log_scale)).to_event(1)
 
 
 if __name__ == "__main__":
@@ -65,9 +65,9 @@ if __name__ == "__main__":
             epochs=int(sys.argv[1]) if len(sys.argv) > 1 else 50,
         )
     )
-    data = load_data(recipe)
+    data = load_recipe_data(recipe)
     print(data.summary())
-    program, guide, objective = build(recipe, data)
+    program, guide, objective = build_model(recipe, data)
     fit(program.model, guide, data, epochs=recipe.epochs, learning_rate=recipe.learning_rate, objective=objective)
     found = bounds(program.model, guide, data.test, K=100).summary()
     print(f"test IWAE-100: {found['iwae'].mean:.2f} ± {found['iwae'].se:.2f} nats of mass per row")

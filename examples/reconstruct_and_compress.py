@@ -10,7 +10,7 @@ import torch
 from sklearn.decomposition import PCA
 
 from pvae import applications
-from pvae.data.loading import load
+from pvae.data.loading import load_data
 from pvae.generative.likelihoods import Bernoulli
 from pvae.generative.networks import MLP
 from pvae.generative.priors import StandardNormal
@@ -21,7 +21,7 @@ from pvae.stats import mean_se, number
 from pvae.training.loop import fit
 
 epochs = int(sys.argv[1]) if len(sys.argv) > 1 else 200
-data, D = load("digits", binarize="threshold"), 8
+data, D = load_data("digits", binarize="threshold"), 8
 torch.manual_seed(0)
 vae = VAE(MLP(D, 64, hidden=[128]), Bernoulli(), StandardNormal(D))
 guide = Amortized(MLP(64, 2 * D, hidden=[128]), DiagonalNormal(D))

@@ -7,7 +7,7 @@ import sys
 
 import torch
 
-from pvae.data.loading import load
+from pvae.data.loading import load_data
 from pvae.diagnostics.evaluation import Budget, evaluate
 from pvae.generative.likelihoods import Bernoulli
 from pvae.generative.networks import MLP
@@ -15,11 +15,11 @@ from pvae.generative.priors import StandardNormal
 from pvae.generative.vae import VAE
 from pvae.inference.families import DiagonalNormal
 from pvae.inference.guides import Amortized, PerDatapoint, SemiAmortized
-from pvae.inference.refinement import local_bound
+from pvae.inference.refinement import local_elbo
 from pvae.training.loop import fit
 
 epochs = int(sys.argv[1]) if len(sys.argv) > 1 else 30
-data = load("digits", binarize="threshold")
+data = load_data("digits", binarize="threshold")
 print(data.summary())
 
 
@@ -33,12 +33,12 @@ def amortized(vae, family):
 
 
 def per_datapoint(vae, family):
-    return PerDatapoint(len(data.train), family, bound=local_bound(vae.model, family))
+    return PerDatapoint(len(data.train), family, bound=local_elbo(vae.model, family))
 
 
 def semi_amortized(vae, family):
     encoder = MLP(64, family.size, hidden=[128])
-    return SemiAmortized(encoder, family, steps=5, bound=local_bound(vae.model, family))
+    return SemiAmortized(encoder, family, steps=5, bound=local_elbo(vae.model, family))
 
 
 for source in (amortized, per_datapoint, semi_amortized):

@@ -16,11 +16,11 @@ class UserError(Exception):
         super().__init__(" ".join(message.split()))
 
 
-class Refused(UserError):
+class Incompatible(UserError):
     """Two components that do not go together; a grid of variants leaves such a pair out and says why."""
 
 
-class Diverged(UserError):
+class AllChainsDiverged(UserError):
     """Every trajectory of every datapoint diverged, so that there is no number to give."""
 
     def __init__(self) -> None:

@@ -20,20 +20,20 @@ from torch import Tensor
 
 from pvae.applications import coding
 from pvae.data.dataset import Dataset
-from pvae.data.preprocessing import checked
-from pvae.errors import Refused, UserError, positive
-from pvae.inference.batching import Rows, by_rows
+from pvae.data.preprocessing import check_values
+from pvae.errors import Incompatible, UserError, positive
+from pvae.inference.batching import RowBatch, map_batches
 from pvae.inference.families import Delta
 from pvae.inference.guides import Guide
 from pvae.inference.importance import ROWS_PER_PASS, log_weights
-from pvae.inference.latents import find_sites
-from pvae.inference.posterior import moments
-from pvae.inference.refinement import given, local_bound
+from pvae.inference.latents import find_latent_sites
+from pvae.inference.posterior import posterior_moments
+from pvae.inference.refinement import fixed_guide, local_elbo
 from pvae.recipes import registry
-from pvae.recipes.build import build, fitted
+from pvae.recipes.build import build_model, fit_recipe
 from pvae.recipes.recipe import Recipe, check_value, resolve
 from pvae.runtime.pyro_params import Program
-from pvae.runtime.signals import Interrupted
+from pvae.runtime.signals import TrainingInterrupt
 from pvae.runtime.torch_state import seeded
 from pvae.training.support import check_support
 
@@ -77,7 +77,7 @@ class VAE(ClassNamePrefixFeaturesOutMixin, TransformerMixin, DensityMixin, BaseE
             best; None trains to the end.
         validation_fraction: of the rows, held out for that.
         missing: NaN marks entries that are missing; those that are there are scored.
-        n_draws: K of :meth:`score_samples`.
+        n_draws: K of `score_samples`.
         random_state: of weights, batches and draws.
         verbose: show a progress bar.
 
@@ -149,9 +149,9 @@ class VAE(ClassNamePrefixFeaturesOutMixin, TransformerMixin, DensityMixin, BaseE
             recipe = self._recipe(_seed(self.random_state))
             whole = _dataset(X, self.shape, self.missing)
             data = whole if recipe.patience is None else _held_out(whole, self.validation_fraction, recipe.seed)
-            built = build(recipe, data)
+            built = build_model(recipe, data)
             _check_values(built.program.model, whole)
-            found = fitted(recipe, built, data, device=self.device, progress=bool(self.verbose))
+            found = fit_recipe(recipe, built, data, device=self.device, progress=bool(self.verbose))
         self.model_, self.guide_, self.recipe_ = built.program.cpu().double(), built.guide.cpu().double(), recipe
         self.history_, self.n_iter_ = found.history, len(found.history)
         self._tie()
@@ -159,7 +159,7 @@ class VAE(ClassNamePrefixFeaturesOutMixin, TransformerMixin, DensityMixin, BaseE
 
     def transform(self, X: Any) -> np.ndarray:
         """Codes of the rows X [N, M]: means of q(z|x), [N, D]; those of draws for a family that states none."""
-        return self._by_rows(X, lambda rows, lam: moments(self.guide_.family, lam)[0])
+        return self._by_rows(X, lambda rows, q_params: posterior_moments(self.guide_.family, q_params)[0])
 
     def inverse_transform(self, X: Any) -> np.ndarray:
         """Codes [N, D] to rows: the mean of p(x|z), [N, M]."""
@@ -178,11 +178,11 @@ class VAE(ClassNamePrefixFeaturesOutMixin, TransformerMixin, DensityMixin, BaseE
         check_is_fitted(self)
         with _door():
             if self.guide_.family.point_mass:
-                raise Refused("family Delta has no density, so that there is no evidence; use another --family")
+                raise Incompatible("family Delta has no density, so that there is no evidence; use another --family")
         return self._by_rows(X, self._evidence)
 
     def score(self, X: Any, y: Any = None) -> float:
-        """The mean of :meth:`score_samples`: nats per row, higher is better."""
+        """The mean of `score_samples`: nats per row, higher is better."""
         return float(self.score_samples(X).mean())
 
     def sample(self, n_samples: int = 1, random_state: Any = None) -> np.ndarray:
@@ -216,7 +216,7 @@ class VAE(ClassNamePrefixFeaturesOutMixin, TransformerMixin, DensityMixin, BaseE
     def _tie(self) -> None:
         """Let guide and prior know of each other's parts in a way that can be pickled, and without the rows."""
         guide: Any = self.guide_
-        guide.sites = find_sites(self.model_.model, torch.zeros(2, self.n_features_in_, dtype=torch.double))
+        guide.sites = find_latent_sites(self.model_.model, torch.zeros(2, self.n_features_in_, dtype=torch.double))
         if getattr(guide, "bound", None) is not None:
             guide.bound = partial(_bound, self.model_, guide)
         if hasattr(self.model_.prior, "posterior"):
@@ -230,47 +230,47 @@ class VAE(ClassNamePrefixFeaturesOutMixin, TransformerMixin, DensityMixin, BaseE
         keys = {key: _plain(getattr(self, NAMES.get(key, key))) for key in SHARED}
         for key, value in keys.items():
             check_value(key, value, "--")
-        network = registry.table(keys["network"])
-        if registry.takes("network", network, "hidden"):
+        network = registry.as_table(keys["network"])
+        if registry.accepts_argument("network", network, "hidden"):
             network.setdefault("hidden", _plain(self.hidden))
         return resolve(Recipe(data="X", seed=seed, **(keys | {"network": network})))
 
     def _by_rows(self, X: Any, compute: Any) -> np.ndarray:
-        """What a function of rows and their lam [B, P] gives for the rows of X."""
+        """What a function of rows and their q_params [B, P] gives for the rows of X."""
         check_is_fitted(self)
         X = validate_data(self, X, dtype=np.float64, order="C", reset=False, ensure_all_finite=self._finite())
         x = torch.tensor(X)
 
-        def computed(rows: Rows) -> dict[str, Tensor]:
+        def computed(rows: RowBatch) -> dict[str, Tensor]:
             return {"found": compute(rows, self.guide_.params(rows.x).detach())}
 
         with _door():
             _check_values(self.model_.model, Dataset("X", x, x[:0], x[:0], x.shape[1:]))
-            return by_rows(self.model_.model, self.guide_, computed, x, seed=self.recipe_.seed)["found"].numpy()
+            return map_batches(self.model_.model, self.guide_, computed, x, seed=self.recipe_.seed)["found"].numpy()
 
-    def _draws(self, rows: Rows, lam: Tensor) -> Tensor:
+    def _draws(self, rows: RowBatch, q_params: Tensor) -> Tensor:
         """K draws of each row's q, [K, B, D]. Its values decide its noise, so that no row feels its neighbours."""
         positive("VAE", n_draws=self.n_draws)
         draws = []
-        for own, x in zip(lam.split(1), rows.x.numpy() + 0.0, strict=True):  # + 0.0 makes 0 of -0
+        for own, x in zip(q_params.split(1), rows.x.numpy() + 0.0, strict=True):  # + 0.0 makes 0 of -0
             torch.manual_seed(self.recipe_.seed + int.from_bytes(hashlib.sha256(x.tobytes()).digest()[:7]))
             draws.append(self.guide_.family(own).sample(torch.Size([self.n_draws])))
         return torch.cat(draws, 1)
 
-    def _evidence(self, rows: Rows, lam: Tensor) -> Tensor:
+    def _evidence(self, rows: RowBatch, q_params: Tensor) -> Tensor:
         guide, sites = self.guide_, self.guide_.sites
-        z, q = self._draws(rows, lam), guide.family(lam)
+        z, q = self._draws(rows, q_params), guide.family(q_params)
         joint = []
-        for some in z.split(max(1, ROWS_PER_PASS // len(lam))):
-            at = given(Delta(sites.dim), some.flatten(0, 1), sites)
+        for some in z.split(max(1, ROWS_PER_PASS // len(q_params))):
+            at = fixed_guide(Delta(sites.dim), some.flatten(0, 1), sites)
             found = log_weights(self.model_.model, at, rows.x.repeat(len(some), 1)).log_w
             joint.append(found.view(some.shape[:2]))
         return (torch.cat(joint) - q.log_prob(z)).logsumexp(0) - math.log(len(z))
 
 
 def _bound(program: Any, guide: Guide, *args: Any, **options: Any) -> Tensor:
-    """Each row's own bound; unlike what :func:`local_bound` returns, this can be pickled."""
-    return local_bound(program.model, guide.family, guide.sites)(*args, **options)
+    """Each row's own bound; unlike what `local_elbo` returns, this can be pickled."""
+    return local_elbo(program.model, guide.family, guide.sites)(*args, **options)
 
 
 def _encoded(guide: Any, x: Tensor) -> Any:
@@ -280,7 +280,7 @@ def _encoded(guide: Any, x: Tensor) -> Any:
 
 def _dataset(X: np.ndarray, shape: Sequence[int] | None, missing: bool) -> Dataset:
     """The rows as training data."""
-    rows = torch.tensor(checked("X", X, "none", 1, missing=missing), dtype=torch.get_default_dtype())
+    rows = torch.tensor(check_values("X", X, "none", 1, missing=missing), dtype=torch.get_default_dtype())
     if shape is not None and math.prod(shape) != rows.shape[1]:
         raise UserError(f"shape {tuple(shape)} holds {math.prod(shape)} values, but X has {rows.shape[1]} columns")
     means = rows.nanmean(0) if missing else None
@@ -322,7 +322,7 @@ def _door() -> Iterator[None]:
         yield
     except UserError as error:
         raise ValueError(_translated(str(error))) from None
-    except Interrupted as error:
+    except TrainingInterrupt as error:
         raise KeyboardInterrupt(str(error)) from None
 
 

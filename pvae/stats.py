@@ -89,7 +89,7 @@ def log_mean_exp(log_w: Tensor, dim: int = 0) -> Tensor:
 
 
 def log_mean_exp_se(log_w: Tensor, dim: int = 0) -> Tensor:
-    r"""Standard error of :func:`log_mean_exp` by the delta method, :math:`s_w / (\bar w \sqrt K)`.
+    r"""Standard error of `log_mean_exp` by the delta method, :math:`s_w / (\bar w \sqrt K)`.
 
     >>> log_mean_exp_se(torch.zeros(5, 2))
     tensor([0., 0.])
@@ -168,7 +168,7 @@ def tail_length(K: int) -> int:
 
 
 def k_hat_of_tail(top: Tensor, K: int) -> Tensor:
-    """:func:`k_hat` from the largest log weights alone.
+    """`k_hat` from the largest log weights alone.
 
     Arguments:
         top: the ``tail_length(K) + 1`` largest log weights [M + 1, B] of K draws, at least 30.
@@ -200,7 +200,7 @@ def k_hat_of_tail(top: Tensor, K: int) -> Tensor:
 def k_hat_threshold(K: int) -> float:
     r"""k-hat up to which K draws give a dependable estimate, :math:`\min(1 - 1 / \log_{10} K, 0.7)`.
 
-    Source: as :func:`k_hat`.
+    Source: as `k_hat`.
 
     >>> k_hat_threshold(100), k_hat_threshold(100_000)
     (0.5, 0.7)
@@ -213,7 +213,7 @@ def draws_needed(k: Tensor) -> Tensor:
 
     Beyond 0.7 it grows past what one can afford (2,154 draws at 0.7, 10^10 at 0.9); infinite from 1 on.
 
-    Source: as :func:`k_hat`.
+    Source: as `k_hat`.
 
     >>> draws_needed(torch.tensor([-0.2, 0.5, 1.1]))
     tensor([ 10., 100.,  inf])
@@ -239,7 +239,7 @@ def r_hat(draws: Tensor) -> Tensor:
 def chain_ess(draws: Tensor) -> Tensor:
     r"""Bulk effective sample size of chains [C, T, ...] over the last dimensions, all chains together.
 
-    Source: as :func:`r_hat`.
+    Source: as `r_hat`.
 
     >>> bool(chain_ess(torch.randn(4, 100, 3, generator=torch.Generator().manual_seed(0))).min() > 100)
     True

@@ -15,12 +15,12 @@ from pvae.generative.priors import StandardNormal
 from pvae.generative.vae import VAE
 from pvae.inference.families import DiagonalNormal
 from pvae.inference.guides import Amortized, Guide, PerDatapoint, SemiAmortized
-from pvae.inference.refinement import local_bound
+from pvae.inference.refinement import local_elbo
 from pvae.runtime.pyro_params import Program
 
 __all__ = ["SOURCES", "Curved", "LinearGaussian"]
 
-# The three sources of lam for diagonal Gaussians under a program of D latents and M columns, for N rows. A linear
+# The three sources of q_params for diagonal Gaussians under a program of D latents and M columns, for N rows. A linear
 # encoder holds the best diagonal of LinearGaussian exactly; draws and rates leave little noise in it.
 SOURCES: dict[str, Callable[[Program, int, int, int], Guide]] = {
     "Amortized": lambda model, D, M, N: Amortized(nn.Linear(M, 2 * D), DiagonalNormal(D)),
@@ -28,12 +28,12 @@ SOURCES: dict[str, Callable[[Program, int, int, int], Guide]] = {
         nn.Linear(M, 2 * D),
         DiagonalNormal(D),
         steps=3,
-        bound=local_bound(model, DiagonalNormal(D)),
+        bound=local_elbo(model, DiagonalNormal(D)),
         draws=16,
         learning_rate=0.1,
     ),
     "PerDatapoint": lambda model, D, M, N: PerDatapoint(
-        N, DiagonalNormal(D), bound=local_bound(model, DiagonalNormal(D)), local_learning_rate=0.05
+        N, DiagonalNormal(D), bound=local_elbo(model, DiagonalNormal(D)), local_learning_rate=0.05
     ),
 }
 
@@ -108,13 +108,13 @@ class LinearGaussian(VAE):
         constant = x.shape[1] * (2 * math.pi * self.scale**2).log() + torch.logdet(self.precision)
         return -(constant + (residual**2).sum(-1) - (m @ self.precision * m).sum(-1)) / 2
 
-    def elbo(self, lam: Tensor, x: Tensor) -> Tensor:
-        r"""ELBO [B] of the diagonal Gaussians lam = (mu, log sigma) [B, 2 D].
+    def elbo(self, q_params: Tensor, x: Tensor) -> Tensor:
+        r"""ELBO [B] of the diagonal Gaussians q_params = (mu, log sigma) [B, 2 D].
 
         .. math:: -\frac{M}2 \log 2 \pi s^2 - \frac{|x - W \mu - b|^2 + \sum_i (W^T W)_{ii} \sigma_i^2}{2 s^2}
                   - \frac12 \sum_i (\sigma_i^2 + \mu_i^2 - 1 - \log \sigma_i^2)
         """
-        mu, log_sigma = lam.double().chunk(2, -1)
+        mu, log_sigma = q_params.double().chunk(2, -1)
         variance = (2 * log_sigma).exp()
         residual = x.double() - mu @ self.weight.T - self.bias
         spread = (residual**2).sum(-1) + variance @ (self.weight**2).sum(0)
@@ -122,7 +122,7 @@ class LinearGaussian(VAE):
         return fit - (variance + mu**2 - 1 - 2 * log_sigma).sum(-1) / 2
 
     def best(self, x: Tensor) -> Tensor:
-        r"""The lam [B, 2 D] of the largest ELBO: :math:`\mu = m` and :math:`\sigma_i^2 = 1 / L_{ii}`."""
+        r"""The q_params [B, 2 D] of the largest ELBO: :math:`\mu = m` and :math:`\sigma_i^2 = 1 / L_{ii}`."""
         return torch.cat([self.mean(x), -self.precision.diag().log().expand(len(x), -1) / 2], -1).to(x.dtype)
 
     def posterior(self, x: Tensor, index: Tensor | None = None) -> None:

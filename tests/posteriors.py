@@ -50,14 +50,14 @@ class Cells(NamedTuple):
 
 
 class OnGrid(Family):
-    """Log-probabilities of a grid's cells as lam."""
+    """Log-probabilities of a grid's cells as q_params."""
 
     def __init__(self, grid: Tensor, width: float, scale: float, shift: float) -> None:
         super().__init__(2)
         self.grid, self.width, self.scale, self.shift = grid, width, scale, shift
 
-    def forward(self, lam: Tensor) -> Cells:
-        return Cells(lam, self.grid, self.width, self.scale, self.shift)
+    def forward(self, q_params: Tensor) -> Cells:
+        return Cells(q_params, self.grid, self.width, self.scale, self.shift)
 
 
 class Gridded(Guide):

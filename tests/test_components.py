@@ -33,7 +33,7 @@ def seeded(double):
 
 
 def given(component, *batch):
-    """What the component is called with: random inputs, eta or lam of a batch shape; nothing for a prior."""
+    """What the component is called with: random inputs, eta or q_params of a batch shape; nothing for a prior."""
     match component:
         case priors.Prior():
             return ()
@@ -410,21 +410,21 @@ def test_density_has_mass_one_and_draws_follow_it(make):
 
 @each(SMOOTH)
 def test_pathwise_gradient_is_the_score_functions(make):
-    # d E_q[h] / d lam = E[d h(z(lam)) / d lam] = E[h d log q / d lam] for h = sum of sin(z_d - 1)
+    # d E_q[h] / d q_params = E[d h(z(q_params)) / d q_params] = E[h d log q / d q_params] for h = sum of sin(z_d - 1)
     family = make()
-    (lam,) = given(family)
-    rows = lam.detach().expand(N, -1).clone().requires_grad_()
+    (q_params,) = given(family)
+    rows = q_params.detach().expand(N, -1).clone().requires_grad_()
     pathwise = torch.autograd.grad((family(rows).rsample() - 1).sin().sum(), rows)[0]
-    draws, score = scores(family, lam)
+    draws, score = scores(family, q_params)
     by_score = (draws - 1).sin().sum(-1, keepdim=True) * score
     tolerance = 5 * (se(pathwise) ** 2 + se(by_score) ** 2).sqrt()
     assert ((pathwise.mean(0) - by_score.mean(0)).abs() <= tolerance).all()
     assert (pathwise.mean(0).abs() > 0).all()
 
 
-def curvature(first, lam, direction):
+def curvature(first, q_params, direction):
     """The second derivative along a direction, from a first one [N, P] that kept its graph: [N]."""
-    return torch.autograd.grad((first * direction).sum(), lam)[0] @ direction
+    return torch.autograd.grad((first * direction).sum(), q_params)[0] @ direction
 
 
 @each(SMOOTH)
@@ -448,16 +448,16 @@ def test_second_pathwise_derivative_is_the_score_functions(make):
 @each({name: make for name, make in FAMILIES.items() if name != "MixtureOfNormals"})
 def test_second_derivatives_are_differences_of_first_ones_under_the_same_noise(make):
     family = make()
-    (lam,) = given(family, 4)
+    (q_params,) = given(family, 4)
     direction = torch.randn(4, family.size)
 
-    def slope(lam):
+    def slope(q_params):
         torch.manual_seed(1)
-        return torch.autograd.grad((family(lam).rsample((5,)) - 1).sin().sum(), lam, create_graph=True)[0]
+        return torch.autograd.grad((family(q_params).rsample((5,)) - 1).sin().sum(), q_params, create_graph=True)[0]
 
-    (exact,) = torch.autograd.grad((slope(lam) * direction).sum(), lam)
+    (exact,) = torch.autograd.grad((slope(q_params) * direction).sum(), q_params)
     step = 1e-6
-    difference = (slope(lam + step * direction) - slope(lam - step * direction)) / (2 * step)
+    difference = (slope(q_params + step * direction) - slope(q_params - step * direction)) / (2 * step)
     torch.testing.assert_close(exact, difference, rtol=1e-5, atol=1e-7)
 
 
@@ -465,11 +465,11 @@ def test_second_derivatives_are_differences_of_first_ones_under_the_same_noise(m
 @pytest.mark.parametrize("output", [-80.0, 80.0])
 def test_extreme_parameters_in_float32_give_finite_values_and_gradients(make, output):
     family = make().float()
-    lam = torch.full((4, family.size), output, dtype=torch.float32, requires_grad=True)
-    draws = family(lam).rsample((5,))
-    values = draws.tanh().sum() + (0 if family.point_mass else family(lam).log_prob(draws.detach()).sum())
+    q_params = torch.full((4, family.size), output, dtype=torch.float32, requires_grad=True)
+    draws = family(q_params).rsample((5,))
+    values = draws.tanh().sum() + (0 if family.point_mass else family(q_params).log_prob(draws.detach()).sum())
     assert values.isfinite()
-    assert torch.autograd.grad(values, lam)[0].isfinite().all()
+    assert torch.autograd.grad(values, q_params)[0].isfinite().all()
 
 
 @each(PRIORS)
@@ -490,7 +490,7 @@ def test_draws_of_another_are_scored_row_by_row_under_plates(make):
 @each(PRIORS, SMOOTH)
 def test_each_place_under_plates_has_a_draw_of_its_own(make):
     component = make()
-    made = component(*(lam.detach().expand(6, -1) for lam in given(component)))
+    made = component(*(q_params.detach().expand(6, -1) for q_params in given(component)))
     with pyro.plate("samples", 4, dim=-2), pyro.plate("data", 6, dim=-1):
         draws = pyro.sample("z", made)
     assert draws.shape == (4, 6, LATENT)
@@ -501,19 +501,19 @@ def test_each_place_under_plates_has_a_draw_of_its_own(make):
 def test_no_entry_of_the_initial_lam_is_stuck(make):
     # not by symmetry, that is: some bound with correlated latents moves every entry
     family = make()
-    lam = family.initial().expand(200, -1).clone().requires_grad_()
-    draws = family(lam).rsample()
-    log_q = 0.0 if family.point_mass else family(lam).log_prob(draws).sum()
-    slope = torch.autograd.grad(-((draws.sum(-1) - 1) ** 2).sum() - log_q, lam)[0].mean(0)
+    q_params = family.initial().expand(200, -1).clone().requires_grad_()
+    draws = family(q_params).rsample()
+    log_q = 0.0 if family.point_mass else family(q_params).log_prob(draws).sum()
+    slope = torch.autograd.grad(-((draws.sum(-1) - 1) ** 2).sum() - log_q, q_params)[0].mean(0)
     assert (slope.abs() > 1e-6).all()
 
 
 @each(NATURAL)
 def test_natural_gradient_times_the_fisher_information_is_the_gradient(make):
-    # F n = E[s (s . n)] = g with s the score, n = natural(lam, g)
+    # F n = E[s (s . n)] = g with s the score, n = natural(q_params, g)
     family = make()
-    lam, gradient = given(family, 2)[0].detach() / 2, torch.randn(2, family.size)
-    for row, wanted, natural in zip(lam, gradient, family.natural(lam, gradient), strict=True):
+    q_params, gradient = given(family, 2)[0].detach() / 2, torch.randn(2, family.size)
+    for row, wanted, natural in zip(q_params, gradient, family.natural(q_params, gradient), strict=True):
         _, score = scores(family, row)
         found = score * (score @ natural)[:, None]
         assert ((found.mean(0) - wanted).abs() <= 5 * se(found)).all()
@@ -523,8 +523,8 @@ def test_natural_gradient_times_the_fisher_information_is_the_gradient(make):
 @each(FAMILIES)
 def test_natural_gradient_has_the_shape_of_lam(make):
     family = make()
-    lam = given(family, 2, 4)[0]
-    assert family.natural(lam, torch.ones_like(lam)).shape == lam.shape
+    q_params = given(family, 2, 4)[0]
+    assert family.natural(q_params, torch.ones_like(q_params)).shape == q_params.shape
 
 
 @each(FAMILIES)
@@ -552,8 +552,8 @@ def test_point_mass_has_all_mass_where_it_draws(make):
 
 
 def test_delta_draws_its_parameters():
-    lam = torch.randn(4, LATENT)
-    assert families.Delta(LATENT)(lam).sample().equal(lam)
+    q_params = torch.randn(4, LATENT)
+    assert families.Delta(LATENT)(q_params).sample().equal(q_params)
 
 
 def learned(component, **values):

@@ -78,12 +78,12 @@ def test_the_documents_rules_are_those_of_the_verdict():
 
 
 def test_the_documents_budgets_are_those_of_the_commands():
-    from pvae.diagnostics.battery import PLANS
+    from pvae.diagnostics.battery import DIAGNOSIS_BUDGETS
     from pvae.experiments.compare import BUDGETS
 
     text = (ROOT / "docs" / "diagnosis.md").read_text()
     for word, (rows, budget) in BUDGETS.items():
-        plan = PLANS[word]
+        plan = DIAGNOSIS_BUDGETS[word]
         evaluated = f"{rows}, {budget.K}, {budget.steps}"
         diagnosed = (
             f"{plan.rows}, {plan.draws}, {plan.steps}; {plan.annealed} x {plan.temperatures} x {plan.chains}; "

@@ -33,7 +33,7 @@ def pictures():
 def few(pictures, monkeypatch):
     """A function from a recipe to a few hundred rows of its data; pictures are random ones in the place of MNIST's."""
     monkeypatch.setattr(sources, "_read_torchvision", lambda name, folder: dict(pictures))
-    shelf = sweep.Shelf()
+    shelf = sweep.DatasetCache()
 
     def rows(own):
         whole = shelf[own]
@@ -48,7 +48,7 @@ def opened(path):
 
 def variants(path):
     file = opened(path)
-    return sweep.cells(file.recipe, file.vary)
+    return sweep.sweep_points(file.recipe, file.vary)
 
 
 @each
@@ -65,7 +65,7 @@ def test_every_key_says_something(path):
     vary = keys.get("vary", {})
     assert not set(keys) & set(vary)
     for name in {*keys, *vary} & {"likelihood", "prior"}:
-        assert registry.takes("program", opened(path).recipe.program, name)
+        assert registry.accepts_argument("program", opened(path).recipe.program, name)
     assert "patience" not in keys or "validation_size" in keys
 
 

@@ -34,11 +34,11 @@ def test_evidence_is_the_integral_over_a_single_latent():
 
 def test_elbo_is_the_evidence_less_the_divergence(oracle):
     x = oracle.sample(20)
-    lam = torch.randn(20, 2 * oracle.weight.shape[1], generator=torch.Generator().manual_seed(2)).double()
-    mu, log_sigma = lam.chunk(2, -1)
+    q_params = torch.randn(20, 2 * oracle.weight.shape[1], generator=torch.Generator().manual_seed(2)).double()
+    mu, log_sigma = q_params.chunk(2, -1)
     q = MultivariateNormal(mu, torch.diag_embed((2 * log_sigma).exp()))
     divergence = kl_divergence(q, MultivariateNormal(oracle.mean(x), oracle.covariance))
-    torch.testing.assert_close(oracle.elbo(lam, x), oracle.evidence(x) - divergence)
+    torch.testing.assert_close(oracle.elbo(q_params, x), oracle.evidence(x) - divergence)
 
 
 def test_gap_is_the_divergence_of_the_best_diagonal(oracle):
@@ -58,12 +58,12 @@ def test_gap_opens_with_the_conditioning():
 
 def test_best_diagonal_is_stationary_and_a_maximum(oracle):
     x = oracle.sample(20).double()
-    lam = oracle.best(x).requires_grad_()
-    top = oracle.elbo(lam, x)
-    (gradient,) = torch.autograd.grad(top.sum(), lam)
+    q_params = oracle.best(x).requires_grad_()
+    top = oracle.elbo(q_params, x)
+    (gradient,) = torch.autograd.grad(top.sum(), q_params)
     assert gradient.abs().max() < 1e-10
-    aside = 0.1 * torch.randn(100, *lam.shape, generator=torch.Generator().manual_seed(3)).double()
-    assert all((oracle.elbo(lam + step, x) < top).all() for step in aside)
+    aside = 0.1 * torch.randn(100, *q_params.shape, generator=torch.Generator().manual_seed(3)).double()
+    assert all((oracle.elbo(q_params + step, x) < top).all() for step in aside)
 
 
 def test_program_scores_what_the_equations_say(oracle):

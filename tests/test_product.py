@@ -8,13 +8,13 @@ import torch
 from pyro.infer import SVI
 
 from pvae.data.dataset import Dataset
-from pvae.errors import Refused
+from pvae.errors import Incompatible
 from pvae.generative import likelihoods, networks, priors
 from pvae.inference import families, guides
 from pvae.inference.guides import PerDatapoint
-from pvae.recipes.build import build
+from pvae.recipes.build import build_model
 from pvae.recipes.recipe import Recipe, resolve
-from pvae.runtime.torch_state import seeded, unchecked
+from pvae.runtime.torch_state import no_validation, seeded
 from pvae.training import objectives
 from pvae.training.optimizer import FusedAdam
 
@@ -62,7 +62,7 @@ def train(changes, steps=2):
     own = resolve(
         Recipe(data="x.csv", latent=LATENT, **{k: small(v) for k, v in ({"network": "MLP"} | changes).items()})
     )
-    built = build(own, data_for(getattr(likelihoods, changes.get("likelihood", "Bernoulli"))()))
+    built = build_model(own, data_for(getattr(likelihoods, changes.get("likelihood", "Bernoulli"))()))
     program, guide, objective = built
     data = data_for(program.likelihood)
     losses, index = [], torch.arange(ROWS)
@@ -73,12 +73,12 @@ def train(changes, steps=2):
             named = [(f"{k}.{n}", p) for k, m in modules.items() for n, p in m.named_parameters() if p.requires_grad]
             missing.update(n for n, p in named if p.grad is None or not p.grad.isfinite().all())
             if isinstance(guide, PerDatapoint):
-                lam = guide._visited[1]
-                missing.update(["rows"] if lam.grad is None or not lam.grad.isfinite().all() else [])
+                q_params = guide._visited[1]
+                missing.update(["rows"] if q_params.grad is None or not q_params.grad.isfinite().all() else [])
             super().__call__(*args, **kwargs)
 
     missing = set()
-    with seeded(0), unchecked():
+    with seeded(0), no_validation():
         loop = SVI(program.model, guide.train(), Watched(program, guide, learning_rate=1e-3), objective)
         losses = [loop.step(data.train, index) for _ in range(steps)]
     return torch.tensor(losses), missing
@@ -108,7 +108,7 @@ def check(changes):
     """The components train, or are refused for the reason that the table gives."""
     reason = reason_for(changes)
     if reason:
-        with pytest.raises(Refused) as error:
+        with pytest.raises(Incompatible) as error:
             train(changes)
         assert reason in str(error.value)
         return False

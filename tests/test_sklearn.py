@@ -26,8 +26,8 @@ from pvae.diagnostics.evaluation import bounds
 from pvae.inference import families
 from pvae.inference.families import DiagonalNormal
 from pvae.inference.guides import Amortized
-from pvae.recipes.build import build
-from pvae.runtime.signals import Interrupted
+from pvae.recipes.build import build_model
+from pvae.runtime.signals import TrainingInterrupt
 from pvae.sklearn import VAE
 from pvae.training import loop
 
@@ -45,7 +45,7 @@ def holed(x, share=0.2):
 
 
 class Best(nn.Module):
-    """The exact posterior's lam, a little moved where asked."""
+    """The exact posterior's q_params, a little moved where asked."""
 
     def __init__(self, oracle, moved=0.0):
         super().__init__()
@@ -81,7 +81,7 @@ def test_a_row_does_not_feel_its_neighbours(family):
 def test_the_fit_is_the_cores():
     fitted = small(max_iter=3, batch_size=16).fit(X)
     rows = torch.tensor(X, dtype=torch.float32)
-    built = build(fitted.recipe_, Dataset("X", rows, rows[:0], rows[:0], (5,)))
+    built = build_model(fitted.recipe_, Dataset("X", rows, rows[:0], rows[:0], (5,)))
     found = loop.fit(
         built.program.model, built.guide, rows, epochs=3, batch_size=16, seed=fitted.recipe_.seed, engine="pyro"
     )
@@ -285,7 +285,7 @@ def test_mistakes_are_value_errors_of_one_line(line):
 
 def test_ctrl_c_stops_a_grid_too(monkeypatch):
     def stopped(*args, **options):
-        raise Interrupted("stopped in epoch 1", 2)
+        raise TrainingInterrupt("stopped in epoch 1", 2)
 
     monkeypatch.setattr(interface, "fitted", stopped)
     with pytest.raises(KeyboardInterrupt, match="epoch 1"):

@@ -17,7 +17,7 @@ from matplotlib import rc_context
 from oracles import LinearGaussian
 
 from pvae.inference.importance import LogWeights
-from pvae.reporting.style import COLOURS, SMALL, STYLE, framed
+from pvae.reporting.style import COLOURS, SMALL, STYLE, subplots
 
 PAGE = Path(__file__).parents[1] / "docs" / "walkthrough.md"
 PICTURE = PAGE.parent / "images" / "walkthrough.png"
@@ -313,7 +313,7 @@ LABELS = {"score": "score function", "baseline": "score function, baseline", "re
 def draw(names, path):
     """Measured variances over dimensions and over draws, and the formulas as lines."""
     with rc_context(STYLE):
-        figure, axes = framed(2, width=8.6, height=3.4)
+        figure, axes = subplots(2, width=8.6, height=3.4)
         curves(axes[0], names, "by_dimensions", 0, [(D, 16) for D in np.geomspace(1, 256)])
         curves(axes[1], names, "by_draws", 1, [(16, K) for K in np.geomspace(2, 128)])
         axes[0].set(xlabel="latent dimensions D", title="16 draws")

@@ -1,27 +1,9 @@
-"""What people do with a fitted VAE: a function for each use, from rows to arrays.
+"""What one does with a fitted VAE: rows in, tensors out.
 
-Each takes a Pyro program and its guide as `fit` has fitted them, and tensors or NumPy
-arrays; the command line's commands of the same names take a run folder.
+Each function takes a Pyro program and its guide as ``fit`` has trained them, and tensors or NumPy arrays; the command
+line's commands of the same names take a run folder.
 """
 
-from __future__ import annotations
+import lazy_loader
 
-from pvae.applications.anomalies import anomalies
-from pvae.applications.classification import classify
-from pvae.applications.coding import augment, decode, encode, interpolate, reconstruct, sample
-from pvae.applications.latent_map import latent_map as map
-from pvae.applications.restoration import denoise, impute
-
-__all__ = [
-    "anomalies",
-    "augment",
-    "classify",
-    "decode",
-    "denoise",
-    "encode",
-    "impute",
-    "interpolate",
-    "map",
-    "reconstruct",
-    "sample",
-]
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -11,11 +11,11 @@ import torch
 from scipy.stats import rankdata
 from torch import Tensor
 
-from pvae.errors import Refused, UserError, nearest, positive
-from pvae.inference.batching import Rows, Values, by_rows
+from pvae.errors import Incompatible, UserError, nearest, positive
+from pvae.inference.batching import RowBatch, Values, map_batches
 from pvae.inference.guides import Guide
 from pvae.inference.importance import log_weights
-from pvae.inference.posterior import moments
+from pvae.inference.posterior import posterior_moments
 from pvae.runtime.pyro_params import Program
 from pvae.stats import Estimate, log_mean_exp, mean_se
 
@@ -33,7 +33,7 @@ Found = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
-class Anomalies:
+class AnomalyScores:
     r"""How unlike a reference B rows are, by each score: the higher, the more anomalous.
 
     Attributes:
@@ -95,7 +95,7 @@ class Anomalies:
         below = torch.searchsorted(reference, self.scores[name].contiguous())
         return (1 + len(reference) - below).double() / (len(reference) + 1)
 
-    def figures(self, labels: Values) -> dict[str, Estimate]:
+    def summary(self, labels: Values) -> dict[str, Estimate]:
         """Of each score S: ``auroc[S]``, and the shares flagged of anomalous and of normal rows, ``detected[S]`` and
         ``false_alarms[S]``.
 
@@ -120,7 +120,7 @@ class Anomalies:
         return name
 
 
-def anomalies(
+def detect_anomalies(
     model: Program,
     guide: Program,
     x: Values,
@@ -132,7 +132,7 @@ def anomalies(
     false_alarm: float = 0.05,
     seed: int = 0,
     progress: Callable[[int], None] = lambda rows: None,
-) -> Anomalies:
+) -> AnomalyScores:
     r"""Score rows by how unlike a reference they are, with thresholds for a given rate of false alarms.
 
     ==================  ==============================================================================
@@ -178,7 +178,7 @@ def anomalies(
     found = look(x, index, seed=seed)
     pairs = {name: [_ordered(each) for each in SCORES[name](found, normal)] for name in wanted}
     own, others = ({name: pair[side] for name, pair in pairs.items()} for side in (0, 1))
-    return Anomalies(own, others, false_alarm, K, left_out, (found["missing"], normal["missing"]))
+    return AnomalyScores(own, others, false_alarm, K, left_out, (found["missing"], normal["missing"]))
 
 
 def auroc(scores: Tensor, anomalous: Tensor) -> Estimate:
@@ -270,7 +270,7 @@ def _available(guide: Program, names: Sequence[str] | None) -> tuple[list[str], 
         left_out = dict.fromkeys(("evidence", "elbo", "typicality"), "a guide of point masses bounds no evidence")
     left_out = {name: why for name, why in left_out.items() if name in wanted}
     if not (kept := [name for name in wanted if name not in left_out]):
-        raise Refused(f"no score is left: {'; '.join(dict.fromkeys(left_out.values())) or 'none was given'}")
+        raise Incompatible(f"no score is left: {'; '.join(dict.fromkeys(left_out.values())) or 'none was given'}")
     return kept, left_out
 
 
@@ -286,17 +286,21 @@ def _looked_at(
 ) -> Found:
     """What the scores take of each row: its bounds, its code where the guide has any, its share of missing entries."""
 
-    def compute(rows: Rows) -> Found:
+    def compute(rows: RowBatch) -> Found:
         missing = {"missing": rows.x.isnan().flatten(1).double().mean(1)}
         if not isinstance(guide, Guide):
             return _bounds(model, guide, rows, K) | missing
-        lam = guide.params(rows.x, rows.index).detach()
-        return _bounds(model, guide.at(lam), rows, K) | missing | {"code": moments(guide.family, lam)[0]}
+        q_params = guide.params(rows.x, rows.index).detach()
+        return (
+            _bounds(model, guide.at(q_params), rows, K)
+            | missing
+            | {"code": posterior_moments(guide.family, q_params)[0]}
+        )
 
-    return by_rows(model, guide, compute, x, index, seed=seed, progress=progress)
+    return map_batches(model, guide, compute, x, index, seed=seed, progress=progress)
 
 
-def _bounds(model: Program, q: Program, rows: Rows, K: int) -> Found:
+def _bounds(model: Program, q: Program, rows: RowBatch, K: int) -> Found:
     w = log_weights(model, q, rows.x, rows.index, K)
     return {
         "evidence": log_mean_exp(w.log_w.double()),

@@ -11,11 +11,11 @@ import torch
 from scipy.optimize import brentq
 from torch import Tensor
 
-from pvae.errors import Refused, UserError, positive
-from pvae.inference.batching import Rows, Values, by_rows
+from pvae.errors import Incompatible, UserError, positive
+from pvae.inference.batching import RowBatch, Values, map_batches
 from pvae.inference.guides import Guide
 from pvae.inference.importance import log_weights
-from pvae.inference.posterior import fixed
+from pvae.inference.posterior import freeze
 from pvae.runtime.pyro_params import Program
 from pvae.stats import Estimate, log_mean_exp, log_mean_exp_se, mean_se
 
@@ -27,7 +27,7 @@ LOG_POWERS = (-12.0, 12.0)
 
 
 @dataclass(frozen=True)
-class Classified:
+class Classification:
     r"""What B rows' evidence under C classes says of their class, :math:`p(y|x) \propto p(y)\, p(x|y)^{1 / T}`.
 
     Attributes:
@@ -55,12 +55,12 @@ class Classified:
         """The most probable class, [B]."""
         return self.log_probabilities.argmax(1)
 
-    def at(self, temperature: float) -> Classified:
-        """The same evidence at another temperature, such as that of :func:`calibrated`."""
+    def at(self, temperature: float) -> Classification:
+        """The same evidence at another temperature, such as that of `fit_temperature`."""
         positive("classes", temperature=temperature)
         return replace(self, temperature=temperature)
 
-    def figures(self, labels: Values) -> dict[str, Estimate]:
+    def summary(self, labels: Values) -> dict[str, Estimate]:
         r"""Accuracy and how good the probabilities are, from the labels [B], numbers of classes from 0.
 
         ``log_loss`` is :math:`-\log p(y|x)` in nats, ``brier`` is :math:`\sum_c (p(c|x) - [c = y])^2`. Of rows
@@ -103,7 +103,7 @@ def classify(
     K: int = 16,
     seed: int = 0,
     progress: Callable[[int], None] = lambda rows: None,
-) -> Classified:
+) -> Classification:
     r"""Classify rows by programs fitted to the rows of one class each.
 
     Arguments:
@@ -111,7 +111,7 @@ def classify(
         x: rows [B, columns].
         prior: p(y), [C], or weights that are proportional to it; alike unless given.
         temperature: T, by which evidence is divided: 1 is Bayes' rule. Networks err on all columns of a row together,
-            so that probabilities at 1 are too sure; :func:`calibrated` finds T.
+            so that probabilities at 1 are too sure; `fit_temperature` finds T.
         K: draws for each row and class.
         seed: of the draws.
         progress: called with the number of rows done, B for each class in all.
@@ -127,7 +127,7 @@ def classify(
     return _classified([(*pair, x) for pair in models], prior, temperature, K, seed, progress)
 
 
-def by_label(
+def evidence_by_label(
     model: Program,
     guide: Program,
     x: Values,
@@ -138,21 +138,21 @@ def by_label(
     K: int = 16,
     seed: int = 0,
     progress: Callable[[int], None] = lambda rows: None,
-) -> Classified:
+) -> Classification:
     """Classify rows by one program that is given the label, one-hot, at the end of each row.
 
     Arguments:
         model, guide: a fitted program of p(x|y) and its guide, both of rows [B, columns + classes].
         x: rows without their labels, [B, columns].
         classes: C, the number of classes.
-        prior, temperature, K, seed, progress: as of :func:`classify`.
+        prior, temperature, K, seed, progress: as of `classify`.
     """
     rows = torch.as_tensor(x)
     labelled = (torch.cat([rows, y.expand(len(rows), -1)], 1) for y in torch.eye(classes).to(rows))
     return _classified([(model, guide, each) for each in labelled], prior, temperature, K, seed, progress)
 
 
-def calibrated(log_evidence: Tensor, labels: Values, prior: Values | Sequence[float] | None = None) -> Estimate:
+def fit_temperature(log_evidence: Tensor, labels: Values, prior: Values | Sequence[float] | None = None) -> Estimate:
     r"""The temperature T of the smallest log loss on held-out rows, and its standard error.
 
     .. math:: \hat T = \arg\min_T -\frac1B \sum_i \log \mathrm{softmax}_y(\log p(y) + \log p(x_i|y) / T)_{y_i}
@@ -160,7 +160,7 @@ def calibrated(log_evidence: Tensor, labels: Values, prior: Values | Sequence[fl
     Arguments:
         log_evidence: log p(x|y) of rows that no program was fitted to, [B, C].
         labels: their classes, [B].
-        prior: as of :func:`classify`.
+        prior: as of `classify`.
 
     The loss is convex in 1 / T. The error is the sandwich estimator's, for independent rows. Evidence that tells all
     rows apart has no best T: it is then found with a doubt of 1 / (B + 2) in every label, and has no error.
@@ -171,7 +171,7 @@ def calibrated(log_evidence: Tensor, labels: Values, prior: Values | Sequence[fl
     Sources: Guo, Pleiss, Sun, Weinberger (2017), *On Calibration of Modern Neural Networks*, arXiv:1706.04599; the
     doubt is that of Platt (1999), *Probabilistic Outputs for Support Vector Machines*.
 
-    >>> round(calibrated(torch.tensor([[3.0, 0.0], [3.0, 0.0], [3.0, 0.0], [0.0, 3.0]]), [0, 0, 1, 1]).mean, 2)
+    >>> round(fit_temperature(torch.tensor([[3.0, 0.0], [3.0, 0.0], [3.0, 0.0], [0.0, 3.0]]), [0, 0, 1, 1]).mean, 2)
     2.73
     """
     y, log_evidence = _checked(labels, log_evidence), log_evidence.double()
@@ -208,7 +208,7 @@ def _classified(
     K: int,
     seed: int,
     progress: Callable[[int], None],
-) -> Classified:
+) -> Classification:
     """Evidence of rows under each class's program, laid side by side."""
     if len(cases) < 2:
         raise UserError(f"{len(cases)} class is given; at least 2 are needed to classify")
@@ -216,20 +216,20 @@ def _classified(
     log_prior = _log_prior(prior, len(cases))
     found = [_evidence(*case, K, seed, progress) for case in cases]
     evidence, se = (torch.stack([each[name] for each in found], 1) for name in ("evidence", "se"))
-    return Classified(evidence, se, log_prior, temperature, K)
+    return Classification(evidence, se, log_prior, temperature, K)
 
 
 def _evidence(
     model: Program, guide: Program, x: Values, K: int, seed: int, progress: Callable[[int], None]
 ) -> dict[str, Tensor]:
     if isinstance(guide, Guide) and guide.family.point_mass:
-        raise Refused("a guide of point masses has no evidence to classify by; fit with another --family")
+        raise Incompatible("a guide of point masses has no evidence to classify by; fit with another --family")
 
-    def compute(rows: Rows) -> dict[str, Tensor]:
-        log_w = log_weights(model, fixed(guide, rows.x, rows.index), rows.x, rows.index, K).log_w.double()
+    def compute(rows: RowBatch) -> dict[str, Tensor]:
+        log_w = log_weights(model, freeze(guide, rows.x, rows.index), rows.x, rows.index, K).log_w.double()
         return {"evidence": log_mean_exp(log_w), "se": log_mean_exp_se(log_w)}
 
-    return by_rows(model, guide, compute, x, seed=seed, progress=progress)
+    return map_batches(model, guide, compute, x, seed=seed, progress=progress)
 
 
 def _posterior(log_evidence: Tensor, log_prior: Tensor, power: float) -> Tensor:

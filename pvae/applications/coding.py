@@ -11,13 +11,13 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
-from pvae.errors import Refused, UserError, nearest, positive
-from pvae.generative.handlers import Tempered
-from pvae.inference.batching import Rows, Values, by_rows, chunks
+from pvae.errors import Incompatible, UserError, nearest, positive
+from pvae.generative.handlers import TemperPrior
+from pvae.inference.batching import RowBatch, Values, draw_chunks, map_batches
 from pvae.inference.guides import Guide
 from pvae.inference.importance import log_weights
-from pvae.inference.latents import observed
-from pvae.inference.posterior import decoded, fixed, moments
+from pvae.inference.latents import observed_site
+from pvae.inference.posterior import freeze, likelihood_at, posterior_moments
 from pvae.runtime.pyro_params import Program
 
 PATHS = ("linear", "spherical")
@@ -29,7 +29,7 @@ def _silent(rows: int) -> None:
 
 
 @dataclass(frozen=True)
-class Encoded:
+class Encoding:
     r"""Codes of B rows and what they cost.
 
     Attributes:
@@ -56,7 +56,7 @@ def encode(
     K: int = 64,
     seed: int = 0,
     progress: Progress = _silent,
-) -> Encoded:
+) -> Encoding:
     """Each row's code: mean and standard deviation of q(z|x), with its rate and distortion.
 
     Arguments:
@@ -71,17 +71,17 @@ def encode(
     """
     positive("encode", K=K)
 
-    def compute(rows: Rows) -> dict[str, Tensor]:
-        lam = guide.params(rows.x, rows.index).detach()
-        mean, sd = moments(guide.family, lam)
-        draws = log_weights(model, guide.at(lam), rows.x, rows.index, 1 if guide.family.point_mass else K)
+    def compute(rows: RowBatch) -> dict[str, Tensor]:
+        q_params = guide.params(rows.x, rows.index).detach()
+        mean, sd = posterior_moments(guide.family, q_params)
+        draws = log_weights(model, guide.at(q_params), rows.x, rows.index, 1 if guide.family.point_mass else K)
         rate = (draws.log_q - draws.log_prior).mean(0) / math.log(2)
-        fn = decoded(model, guide.sites, mean, rows.x, rows.index)
+        fn = likelihood_at(model, guide.sites, mean, rows.x, rows.index)
         error = (fn.mean - rows.x[:, : fn.mean.shape[1]]).square().nanmean(1)
         rate = torch.full_like(rate, torch.nan) if guide.family.point_mass else rate
         return {"mean": mean, "sd": sd, "rate": rate, "distortion": -draws.log_lik.mean(0), "error": error}
 
-    return Encoded(**by_rows(model, guide, compute, x, index, seed=seed, progress=progress))
+    return Encoding(**map_batches(model, guide, compute, x, index, seed=seed, progress=progress))
 
 
 def decode(
@@ -107,11 +107,11 @@ def decode(
     if z.shape[-1] != guide.sites.dim:
         raise UserError(f"the codes have {z.shape[-1]} columns, but the program's latents have {guide.sites.dim}")
 
-    def compute(rows: Rows) -> dict[str, Tensor]:
+    def compute(rows: RowBatch) -> dict[str, Tensor]:
         beside = rows.x[:, :1] if given is None else torch.as_tensor(given)[rows.place].to(rows.x)
-        return {"x": _values(decoded(model, guide.sites, rows.x, beside), draw)}
+        return {"x": _values(likelihood_at(model, guide.sites, rows.x, beside), draw)}
 
-    return by_rows(model, guide, compute, z, seed=seed, progress=progress)["x"]
+    return map_batches(model, guide, compute, z, seed=seed, progress=progress)["x"]
 
 
 def _values(fn: Any, draw: bool) -> Tensor:
@@ -139,14 +139,14 @@ def reconstruct(
     """
     positive("reconstruct", K=K)
 
-    def compute(rows: Rows) -> dict[str, Tensor]:
-        q, total = fixed(guide, rows.x, rows.index), torch.zeros(())
+    def compute(rows: RowBatch) -> dict[str, Tensor]:
+        q, total = freeze(guide, rows.x, rows.index), torch.zeros(())
         for _ in range(K):
             latents = poutine.trace(q).get_trace(rows.x, rows.index)
-            total = total + observed(poutine.replay(model, trace=latents), rows.x, rows.index)["fn"].mean / K
+            total = total + observed_site(poutine.replay(model, trace=latents), rows.x, rows.index)["fn"].mean / K
         return {"x": total}
 
-    return by_rows(model, guide, compute, x, index, seed=seed, progress=progress)["x"]
+    return map_batches(model, guide, compute, x, index, seed=seed, progress=progress)["x"]
 
 
 def sample(
@@ -179,12 +179,12 @@ def sample(
     if not 0 <= temperature < math.inf:
         raise UserError(f"the temperature is {temperature}, but it must be at least 0")
 
-    def compute(rows: Rows) -> dict[str, Tensor]:
-        with Tempered(temperature):
+    def compute(rows: RowBatch) -> dict[str, Tensor]:
+        with TemperPrior(temperature):
             which = torch.zeros(len(rows.x), dtype=torch.long, device=rows.x.device)
-            return {"x": _values(observed(model, rows.x, which)["fn"], draw)}
+            return {"x": _values(observed_site(model, rows.x, which)["fn"], draw)}
 
-    return by_rows(model, None, compute, like, seed=seed, progress=progress)["x"]
+    return map_batches(model, None, compute, like, seed=seed, progress=progress)["x"]
 
 
 class Path(NamedTuple):
@@ -249,7 +249,7 @@ def _between(start: Tensor, end: Tensor, t: Tensor, how: str) -> Tensor:
     return torch.where(angle.sin() > 1e-4, round_, straight)
 
 
-class Augmented(NamedTuple):
+class Augmentation(NamedTuple):
     """New rows x [M, C], and the row that each was made around, row [M]."""
 
     x: Tensor
@@ -267,7 +267,7 @@ def augment(
     draw: bool = False,
     seed: int = 0,
     progress: Progress = _silent,
-) -> Augmented:
+) -> Augmentation:
     r"""New rows around given ones: :math:`z = \mu + s\,(\tilde z - \mu)` with :math:`\tilde z \sim q(z|x)`, decoded.
 
     Arguments:
@@ -287,21 +287,25 @@ def augment(
     if not 0 <= spread < math.inf:
         raise UserError(f"the spread is {spread}, but it must be at least 0")
     if spread and guide.family.point_mass:
-        raise Refused(
+        raise Incompatible(
             "augment: a guide of point masses has no spread, so that all new rows of a row would be one; fit with "
             "another --family, or give spread 0 and draw rows from p(x|z)"
         )
 
-    def compute(rows: Rows) -> dict[str, Tensor]:
-        lam = guide.params(rows.x, rows.index).detach()
-        mean = moments(guide.family, lam)[0]
-        z = (mean + spread * (guide.family(lam).sample(torch.Size([per_row])) - mean)).transpose(0, 1).flatten(0, 1)
-        row = torch.arange(len(lam), device=z.device).repeat_interleave(per_row)
+    def compute(rows: RowBatch) -> dict[str, Tensor]:
+        q_params = guide.params(rows.x, rows.index).detach()
+        mean = posterior_moments(guide.family, q_params)[0]
+        z = (
+            (mean + spread * (guide.family(q_params).sample(torch.Size([per_row])) - mean))
+            .transpose(0, 1)
+            .flatten(0, 1)
+        )
+        row = torch.arange(len(q_params), device=z.device).repeat_interleave(per_row)
         x = torch.empty(len(z), 0)
-        for part in chunks(len(z), 1):
-            made = _values(decoded(model, guide.sites, z[part], rows.x[row[part]]), draw).cpu()
+        for part in draw_chunks(len(z), 1):
+            made = _values(likelihood_at(model, guide.sites, z[part], rows.x[row[part]]), draw).cpu()
             x = made.new_empty(len(z), *made.shape[1:]) if part.start == 0 else x
             x[part] = made
         return {"x": x, "row": row + rows.place.start}
 
-    return Augmented(**by_rows(model, guide, compute, x, index, seed=seed, progress=progress))
+    return Augmentation(**map_batches(model, guide, compute, x, index, seed=seed, progress=progress))

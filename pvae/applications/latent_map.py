@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from pvae.errors import UserError, nearest, positive
-from pvae.inference.batching import Rows, Values, by_rows, rows_of
+from pvae.inference.batching import RowBatch, Values, as_rows, map_batches
 from pvae.inference.families import Family
 from pvae.inference.guides import Guide
-from pvae.inference.posterior import common_draws, decoded, moments
-from pvae.runtime.pyro_params import Program, own_parameters
-from pvae.runtime.torch_state import seeded, unchecked
-from pvae.samplers.log_joint import Target
+from pvae.inference.posterior import common_draws, likelihood_at, posterior_moments
+from pvae.runtime.pyro_params import Program, local_param_store
+from pvae.runtime.torch_state import no_validation, seeded
+from pvae.samplers.log_joint import LogJoint
 
 PROJECTIONS = ("auto", "plane", "pca", "tsne")
 # Values that a grid of decoded rows may hold, so that a page with it stays below 2 MB.
@@ -74,7 +74,7 @@ class Sliders:
     grid: Tensor
 
 
-def latent_map(
+def map_latents(
     model: Program,
     guide: Guide,
     x: Values,
@@ -104,11 +104,11 @@ def latent_map(
 
     Source of t-SNE: van der Maaten and Hinton (2008), *Visualizing Data using t-SNE*, JMLR 9.
     """
-    rows, D = rows_of(x, model), guide.sites.dim
+    rows, D = as_rows(x, model), guide.sites.dim
     how = _projection(projection, D)
     if size < 2:
         raise UserError(f"latent_map: size is {size}, but a grid needs at least 2 columns")
-    lam, codes = _codes(model, guide, rows, index, seed, progress)
+    q_params, codes = _codes(model, guide, rows, index, seed, progress)
     if how == "tsne":
         empty = torch.zeros(0)
         return LatentMap(how, _neighbours(codes, perplexity, seed), None, None, None, empty, empty, empty)
@@ -117,11 +117,11 @@ def latent_map(
     across, up = _extent(places, prior, min(size, math.isqrt(VALUES // rows.shape[1])))
     points = torch.cartesian_prod(up, across).flip(1) @ ways.T + centre
     grid = _decoded(model, guide, points, rows[:1], progress)
-    spread = _spread(model, guide, lam, ways, seed)
+    spread = _spread(model, guide, q_params, ways, seed)
     return LatentMap(how, places, spread, prior, share, across, up, grid.unflatten(0, (len(up), len(across))))
 
 
-def sliders(
+def make_sliders(
     model: Program,
     guide: Guide,
     x: Values,
@@ -135,7 +135,7 @@ def sliders(
     """Decode the codes' mean and what lies up to 2.5 standard deviations from it along their principal directions.
 
     Arguments:
-        model, guide, x, index: as for :func:`latent_map`.
+        model, guide, x, index: as for `map_latents`.
         positions: G, an odd number, of each slider; where all combinations are too many for a page, first fewer
             positions are taken, down to 5, then fewer directions.
         directions: d, the most sliders; no more than latent dimensions.
@@ -148,7 +148,7 @@ def sliders(
     positive("sliders", directions=directions)
     if positions < 3 or positions % 2 == 0:
         raise UserError(f"sliders: positions is {positions}, but it must be an odd number from 3 on")
-    rows = rows_of(x, model)
+    rows = as_rows(x, model)
     _, codes = _codes(model, guide, rows, index, seed, progress)
     positions, count = _affordable(rows.shape[1], positions, min(directions, codes.shape[1]))
     centre, ways, share = _directions(codes, count)
@@ -182,14 +182,14 @@ def _affordable(columns: int, positions: int, directions: int) -> tuple[int, int
 def _codes(
     model: Program, guide: Guide, rows: Tensor, index: Tensor | None, seed: int, progress: Progress
 ) -> tuple[Tensor, Tensor]:
-    """lam [B, P] and the means of q(z|x), [B, D]."""
+    """q_params [B, P] and the means of q(z|x), [B, D]."""
 
-    def compute(part: Rows) -> dict[str, Tensor]:
-        lam = guide.params(part.x, part.index).detach()
-        return {"lam": lam, "mean": moments(guide.family, lam)[0]}
+    def compute(part: RowBatch) -> dict[str, Tensor]:
+        q_params = guide.params(part.x, part.index).detach()
+        return {"q_params": q_params, "mean": posterior_moments(guide.family, q_params)[0]}
 
-    found = by_rows(model, guide, compute, rows, index, seed=seed, progress=progress)
-    return found["lam"], found["mean"].float()
+    found = map_batches(model, guide, compute, rows, index, seed=seed, progress=progress)
+    return found["q_params"], found["mean"].float()
 
 
 def _directions(codes: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -217,8 +217,8 @@ def _prior(model: Program, guide: Guide, rows: Tensor, seed: int) -> Tensor:
     """Draws of u from the prior, [S, D]."""
     like = rows[torch.arange(PRIOR) % len(rows)]
     which = torch.zeros(PRIOR, dtype=torch.long, device=rows.device)
-    with torch.no_grad(), unchecked(), own_parameters(), seeded(seed):
-        return Target(model, like, which, guide.sites).prior(1)[0].cpu().float()
+    with torch.no_grad(), no_validation(), local_param_store(), seeded(seed):
+        return LogJoint(model, like, which, guide.sites).prior(1)[0].cpu().float()
 
 
 def _extent(codes: Tensor, prior: Tensor, size: int) -> tuple[Tensor, Tensor]:
@@ -233,30 +233,30 @@ def _extent(codes: Tensor, prior: Tensor, size: int) -> tuple[Tensor, Tensor]:
 def _decoded(model: Program, guide: Guide, points: Tensor, beside: Tensor, progress: Progress) -> Tensor:
     """Means of p(x|z) at points z [S, D] with what one row gives beside the latents, [S, C]."""
 
-    def compute(part: Rows) -> dict[str, Tensor]:
+    def compute(part: RowBatch) -> dict[str, Tensor]:
         given = beside.expand(len(part.x), *beside.shape[1:])
-        return {"x": decoded(model, guide.sites, part.x, given).mean.flatten(1)}
+        return {"x": likelihood_at(model, guide.sites, part.x, given).mean.flatten(1)}
 
-    return by_rows(model, guide, compute, points, progress=progress)["x"]
+    return map_batches(model, guide, compute, points, progress=progress)["x"]
 
 
-def _spread(model: Program, guide: Guide, lam: Tensor, ways: Tensor, seed: int) -> Tensor:
+def _spread(model: Program, guide: Guide, q_params: Tensor, ways: Tensor, seed: int) -> Tensor:
     """Covariances of q in the plane, [B, 2, 2]."""
 
-    def compute(part: Rows) -> dict[str, Tensor]:
+    def compute(part: RowBatch) -> dict[str, Tensor]:
         return {"spread": _covariance(guide.family, part.x, ways.to(part.x))}
 
-    return by_rows(model, guide, compute, lam, seed=seed)["spread"]
+    return map_batches(model, guide, compute, q_params, seed=seed)["spread"]
 
 
-def _covariance(family: Family, lam: Tensor, ways: Tensor) -> Tensor:
-    """W'VW of the covariances V of q(z; lam) and directions W [D, d], by draws where q does not state them."""
-    q = family(lam)
+def _covariance(family: Family, q_params: Tensor, ways: Tensor) -> Tensor:
+    """W'VW of the covariances V of q(z; q_params) and directions W [D, d], by draws where q does not state them."""
+    q = family(q_params)
     if isinstance(q, torch.distributions.MultivariateNormal | torch.distributions.LowRankMultivariateNormal):
         return ways.T @ q.covariance_matrix @ ways
     if isinstance(q, torch.distributions.Independent):
         return ways.T @ (q.variance.unsqueeze(-1) * ways)
-    z = common_draws(family, lam) @ ways
+    z = common_draws(family, q_params) @ ways
     z = z - z.mean(0)
     return torch.einsum("sbi,sbj->bij", z, z) / (len(z) - 1)
 

@@ -9,21 +9,21 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from pvae.distributions.masked import Present
-from pvae.distributions.noisy import Channel, Moments, bounded, levels, moments
-from pvae.distributions.supports import innermost
-from pvae.errors import Refused, UserError, positive
-from pvae.generative.handlers import masked, noisy
-from pvae.inference.batching import ROWS, Rows, Values, by_rows, chunks, repeated, rows_of
+from pvae.distributions.masked import MaskedDistribution
+from pvae.distributions.noisy import Channel, Moments, clamp_to_support, entry_moments, num_levels
+from pvae.distributions.supports import base_constraint
+from pvae.errors import Incompatible, UserError, positive
+from pvae.generative.handlers import mask_missing, with_noise
+from pvae.inference.batching import ROWS, RowBatch, Values, as_rows, draw_chunks, map_batches, tile_rows
 from pvae.inference.guides import Guide
 from pvae.inference.importance import ROWS_PER_PASS
-from pvae.inference.latents import observed
-from pvae.inference.posterior import Codes, decoded, refitted, weighed
-from pvae.inference.refinement import WATCH_DRAWS
-from pvae.runtime.pyro_params import Program, module_of, own_parameters
-from pvae.runtime.torch_state import seeded, unchecked
+from pvae.inference.latents import observed_site
+from pvae.inference.posterior import WeightedDraws, importance_draws, likelihood_at, refit
+from pvae.inference.refinement import CHECK_DRAWS
+from pvae.runtime.pyro_params import Program, local_param_store, module_of
+from pvae.runtime.torch_state import no_validation, seeded
 
-# The search for lam and the draws that it is judged by share no noise, nor does the look at the program.
+# The search for q_params and the draws that it is judged by share no noise, nor does the look at the program.
 SEARCH, LOOK = 40_000_000, 50_000_000
 
 # Rows times draws times values of an entry that are held together, where the values are summed over.
@@ -37,7 +37,7 @@ def _silent(rows: int) -> None:
 
 
 @dataclass(frozen=True)
-class Imputed:
+class Imputation:
     r"""Rows whose missing entries are filled in; C are the columns that the program observes.
 
     Attributes:
@@ -54,7 +54,7 @@ class Imputed:
 
 
 @dataclass(frozen=True)
-class Denoised:
+class Denoising:
     """Rows without their noise; C are the columns that the program observes.
 
     Attributes:
@@ -81,7 +81,7 @@ def impute(
     steps: int = 100,
     seed: int = 0,
     progress: Progress = _silent,
-) -> Imputed:
+) -> Imputation:
     r"""Missing entries from those that are there, under :math:`p(x_{mis}|x_{obs}) = \int p(x_{mis}|z)\, p(z|x_{obs})`.
 
     q(z) is fitted to the entries that are there, K draws of it are weighed by :math:`v_k \propto p(x_{obs}, z_k) /
@@ -113,12 +113,12 @@ def impute(
     todo = (~seen.there).flatten(1).any(1).nonzero().squeeze(1)
     gaps = _sees_gaps(guide, torch.where(seen.mask, seen.rows, torch.nan)[todo[:1]])
 
-    def compute(rows: Rows) -> dict[str, Tensor]:
+    def compute(rows: RowBatch) -> dict[str, Tensor]:
         own = todo[rows.place]
         offer = torch.where(seen.mask[own], rows.x, torch.nan) if gaps else rows.x
         there, value = seen.there[own], seen.value[own]
-        codes = _codes(masked(model, there), guide, rows, offer, K, steps, seed, seen.together)
-        mean, sd = _mixed(model, guide, codes, rows, lambda fn, part: moments(_plain(fn)), seen.together)
+        codes = _codes(mask_missing(model, there), guide, rows, offer, K, steps, seed, seen.together)
+        mean, sd = _mixed(model, guide, codes, rows, lambda fn, part: entry_moments(_plain(fn)), seen.together)
         drawn = torch.where(there, value, _drawn(model, guide, codes, rows, draws)).transpose(0, 1)
         return {"x": torch.where(there, value, mean), "sd": sd.masked_fill(there, 0), "draws": drawn, "ess": codes.ess}
 
@@ -127,10 +127,10 @@ def impute(
     made["ess"] = whole.new_full((len(whole),), torch.nan)
     if len(todo):
         which = None if seen.which is None else seen.which[todo]
-        found = by_rows(model, guide, compute, seen.rows[todo], which, seed=seed, size=seen.size, progress=progress)
+        found = map_batches(model, guide, compute, seen.rows[todo], which, seed=seed, size=seen.size, progress=progress)
         for name, values in found.items():
             made[name][todo.cpu()] = values
-    return Imputed(made["x"], made["sd"], made["draws"].transpose(0, 1), made["ess"])
+    return Imputation(made["x"], made["sd"], made["draws"].transpose(0, 1), made["ess"])
 
 
 def denoise(
@@ -144,7 +144,7 @@ def denoise(
     steps: int = 100,
     seed: int = 0,
     progress: Progress = _silent,
-) -> Denoised:
+) -> Denoising:
     r"""Rows without their noise, :math:`E[x|y] = \int E[x|y, z]\, p(z|y)\, dz`.
 
     q(z) is fitted to the noisy rows under :math:`p(y|z) = \int p(y|x)\, p(x|z)\, dx`, and K draws of it are weighed by
@@ -167,31 +167,31 @@ def denoise(
     """
     positive("denoise", K=K, steps=steps)
     seen = _seen("denoise", model, guide, y, index)
-    through = noisy(model, noise, seen.name)
+    through = with_noise(model, noise, seen.name)
     _check_variance(seen)
-    with own_parameters(), unchecked(), torch.no_grad(), seeded(LOOK):
+    with local_param_store(), no_validation(), torch.no_grad(), seeded(LOOK):
         _check_values(
-            seen, observed(through, seen.rows[:1], None if seen.which is None else seen.which[:1])["fn"].support
+            seen, observed_site(through, seen.rows[:1], None if seen.which is None else seen.which[:1])["fn"].support
         )
 
-    def compute(rows: Rows) -> dict[str, Tensor]:
+    def compute(rows: RowBatch) -> dict[str, Tensor]:
         there, value = seen.there[rows.place], seen.value[rows.place]
-        program = through if there.all() else masked(through, there)
-        fn, offer = observed(model, rows.x, rows.index)["fn"], rows.x.clone()
-        offer[:, : value.shape[1]] = bounded(fn, value.round() if fn.support.is_discrete else value)
+        program = through if there.all() else mask_missing(through, there)
+        fn, offer = observed_site(model, rows.x, rows.index)["fn"], rows.x.clone()
+        offer[:, : value.shape[1]] = clamp_to_support(fn, value.round() if fn.support.is_discrete else value)
         codes = _codes(program, guide, rows, offer, K, steps, seed, seen.together)
 
         def clean(fn: Any, part: slice) -> Moments:
-            y, p = repeated(value, None, part)[0], _plain(fn).base_dist
-            known = repeated(there, None, part)[0]
-            told, prior = p.clean_moments(y), moments(p.clean)
+            y, p = tile_rows(value, None, part)[0], _plain(fn).base_dist
+            known = tile_rows(there, None, part)[0]
+            told, prior = p.clean_moments(y), entry_moments(p.clean)
             return Moments(*(torch.where(known, one, other) for one, other in zip(told, prior, strict=True)))
 
         mean, sd = _mixed(program, guide, codes, rows, clean, seen.together)
         return {"x": mean, "sd": sd, "ess": codes.ess}
 
-    found = by_rows(model, guide, compute, seen.rows, index, seed=seed, size=seen.size, progress=progress)
-    return Denoised(**found)
+    found = map_batches(model, guide, compute, seen.rows, index, seed=seed, size=seen.size, progress=progress)
+    return Denoising(**found)
 
 
 class _Seen(NamedTuple):
@@ -215,12 +215,12 @@ class _Seen(NamedTuple):
     @property
     def size(self) -> int:
         """Rows of a batch: fewer where all values that an entry may have are looked at."""
-        return max(1, min(ROWS, ENUMERATED // (WATCH_DRAWS * max(1, levels(self.fn)))))
+        return max(1, min(ROWS, ENUMERATED // (CHECK_DRAWS * max(1, num_levels(self.fn)))))
 
     @property
     def together(self) -> int:
         """Draws of all rows that pass through the program together."""
-        return max(1, min(ROWS_PER_PASS, ENUMERATED // max(1, levels(self.fn))))
+        return max(1, min(ROWS_PER_PASS, ENUMERATED // max(1, num_levels(self.fn))))
 
 
 def _seen(
@@ -234,18 +234,18 @@ def _seen(
 ) -> _Seen:
     if not isinstance(guide, Guide):
         raise UserError(f"{who} needs a guide with a family, such as Amortized, but {type(guide).__name__} has none")
-    given = rows_of(x, model)
+    given = as_rows(x, model)
     mask = ~given.isnan() & _mask(given, there)
     rows = torch.where(mask, given, _means(given, mask, means))
     for program in (model, guide):
         module_of(program).eval()
     which = None if index is None else index.to(rows.device)
     few = rows[:3], None if which is None else which[:3]
-    with own_parameters(), unchecked(), torch.no_grad(), seeded(LOOK):
-        site = observed(model, *few)
+    with local_param_store(), no_validation(), torch.no_grad(), seeded(LOOK):
+        site = observed_site(model, *few)
     columns = site["value"].shape[1]
     if not torch.equal(site["value"], few[0][:, :columns]):
-        raise Refused(f"{who}: observed site '{site['name']}' is not of the rows' own columns, but made of them")
+        raise Incompatible(f"{who}: observed site '{site['name']}' is not of the rows' own columns, but made of them")
     if not mask[:, columns:].all():
         row, column = (~mask[:, columns:]).nonzero()[0][:2].tolist()
         raise UserError(
@@ -278,23 +278,23 @@ def _means(x: Tensor, there: Tensor, means: Values | None) -> Tensor:
 
 def _check_values(seen: _Seen, support: Any) -> None:
     """Refuse values that are there and outside a support."""
-    outside = seen.there & ~(innermost(support).check(seen.value) & seen.value.isfinite())
+    outside = seen.there & ~(base_constraint(support).check(seen.value) & seen.value.isfinite())
     if outside.any():
         row, *column = outside.nonzero()[0].tolist()
         raise UserError(
             f"row {row}, column {', '.join(map(str, column))} is {seen.value[(row, *column)].item():g}, which is no "
-            f"value of site '{seen.name}' ({innermost(support)}; {int(outside.sum())} such values)"
+            f"value of site '{seen.name}' ({base_constraint(support)}; {int(outside.sum())} such values)"
         )
 
 
 def _check_variance(seen: _Seen) -> None:
     try:
-        finite = bool(moments(seen.fn).variance.isfinite().all())
+        finite = bool(entry_moments(seen.fn).variance.isfinite().all())
     except NotImplementedError:
         finite = False
     if not finite:
         kind = type(getattr(seen.fn, "base_dist", seen.fn)).__name__
-        raise Refused(
+        raise Incompatible(
             f"denoise: site '{seen.name}' is {kind}, which has no finite variance here; fit another likelihood, "
             "such as Gaussian, or StudentT of df above 2"
         )
@@ -302,7 +302,7 @@ def _check_variance(seen: _Seen) -> None:
 
 def _plain(fn: Any) -> Any:
     """p(x|z) of all entries."""
-    return _plain(fn.fn) if isinstance(fn, Present) else fn
+    return _plain(fn.fn) if isinstance(fn, MaskedDistribution) else fn
 
 
 def _sees_gaps(guide: Guide, rows: Tensor) -> bool:
@@ -315,22 +315,27 @@ def _sees_gaps(guide: Guide, rows: Tensor) -> bool:
 
 
 def _codes(
-    program: Program, guide: Guide, rows: Rows, offer: Tensor, K: int, steps: int, seed: int, together: int
-) -> Codes:
+    program: Program, guide: Guide, rows: RowBatch, offer: Tensor, K: int, steps: int, seed: int, together: int
+) -> WeightedDraws:
     """Weighed draws from the best q that is found for rows as a program scores them."""
     own = seed + SEARCH + rows.place.start
-    lam = refitted(program, guide, rows.x, rows.index, offers=[offer], steps=steps, seed=own)
-    return weighed(program, guide, lam, rows.x, rows.index, K, together)
+    q_params = refit(program, guide, rows.x, rows.index, offers=[offer], steps=steps, seed=own)
+    return importance_draws(program, guide, q_params, rows.x, rows.index, K, together)
 
 
 def _mixed(
-    program: Program, guide: Guide, codes: Codes, rows: Rows, of: Callable[[Any, slice], Moments], together: int
+    program: Program,
+    guide: Guide,
+    codes: WeightedDraws,
+    rows: RowBatch,
+    of: Callable[[Any, slice], Moments],
+    together: int,
 ) -> tuple[Tensor, Tensor]:
     r"""Mean and standard deviation of :math:`\sum_k v_k\, p_k`, whose moments are those ``of`` p(x|z_k), [B, C]."""
     mean = square = centre = torch.zeros(())
-    for part in chunks(len(codes.z), len(rows.x), together):
-        own = Codes(codes.z[part], codes.log_weights[part])
-        fn = decoded(program, guide.sites, own.z.flatten(0, 1), *repeated(rows.x, rows.index, part))
+    for part in draw_chunks(len(codes.z), len(rows.x), together):
+        own = WeightedDraws(codes.z[part], codes.log_weights[part])
+        fn = likelihood_at(program, guide.sites, own.z.flatten(0, 1), *tile_rows(rows.x, rows.index, part))
         first, second = (values.unflatten(0, own.z.shape[:2]) for values in of(fn, part))
         centre = first[0] if part.start == 0 else centre  # squares around 0 lose the digits of a mean far from it
         mean = mean + own.mean(first - centre)
@@ -338,12 +343,12 @@ def _mixed(
     return centre + mean, (square - mean**2).clamp(min=0).sqrt()
 
 
-def _drawn(model: Program, guide: Guide, codes: Codes, rows: Rows, draws: int) -> Tensor:
+def _drawn(model: Program, guide: Guide, codes: WeightedDraws, rows: RowBatch, draws: int) -> Tensor:
     r"""Rows drawn from :math:`\sum_k v_k\, p(x|z_k)`, [S, B, C]."""
     which = torch.multinomial(codes.log_weights.exp().mT, draws, replacement=True).mT
     z = codes.z.gather(0, which.unsqueeze(-1).expand(-1, -1, codes.z.shape[-1]))
     found = []
-    for part in chunks(draws, len(rows.x)):
-        fn = decoded(model, guide.sites, z[part].flatten(0, 1), *repeated(rows.x, rows.index, part))
+    for part in draw_chunks(draws, len(rows.x)):
+        fn = likelihood_at(model, guide.sites, z[part].flatten(0, 1), *tile_rows(rows.x, rows.index, part))
         found.append(_plain(fn).sample().unflatten(0, z[part].shape[:2]))
     return torch.cat(found)

@@ -28,12 +28,12 @@ from pvae.cli.options import (
     guide_flags,
     job_flags,
     recipe_flags,
-    takes,
+    with_options,
 )
 from pvae.cli.run_commands import COMMANDS
 from pvae.errors import UserError, nearest
-from pvae.runtime.signals import going_on
-from pvae.runtime.torchrun import launched, lost
+from pvae.runtime.signals import with_resume_hint
+from pvae.runtime.torchrun import is_peer_failure, rank_info
 
 app = typer.Typer(
     name="pvae",
@@ -65,7 +65,7 @@ def root(
 ) -> None:
     """Which approximate posterior to trust, and what it costs, for latent-variable models on Pyro."""
     state["debug"] = debug
-    if launched().world > 1 and context.invoked_subcommand != "fit":
+    if rank_info().world > 1 and context.invoked_subcommand != "fit":
         line = (
             f"pvae {context.invoked_subcommand} is a job for one process; start it without torchrun, which is for fit"
         )
@@ -73,7 +73,7 @@ def root(
 
 
 @app.command()
-@takes(recipe_flags, guide_flags, grid_flags, job_flags)
+@with_options(recipe_flags, guide_flags, grid_flags, job_flags)
 def compare(
     described: Any,
     guide_of: Any,
@@ -97,20 +97,20 @@ def compare(
     file = described(path, job.trust, guide=guide)
     axes = axes_of(file, guide_of, described)
     job = replace(job, folder=out or _folder("compare", path or file.recipe.data), jobs=jobs)
-    with going_on(job.folder, "--resume instead of --overwrite" if overwrite else "--resume"):
+    with with_resume_hint(job.folder, "--resume instead of --overwrite" if overwrite else "--resume"):
         results = comparing.compare(
             file.recipe, job, vary=axes, data_folder=data_dir, overwrite=overwrite, resume=resume
         )
     _show(results, job.folder)
     if record and path is not None:
-        from pvae.experiments.results import expected
+        from pvae.experiments.results import expected_figures
         from pvae.recipes import recipe
 
-        recipe.record(path, expected(results))
+        recipe.record(path, expected_figures(results))
 
 
 @app.command()
-@takes(recipe_flags, guide_flags)
+@with_options(recipe_flags, guide_flags)
 def fit(
     described: Any,
     guide_of: Any,
@@ -134,23 +134,23 @@ def fit(
     from pvae.runtime.torch_state import pick_device
     from pvae.stats import number
 
-    distributed.join()
-    with distributed.together():
-        where = distributed.own_device(pick_device(device))
+    distributed.init_process_group()
+    with distributed.fail_together():
+        where = distributed.local_device(pick_device(device))
         own = recipe.resolve(_guided(described(path, trust, guide=guide), guide_of).recipe)
         check_precision(own.precision, where)
-        dataset = recipe.load_data(own, data_dir)
-        if distributed.first():
+        dataset = recipe.load_recipe_data(own, data_dir)
+        if distributed.is_main_process():
             typer.echo(dataset.summary())
         preflight.check_recipe(own, dataset)
         folder = out or _folder("fit", path or own.data)
-        if distributed.first():
+        if distributed.is_main_process():
             for warning in warnings(own):
                 typer.echo(f"warning: {warning}", err=True)
-            run_folder.prepare(folder, own, overwrite=overwrite, resume=resume)
-    variant = run_folder.train(own, dataset, folder, device=device, resume=resume, progress=True)
-    distributed.leave()
-    if launched().rank > 0:
+            run_folder.prepare_folder(folder, own, overwrite=overwrite, resume=resume)
+    variant = run_folder.train_in_folder(own, dataset, folder, device=device, resume=resume, progress=True)
+    distributed.destroy_process_group()
+    if rank_info().rank > 0:
         return
     program, posterior, _ = variant.built
     found = bounds(program.model, posterior, dataset.test.to(where), K=10, seed=own.seed).summary()
@@ -164,7 +164,7 @@ def fit(
 
 
 @app.command()
-@takes(job_flags)
+@with_options(job_flags)
 def evaluate(job_in: Any, run: Run, data_dir: DataDir = None) -> None:
     """Evaluate a run that fit or compare has trained: bounds, evidence and gaps with errors.
 
@@ -173,8 +173,8 @@ def evaluate(job_in: Any, run: Run, data_dir: DataDir = None) -> None:
     from pvae.experiments import compare as comparing
 
     job = job_in(run)
-    with going_on(run):
-        results = comparing.judge(comparing.load(job, data_dir), job, comparing.left_out(run))
+    with with_resume_hint(run):
+        results = comparing.evaluate_variants(comparing.load_variants(job, data_dir), job, comparing.left_out(run))
     _show(results, run)
 
 
@@ -195,25 +195,25 @@ def diagnose(
     Of several seeds the first is looked at. The cost is said before it begins.
     What is finished is kept: the same command goes on where it was stopped.
     """
-    from pvae.diagnostics.battery import PLANS
+    from pvae.diagnostics.battery import DIAGNOSIS_BUDGETS
     from pvae.experiments import compare as comparing
     from pvae.experiments import diagnosis as diagnosing
-    from pvae.recipes.registry import split
+    from pvae.recipes.registry import split_words
 
-    if budget not in PLANS:
-        raise UserError(f"--budget is '{budget}'{nearest(budget, PLANS)}")
+    if budget not in DIAGNOSIS_BUDGETS:
+        raise UserError(f"--budget is '{budget}'{nearest(budget, DIAGNOSIS_BUDGETS)}")
     rows, own = comparing.BUDGETS[budget]
-    job = comparing.Job(run, device, rows, own, trust=trust, progress=True, say=typer.echo)
-    entries = comparing.load(job, data_dir)
-    wanted = [] if only is None else list(dict.fromkeys(split(only)))
-    diagnosing.chosen(entries, wanted)
-    with going_on(run):
-        results = comparing.current(run, entries)
+    job = comparing.RunOptions(run, device, rows, own, trust=trust, progress=True, say=typer.echo)
+    entries = comparing.load_variants(job, data_dir)
+    wanted = [] if only is None else list(dict.fromkeys(split_words(only)))
+    diagnosing.select_variants(entries, wanted)
+    with with_resume_hint(run):
+        results = comparing.current_results(run, entries)
         if results:
             typer.echo(f"{_evaluated(results)}; pvae evaluate {run} --budget {budget} makes them anew")
         else:
-            results = comparing.judge(entries, job, comparing.left_out(run))
-        found = diagnosing.diagnose(entries, results, job, PLANS[budget], wanted)
+            results = comparing.evaluate_variants(entries, job, comparing.left_out(run))
+        found = diagnosing.diagnose_run(entries, results, job, DIAGNOSIS_BUDGETS[budget], wanted)
     _show_diagnosis([own for own in found["variants"] if not wanted or own["name"] in wanted], run)
 
 
@@ -222,11 +222,11 @@ def report(run: Run) -> None:
     """Write the page of an evaluated run anew."""
     from pvae.reporting import html_report as page
 
-    typer.echo(f"the page: {page.write(run)}")
+    typer.echo(f"the page: {page.write_report(run)}")
 
 
 @app.command()
-@takes(recipe_flags, guide_flags)
+@with_options(recipe_flags, guide_flags)
 def show(described: Any, guide_of: Any, path: RecipePath = None, guide: Guide = None, trust: Trust = False) -> None:
     """Write out a recipe with everything that its data and components fill in."""
     from pvae.recipes import recipe
@@ -236,7 +236,7 @@ def show(described: Any, guide_of: Any, path: RecipePath = None, guide: Guide = 
 
 
 @app.command()
-@takes(recipe_flags, guide_flags)
+@with_options(recipe_flags, guide_flags)
 def check(
     described: Any,
     guide_of: Any,
@@ -250,8 +250,8 @@ def check(
     from pvae.recipes.preflight import try_recipe
 
     file = _guided(described(path, trust, guide=guide), guide_of)
-    shelf = sweep.Shelf(data_dir)
-    kept, left_out = sweep.sound(sweep.cells(file.recipe, file.vary), shelf)
+    shelf = sweep.DatasetCache(data_dir)
+    kept, left_out = sweep.runnable(sweep.sweep_points(file.recipe, file.vary), shelf)
     for name, reason in left_out.items():
         typer.echo(f"{name} is left out: {reason}")
     for cell in kept:
@@ -276,7 +276,7 @@ def list_(kind: Annotated[str | None, typer.Argument(help="One kind, with its co
         for name in registry.KINDS[each].__all__:
             own = registry.defaults(each, name) if kind else {}
             cells = [", ".join(f"{n}={v!r}" for n, v in own.items())] if kind else []
-            table.add_row(f"[bold]{name}[/bold]", registry.told(registry.find(each, name)), *cells)
+            table.add_row(f"[bold]{name}[/bold]", registry.first_doc_line(registry.find_class(each, name)), *cells)
         console.print(table, end="\n")
     if kind is None:
         console.print(f"[italic]--data[/italic]\n{', '.join(sources.NAMES)}, or a .npy, .npz, .csv or .parquet file")
@@ -312,7 +312,7 @@ def _show(results: dict[str, Any], folder: Path) -> None:
             console.print(f"{group['data']['identity']}, {group['data']['base_measure']}:", markup=False)
         for sentence in group["verdicts"]:
             console.print(Padding(f"- {sentence}", (0, 0, 0, 2)), markup=False, highlight=False)
-    typer.echo(f"\nthe page: {page.write(folder)}")
+    typer.echo(f"\nthe page: {page.write_report(folder)}")
 
 
 def _show_diagnosis(variants: list[dict[str, Any]], folder: Path) -> None:
@@ -322,12 +322,12 @@ def _show_diagnosis(variants: list[dict[str, Any]], folder: Path) -> None:
 
     from pvae.diagnostics.trust import USES
     from pvae.reporting import html_report as page
-    from pvae.reporting.tables import diagnosed, rich_table
+    from pvae.reporting.tables import diagnosis_tables, rich_table
 
     console = Console()
     for variant in variants:
         console.rule(f"Diagnosis of {variant['name']}", align="left", style="bold")
-        for table in diagnosed(variant):
+        for table in diagnosis_tables(variant):
             console.print(rich_table(table))
         console.print(f"[bold]How far may {variant['name']} be trusted?[/bold]")
         for verdict in variant["verdicts"]:
@@ -336,7 +336,7 @@ def _show_diagnosis(variants: list[dict[str, Any]], folder: Path) -> None:
             for sentence in (*verdict["because"], *first):
                 console.print(Padding(f"- {sentence}", (0, 0, 0, 4)), markup=False, highlight=False)
         console.print()
-    typer.echo(f"the page: {page.write(folder)}")
+    typer.echo(f"the page: {page.write_report(folder)}")
 
 
 def _evaluated(results: dict[str, Any]) -> str:
@@ -385,7 +385,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(str(error), 2, speaks=True)
     except Exception as error:
         number = getattr(error, "signal", None)
-        if lost(error):
+        if is_peer_failure(error):
             return 2
         if number is None:
             raise
@@ -394,6 +394,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _fail(line: str, status: int, *, speaks: bool = False) -> int:
     """Say what is wrong; of several processes that know it one ``speaks``, the first unless told."""
-    if speaks or launched().rank == 0:
+    if speaks or rank_info().rank == 0:
         print(f"error: {line}", file=sys.stderr)
     return status

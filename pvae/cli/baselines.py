@@ -6,14 +6,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pvae.experiments.opened_run import WORDS, Chosen, Opened
+from pvae.experiments.opened_run import SPLIT_LABELS, Run, SelectedRows
 from pvae.stats import Estimate, mean_se, percent
 
 # Rows to which they are fitted at most.
 FITTED = 10_000
 
 
-def through_components(run: Opened, x: Tensor) -> Tensor:
+def through_components(run: Run, x: Tensor) -> Tensor:
     """Rows through as many principal components of the training rows as there are latent dimensions; else NaN."""
     from sklearn.decomposition import PCA
 
@@ -24,17 +24,17 @@ def through_components(run: Opened, x: Tensor) -> Tensor:
     return torch.from_numpy(fitted.inverse_transform(fitted.transform(x.numpy()))).to(x)
 
 
-def components_words(run: Opened) -> str:
+def components_words(run: Run) -> str:
     """What the components are of, where that is not all training rows."""
     return f" of {FITTED:,} training rows" if len(run.data.train) > FITTED else ""
 
 
-def column_means(run: Opened) -> Tensor:
+def column_means(run: Run) -> Tensor:
     """Means of the training rows' columns, a label's among them."""
     return run.data.fixed_train(FITTED).x.nanmean(0)
 
 
-def preserved(run: Opened, rows: Chosen, x: Tensor, row: Tensor) -> str:
+def preserved(run: Run, rows: SelectedRows, x: Tensor, row: Tensor) -> str:
     """In a sentence, how many new rows keep their row's class, as a classifier that has seen other rows judges it.
 
     Arguments:
@@ -58,11 +58,11 @@ def preserved(run: Opened, rows: Chosen, x: Tensor, row: Tensor) -> str:
     )
     around: Estimate = mean_se(kept.view(len(own), -1).mean(1))
     return (
-        f"Class kept by {percent(around)} of the new rows, as the five nearest of {len(known):,} {WORDS[part]} see "
-        f"it; they see {percent(mean_se(own))} of the given rows right."
+        f"Class kept by {percent(around)} of the new rows, as the five nearest of {len(known):,} {SPLIT_LABELS[part]} "
+        f"see it; they see {percent(mean_se(own))} of the given rows right."
     )
 
 
-def _plain(run: Opened, rows: Tensor) -> np.ndarray:
+def _plain(run: Run, rows: Tensor) -> np.ndarray:
     """Rows as a classifier takes them: without labels, 0 for what is missing."""
     return rows[:, : run.columns].nan_to_num(0.0).numpy()

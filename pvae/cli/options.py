@@ -82,7 +82,9 @@ def recipe_flags(
         found = found._replace(vary=found.vary | fixed)
         if hidden is None:
             return found
-        network = registry.table(found.recipe.network) | {"hidden": whole_numbers("--hidden", hidden, "width", least=1)}
+        network = registry.as_table(found.recipe.network) | {
+            "hidden": whole_numbers("--hidden", hidden, "width", least=1)
+        }
         return found._replace(recipe=recipe.replace(found.recipe, network=network))
 
     described.given = given | ({} if hidden is None else {"network": None})  # type: ignore[attr-defined]
@@ -102,9 +104,9 @@ def guide_flags(
     }
 
     def component(guide: Any) -> Any:
-        from pvae.recipes.registry import table
+        from pvae.recipes.registry import as_table
 
-        own = table(guide)
+        own = as_table(guide)
         more = {k: v for k, v in flags.get(str(own.get("type")), {}).items() if v is not None}
         return own | more if more else guide
 
@@ -122,13 +124,13 @@ def grid_flags(
 
     def axes(file: Any, guide_of: Callable[[Any], Any], described: Any) -> dict[str, list[Any]]:
         from pvae.experiments import sweep
-        from pvae.experiments.compare import SOURCES
+        from pvae.experiments.compare import INFERENCE_METHODS
 
         words = [*(vary or []), *([] if guides is None else [f"guide={guides}"])]
-        given = dict(sweep.axis(word) for word in words)
+        given = dict(sweep.parse_axis(word) for word in words)
         if len(given) < len(words):
             raise UserError("--vary names an axis twice")
-        found = file.vary | given or {"guide": list(SOURCES)}
+        found = file.vary | given or {"guide": list(INFERENCE_METHODS)}
         for name in described.given:
             if name in given or (name == "network" and len(found.get(name, ())) > 1):
                 flag = "hidden" if described.given[name] is None else name.replace("_", "-")
@@ -155,7 +157,7 @@ def job_flags(
     ] = "standard",
     rows: Annotated[int | None, Flag(help="Rows of each split to evaluate.")] = None,
     samples: Annotated[int | None, Flag(help="K, draws for each row and bound; k-hat asks for 30.")] = None,
-    refine_steps: Annotated[int | None, Flag(help="The most steps in search of the best lam.")] = None,
+    refine_steps: Annotated[int | None, Flag(help="The most steps in search of the best q_params.")] = None,
     ais: Annotated[bool, Flag("--ais", help="Estimate the evidence by annealed importance sampling too.")] = False,
     temperatures: Annotated[int | None, Flag(help="Of annealing, as the three below (default 500).")] = None,
     chains: Annotated[int | None, Flag(help="For each row (default 16).")] = None,
@@ -176,7 +178,7 @@ def job_flags(
     def job(folder: Path) -> Any:
         from dataclasses import replace
 
-        from pvae.experiments.compare import BUDGETS, Job
+        from pvae.experiments.compare import BUDGETS, RunOptions
 
         if budget not in BUDGETS:
             raise UserError(f"--budget is '{budget}'{nearest(budget, BUDGETS)}")
@@ -185,7 +187,7 @@ def job_flags(
             preset = replace(preset, temperatures=TEMPERATURES)
         own = replace(preset, **{name: value for name, value in (numbers | annealing).items() if value is not None})
         words = () if families is None else _families(families)
-        return Job(folder, device, rows or preset_rows, own, words, trust=trust, progress=True, say=typer.echo)
+        return RunOptions(folder, device, rows or preset_rows, own, words, trust=trust, progress=True, say=typer.echo)
 
     return job
 
@@ -195,7 +197,7 @@ def _families(text: str) -> tuple[str, ...]:
     from pvae.recipes import registry
     from pvae.runtime.torch_state import seeded
 
-    words = tuple(dict.fromkeys(registry.split(text)))
+    words = tuple(dict.fromkeys(registry.split_words(text)))
     for word in words:
         with seeded(0):
             if registry.make("family", registry.parse(word), dim=2).point_mass:
@@ -203,7 +205,7 @@ def _families(text: str) -> tuple[str, ...]:
     return words
 
 
-def takes(*groups: Callable[..., Any]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+def with_options(*groups: Callable[..., Any]) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Give a command the flags of these functions; what they make of them are its first arguments."""
 
     def decorate(command: Callable[..., None]) -> Any:

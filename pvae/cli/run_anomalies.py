@@ -10,15 +10,15 @@ import torch
 from torch import Tensor
 
 from pvae import applications
-from pvae.applications.anomalies import Anomalies
+from pvae.applications.anomalies import AnomalyScores
 from pvae.cli.run_classification import _plain
-from pvae.cli.use_context import Asked
+from pvae.cli.use_context import UseContext
 from pvae.errors import UserError
 from pvae.experiments import opened_run
-from pvae.experiments.opened_run import WORDS, Chosen, Opened
-from pvae.experiments.use_results import Use
+from pvae.experiments.opened_run import SPLIT_LABELS, Run, SelectedRows
+from pvae.experiments.use_results import UseResult
 from pvae.recipes import recipe
-from pvae.reporting.application_figures import scores
+from pvae.reporting.application_figures import draw_scores
 from pvae.stats import Estimate, number
 
 EVERY = "test rows of all labels"
@@ -27,28 +27,28 @@ EVERY = "test rows of all labels"
 UNITS = {"distance": "sd²", "neighbours": "u"}
 
 
-def with_others(run: Opened, data_folder: str | Path | None = None) -> Chosen:
+def with_others(run: Run, data_folder: str | Path | None = None) -> SelectedRows:
     """The test rows of a run; of one that was trained on some labels alone, those of all other labels too.
 
     The place of rows of other labels is -1. A program that takes the label has no columns for others.
     """
     own = run.variant.recipe
     if own.only is None or run.data.classes:
-        return opened_run.chosen(run)
-    every = recipe.load_data(replace(own, only=None), data_folder)
+        return opened_run.select_rows(run)
+    every = recipe.load_recipe_data(replace(own, only=None), data_folder)
     assert every.test_labels is not None  # else none could be kept
     known = torch.isin(every.test_labels, torch.tensor(own.only))
-    return Chosen(every.test, every.test_labels, None, EVERY, torch.where(known, known.cumsum(0) - 1, -1))
+    return SelectedRows(every.test, every.test_labels, None, EVERY, torch.where(known, known.cumsum(0) - 1, -1))
 
 
 def anomalies(
-    asked: Asked,
+    asked: UseContext,
     *,
     named: Sequence[str] | None = None,
     chosen: Sequence[str] | None = None,
     K: int = 16,
     false_alarm: float = 0.05,
-) -> Use:
+) -> UseResult:
     """How unlike held-out normal rows the rows are, by each score, and which lie beyond its threshold.
 
     Arguments:
@@ -68,7 +68,7 @@ def anomalies(
     told_of = _told_of(asked, anomalous)
     place = (scored & told_of).nonzero()[:, 0]
     rows, truth = asked.rows.at(place), None if truth is None else truth[place]
-    found = applications.anomalies(
+    found = applications.detect_anomalies(
         *asked.programs,
         rows.x,
         rows.index,
@@ -78,7 +78,7 @@ def anomalies(
         false_alarm=false_alarm,
         **asked.options,
     )
-    figures = found.figures(truth) if truth is not None and truth.any() and not truth.all() else {}
+    figures = found.summary(truth) if truth is not None and truth.any() and not truth.all() else {}
     told = _told_anomalies(found, len(reference), rows, truth, int((~told_of).sum()))
     arrays: dict[str, Tensor] = {"row": rows.place, **({"row_of_all": place} if rows.where == EVERY else {})}
     arrays |= found.scores | {f"flagged_{name}": found.flagged(name) for name in found.scores}
@@ -88,7 +88,7 @@ def anomalies(
         f"{name} ({UNITS.get(name, 'nats')})": (own.numpy(), found.reference[name].numpy(), found.thresholds[name])
         for name, own in found.scores.items()
     }
-    figure = scores(drawn, None if truth is None else truth.numpy())
+    figure = draw_scores(drawn, None if truth is None else truth.numpy())
     if not found.comparable:
         own, other = (100 * share.mean().item() for share in found.missing)
         told.append(
@@ -96,22 +96,22 @@ def anomalies(
             "rows with more gaps seem more normal."
         )
     tables = [_table(found, figures)]
-    return Use("anomalies", _plain(arrays), told, tables, figure)
+    return UseResult("anomalies", _plain(arrays), told, tables, figure)
 
 
-def _reference(asked: Asked, anomalous: Sequence[float] | None) -> tuple[Tensor, Tensor]:
+def _reference(asked: UseContext, anomalous: Sequence[float] | None) -> tuple[Tensor, Tensor]:
     """Held-out normal rows [R, C], and which of the given rows are none of them, [B].
 
     They are validation rows; where there are none or these are given, test rows that are not given. Where all of these
     are given, every other one is reference and is not scored.
     """
     data, rows = asked.run.data, asked.rows
-    part = "validation" if len(data.validation) and rows.where != WORDS["validation"] else "test"
+    part = "validation" if len(data.validation) and rows.where != SPLIT_LABELS["validation"] else "test"
     held, labels = getattr(data, part), getattr(data, f"{part}_labels")
     normal = torch.ones(len(held), dtype=torch.bool)
     if anomalous is not None and labels is not None:
         normal = ~torch.isin(labels, torch.tensor(anomalous))
-    if part == "validation" or rows.where not in (WORDS["test"], EVERY):
+    if part == "validation" or rows.where not in (SPLIT_LABELS["test"], EVERY):
         return held[normal], torch.ones(len(rows.x), dtype=torch.bool)
     used = normal.clone()
     used[rows.place[rows.place >= 0]] = False
@@ -120,7 +120,7 @@ def _reference(asked: Asked, anomalous: Sequence[float] | None) -> tuple[Tensor,
     return held[used], (rows.place < 0) | ~used[rows.place.clamp(min=0)]
 
 
-def _anomalous(asked: Asked, given: Sequence[float] | None) -> Tensor | None:
+def _anomalous(asked: UseContext, given: Sequence[float] | None) -> Tensor | None:
     """Which rows are known to be anomalous, [B], if anything is known."""
     only, rows = asked.run.variant.recipe.only, asked.rows
     if given is not None:
@@ -138,7 +138,7 @@ def _anomalous(asked: Asked, given: Sequence[float] | None) -> Tensor | None:
     return rows.labels == 1 if set(rows.labels.tolist()) == {0, 1} and not rows.from_run else None
 
 
-def _label(run: Opened, word: str) -> float:
+def _label(run: Run, word: str) -> float:
     """A label as a number: one of the run's, or of a file's own."""
     try:
         return float(word) if run.data.label_names is None else run.label_of(word)
@@ -146,7 +146,7 @@ def _label(run: Opened, word: str) -> float:
         raise UserError(f"--anomalous: '{word}' is no label; the labels are numbers") from None
 
 
-def _told_of(asked: Asked, anomalous: Sequence[float] | None) -> Tensor:
+def _told_of(asked: UseContext, anomalous: Sequence[float] | None) -> Tensor:
     """Rows whose kind is told, [B]: where anomalous labels are named, others that the run does not know are neither."""
     only, labels = asked.run.variant.recipe.only, asked.rows.labels
     if anomalous is None or only is None or labels is None:
@@ -154,7 +154,9 @@ def _told_of(asked: Asked, anomalous: Sequence[float] | None) -> Tensor:
     return torch.isin(labels, torch.tensor([*only, *anomalous]))
 
 
-def _told_anomalies(found: Anomalies, held: int, rows: Chosen, truth: Tensor | None, others: int) -> list[str]:
+def _told_anomalies(
+    found: AnomalyScores, held: int, rows: SelectedRows, truth: Tensor | None, others: int
+) -> list[str]:
     expected = found.expected
     told = [
         f"{len(rows.x)} {rows.where} against {held} held-out normal rows; a row is flagged beyond a "
@@ -173,7 +175,7 @@ def _told_anomalies(found: Anomalies, held: int, rows: Chosen, truth: Tensor | N
     return told
 
 
-def _table(found: Anomalies, figures: dict[str, Estimate]) -> tuple[str, list[str], list[list[str]]]:
+def _table(found: AnomalyScores, figures: dict[str, Estimate]) -> tuple[str, list[str], list[list[str]]]:
     """A line for each score."""
     header = ["score", "threshold", *(["AUROC", "detected", "false alarms"] if figures else ["flagged"])]
     lines = []

@@ -14,17 +14,29 @@ from torch import Tensor
 
 from pvae import applications
 from pvae.cli.baselines import components_words, preserved, through_components
-from pvae.cli.use_context import Asked, _arrays, _beside, _count, _dim, _error, _labelled, _of, _shape, _use, check_room
+from pvae.cli.use_context import (
+    UseContext,
+    _arrays,
+    _beside,
+    _count,
+    _dim,
+    _error,
+    _labelled,
+    _of,
+    _shape,
+    _use,
+    check_room,
+)
 from pvae.data.readers import read_table
 from pvae.errors import UserError
-from pvae.experiments.use_results import Use
-from pvae.inference.batching import rows_of
+from pvae.experiments.use_results import UseResult
+from pvae.inference.batching import as_rows
 from pvae.inference.latents import base_measure
-from pvae.reporting.application_figures import sheets, strips
+from pvae.reporting.application_figures import draw_sheets, draw_strips
 from pvae.stats import mean_se, number
 
 
-def reconstruct(asked: Asked, *, K: int = 8) -> Use:
+def reconstruct(asked: UseContext, *, K: int = 8) -> UseResult:
     """Rows through their codes and back."""
     found = applications.reconstruct(*asked.programs, *asked.given, K=K, **asked.options)
     own, pca = _error(found, asked.x), _error(through_components(asked.run, asked.x), asked.x)
@@ -33,10 +45,12 @@ def reconstruct(asked: Asked, *, K: int = 8) -> Use:
         f"components{components_words(asked.run)} leave {_of(pca)}."
     ]
     lines = {"original": asked.x, "reconstruction": found}
-    return _use("reconstruct", {"x": found, "row": asked.rows.place}, told, strips(_arrays(lines), _shape(asked)))
+    return _use("reconstruct", {"x": found, "row": asked.rows.place}, told, draw_strips(_arrays(lines), _shape(asked)))
 
 
-def sample(asked: Asked, count: int, *, temperature: float = 1.0, draw: bool = False, label: str | None = None) -> Use:
+def sample(
+    asked: UseContext, count: int, *, temperature: float = 1.0, draw: bool = False, label: str | None = None
+) -> UseResult:
     """New rows from the prior, for a program that is given labels all of one ``label``, else those of the rows."""
     check_room(asked, count, f"--count {count}")
     like, labels = _beside(asked, count, None if label is None else torch.tensor([asked.run.label_of(label)] * count))
@@ -47,10 +61,10 @@ def sample(asked: Asked, count: int, *, temperature: float = 1.0, draw: bool = F
         told.append(f"They have the labels of the {asked.rows.where}, in their order; --label gives all the same.")
     if asked.run.guide.family.point_mass:
         told.append("The run's codes are points, which need not follow the prior: its draws need not look like data.")
-    return _use("sample", {"x": found} | labels, told, sheets(_arrays({what: found}), _shape(asked)))
+    return _use("sample", {"x": found} | labels, told, draw_sheets(_arrays({what: found}), _shape(asked)))
 
 
-def interpolate(asked: Asked, *, steps: int = 9, how: str = "linear") -> Use:
+def interpolate(asked: UseContext, *, steps: int = 9, how: str = "linear") -> UseResult:
     """The way from row to row through the codes."""
     check_room(asked, steps * (len(asked.rows.x) - 1), f"--steps {steps}")
     found = applications.interpolate(*asked.programs, *asked.given, steps=steps, how=how, seed=asked.seed)
@@ -63,17 +77,17 @@ def interpolate(asked: Asked, *, steps: int = 9, how: str = "linear") -> Use:
         f"A {how} path of {len(found.x)} codes through {_count(asked)}; from one to the next a value moves by "
         f"{moved.mean():.3g} (root mean square), at most {moved.max():.3g}."
     ]
-    figure = sheets(_arrays(legs), _shape(asked), per_line=steps + 1)
+    figure = draw_sheets(_arrays(legs), _shape(asked), per_line=steps + 1)
     return _use("interpolate", {"x": found.x, "z": found.z, "at": found.at}, told, figure)
 
 
-def latent_map(asked: Asked, *, projection: str = "auto", size: int = 20) -> Use:
+def latent_map(asked: UseContext, *, projection: str = "auto", size: int = 20) -> UseResult:
     """The codes on a plane and what every place of it decodes to; with more than two dimensions sliders too."""
-    from pvae.applications.latent_map import sliders
-    from pvae.reporting.latent_map_widget import page, picture, widget
+    from pvae.applications.latent_map import make_sliders
+    from pvae.reporting.latent_map_widget import draw_latent_map, render_page, render_widget
 
     labels, shape = None if asked.rows.labels is None else asked.rows.labels.numpy(), asked.run.data.shape
-    found = applications.map(*asked.programs, *asked.given, projection=projection, size=size, **asked.options)
+    found = applications.map_latents(*asked.programs, *asked.given, projection=projection, size=size, **asked.options)
     arrays = {name: values for name, values in vars(found).items() if isinstance(values, Tensor)}
     told = [f"{_count(asked).capitalize()} by {_WAYS[found.how]}."]
     if found.share is not None and found.how == "pca":
@@ -81,23 +95,26 @@ def latent_map(asked: Asked, *, projection: str = "auto", size: int = 20) -> Use
             f"The plane holds {found.share.sum():.0%} of the variance of the codes' {_dim(asked.run)} dimensions."
         )
     blocks = [
-        ("The latent plane" if found.how == "plane" else "Codes on a plane", widget(found, labels, _shape(asked)))
+        (
+            "The latent plane" if found.how == "plane" else "Codes on a plane",
+            render_widget(found, labels, _shape(asked)),
+        )
     ]
     if _dim(asked.run) > 2 and found.how != "tsne":
-        moved = sliders(*asked.programs, *asked.given, seed=asked.seed)
-        blocks.append(("Along the codes' principal directions", widget(moved, None, shape)))
+        moved = make_sliders(*asked.programs, *asked.given, seed=asked.seed)
+        blocks.append(("Along the codes' principal directions", render_widget(moved, None, shape)))
         arrays |= {f"slider_{name}": values for name, values in vars(moved).items()}
-    made = _use("map", arrays | _labelled(asked), told, picture(found, labels, shape))
+    made = _use("map", arrays | _labelled(asked), told, draw_latent_map(found, labels, shape))
     made.arrays["how"] = np.array(found.how)
     made.aside = made.arrays.keys() - {"codes", "label"}
-    made.page = page(f"Latent map of {asked.run.data.name}", blocks)
+    made.page = render_page(f"Latent map of {asked.run.data.name}", blocks)
     return made
 
 
 _WAYS = {"plane": "their two latent dimensions", "pca": "the codes' principal components", "tsne": "t-SNE of the codes"}
 
 
-def encode(asked: Asked, *, K: int = 64) -> Use:
+def encode(asked: UseContext, *, K: int = 64) -> UseResult:
     """Rows to codes: mean and standard deviation, rate and distortion, beside principal components."""
     found = applications.encode(*asked.programs, *asked.given, K=K, **asked.options)
     pca, dim = through_components(asked.run, asked.x), _dim(asked.run)
@@ -117,17 +134,17 @@ def encode(asked: Asked, *, K: int = 64) -> Use:
     lines = {"original": asked.x, "decoded": decoded, f"PCA, {dim} dimensions": pca}
     arrays = {"mean": found.mean, "sd": found.sd, "rate": found.rate, "distortion": found.distortion}
     arrays |= {"error": found.error, "row": asked.rows.place} | _labelled(asked)
-    return _use("encode", arrays, told, strips(_arrays(lines), _shape(asked)))
+    return _use("encode", arrays, told, draw_strips(_arrays(lines), _shape(asked)))
 
 
-def _bits(asked: Asked, both: Tensor) -> str:
+def _bits(asked: UseContext, both: Tensor) -> str:
     """What rows cost in all, in bits for each value, if x is counted and not measured."""
-    kind = base_measure(asked.run.model, rows_of(asked.rows.x[:2], asked.run.model))
+    kind = base_measure(asked.run.model, as_rows(asked.rows.x[:2], asked.run.model))
     measure = "bits" if kind == "mass" else "bits (of density)"
     return f"with the rest of x {number(mean_se(both))} {measure} per value"
 
 
-def decode(asked: Asked, path: Path, *, draw: bool = False) -> Use:
+def decode(asked: UseContext, path: Path, *, draw: bool = False) -> UseResult:
     """Codes of a file to rows; where the program is given labels, under those that the file has."""
     z = _codes(path, _dim(asked.run))
     own = _named(path, ("label",)) if asked.run.data.classes else None
@@ -136,7 +153,7 @@ def decode(asked: Asked, path: Path, *, draw: bool = False) -> Use:
     told = [f"{len(z)} codes of {path.name} decoded to {'draws' if draw else 'means'} of p(x|z)."]
     if labels:
         told.append(f"Labels are those of {path.name if own is not None else asked.rows.where + ', in their order'}.")
-    return _use("decode", {"x": found} | labels, told, sheets(_arrays({told[0]: found}), _shape(asked)))
+    return _use("decode", {"x": found} | labels, told, draw_sheets(_arrays({told[0]: found}), _shape(asked)))
 
 
 def _codes(path: Path, dim: int) -> np.ndarray:
@@ -163,7 +180,7 @@ def _named(path: Path, names: Sequence[str]) -> np.ndarray | None:
     return None
 
 
-def augment(asked: Asked, *, per_row: int = 4, spread: float = 1.0, draw: bool = False) -> Use:
+def augment(asked: UseContext, *, per_row: int = 4, spread: float = 1.0, draw: bool = False) -> UseResult:
     """New rows around given ones, and how many keep their class."""
     if not 0 <= spread < math.inf:
         raise UserError(f"--spread is {spread:g}, but it must be at least 0")
@@ -184,4 +201,4 @@ def augment(asked: Asked, *, per_row: int = 4, spread: float = 1.0, draw: bool =
         told += filter(None, [preserved(asked.run, asked.rows, found.x, found.row)])
     around = found.x.view(len(asked.x), per_row, -1)
     lines = {"row": asked.x} | {f"new {k + 1}": around[:, k] for k in range(min(per_row, 5))}
-    return _use("augment", arrays, told, strips(_arrays(lines), _shape(asked)))
+    return _use("augment", arrays, told, draw_strips(_arrays(lines), _shape(asked)))

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from pvae.cli.options import DataDir, Device, Run, Trust, takes
+from pvae.cli.options import DataDir, Device, Run, Trust, with_options
 from pvae.errors import UserError
 
 Flag = typer.Option
@@ -55,27 +55,27 @@ def use_flags(
     ) -> None:
         import matplotlib
 
-        from pvae.cli.use_context import Asked
+        from pvae.cli.use_context import UseContext
         from pvae.experiments import opened_run, use_results
-        from pvae.experiments.run_folder import fingerprint, unfinished
+        from pvae.experiments.run_folder import fingerprint, unfinished_note
         from pvae.reporting.style import STYLE
-        from pvae.runtime.progress import bar
+        from pvae.runtime.progress import progress_bar
 
         outs = out or []
         use_results.check_outputs(outs, overwrite, page=page)
         own = opened_run.open_run(run, variant, device=device, data_folder=data_dir, trust=trust)
-        chosen = choose(own, data_dir) if choose else opened_run.chosen(own, rows, select, **reading)
-        if left := unfinished(own.variant):
+        chosen = choose(own, data_dir) if choose else opened_run.select_rows(own, rows, select, **reading)
+        if left := unfinished_note(own.variant):
             typer.echo(f"warning: {own.name} {left}", err=True)
         if own.others and variant is None:
             typer.echo(f"{own.name}, of {1 + len(own.others)} variants (--variant names another)", err=True)
         with matplotlib.rc_context(STYLE), ExitStack() as stack:
-            show = partial(bar, "rows", len(chosen.x) if total == OF_ROWS else total)
-            made = make(Asked(own, chosen, seed, _counted(stack, show), data_dir))
+            show = partial(progress_bar, "rows", len(chosen.x) if total == OF_ROWS else total)
+            made = make(UseContext(own, chosen, seed, _counted(stack, show), data_dir))
             made.columns = own.data.columns
             about = {"variant": own.name, "fitted": fingerprint(own.variant), "shape": own.data.shape}
-            use_results.save(made, *outs)
-            written = outs or use_results.keep(made, run, about)
+            use_results.write_outputs(made, *outs)
+            written = outs or use_results.save_in_run(made, run, about)
         _tell(made, written)
 
     return carry_out
@@ -107,7 +107,7 @@ def _tell(made: Any, written: list[Path]) -> None:
     typer.echo(f"written: {', '.join(map(str, written))}")
 
 
-@takes(use_flags)
+@with_options(use_flags)
 def reconstruct(carry_out: Any, rows: Rows = "test", select: Select = None, samples: Samples = 8) -> None:
     """Rows through their codes and back, beside principal components."""
     from pvae.cli import run_coding
@@ -116,7 +116,7 @@ def reconstruct(carry_out: Any, rows: Rows = "test", select: Select = None, samp
     carry_out(lambda asked: run_coding.reconstruct(asked, K=samples), rows, select)
 
 
-@takes(use_flags)
+@with_options(use_flags)
 def sample(
     carry_out: Any,
     count: Annotated[int, Flag(help="How many.")] = 64,
@@ -133,7 +133,7 @@ def sample(
     )
 
 
-@takes(use_flags)
+@with_options(use_flags)
 def interpolate(
     carry_out: Any,
     rows: Rows = "test",
@@ -148,7 +148,7 @@ def interpolate(
     carry_out(lambda asked: run_coding.interpolate(asked, steps=steps, how=how), rows, select, total=None)
 
 
-@takes(use_flags)
+@with_options(use_flags)
 def latent_map(
     carry_out: Any,
     rows: Rows = "test",
@@ -170,7 +170,7 @@ def latent_map(
     )
 
 
-@takes(use_flags)
+@with_options(use_flags)
 def encode(carry_out: Any, rows: Rows = "test", select: Select = None, samples: Samples = 64) -> None:
     """Rows to codes: mean and standard deviation, rate in bits, distortion."""
     from pvae.cli import run_coding
@@ -179,7 +179,7 @@ def encode(carry_out: Any, rows: Rows = "test", select: Select = None, samples: 
     carry_out(lambda asked: run_coding.encode(asked, K=samples), rows, select)
 
 
-@takes(use_flags)
+@with_options(use_flags)
 def decode(
     carry_out: Any,
     codes: Annotated[Path, typer.Argument(help="Codes: a file of encode, or a table.")],
@@ -191,7 +191,7 @@ def decode(
     carry_out(lambda asked: run_coding.decode(asked, codes, draw=draw), total=None)
 
 
-@takes(use_flags)
+@with_options(use_flags)
 def denoise(
     carry_out: Any,
     rows: Rows = "test",
@@ -217,7 +217,7 @@ def denoise(
     carry_out(make, rows, select, raw=not add)
 
 
-@takes(use_flags)
+@with_options(use_flags)
 def impute(
     carry_out: Any,
     rows: Rows = "test",
@@ -239,7 +239,7 @@ def impute(
     )
 
 
-@takes(use_flags)
+@with_options(use_flags)
 def augment(
     carry_out: Any,
     rows: Rows = "train",
@@ -255,7 +255,7 @@ def augment(
     carry_out(lambda asked: run_coding.augment(asked, per_row=per_row, spread=spread, draw=draw), rows, select)
 
 
-@takes(use_flags)
+@with_options(use_flags)
 def anomalies(
     carry_out: Any,
     rows: Rows = "test",
@@ -284,7 +284,7 @@ def anomalies(
     )
 
 
-@takes(use_flags)
+@with_options(use_flags)
 def classify(
     carry_out: Any,
     rows: Rows = "test",

@@ -7,15 +7,15 @@ from torch import Tensor
 
 from pvae import applications
 from pvae.cli.baselines import column_means
-from pvae.cli.use_context import Asked, _arrays, _count, _error, _masked_error, _of, _shape, _use
+from pvae.cli.use_context import UseContext, _arrays, _count, _error, _masked_error, _of, _shape, _use
 from pvae.errors import UserError
-from pvae.experiments.use_results import Use
+from pvae.experiments.use_results import UseResult
 from pvae.recipes.registry import parse
-from pvae.reporting.application_figures import strips
+from pvae.reporting.application_figures import draw_strips
 from pvae.stats import mean_se, number
 
 
-def denoise(asked: Asked, word: str, *, add: bool, K: int = 100, steps: int = 100) -> Use:
+def denoise(asked: UseContext, word: str, *, add: bool, K: int = 100, steps: int = 100) -> UseResult:
     """Rows without their noise: what x was, on average, given what is seen of it.
 
     Arguments:
@@ -42,10 +42,10 @@ def denoise(asked: Asked, word: str, *, add: bool, K: int = 100, steps: int = 10
         )
         lines = {"clean": asked.x} | lines
     arrays = {"x": found.x, "sd": found.sd, "seen": seen, "ess": found.ess, "row": asked.rows.place}
-    return _use("denoise", arrays, told, strips(_arrays(lines), _shape(asked)))
+    return _use("denoise", arrays, told, draw_strips(_arrays(lines), _shape(asked)))
 
 
-def impute(asked: Asked, *, hide: float | None, draws: int = 5, K: int = 100, steps: int = 100) -> Use:
+def impute(asked: UseContext, *, hide: float | None, draws: int = 5, K: int = 100, steps: int = 100) -> UseResult:
     """Missing entries filled in from those that are there.
 
     Arguments:
@@ -74,17 +74,17 @@ def impute(asked: Asked, *, hide: float | None, draws: int = 5, K: int = 100, st
         told.append(f"Squared error of the hidden entries {_of(own)}; their columns' means leave {_of(plain)}.")
         lines = {"original": asked.x} | lines
     arrays = {"x": filled, "sd": found.sd, "draws": found.draws, "ess": found.ess, "row": asked.rows.place}
-    return _use("impute", arrays, told, strips(_arrays(lines), _shape(asked)))
+    return _use("impute", arrays, told, draw_strips(_arrays(lines), _shape(asked)))
 
 
-def _relied_on(asked: Asked, ess: Tensor, K: int) -> str:
+def _relied_on(asked: UseContext, ess: Tensor, K: int) -> str:
     """How many of a row's weighed draws count, at the median."""
     if asked.run.guide.family.point_mass:
         return "one code, the best that was found: no posterior is averaged over"
     return f"{K} weighed draws, of which {ess.nanmedian():.0f} count in the median row"
 
 
-def _there(asked: Asked, hide: float | None) -> Tensor:
+def _there(asked: UseContext, hide: float | None) -> Tensor:
     """Which entries are there, [B, C]."""
     there = ~asked.x.isnan()
     if hide is not None:

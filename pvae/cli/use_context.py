@@ -12,17 +12,17 @@ import torch
 from torch import Tensor
 
 from pvae.errors import UserError
-from pvae.experiments.opened_run import Chosen, Opened
-from pvae.experiments.use_results import Use
+from pvae.experiments.opened_run import Run, SelectedRows
+from pvae.experiments.use_results import UseResult
 from pvae.runtime.torch_state import available_memory
 from pvae.stats import Estimate, mean_se, number
 
 
-class Asked(NamedTuple):
+class UseContext(NamedTuple):
     """What concerns every use: an opened run, rows, the seed, whom to tell of progress, and where data sets are."""
 
-    run: Opened
-    rows: Chosen
+    run: Run
+    rows: SelectedRows
     seed: int = 0
     progress: Callable[[int], None] = lambda rows: None
     data_folder: Path | None = None
@@ -48,7 +48,7 @@ class Asked(NamedTuple):
         return self.rows.x, self.rows.index
 
 
-def check_room(asked: Asked, rows: int, flag: str) -> None:
+def check_room(asked: UseContext, rows: int, flag: str) -> None:
     """Refuse more new rows than half of the memory that is left can hold, twice: on their way and laid end to end."""
     size, room = 8 * rows * asked.run.columns, available_memory() / 2
     if size > room:
@@ -58,7 +58,7 @@ def check_room(asked: Asked, rows: int, flag: str) -> None:
         )
 
 
-def _beside(asked: Asked, count: int, labels: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+def _beside(asked: UseContext, count: int, labels: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
     """What new rows are given beside their latents [count, C]: labels, if the program takes any, and these by name.
 
     Arguments:
@@ -90,19 +90,19 @@ def _of(estimate: Estimate) -> str:
     return number(estimate) if math.isfinite(estimate.mean) else "an unknown error (entries are missing)"
 
 
-def _dim(run: Opened) -> int:
+def _dim(run: Run) -> int:
     return run.guide.sites.dim
 
 
-def _count(asked: Asked) -> str:
+def _count(asked: UseContext) -> str:
     return f"{len(asked.x)} {asked.rows.where}"
 
 
-def _shape(asked: Asked) -> tuple[int, ...]:
+def _shape(asked: UseContext) -> tuple[int, ...]:
     return asked.run.data.shape
 
 
-def _labelled(asked: Asked) -> dict[str, Tensor]:
+def _labelled(asked: UseContext) -> dict[str, Tensor]:
     return {} if asked.rows.labels is None else {"label": asked.rows.labels}
 
 
@@ -110,5 +110,7 @@ def _arrays(lines: dict[str, Tensor]) -> dict[str, np.ndarray]:
     return {name: values.detach().cpu().numpy() for name, values in lines.items()}
 
 
-def _use(verb: str, arrays: dict[str, Tensor], told: list[str], figure: Any) -> Use:
-    return Use(verb, {name: values.detach().cpu().numpy() for name, values in arrays.items()}, told, figure=figure)
+def _use(verb: str, arrays: dict[str, Tensor], told: list[str], figure: Any) -> UseResult:
+    return UseResult(
+        verb, {name: values.detach().cpu().numpy() for name, values in arrays.items()}, told, figure=figure
+    )

@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pvae.data.memmap import Mapped, piece
-from pvae.data.preprocessing import bernoulli, draw_once
-from pvae.data.sources import PARTS, kinds_of
+from pvae.data.memmap import MemmapRows, rows_per_chunk
+from pvae.data.preprocessing import draw_bernoulli, draw_fixed_binarization
+from pvae.data.sources import SPLITS, unique_labels
 from pvae.runtime import distributed
 
 # Values of the first training rows that stand for all of those on disk: 64 MiB as float32.
@@ -39,7 +39,7 @@ class Dataset:
         name: where the data come from.
         train, validation, test: rows [N, D], [V, D], [M, D]; under dynamic binarization ``train`` holds the
             intensities, while validation and test are drawn once with a fixed seed. Training rows on disk are a
-            `Mapped`, which is indexed as a tensor is.
+            `MemmapRows`, which is indexed as a tensor is.
         shape: of one datapoint, for pictures.
         binarize: ``none``, ``threshold`` (x > 0.5), ``dynamic`` (drawn afresh for each batch) or ``levels`` (whole
             numbers from 0, as a picture is stored).
@@ -52,7 +52,7 @@ class Dataset:
     """
 
     name: str
-    train: Tensor | Mapped
+    train: Tensor | MemmapRows
     validation: Tensor
     test: Tensor
     shape: tuple[int, ...]
@@ -74,7 +74,7 @@ class Dataset:
     @property
     def kinds(self) -> Tensor | None:
         """The different labels of all parts, sorted, which is the order of a label's columns; None without labels."""
-        return kinds_of((self.train_labels, self.validation_labels, self.test_labels))
+        return unique_labels((self.train_labels, self.validation_labels, self.test_labels))
 
     @property
     def identity(self) -> str:
@@ -85,11 +85,11 @@ class Dataset:
     @property
     def digest(self) -> str:
         """SHA-256 of the hashes of all rows in their order, first 16 hex digits."""
-        return hashlib.sha256(b"".join(map(self._digest, PARTS))).hexdigest()[:16]
+        return hashlib.sha256(b"".join(map(self._digest, SPLITS))).hexdigest()[:16]
 
     def _digest(self, part: str) -> bytes:
         rows = getattr(self, part)
-        known = rows.known if isinstance(rows, Mapped) else {}
+        known = rows.known if isinstance(rows, MemmapRows) else {}
         if "digest" not in known:
             marks = np.empty(len(rows), "V16")
             for x, index in self.pieces(part):
@@ -101,14 +101,14 @@ class Dataset:
     @property
     def sample(self) -> Tensor:
         """The training rows, or of those on disk the first, which are in random order, that 64 MiB hold."""
-        return self.train[: max(2, SAMPLE // self.train.shape[1])] if isinstance(self.train, Mapped) else self.train
+        return self.train[: max(2, SAMPLE // self.train.shape[1])] if isinstance(self.train, MemmapRows) else self.train
 
     def pieces(self, part: str) -> Iterator[Batch]:
         """All rows of a part, few at a time, with their positions; those on disk come in the order of the file."""
         rows = getattr(self, part)
-        if isinstance(rows, Mapped):
+        if isinstance(rows, MemmapRows):
             return starmap(Batch, rows.pieces())
-        size = piece(rows.shape[1])
+        size = rows_per_chunk(rows.shape[1])
         return map(Batch, rows.split(size), torch.arange(len(rows), device=rows.device).split(size))
 
     def to(self, device: torch.device) -> Dataset:
@@ -119,9 +119,9 @@ class Dataset:
 
     def shard(self) -> Dataset:
         """The same data with those training rows that this process owns, counted from 0."""
-        own = distributed.share(len(self.train))
+        own = distributed.shard(len(self.train))
         part = slice(own.start, own.stop)
-        train = self.train.part(part) if isinstance(self.train, Mapped) else self.train[part]
+        train = self.train.part(part) if isinstance(self.train, MemmapRows) else self.train[part]
         labels = None if self.train_labels is None else self.train_labels[part]
         return self if len(own) == len(self.train) else replace(self, train=train, train_labels=labels)
 
@@ -133,7 +133,7 @@ class Dataset:
         Of so many ``steps`` as are told the last takes all rows that are left.
         """
         order = self.order(batch_size, seed, epoch, start, steps)
-        if not isinstance(self.train, Mapped):
+        if not isinstance(self.train, MemmapRows):
             yield from (Batch(self.rows(index), index) for index in order)
             return
         for x, index in self.train.batches(order):
@@ -142,10 +142,10 @@ class Dataset:
     def order(
         self, batch_size: int, seed: int, epoch: int, start: int = 0, steps: int | None = None
     ) -> Iterator[Tensor]:
-        """Which rows the batches of :meth:`batches` have."""
+        """Which rows the batches of `batches` have."""
         generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
         order = torch.randperm(len(self.train), generator=generator)
-        order = order if isinstance(self.train, Mapped) else order.to(self.train.device)
+        order = order if isinstance(self.train, MemmapRows) else order.to(self.train.device)
         last = (steps or -(-len(order) // batch_size)) - 1
         for step in range(start, last + 1):
             yield order[step * batch_size : len(order) if step == last else (step + 1) * batch_size]
@@ -157,7 +157,7 @@ class Dataset:
     def _drawn(self, x: Tensor) -> Tensor:
         if self.binarize != "dynamic":
             return x
-        return bernoulli(x) if self.missing else torch.bernoulli(x)
+        return draw_bernoulli(x) if self.missing else torch.bernoulli(x)
 
     def fixed_train(self, rows: int | Tensor) -> Batch:
         """The first training rows, or those at some positions, as evaluation sees them.
@@ -165,7 +165,7 @@ class Dataset:
         Under dynamic binarization these rows, and no others, are drawn once, with a fixed seed.
         """
         x = self.train[slice(rows) if isinstance(rows, int) else rows]
-        x = draw_once(x.cpu()).to(x.device) if self.binarize == "dynamic" else x
+        x = draw_fixed_binarization(x.cpu()).to(x.device) if self.binarize == "dynamic" else x
         return Batch(x, torch.arange(len(x), device=x.device) if isinstance(rows, int) else rows)
 
     def summary(self) -> str:
@@ -186,7 +186,7 @@ class Dataset:
         }[self.binarize]
         how += f", each with its label of {self.classes}" if self.classes else ""
         how += f", {1 - there / (columns * len(self.train)):.1%} of the entries missing" if self.missing else ""
-        how += ", read from disk as it goes" if isinstance(self.train, Mapped) else ""
+        how += ", read from disk as it goes" if isinstance(self.train, MemmapRows) else ""
         held_out = f"{len(self.validation)} validation + " if len(self.validation) else ""
         sizes = f"{len(self.train)} training + {held_out}{len(self.test)} test rows"
         shape = " x ".join(map(str, self.shape))

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from pvae.data.dataset import Dataset, Split
-from pvae.data.memmap import Mapped, piece
-from pvae.data.preprocessing import BINARIZATIONS, binarized, check_shape, checked
-from pvae.data.sources import NAMES, PARTS, TORCHVISION, hold_out, kinds_of, labels_of, read
+from pvae.data.memmap import MemmapRows, rows_per_chunk
+from pvae.data.preprocessing import BINARIZATIONS, apply_binarization, check_shape, check_values
+from pvae.data.sources import NAMES, SPLITS, TORCHVISION, read_source, select_labels, split_rows, unique_labels
 from pvae.errors import UserError, nearest
 from pvae.runtime import distributed
 from pvae.runtime.torch_state import available_memory
@@ -24,7 +24,7 @@ from pvae.runtime.torch_state import available_memory
 TOP_LEVEL = {"digits": 16} | dict.fromkeys(TORCHVISION, 255)
 
 
-def load(
+def load_data(
     name: str,
     *,
     binarize: str = "none",
@@ -60,13 +60,13 @@ def load(
             infinity (names the row); a column without any training value; values that can't be binarized; a split
             larger than the data; labels wanted where there are none.
 
-    >>> load("digits", binarize="threshold").train.shape
+    >>> load_data("digits", binarize="threshold").train.shape
     torch.Size([1438, 64])
     """
     if binarize not in BINARIZATIONS:
         raise UserError(f"unknown binarization '{binarize}'{nearest(binarize, BINARIZATIONS)}")
-    rows = read(name, folder)
-    split = partial(hold_out, test_size=test_size, validation_size=validation_size, seed=seed)
+    rows = read_source(name, folder)
+    split = partial(split_rows, test_size=test_size, validation_size=validation_size, seed=seed)
     if not _streams(name, rows["x_train"], stream):
         found = _resident(name, rows, binarize, split, with_labels, missing, only)
     elif with_labels or only is not None:
@@ -90,14 +90,14 @@ def _resident(
         if f"x_{part}" in rows:
             where, x = f"{name} (test rows)" if part == "test" else name, np.asarray(rows[f"x_{part}"])
             check_shape(where, x)
-            rows[f"x_{part}"] = checked(where, x, binarize, TOP_LEVEL.get(name, 1), missing=missing)
+            rows[f"x_{part}"] = check_values(where, x, binarize, TOP_LEVEL.get(name, 1), missing=missing)
     split(name, rows, rows["x_train"][0].size)
-    tensors = {part: torch.from_numpy(rows[f"x_{part}"]) for part in PARTS}
-    labels, names = labels_of(name, rows)
+    tensors = {part: torch.from_numpy(rows[f"x_{part}"]) for part in SPLITS}
+    labels, names = select_labels(name, rows)
     shape, other = tensors["train"].shape[1:], tensors["test"].shape[1:]
     if other != shape:
         raise UserError(f"{name}: test rows have shape {tuple(other)}, but training rows {tuple(shape)}")
-    flat = binarized({part: values.flatten(1).contiguous() for part, values in tensors.items()}, binarize)
+    flat = apply_binarization({part: values.flatten(1).contiguous() for part, values in tensors.items()}, binarize)
     classes = 0
     if only is not None:
         flat, labels = _only(name, flat, labels, only)
@@ -125,7 +125,7 @@ def _only(
     known = {part: values for part, values in labels.items() if values is not None}
     if any(len(rows) and part not in known for part, rows in x.items()):
         raise UserError(f"{name}: --only takes labels, and not all rows have one; add a column or array of labels")
-    found = kinds_of(known.values())
+    found = unique_labels(known.values())
     kinds = [] if found is None else found.tolist()
     wanted = ",".join(map(str, only))
     if not only or not set(only) <= set(kinds):
@@ -182,11 +182,11 @@ def _streamed(path: Path, x: np.ndarray, binarize: str, split: Split, missing: b
             f"{path}: {held} test and validation rows take {4 * held * columns / 2**30:.3g} GiB, more than half of the "
             "memory that is left; give counts as --test-size and --validation-size"
         )
-    size = piece(columns)
-    for first in (size * number for number in distributed.share(-(-len(x) // size))):
-        checked(str(path), x[first : first + size], binarize, 1, first, missing=missing)
-    parts = {part: Mapped(path, rows[f"x_{part}"], threshold=binarize == "threshold") for part in PARTS}
-    held_out = binarized({part: parts[part].resident() for part in ("validation", "test")}, binarize)
+    size = rows_per_chunk(columns)
+    for first in (size * number for number in distributed.shard(-(-len(x) // size))):
+        check_values(str(path), x[first : first + size], binarize, 1, first, missing=missing)
+    parts = {part: MemmapRows(path, rows[f"x_{part}"], threshold=binarize == "threshold") for part in SPLITS}
+    held_out = apply_binarization({part: parts[part].resident() for part in ("validation", "test")}, binarize)
     return Dataset(path.stem, parts["train"], held_out["validation"], held_out["test"], x.shape[1:], binarize)
 
 
@@ -195,7 +195,7 @@ def _labelled(name: str, x: dict[str, Tensor], labels: dict[str, Tensor | None])
     known = {part: values for part, values in labels.items() if values is not None}
     if any(len(rows) and part not in known for part, rows in x.items()):
         raise UserError(f"{name}: the program takes labels, and not all rows have one; add a column or array of labels")
-    kinds = kinds_of(known.values())
+    kinds = unique_labels(known.values())
     assert kinds is not None  # training rows have labels
     found = dict(x)
     for part, values in known.items():

@@ -24,15 +24,15 @@ from pvae.errors import UserError
 READERS, AHEAD = 2, 4
 
 # Values in a piece, where all rows are looked at: 4 MiB as float32.
-PIECE = 2**20
+CHUNK_BYTES = 2**20
 
 
-def piece(columns: int) -> int:
+def rows_per_chunk(columns: int) -> int:
     """Rows that are looked at together where all are."""
-    return max(1, PIECE // columns)
+    return max(1, CHUNK_BYTES // columns)
 
 
-class Mapped:
+class MemmapRows:
     """Some rows of a ``.npy`` file, in an order of their own, that are read when they are indexed.
 
     It is indexed by a slice or a tensor of positions, as a tensor of rows [N, D] is, and gives a float32 tensor [B, D].
@@ -68,13 +68,13 @@ class Mapped:
         """Whether rows are handed out on a GPU."""
         return self.device.type == "cuda"
 
-    def to(self, device: torch.device) -> Mapped:
+    def to(self, device: torch.device) -> MemmapRows:
         """The same rows, handed out on a device."""
         moved = copy.copy(self)
         moved.device = torch.device(device)
         return moved
 
-    def part(self, which: slice) -> Mapped:
+    def part(self, which: slice) -> MemmapRows:
         """Some of these rows, which forgets the others."""
         found = copy.copy(self)
         found.rows, found.known = self.rows[which].copy(), {}
@@ -89,7 +89,7 @@ class Mapped:
     def pieces(self) -> Iterator[tuple[Tensor, Tensor]]:
         """All rows once, in the order of the file, a piece at a time, each with its positions."""
         self._advise("MADV_NORMAL")
-        return self._ahead(torch.from_numpy(self.rows.argsort()).split(piece(self.shape[1])))
+        return self._ahead(torch.from_numpy(self.rows.argsort()).split(rows_per_chunk(self.shape[1])))
 
     def resident(self) -> Tensor:
         """All rows as one tensor in memory."""

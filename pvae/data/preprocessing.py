@@ -22,7 +22,7 @@ def check_shape(where: str, x: np.ndarray) -> None:
         raise UserError(f"{where}: the array has shape {x.shape}, but at least 2 rows of at least 1 value are needed")
 
 
-def checked(
+def check_values(
     where: str, x: np.ndarray, binarize: str, top_level: int, first: int | None = None, *, missing: bool = False
 ) -> np.ndarray:
     """The values as float32, refused if they are not finite or can't be binarized.
@@ -61,20 +61,20 @@ def _refuse(where: str, x: np.ndarray, bad: np.ndarray, advice: str, first: int 
     raise UserError(f"{where}: row {start + row}, column {column} is {value}; {advice} ({len(places)} {among})")
 
 
-def bernoulli(x: Tensor, generator: torch.Generator | None = None) -> Tensor:
+def draw_bernoulli(x: Tensor, generator: torch.Generator | None = None) -> Tensor:
     """0 or 1 with the intensities x as probabilities; NaN stays NaN."""
     return torch.bernoulli(x.nan_to_num(), generator=generator).masked_fill(x.isnan(), torch.nan)
 
 
-def draw_once(x: Tensor) -> Tensor:
+def draw_fixed_binarization(x: Tensor) -> Tensor:
     """0 or 1 with the intensities x as probabilities, the same each time; NaN stays NaN."""
-    return bernoulli(x, torch.Generator().manual_seed(FIXED_SEED))
+    return draw_bernoulli(x, torch.Generator().manual_seed(FIXED_SEED))
 
 
-def binarized(x: dict[str, Tensor], binarize: str) -> dict[str, Tensor]:
+def apply_binarization(x: dict[str, Tensor], binarize: str) -> dict[str, Tensor]:
     """Rows by part as they are trained and evaluated on, NaN as it was; dynamic training rows stay intensities."""
     if binarize in ("none", "levels"):
         return x
     if binarize == "threshold":
         return {part: (values > 0.5).float().masked_fill(values.isnan(), torch.nan) for part, values in x.items()}
-    return {part: values if part == "train" else draw_once(values) for part, values in x.items()}
+    return {part: values if part == "train" else draw_fixed_binarization(values) for part, values in x.items()}

@@ -18,14 +18,14 @@ from pvae.errors import UserError, nearest
 TORCHVISION = {"mnist": "MNIST", "fashion-mnist": "FashionMNIST", "kmnist": "KMNIST"}
 NAMES = ("digits", *TORCHVISION)
 
-PARTS = ("train", "validation", "test")
+SPLITS = ("train", "validation", "test")
 
 # Values of the test rows that are held out unless told, at most: 1 GiB as float32. It depends on the data alone, lest
 # the same file be split in another way where memory is short.
 HELD_OUT = 2**28
 
 
-def read(name: str, folder: str | Path | None) -> dict[str, Any]:
+def read_source(name: str, folder: str | Path | None) -> dict[str, Any]:
     """Arrays x_train and, where there are some, x_test, y_train, y_test."""
     if name == "digits":
         from sklearn.datasets import load_digits
@@ -61,7 +61,7 @@ def _read_torchvision(name: str, folder: str | Path | None) -> dict[str, Any]:
     return rows
 
 
-def hold_out(
+def split_rows(
     name: str, rows: dict[str, Any], columns: int, test_size: float | None, validation_size: float, seed: int
 ) -> None:
     """Take test rows, where there are none, and validation rows out of the training rows."""
@@ -95,10 +95,10 @@ def _split(rows: dict[str, np.ndarray], part: str, size: float, generator: torch
             rows[f"{kind}_{part}"], rows[f"{kind}_train"] = whole[order[:count]], whole[order[count:]]
 
 
-def labels_of(name: str, rows: dict[str, Any]) -> tuple[dict[str, Tensor | None], tuple[str, ...] | None]:
+def select_labels(name: str, rows: dict[str, Any]) -> tuple[dict[str, Tensor | None], tuple[str, ...] | None]:
     """Classes as numbers; words are numbered in alphabetical order, and are the second thing returned."""
     names = None
-    known = [part for part in PARTS if f"y_{part}" in rows]
+    known = [part for part in SPLITS if f"y_{part}" in rows]
     whole = np.concatenate([np.asarray(rows[f"y_{part}"]) for part in known]) if known else np.zeros(0)
     if any(value is None or value != value for value in whole.tolist()):
         raise UserError(f"{name}: row {_first_missing(whole)} has no label; fill it in, or leave the labels out")
@@ -107,10 +107,10 @@ def labels_of(name: str, rows: dict[str, Any]) -> tuple[dict[str, Tensor | None]
         names = tuple(words.tolist())
         parts = np.split(numbers, np.cumsum([len(rows[f"y_{part}"]) for part in known])[:-1])
         rows = rows | {f"y_{part}": values for part, values in zip(known, parts, strict=False)}
-    return {part: torch.as_tensor(rows[f"y_{part}"]) if part in known else None for part in PARTS}, names
+    return {part: torch.as_tensor(rows[f"y_{part}"]) if part in known else None for part in SPLITS}, names
 
 
-def kinds_of(labels: Iterable[Tensor | None]) -> Tensor | None:
+def unique_labels(labels: Iterable[Tensor | None]) -> Tensor | None:
     """The different labels of all parts, sorted; None where no part has any."""
     known = [values for values in labels if values is not None]
     return torch.cat(known).unique() if known else None

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from pvae.diagnostics.calibration import Calibration, calibrate
 from pvae.diagnostics.evaluation import bounds
-from pvae.diagnostics.latent_usage import Health, latent_health
-from pvae.diagnostics.mcmc_reference import Reference, compare, long_chains
-from pvae.diagnostics.predictive_checks import Predictive, predictive_checks
+from pvae.diagnostics.latent_usage import LatentUsage, measure_latent_usage
+from pvae.diagnostics.mcmc_reference import MCMCReference, compare_with_chains, run_long_chains
+from pvae.diagnostics.predictive_checks import PredictiveChecks, run_predictive_checks
 from pvae.inference.guides import Guide
 from pvae.runtime.pyro_params import Program
 from pvae.samplers.ais import sandwich
@@ -31,7 +31,7 @@ LEAPFROGS, WARM_UP, CHAINS = 3, 300, 8
 
 
 @dataclass(frozen=True)
-class Plan:
+class DiagnosisBudget:
     """How closely a diagnosis looks; its cost follows.
 
     Attributes:
@@ -68,10 +68,10 @@ class Plan:
         }
 
 
-PLANS = {
-    "quick": Plan(200, 500, 100, 20, 200, 8, 200, 10, 600),
-    "standard": Plan(500, 1000, 300, 50, 500, 16, 500, 50, 1000),
-    "thorough": Plan(1000, 5000, 1000, 100, 5000, 16, 2000, 100, 4000),
+DIAGNOSIS_BUDGETS = {
+    "quick": DiagnosisBudget(200, 500, 100, 20, 200, 8, 200, 10, 600),
+    "standard": DiagnosisBudget(500, 1000, 300, 50, 500, 16, 500, 50, 1000),
+    "thorough": DiagnosisBudget(1000, 5000, 1000, 100, 5000, 16, 2000, 100, 4000),
 }
 
 
@@ -82,7 +82,7 @@ class Rows:
     x: Tensor
     labels: Tensor
 
-    def figures(self) -> dict[str, Estimate]:
+    def summary(self) -> dict[str, Estimate]:
         return {}
 
 
@@ -93,7 +93,7 @@ class Bounds:
     lower: Tensor
     upper: Tensor
 
-    def figures(self) -> dict[str, Estimate]:
+    def summary(self) -> dict[str, Estimate]:
         """Nats between the bounds, of the rows that annealing did not lose."""
         width = self.upper - self.lower
         return {"evidence_width": mean_se(width[width.isfinite()])}
@@ -108,7 +108,7 @@ class Weights:
     k_hat: Tensor
     ess: Tensor
 
-    def figures(self) -> dict[str, Estimate]:
+    def summary(self) -> dict[str, Estimate]:
         """Means over the rows, the share whose k-hat is above 0.7, and the draws that half of the rows need."""
         above = (~(self.k_hat <= UNRELIABLE)).double()  # a row whose weights are all zero has none, and is no better
         needed = Estimate(draws_needed(self.k_hat).median().item(), math.nan)
@@ -118,12 +118,12 @@ class Weights:
 
 KINDS: dict[str, type] = {
     "rows": Rows,
-    "health": Health,
-    "predictive": Predictive,
+    "health": LatentUsage,
+    "predictive": PredictiveChecks,
     "weights": Weights,
     "calibration": Calibration,
     "sandwich": Bounds,
-    "reference": Reference,
+    "reference": MCMCReference,
 }
 
 
@@ -139,7 +139,7 @@ class Subject(NamedTuple):
     seed: int
 
 
-class Part(NamedTuple):
+class Task(NamedTuple):
     """A piece of work that the ledger keeps: its name, about how many decoder passes it takes, and the work.
 
     A name is that of what is made, the q of which it is made after a dash, and the number of its first row after a dot.
@@ -159,30 +159,30 @@ class Part(NamedTuple):
         return KINDS[self.of.partition("-")[0]]
 
 
-def stages(subject: Subject, plan: Plan) -> Iterator[Part]:
+def list_tasks(subject: Subject, plan: DiagnosisBudget) -> Iterator[Task]:
     """The pieces of work, cheap ones first; what follows a dot in a name numbers its batches of rows."""
     cost, model, x, seed = plan.passes(), subject.model, subject.x, subject.seed
-    yield Part("rows", 0, lambda: Rows(x, subject.labels))
-    yield Part("health", cost["health"], partial(latent_health, model, subject.guide, x, seed=seed))
-    checks = partial(predictive_checks, model, subject.guide, x, K=plan.draws, steps=plan.steps, seed=seed)
-    yield Part("predictive", cost["predictive"], checks)
+    yield Task("rows", 0, lambda: Rows(x, subject.labels))
+    yield Task("health", cost["health"], partial(measure_latent_usage, model, subject.guide, x, seed=seed))
+    checks = partial(run_predictive_checks, model, subject.guide, x, K=plan.draws, steps=plan.steps, seed=seed)
+    yield Task("predictive", cost["predictive"], checks)
     if subject.guide.family.point_mass:
         return
     both = (("guide", subject.guide), ("best", subject.best))
     for who, q in both:
-        yield Part(f"weights-{who}", cost["weights"] / 2, partial(_weights, subject, q, plan))
+        yield Task(f"weights-{who}", cost["weights"] / 2, partial(_weights, subject, q, plan))
     for who, q in both:
         work: Callable[[], Any] = partial(calibrate, model, q, x, rows=plan.simulated, seed=seed)
-        yield Part(f"calibration-{who}", cost["calibration"] / 2, work)
+        yield Task(f"calibration-{who}", cost["calibration"] / 2, work)
     for batch in _batches(plan.annealed):
         work = partial(_bounds, subject, plan, batch)
-        yield Part(f"sandwich.{batch.start:05}", cost["sandwich"] * (batch.stop - batch.start) / plan.annealed, work)
+        yield Task(f"sandwich.{batch.start:05}", cost["sandwich"] * (batch.stop - batch.start) / plan.annealed, work)
     for batch in _batches(min(plan.references, len(x))):
         chains = cache(partial(_chains, subject, plan, batch))
         for who, q in both:
             work = partial(_reference, chains, q, x[batch], seed + batch.start)
             cost_of = cost["reference"] * (batch.stop - batch.start) / plan.references / 2
-            yield Part(f"reference-{who}.{batch.start:05}", cost_of, work)
+            yield Task(f"reference-{who}.{batch.start:05}", cost_of, work)
 
 
 def _batches(rows: int) -> Iterator[slice]:
@@ -191,12 +191,12 @@ def _batches(rows: int) -> Iterator[slice]:
     return (slice(begin, end) for begin, end in pairwise([0, *ends]))
 
 
-def _weights(subject: Subject, q: Guide, plan: Plan) -> Weights:
+def _weights(subject: Subject, q: Guide, plan: DiagnosisBudget) -> Weights:
     found = bounds(subject.model, q, subject.x, K=plan.draws, seed=subject.seed).values
     return Weights(**{name: found[name] for name in ("elbo", "iwae", "k_hat", "ess")})
 
 
-def _bounds(subject: Subject, plan: Plan, batch: slice) -> Bounds:
+def _bounds(subject: Subject, plan: DiagnosisBudget, batch: slice) -> Bounds:
     rows = torch.arange(batch.start, batch.stop, device=subject.x.device) % len(subject.x)
     found = sandwich(
         subject.model,
@@ -208,8 +208,8 @@ def _bounds(subject: Subject, plan: Plan, batch: slice) -> Bounds:
     return Bounds(found.lower, found.upper)
 
 
-def _chains(subject: Subject, plan: Plan, batch: slice) -> Chains:
-    return long_chains(
+def _chains(subject: Subject, plan: DiagnosisBudget, batch: slice) -> Chains:
+    return run_long_chains(
         subject.model,
         subject.x[batch],
         None,
@@ -222,11 +222,11 @@ def _chains(subject: Subject, plan: Plan, batch: slice) -> Chains:
     )
 
 
-def _reference(chains: Callable[[], Chains], q: Guide, x: Tensor, seed: int) -> Reference:
-    return compare(chains(), q, x, seed=seed)
+def _reference(chains: Callable[[], Chains], q: Guide, x: Tensor, seed: int) -> MCMCReference:
+    return compare_with_chains(chains(), q, x, seed=seed)
 
 
-def joined(pieces: list[Any]) -> Any:
+def concatenate(pieces: list[Any]) -> Any:
     """One part of several batches of rows; what is not of rows is the first one's."""
     if len(pieces) == 1:
         return pieces[0]

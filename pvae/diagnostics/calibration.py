@@ -11,10 +11,10 @@ from torch import Tensor
 
 from pvae.errors import UserError
 from pvae.inference.guides import Guide
-from pvae.runtime.pyro_params import Program, own_parameters
-from pvae.runtime.torch_state import seeded, unchecked
+from pvae.runtime.pyro_params import Program, local_param_store
+from pvae.runtime.torch_state import no_validation, seeded
 from pvae.samplers.hmc import at_least_one
-from pvae.samplers.log_joint import simulate
+from pvae.samplers.log_joint import simulate_joint
 from pvae.stats import Estimate, holm, mean_se, uniform_p
 
 # Rows whose q is asked for together.
@@ -47,7 +47,7 @@ class Calibration:
         """p-value of each dimension's ranks for being uniform, adjusted for being D of them, [D]."""
         return holm(uniform_p(self.ranks))
 
-    def figures(self) -> dict[str, Estimate]:
+    def summary(self) -> dict[str, Estimate]:
         """What the verdict looks at.
 
         ``sbc_p``, ``sbc_distance``: the smallest adjusted p-value of the ranks, the largest distance of their ECDF from
@@ -58,9 +58,9 @@ class Calibration:
         z = self.z_score.double()
         return {
             "sbc_p": _plain(self.p_values().min()),
-            "sbc_distance": _plain(distance(self.ranks).max()),
+            "sbc_distance": _plain(ecdf_distance(self.ranks).max()),
             "tarp_p": _plain(uniform_p(self.tarp.unsqueeze(-1))[0]),
-            "tarp_distance": _plain(distance(self.tarp.unsqueeze(-1))[0]),
+            "tarp_distance": _plain(ecdf_distance(self.tarp.unsqueeze(-1))[0]),
             "sbc_coverage_50": self._coverage(0.5),
             "sbc_coverage_90": self._coverage(0.9),
             "z_mean": mean_se(z[:, z.mean(0).abs().argmax()]),
@@ -80,10 +80,10 @@ def _root(square: Estimate) -> Estimate:
     return Estimate(square.mean**0.5, square.se / (2 * square.mean**0.5))
 
 
-def distance(u: Tensor) -> Tensor:
+def ecdf_distance(u: Tensor) -> Tensor:
     r"""Largest distance of the ECDF of each column of u [N, D] from the uniform one, :math:`\sup_t |F_N(t) - t|`, [D].
 
-    >>> distance(torch.tensor([[0.25], [0.75]]))
+    >>> ecdf_distance(torch.tensor([[0.25], [0.75]]))
     tensor([0.2500], dtype=torch.float64)
     """
     ordered, N = u.double().sort(0).values, len(u)
@@ -91,12 +91,12 @@ def distance(u: Tensor) -> Tensor:
     return torch.maximum(steps[1:] - ordered, ordered - steps[:-1]).amax(0)
 
 
-def band(N: int, D: int = 1, level: float = 0.95) -> float:
+def ecdf_band(N: int, D: int = 1, level: float = 0.95) -> float:
     """Half the width of a band that holds the ECDFs of D uniform columns of N numbers at once, at this level at least.
 
-    An ECDF leaves it exactly where its adjusted p-value, see :meth:`Calibration.p_values`, is below 1 - level.
+    An ECDF leaves it exactly where its adjusted p-value, see `p_values`, is below 1 - level.
 
-    >>> round(band(500), 4)
+    >>> round(ecdf_band(500), 4)
     0.0604
     """
     from scipy.stats import kstwo
@@ -118,7 +118,7 @@ def calibrate(
 
     :math:`u^* \sim p(u), x^* \sim p(x|u^*)`: then u* is a draw from p(u|x*), and its rank among draws of q(u|x*) is
     uniform if q is the posterior. The rows are new to the guide: one that has a table fits them as it does new data, so
-    that each source of lam is judged by itself. TARP's reference point is one more draw of q, and its distances are in
+    that each source of q_params is judged by itself. TARP's reference point is one more draw of q, and its distances are in
     standard deviations of q; both depend on x* alone, so that its ranks, too, are exactly uniform. It sees all
     dimensions at once, but a q that is off in its means alone only if it is so in many; ranks see that in one.
 
@@ -155,10 +155,10 @@ def calibrate(
     if guide.family.point_mass:
         raise UserError(f"{type(guide.family).__name__} is a point mass: latents have no rank among its draws")
     like = like[torch.arange(rows, device=like.device) % len(like)]
-    u, x = simulate(model, like, guide.sites, seed=seed + STREAM)
+    u, x = simulate_joint(model, like, guide.sites, seed=seed + STREAM)
     parts = []
     guide.eval()
-    with torch.no_grad(), unchecked(), own_parameters(), seeded(seed + STREAM + 1):
+    with torch.no_grad(), no_validation(), local_param_store(), seeded(seed + STREAM + 1):
         for begin in range(0, rows, ROWS):
             part = slice(begin, begin + ROWS)
             parts.append(_placed(u[part], guide, x[part], draws))

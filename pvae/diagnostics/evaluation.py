@@ -11,16 +11,24 @@ import pyro
 import torch
 from torch import Tensor
 
-from pvae.diagnostics.gaps import Annealing, FamilyGain, Rows, annealed, best, compared, family_gain
-from pvae.errors import Diverged, UserError, nearest
+from pvae.diagnostics.gaps import (
+    Annealing,
+    FamilyGain,
+    PosteriorBatch,
+    anneal_evidence,
+    family_gain,
+    find_best_params,
+    paired_moments,
+)
+from pvae.errors import AllChainsDiverged, UserError, nearest
 from pvae.inference.families import Family
 from pvae.inference.guides import Guide
-from pvae.inference.refinement import NEW_DRAWS, ascent, local_bound, local_optimum, refine
-from pvae.inference.streaming import LEAST, Tally
+from pvae.inference.refinement import REFINE_DRAWS, default_update_rule, local_elbo, maximize_local_elbo, refine
+from pvae.inference.streaming import MIN_DRAWS_FOR_K_HAT, StreamingWeights
 from pvae.runtime.pyro_params import Program, module_of
-from pvae.runtime.result_cache import Ledger
-from pvae.runtime.torch_state import in_pieces, seeded, unchecked
-from pvae.samplers.ais import schedule as temperatures_of
+from pvae.runtime.result_cache import ResultCache
+from pvae.runtime.torch_state import halve_on_oom, no_validation, seeded
+from pvae.samplers.ais import inverse_temperatures as temperatures_of
 from pvae.stats import Estimate, bootstrap, mean_se
 
 # Datapoints that are evaluated together.
@@ -37,12 +45,12 @@ class Budget:
 
     Attributes:
         K: draws for each datapoint and bound.
-        steps: the most refinement steps in search of the best lam of the family.
+        steps: the most refinement steps in search of the best q_params of the family.
         temperatures: of annealed importance sampling, see `anneal`; 0 goes without it.
         chains, schedule: of it.
-        start: ``prior``, or ``guide`` for the best lam of the guide's family.
+        start: ``prior``, or ``guide`` for the best q_params of the guide's family.
         families: makers of other posterior families by name, from the number of dimensions; each is asked what it
-            would buy, see :func:`family_gains`.
+            would buy, see `family_gains`.
 
     Raises:
         UserError: a count that is too small, an unknown schedule or start.
@@ -75,7 +83,7 @@ class Evaluation:
     """Quantities of each datapoint in nats, by name, [B] each, and what it took.
 
     ``elbo``, ``iwae``, ``kl``, ``reconstruction`` belong to the guide, and so do ``ess``, the number of its draws that
-    count, and ``k_hat``, the Pareto shape of its weights (from 30 draws on). ``best_elbo`` belongs to the best lam of
+    count, and ``k_hat``, the Pareto shape of its weights (from 30 draws on). ``best_elbo`` belongs to the best q_params of
     its family that refinement found, and ``best_iwae`` is IWAE-K from there. ``ais`` is annealed, with its mean
     acceptance probability ``ais_acceptance``, where the budget asks for it. ``evidence`` is that of ``best_iwae`` and
     ``ais`` with the highest mean over rows: each is a lower bound of log p(x) in expectation. ``estimator`` names it.
@@ -124,7 +132,7 @@ def bounds(
     *,
     K: int = 100,
     seed: int = 0,
-    ledger: Ledger | None = None,
+    ledger: ResultCache | None = None,
     prefix: str = "bounds",
 ) -> Evaluation:
     r"""ELBO, IWAE-K, KL, reconstruction and the weights' diagnostics of each datapoint, from K draws under a guide.
@@ -139,8 +147,8 @@ def bounds(
     Source of IWAE: Burda, Grosse, Salakhutdinov (2016), arXiv:1509.00519.
     """
 
-    def judge(rows: Rows) -> dict[str, Tensor]:
-        (own,), _ = compared(model, [rows.q], rows, K)
+    def judge(rows: PosteriorBatch) -> dict[str, Tensor]:
+        (own,), _ = paired_moments(model, [rows.q], rows, K)
         return _bounds(own, guide)
 
     return _collect(_Job(model, guide, x, index, seed, ledger, prefix), K, judge)
@@ -155,10 +163,10 @@ def evaluate(
     budget: Budget | None = None,
     seed: int = 0,
     progress: Callable[[int], None] = lambda rows: None,
-    ledger: Ledger | None = None,
+    ledger: ResultCache | None = None,
     prefix: str = "rows",
 ) -> Evaluation:
-    r"""All quantities of :class:`Evaluation`: the bounds, and the gap between ELBO and evidence split into its causes.
+    r"""All quantities of `Evaluation`: the bounds, and the gap between ELBO and evidence split into its causes.
 
     .. math::
         \log p(x) - \mathrm{ELBO}(\lambda) = \underbrace{\log p(x) - \mathrm{ELBO}(\lambda^*)}_{\text{approximation}}
@@ -174,17 +182,17 @@ def evaluate(
         ledger, prefix: where finished batches of rows are kept, and what their names begin with. The ledger's key must
             hold everything that they depend on; the budget's own numbers and the seed among it.
 
-    The search for lam* starts at the guide's lam and once more, by another rule, at the family's initial one; the
-    best of both ends and of the guide's own lam counts.
+    The search for q_params* starts at the guide's q_params and once more, by another rule, at the family's initial one; the
+    best of both ends and of the guide's own q_params counts.
 
     Source: Cremer, Li, Duvenaud (2018), *Inference Suboptimality in Variational Autoencoders*, arXiv:1801.03558.
     """
     budget = budget or Budget()
 
-    def judge(rows: Rows) -> dict[str, Tensor]:
+    def judge(rows: PosteriorBatch) -> dict[str, Tensor]:
         if not guide.family.point_mass:
             return _gaps(model, guide, rows, budget)
-        (own,), _ = compared(model, [rows.q], rows, budget.K)
+        (own,), _ = paired_moments(model, [rows.q], rows, budget.K)
         return _bounds(own, guide)
 
     found = _collect(_Job(model, guide, x, index, seed, ledger, prefix, progress), budget.K, judge)
@@ -204,18 +212,18 @@ def family_gains(
     """What other posterior families would buy: the best ELBO that each reaches for each row, the decoder frozen.
 
     Arguments:
-        model, guide, x, index, seed: as of :func:`evaluate`.
+        model, guide, x, index, seed: as of `evaluate`.
         families: makers of families by name, from the number of dimensions.
         budget: draws of each comparison and steps of each search.
 
-    A gain is on the best lam of the guide's own family. Parameters that rows share, such as a flow's, are fitted to
+    A gain is on the best q_params of the guide's own family. Parameters that rows share, such as a flow's, are fitted to
     each batch of rows together with these: any q is a bound, so a gain is a lower estimate, as good as its search.
     """
     budget = budget or Budget()
 
-    def judge(rows: Rows) -> dict[str, Tensor]:
-        lam, _ = best(model, guide, rows, budget.K, budget.steps)
-        return _family_gains(model, guide, lam, rows, replace(budget, families=families))
+    def judge(rows: PosteriorBatch) -> dict[str, Tensor]:
+        q_params, _ = find_best_params(model, guide, rows, budget.K, budget.steps)
+        return _family_gains(model, guide, q_params, rows, replace(budget, families=families))
 
     found = _collect(_Job(model, guide, x, index, seed), budget.K, judge).values
     return {
@@ -235,18 +243,25 @@ def refinement_curve(
     steps: Sequence[int] = (1, 2, 5, 10, 20, 50, 100),
     seed: int = 0,
 ) -> RefinementCurve:
-    """The ELBO of the guide's lam after so many refinement steps, under noise common to all of them."""
-    bound, rule = local_bound(model, guide.family, guide.sites), ascent(guide.family)
+    """The ELBO of the guide's q_params after so many refinement steps, under noise common to all of them."""
+    bound, rule = local_elbo(model, guide.family, guide.sites), default_update_rule(guide.family)
     curves, seconds = [], 0.0
-    with unchecked():
+    with no_validation():
         for rows in _Job(model, guide, x, index, seed).batches():
-            watched = local_optimum(
-                bound, rows.lam, rows.x, rows.index, steps=max(steps), rule=rule, tolerance=-torch.inf, seed=rows.seed
+            watched = maximize_local_elbo(
+                bound,
+                rows.q_params,
+                rows.x,
+                rows.index,
+                steps=max(steps),
+                rule=rule,
+                tolerance=-torch.inf,
+                seed=rows.seed,
             )
             curves.append(watched.curve[[watched.marks.index(s) for s in (0, *steps)]])
             start = time.perf_counter()
             with seeded(rows.seed):
-                refine(partial(bound, x=rows.x, index=rows.index, K=NEW_DRAWS), rows.lam, 10, rule=rule)
+                refine(partial(bound, x=rows.x, index=rows.index, K=REFINE_DRAWS), rows.q_params, 10, rule=rule)
             seconds += (time.perf_counter() - start) / 10
     return RefinementCurve((0, *steps), torch.cat(curves, 1), seconds / len(x))
 
@@ -260,51 +275,55 @@ class _Job:
     x: Tensor
     index: Tensor | None
     seed: int
-    ledger: Ledger | None = None
+    ledger: ResultCache | None = None
     prefix: str = ""
     progress: Callable[[int], None] = lambda rows: None
 
-    def rows(self, part: slice) -> Rows:
+    def rows(self, part: slice) -> PosteriorBatch:
         """Some of the rows, under a posterior that stays fixed for all draws."""
         x, index = self.x[part], None if self.index is None else self.index[part]
         number, inside = divmod(part.start, ROWS)
         seed = self.seed + 100 * number + 1_000_003 * inside
         if not isinstance(self.guide, Guide):
-            return Rows(x, index, self.guide, x.new_zeros(len(x), 0), seed)
+            return PosteriorBatch(x, index, self.guide, x.new_zeros(len(x), 0), seed)
         with seeded(seed), torch.no_grad():
-            lam = self.guide.params(x, index).detach()
-        return Rows(x, index, self.guide.at(lam), lam, seed)
+            q_params = self.guide.params(x, index).detach()
+        return PosteriorBatch(x, index, self.guide.at(q_params), q_params, seed)
 
-    def batches(self) -> Iterator[Rows]:
+    def batches(self) -> Iterator[PosteriorBatch]:
         return (self.rows(slice(start, start + ROWS)) for start in range(0, len(self.x), ROWS))
 
 
-def _bounds(own: Tally, guide: Program) -> dict[str, Tensor]:
+def _bounds(own: StreamingWeights, guide: Program) -> dict[str, Tensor]:
     if isinstance(guide, Guide) and guide.family.point_mass:
         return {"log_joint": own.reconstruction - own.kl, "reconstruction": own.reconstruction}
-    names = ["elbo", "elbo_se", "iwae", "iwae_se", "kl", "reconstruction", "ess"] + ["k_hat"] * (own.K >= LEAST)
+    names = ["elbo", "elbo_se", "iwae", "iwae_se", "kl", "reconstruction", "ess"] + ["k_hat"] * (
+        own.K >= MIN_DRAWS_FOR_K_HAT
+    )
     return {name: getattr(own, name) for name in names}
 
 
-def _gaps(model: Program, guide: Guide, rows: Rows, budget: Budget) -> dict[str, Tensor]:
-    lam, left = best(model, guide, rows, budget.K, budget.steps)
-    (own, found), (_, gain) = compared(model, [rows.q, guide.at(lam)], rows, budget.K)
+def _gaps(model: Program, guide: Guide, rows: PosteriorBatch, budget: Budget) -> dict[str, Tensor]:
+    q_params, left = find_best_params(model, guide, rows, budget.K, budget.steps)
+    (own, found), (_, gain) = paired_moments(model, [rows.q, guide.at(q_params)], rows, budget.K)
     values = _bounds(own, guide) | {
         "best_elbo": found.elbo,
         "best_iwae": found.iwae,
-        "amortization_gap": gain.mean.to(rows.lam.dtype),
-        "amortization_gap_se": gain.se.to(rows.lam.dtype),
+        "amortization_gap": gain.mean.to(rows.q_params.dtype),
+        "amortization_gap_se": gain.se.to(rows.q_params.dtype),
         "optimization_gap": left,
     }
     if budget.temperatures:
-        values |= annealed(model, guide, lam, rows, budget.annealing)
-    return values | _family_gains(model, guide, lam, rows, budget)
+        values |= anneal_evidence(model, guide, q_params, rows, budget.annealing)
+    return values | _family_gains(model, guide, q_params, rows, budget)
 
 
-def _family_gains(model: Program, guide: Guide, lam: Tensor, rows: Rows, budget: Budget) -> dict[str, Tensor]:
+def _family_gains(
+    model: Program, guide: Guide, q_params: Tensor, rows: PosteriorBatch, budget: Budget
+) -> dict[str, Tensor]:
     values: dict[str, Tensor] = {}
     for name, make in budget.families.items():
-        found = family_gain(model, guide, lam, rows, make, budget.K, budget.steps)
+        found = family_gain(model, guide, q_params, rows, make, budget.K, budget.steps)
         values |= {
             f"best_elbo[{name}]": found.elbo,
             f"family_gain[{name}]": found.gain,
@@ -316,11 +335,11 @@ def _family_gains(model: Program, guide: Guide, lam: Tensor, rows: Rows, budget:
 def _with_evidence(found: Evaluation, budget: Budget) -> Evaluation:
     """The evidence by the estimator that is highest over all rows, and the gaps to it."""
     values = dict(found.values)
-    estimators = {"best_iwae": f"IWAE-{budget.K} from the best lam of the family"}
+    estimators = {"best_iwae": f"IWAE-{budget.K} from the best q_params of the family"}
     if "ais" in values:
         if values["ais"].isnan().all():
-            raise Diverged
-        start = "the prior" if budget.start == "prior" else "the best lam of the family"
+            raise AllChainsDiverged
+        start = "the prior" if budget.start == "prior" else "the best q_params of the family"
         estimators["ais"] = f"AIS over {budget.temperatures} temperatures of {budget.chains} chains from {start}"
     bound = {name: _without_holes(values[name], values["best_iwae"]) for name in estimators}
     chosen = max(bound, key=lambda name: bound[name].double().mean().item())
@@ -338,11 +357,11 @@ def _without_holes(values: Tensor, others: Tensor) -> Tensor:
     return torch.where(values.isnan(), others.to(values), values)
 
 
-def _collect(job: _Job, K: int, judge: Callable[[Rows], dict[str, Tensor]]) -> Evaluation:
+def _collect(job: _Job, K: int, judge: Callable[[PosteriorBatch], dict[str, Tensor]]) -> Evaluation:
     """Apply ``judge`` to batches of rows, smaller ones where the device has no memory for them."""
     for program in (job.model, job.guide):
         module_of(program).eval()
-    ledger = job.ledger or Ledger(None, {})
+    ledger = job.ledger or ResultCache(None, {})
 
     def judged(part: slice) -> dict[str, Tensor]:
         def compute() -> dict[str, Tensor]:
@@ -355,8 +374,8 @@ def _collect(job: _Job, K: int, judge: Callable[[Rows], dict[str, Tensor]]) -> E
         job.progress(part.stop - part.start)
         return values
 
-    with torch.no_grad(), unchecked(), pyro.get_param_store().scope():
-        parts = list(in_pieces(judged, len(job.x), ROWS, "rows"))
+    with torch.no_grad(), no_validation(), pyro.get_param_store().scope():
+        parts = list(halve_on_oom(judged, len(job.x), ROWS, "rows"))
     seconds = sum(part.pop(SECONDS).item() for part in parts)
     # On the CPU whether they were kept or made just now.
     return Evaluation({name: torch.cat([part[name].cpu() for part in parts]) for name in parts[0]}, K, seconds)

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from pvae.errors import UserError, positive
-from pvae.inference.batching import Rows, Values, by_rows, rows_of
+from pvae.inference.batching import RowBatch, Values, as_rows, map_batches
 from pvae.inference.guides import Guide
-from pvae.inference.latents import observed
-from pvae.inference.posterior import decoded, moments
+from pvae.inference.latents import observed_site
+from pvae.inference.posterior import likelihood_at, posterior_moments
 from pvae.runtime.pyro_params import Program
 from pvae.stats import Estimate, mean_se
 
@@ -26,7 +26,7 @@ NEIGHBOURS, RESAMPLES = 5000, 300
 
 
 @dataclass(frozen=True)
-class Proximity:
+class LatentGeometry:
     r"""Steps and distances in the data's units, as root mean squares over a row's entries.
 
     Attributes:
@@ -46,7 +46,7 @@ class Proximity:
     rows_apart: Tensor
     prior_apart: Tensor
 
-    def figures(self, *, seed: int = 0) -> dict[str, Estimate]:
+    def summary(self, *, seed: int = 0) -> dict[str, Estimate]:
         """``step``, ``roughness``, ``vacuum_prior``, ``vacuum_between`` and ``variety``, with their standard errors.
 
         ``roughness`` is the step at the 95th percentile of the codes over that of the median code: 1 where the decoder
@@ -87,7 +87,7 @@ def _bootstrapped(statistic: Callable[..., Tensor], samples: tuple[Tensor, ...],
     return Estimate(statistic(*samples).item(), torch.stack(again).double().std().item())
 
 
-def proximity(
+def measure_latent_geometry(
     model: Program,
     guide: Guide,
     x: Values,
@@ -97,7 +97,7 @@ def proximity(
     draws: int = 500,
     seed: int = 0,
     progress: Callable[[int], None] = lambda rows: None,
-) -> Proximity:
+) -> LatentGeometry:
     r"""How smooth the decoder is around the codes, and how much of the latent space decodes to nothing like the data.
 
     With codes m_b, the means of q(z|x_b), their standard deviations s_d over rows, and orthonormal random directions u,
@@ -124,21 +124,21 @@ def proximity(
         UserError: fewer than 2 rows, no training rows, or no draws.
     """
     positive("proximity", draws=draws)
-    rows, known = rows_of(x, model), rows_of(train, model)
+    rows, known = as_rows(x, model), as_rows(train, model)
     if len(rows) < 2:
         raise UserError("proximity compares rows with each other: 1 is given, but at least 2 are needed")
 
-    def encoded(rows: Rows) -> dict[str, Tensor]:
-        return {"codes": moments(guide.family, guide.params(rows.x, rows.index).detach())[0]}
+    def encoded(rows: RowBatch) -> dict[str, Tensor]:
+        return {"codes": posterior_moments(guide.family, guide.params(rows.x, rows.index).detach())[0]}
 
-    codes = by_rows(model, guide, encoded, rows, index, seed=seed, progress=progress)["codes"].to(rows)
+    codes = map_batches(model, guide, encoded, rows, index, seed=seed, progress=progress)["codes"].to(rows)
     random = torch.Generator().manual_seed(seed)
     known = _without_holes(known[torch.randperm(len(known), generator=random)[:NEIGHBOURS]])
     pairs = torch.stack([torch.randperm(len(rows), generator=random)[:2] for _ in range(draws)])
     images = _decoded(model, guide, codes, rows)
     middle = _decoded(model, guide, codes[pairs].mean(1), rows[pairs[:, 0]])
     prior = _from_prior(model, rows[torch.arange(draws) % len(rows)], seed)
-    return Proximity(
+    return LatentGeometry(
         step=_steps(model, guide, codes, rows, images, random),
         rows=_nearest(images, known),
         prior=_nearest(prior, known),
@@ -156,20 +156,20 @@ def _without_holes(rows: Tensor) -> Tensor:
 def _decoded(model: Program, guide: Guide, z: Tensor, beside: Tensor) -> Tensor:
     """The means of p(x|z) at z [S, D], with what the rows [S, C] give beside the latents."""
 
-    def compute(rows: Rows) -> dict[str, Tensor]:
-        return {"x": decoded(model, guide.sites, rows.x, beside[rows.place]).mean.flatten(1)}
+    def compute(rows: RowBatch) -> dict[str, Tensor]:
+        return {"x": likelihood_at(model, guide.sites, rows.x, beside[rows.place]).mean.flatten(1)}
 
-    return by_rows(model, guide, compute, z)["x"]
+    return map_batches(model, guide, compute, z)["x"]
 
 
 def _from_prior(model: Program, like: Tensor, seed: int) -> Tensor:
     """The means of p(x|z) at draws z of the program's own, for the rows ``like``."""
 
-    def compute(rows: Rows) -> dict[str, Tensor]:
+    def compute(rows: RowBatch) -> dict[str, Tensor]:
         which = torch.zeros(len(rows.x), dtype=torch.long, device=rows.x.device)
-        return {"x": observed(model, rows.x, which)["fn"].mean.flatten(1)}
+        return {"x": observed_site(model, rows.x, which)["fn"].mean.flatten(1)}
 
-    return by_rows(model, None, compute, like, seed=seed)["x"]
+    return map_batches(model, None, compute, like, seed=seed)["x"]
 
 
 def _steps(

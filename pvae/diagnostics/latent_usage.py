@@ -13,12 +13,12 @@ from pyro import poutine
 from torch import Tensor
 from torch.distributions import Normal, kl_divergence
 
-from pvae.distributions.masked import entries
-from pvae.errors import Refused, UserError, positive
+from pvae.distributions.masked import entry_log_prob
+from pvae.errors import Incompatible, UserError, positive
 from pvae.inference.guides import Guide
-from pvae.runtime.pyro_params import Program, module_of, own_parameters
-from pvae.runtime.torch_state import seeded, unchecked
-from pvae.samplers.log_joint import Target
+from pvae.runtime.pyro_params import Program, local_param_store, module_of
+from pvae.runtime.torch_state import no_validation, seeded
+from pvae.samplers.log_joint import LogJoint
 from pvae.stats import Estimate, holm
 
 # Rows encoded together; rows that make up the aggregate posterior; draws that tests and pictures see.
@@ -31,7 +31,7 @@ ACTIVE, FAR = 0.01, 0.99
 
 
 @dataclass(frozen=True)
-class Health:
+class LatentUsage:
     r"""How the latents are used; u are the real vectors behind them, D entries, and q(u) the mean of q(u|x) over rows.
 
     A point mass has no KL and no information: these are NaN.
@@ -44,7 +44,7 @@ class Health:
         activity: :math:`\mathrm{Var}_x(E_q u_d)`, [D]: the dimension is active where it exceeds 0.01.
         total_kl, total_kl_se: :math:`E_x KL(q(u|x) \| p(u))`, by draws.
         mutual_information, mutual_information_se: I(row; u) of the rows that make up q(u), at most 2000 of them, and
-            so never above the logarithm of their number. See :meth:`saturated`.
+            so never above the logarithm of their number. See `saturated`.
         marginal_kl, marginal_kl_se: :math:`KL(q(u) \| p(u))`, the rest of the total: by what encodings miss the prior.
         mmd: squared maximum mean discrepancy of q(u) and p(u), unbiased; entries in standard deviations, a Gaussian
             kernel as wide as the median distance.
@@ -85,7 +85,7 @@ class Health:
         """Whether the mutual information is within a nat of its bound, so that more rows would show more of it."""
         return bool(self.mutual_information > math.log(min(len(self.means), AGGREGATE)) - 1)
 
-    def figures(self) -> dict[str, Estimate]:
+    def summary(self) -> dict[str, Estimate]:
         """Every number with its standard error; p-values are given without."""
         measured = ("total_kl", "mutual_information", "marginal_kl", "mmd", "holes")
         found = {name: Estimate(getattr(self, name).item(), getattr(self, f"{name}_se").item()) for name in measured}
@@ -100,7 +100,7 @@ class Health:
         return found
 
 
-def latent_health(
+def measure_latent_usage(
     model: Program,
     guide: Guide,
     x: Tensor,
@@ -109,7 +109,7 @@ def latent_health(
     draws: int = 20,
     permutations: int = 500,
     seed: int = 0,
-) -> Health:
+) -> LatentUsage:
     r"""What the latents hold of the rows, and whether the encoded rows fill the prior.
 
     .. math:: E_x KL(q(u|x) \| p(u)) = I_q(x; u) + KL(q(u) \| p(u))
@@ -134,46 +134,46 @@ def latent_health(
         raise UserError(f"latent health compares rows with each other: {len(x)} is too few, give at least 2")
     for program in (model, guide):
         module_of(program).eval()
-    with torch.no_grad(), unchecked(), own_parameters(), seeded(seed):
-        target = Target(model, x, index, guide.sites)
+    with torch.no_grad(), no_validation(), local_param_store(), seeded(seed):
+        target = LogJoint(model, x, index, guide.sites)
         rows = torch.randperm(len(x))[:AGGREGATE].to(x.device)
-        some = Target(model, x[rows], None if index is None else index[rows], guide.sites)
+        some = LogJoint(model, x[rows], None if index is None else index[rows], guide.sites)
         prior = some.prior(1)[0]
         encoded = _encode(guide, target, prior, draws)
-        lam = encoded.lam[rows]
-        codes = guide.family(lam).sample()
-        found = _of_rows(encoded) | _shared(guide, some, lam, codes) | _compared(codes, prior, permutations)
+        q_params = encoded.q_params[rows]
+        codes = guide.family(q_params).sample()
+        found = _of_rows(encoded) | _shared(guide, some, q_params, codes) | _compared(codes, prior, permutations)
     # In the rows' order again, so that labels go with codes.
     codes = codes[:CODES][rows[:CODES].argsort()]
-    return Health(**found, codes=codes, prior=prior[:CODES], means=encoded.means)
+    return LatentUsage(**found, codes=codes, prior=prior[:CODES], means=encoded.means)
 
 
 class _Encoded(NamedTuple):
-    """Of each row: lam [N, P], q's means [N, D], the variance of their noise, KL by dimension, and all of it [N]."""
+    """Of each row: q_params [N, P], q's means [N, D], the variance of their noise, KL by dimension, and all of it [N]."""
 
-    lam: Tensor
+    q_params: Tensor
     means: Tensor
     noise: Tensor
     kl: Tensor
     total: Tensor
 
 
-def _encode(guide: Guide, target: Target, prior: Tensor, draws: int) -> _Encoded:
+def _encode(guide: Guide, target: LogJoint, prior: Tensor, draws: int) -> _Encoded:
     fitted = Normal(prior.mean(0), prior.std(0))
     parts = [_encode_rows(guide, target.rows(part), fitted, draws) for part in _slices(len(target.x), ROWS)]
     return _Encoded(*map(torch.cat, zip(*parts, strict=True)))
 
 
-def _encode_rows(guide: Guide, target: Target, fitted: Normal, draws: int) -> _Encoded:
-    lam = guide.params(target.x, target.index)
-    q = guide.family(lam)
+def _encode_rows(guide: Guide, target: LogJoint, fitted: Normal, draws: int) -> _Encoded:
+    q_params = guide.params(target.x, target.index)
+    q = guide.family(q_params)
     u = q.sample((draws,))
     if guide.family.point_mass:
         unknown = torch.full_like(u[0], torch.nan)
-        return _Encoded(lam, u[0], torch.zeros_like(u[0]), unknown, unknown[:, 0])
+        return _Encoded(q_params, u[0], torch.zeros_like(u[0]), unknown, unknown[:, 0])
     mean, variance, noise = _moments(q)
     kl = _kl_by_dimension(Normal(mean, variance.sqrt()), u, _prior_of(target), fitted)
-    return _Encoded(lam, mean, noise, kl, (q.log_prob(u) - target.parts(u)[1]).mean(0))
+    return _Encoded(q_params, mean, noise, kl, (q.log_prob(u) - target.parts(u)[1]).mean(0))
 
 
 def _moments(q: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -184,7 +184,7 @@ def _moments(q: Any) -> tuple[Tensor, Tensor, Tensor]:
     return u.mean(0), u.var(0), u.var(0) / MOMENTS
 
 
-def _prior_of(target: Target) -> Any:
+def _prior_of(target: LogJoint) -> Any:
     """The program's p(u) where u is a single site of real numbers, else None."""
     sites = target.latents.sites
     if len(sites) > 1 or not sites[0].plain:
@@ -198,8 +198,8 @@ def _kl_by_dimension(q: Normal, u: Tensor, prior: Any, fitted: Normal) -> Tensor
     if isinstance(base, Normal):
         return kl_divergence(q, Normal(base.loc, base.scale)).expand_as(q.loc)
     if prior is not None:
-        with suppress(Refused):
-            return (q.log_prob(u) - entries(prior, u)).mean(0)
+        with suppress(Incompatible):
+            return (q.log_prob(u) - entry_log_prob(prior, u)).mean(0)
     return kl_divergence(q, fitted)
 
 
@@ -215,7 +215,7 @@ def _of_rows(encoded: _Encoded) -> dict[str, Tensor]:
     }
 
 
-def _shared(guide: Guide, target: Target, lam: Tensor, codes: Tensor) -> dict[str, Tensor]:
+def _shared(guide: Guide, target: LogJoint, q_params: Tensor, codes: Tensor) -> dict[str, Tensor]:
     r"""Mutual information, the mean of :math:`\log q(u|x) - \log q(u)`, and KL(q(u) || p(u)) by codes u of q(u)."""
     unknown = codes.new_tensor(torch.nan)
     names = ("mutual_information", "marginal_kl")
@@ -223,11 +223,11 @@ def _shared(guide: Guide, target: Target, lam: Tensor, codes: Tensor) -> dict[st
         return {f"{name}{end}": unknown for name in names for end in ("", "_se")}
     u = codes[:CODES]
     log_aggregate = torch.full_like(u[:, 0], -torch.inf)
-    for part in _slices(len(lam), max(1, PAIRS // len(u))):
-        pairs = u.unsqueeze(1).expand(-1, len(lam[part]), -1)
-        log_aggregate = torch.logaddexp(log_aggregate, guide.family(lam[part]).log_prob(pairs).logsumexp(1))
-    log_aggregate = log_aggregate - math.log(len(lam))
-    own = guide.family(lam[:CODES]).log_prob(u)
+    for part in _slices(len(q_params), max(1, PAIRS // len(u))):
+        pairs = u.unsqueeze(1).expand(-1, len(q_params[part]), -1)
+        log_aggregate = torch.logaddexp(log_aggregate, guide.family(q_params[part]).log_prob(pairs).logsumexp(1))
+    log_aggregate = log_aggregate - math.log(len(q_params))
+    own = guide.family(q_params[:CODES]).log_prob(u)
     log_prior = target.rows(slice(CODES)).parts(u.unsqueeze(0))[1][0]
     found: dict[str, Tensor] = {}
     for name, values in zip(names, (own - log_aggregate, log_aggregate - log_prior), strict=True):

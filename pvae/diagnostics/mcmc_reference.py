@@ -12,13 +12,13 @@ from torch import Tensor
 
 from pvae.errors import UserError
 from pvae.inference.guides import Guide
-from pvae.inference.latents import Sites
-from pvae.runtime.pyro_params import Program, own_parameters
-from pvae.runtime.torch_state import seeded, unchecked
+from pvae.inference.latents import LatentSites
+from pvae.runtime.pyro_params import Program, local_param_store
+from pvae.runtime.torch_state import no_validation, seeded
 from pvae.samplers import hmc
-from pvae.samplers.ais import Annealed, anneal
+from pvae.samplers.ais import AISEstimate, anneal
 from pvae.samplers.hmc import Chains, at_least_one
-from pvae.samplers.log_joint import Target
+from pvae.samplers.log_joint import LogJoint
 from pvae.stats import Estimate, chain_ess, holm, mean_se, r_hat
 
 # What makes chains sound. Vehtari et al. (2021), arXiv:1903.08008, ask for R-hat below 1.01 and an ESS of 400 or more;
@@ -31,7 +31,7 @@ STREAM = 2_000_003
 
 
 @dataclass(frozen=True)
-class Reference:
+class MCMCReference:
     """The posterior by chains and by q, of B rows, in the D real coordinates u behind the latents; float64.
 
     Attributes:
@@ -82,7 +82,7 @@ class Reference:
         off = torch.stack([means, self.sd_ratio.log() / self.sd_se])[:, self.sound] ** 2
         return torch.special.gammaincc(torch.full_like(off[:, 0], off.shape[1] / 2), off.sum(1) / 2)
 
-    def figures(self) -> dict[str, Estimate]:
+    def summary(self) -> dict[str, Estimate]:
         """What the verdict looks at; the share of ``sound`` rows alone if it is below one half.
 
         ``mean_error``: root mean square in posterior standard deviations, Monte Carlo error taken off; ``sd_ratio``:
@@ -109,12 +109,13 @@ class Reference:
         return Estimate(root, square.se / (2 * max(root, square.se**0.5) or math.nan))
 
 
-def against_chains(
+def compare_with_mcmc(
     model: Program, guide: Guide, x: Tensor, index: Tensor | None = None, *, seed: int = 0, **options: Any
-) -> Reference:
+) -> MCMCReference:
     """Hold a guide's q against the posterior of rows x [B, ...] as long HMC chains find it.
 
-    :func:`long_chains` with these options, then :func:`compare`; several guides can be held against the same chains.
+    `run_long_chains` with these options, then `compare_with_chains`, which can hold several guides against the same
+    chains.
 
     >>> from pvae.inference.families import DiagonalNormal
     >>> from pvae.generative.vae import VAE
@@ -123,19 +124,19 @@ def against_chains(
     >>> from pvae.generative.priors import StandardNormal
     >>> vae = VAE(torch.nn.Linear(2, 5), Bernoulli(), StandardNormal(2))
     >>> guide = Amortized(torch.nn.Linear(5, 4), DiagonalNormal(2))
-    >>> against_chains(vae.model, guide, torch.zeros(3, 5), draws=20, warm_up=20, temperatures=5).sd_ratio.shape
+    >>> compare_with_mcmc(vae.model, guide, torch.zeros(3, 5), draws=20, warm_up=20, temperatures=5).sd_ratio.shape
     torch.Size([3, 2])
     """
     _check(guide)
-    found = long_chains(model, x, index, guide.sites, seed=seed, **options)
-    return compare(found, guide, x, index, seed=seed)
+    found = run_long_chains(model, x, index, guide.sites, seed=seed, **options)
+    return compare_with_chains(found, guide, x, index, seed=seed)
 
 
-def long_chains(
+def run_long_chains(
     model: Program,
     x: Tensor,
     index: Tensor | None = None,
-    sites: Sites | None = None,
+    sites: LatentSites | None = None,
     *,
     chains: int = 8,
     draws: int = 1500,
@@ -164,7 +165,7 @@ def long_chains(
         UserError: a count below 1, or HMC that diverges everywhere.
     """
     at_least_one(chains=chains, draws=draws, warm_up=warm_up, leapfrogs=leapfrogs)
-    target = Target(model, x, index, sites)
+    target = LogJoint(model, x, index, sites)
     # Five leapfrogs a temperature and a quarter more for the pilot, in shares of all.
     annealing, sampling = 6.25 * PARTICLES * temperatures, leapfrogs * (draws + warm_up)
     first = annealing / (annealing + sampling)
@@ -189,7 +190,7 @@ def long_chains(
     )
 
 
-def _drawn(particles: Annealed, chains: int) -> Tensor:
+def _drawn(particles: AISEstimate, chains: int) -> Tensor:
     """Different particles of each row drawn by their weights, [C, B, D]: the largest log-weights under Gumbel noise.
 
     Source: Kool, van Hoof, Welling (2019), *Stochastic Beams and Where to Find Them*, arXiv:1903.06059.
@@ -200,11 +201,13 @@ def _drawn(particles: Annealed, chains: int) -> Tensor:
     return particles.position.gather(0, best.expand(-1, -1, particles.position.shape[-1]))
 
 
-def compare(chains: Chains, guide: Guide, x: Tensor, index: Tensor | None = None, *, seed: int = 0) -> Reference:
+def compare_with_chains(
+    chains: Chains, guide: Guide, x: Tensor, index: Tensor | None = None, *, seed: int = 0
+) -> MCMCReference:
     """Hold a guide's q against chains of the posteriors of the same rows.
 
     Arguments:
-        chains: see :func:`long_chains`; of the guide's own sites, in their order.
+        chains: see `run_long_chains`; of the guide's own sites, in their order.
         guide: the source of q.
         x, index: the rows.
         seed: of q's draws; the random stream outside is left alone.
@@ -217,7 +220,7 @@ def compare(chains: Chains, guide: Guide, x: Tensor, index: Tensor | None = None
     """
     _check(guide)
     guide.eval()
-    with torch.no_grad(), unchecked(), own_parameters(), seeded(seed + STREAM + 3):
+    with torch.no_grad(), no_validation(), local_param_store(), seeded(seed + STREAM + 3):
         own = guide.family(guide.params(x, index).detach()).sample((DRAWS,)).double().cpu()
     draws = chains.draws.double().cpu()
     pooled = draws.flatten(0, 1)
@@ -225,7 +228,7 @@ def compare(chains: Chains, guide: Guide, x: Tensor, index: Tensor | None = None
     ess, agreement = chain_ess(draws), r_hat(draws)
     squares = chain_ess((draws - mean) ** 2)
     divergent = chains.divergent.double().cpu()
-    return Reference(
+    return MCMCReference(
         mean,
         sd,
         guide_mean,

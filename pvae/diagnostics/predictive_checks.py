@@ -12,15 +12,15 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
-from pvae.distributions.masked import entries
-from pvae.errors import Refused, UserError, positive
-from pvae.generative.handlers import masked
+from pvae.distributions.masked import entry_log_prob
+from pvae.errors import Incompatible, UserError, positive
+from pvae.generative.handlers import mask_missing
 from pvae.inference.guides import Guide
 from pvae.inference.importance import ROWS_PER_PASS, log_weights
-from pvae.inference.latents import observed
-from pvae.inference.posterior import fixed, refitted
-from pvae.runtime.pyro_params import Program, module_of, own_parameters
-from pvae.runtime.torch_state import seeded, unchecked
+from pvae.inference.latents import observed_site
+from pvae.inference.posterior import freeze, refit
+from pvae.runtime.pyro_params import Program, local_param_store, module_of
+from pvae.runtime.torch_state import no_validation, seeded
 from pvae.stats import Estimate, mean_se
 
 # Datapoints whose hidden entries are forecast together.
@@ -45,7 +45,7 @@ STATISTICS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 @dataclass(frozen=True)
-class Predictive:
+class PredictiveChecks:
     r"""Where data drawn from the fit differ from the data, and how well one half of a row tells the other.
 
     A p-value is the share of replicates whose statistic is above the data's, ties and the data themselves by half: near
@@ -69,7 +69,7 @@ class Predictive:
     imputation: Tensor
     imputation_marginal: Tensor
 
-    def figures(self) -> dict[str, Estimate]:
+    def summary(self) -> dict[str, Estimate]:
         """p-values of the statistics, how many of them and what share of columns are off, and nats per missing value.
 
         A statistic is off with a p-value beyond 0.005 or 0.995, a column beyond 0.025 or 0.975.
@@ -98,7 +98,7 @@ class _Rows(NamedTuple):
     seed: int
 
 
-def predictive_checks(
+def run_predictive_checks(
     model: Program,
     guide: Program,
     x: Tensor,
@@ -109,12 +109,12 @@ def predictive_checks(
     K: int = 1000,
     steps: int = 200,
     seed: int = 0,
-) -> Predictive:
+) -> PredictiveChecks:
     r"""Posterior predictive checks and held-out imputation.
 
     A replicate is z ~ q(z|x), :math:`x^{rep} \sim p(x|z)` for the same rows, and misses what they miss. For the
     imputation a random part of what each row has is hidden and q refitted to what is left, starting from the guide's
-    lam for the row filled with the columns' means or from the family's initial one, whichever is better. Then, with
+    q_params for the row filled with the columns' means or from the family's initial one, whichever is better. Then, with
     :math:`z_k \sim q` and weights :math:`v_k \propto p(x_{obs}, z_k) / q(z_k)`,
 
     .. math:: \log p(x_{mis}|x_{obs}) \approx \log \textstyle\sum_k v_k\, p(x_{mis}|z_k).
@@ -142,22 +142,22 @@ def predictive_checks(
         raise UserError(f"predictive_checks: hidden is {hidden}, but it must be a share from 0 up to 1")
     for program in (model, guide):
         module_of(program).eval()
-    with torch.no_grad(), unchecked(), own_parameters():
+    with torch.no_grad(), no_validation(), local_param_store():
         with seeded(seed):
             own, drawn = _replicates(model, guide, x, index, replicates)
         with seeded(seed + 1):
             scores = _imputation(model, guide, x, index, hidden, K, steps, seed + 1)
-    return Predictive(*own, *drawn, *scores)
+    return PredictiveChecks(*own, *drawn, *scores)
 
 
 def _replicates(
     model: Program, guide: Program, x: Tensor, index: Tensor | None, replicates: int
 ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
     """p-values of columns [M] and statistics [S]; the statistics of the data [S] and of the replicates [R, S]."""
-    q = fixed(guide, x, index)
+    q = freeze(guide, x, index)
     means, statistics = [], []
     for _ in range(replicates):
-        site = observed(poutine.replay(model, trace=poutine.trace(q).get_trace(x, index)), x, index)
+        site = observed_site(poutine.replay(model, trace=poutine.trace(q).get_trace(x, index)), x, index)
         drawn = torch.where(site["value"].isnan(), torch.nan, site["fn"].sample()).flatten(1)
         means.append(_means(drawn))
         statistics.append(_statistics(drawn))
@@ -189,7 +189,7 @@ def _imputation(
     unknown = x.new_full((2, len(x)), torch.nan)
     if not hidden or not isinstance(guide, Guide) or guide.family.point_mass:
         return unknown[0], unknown[1]
-    value = observed(model, x, index)["value"]
+    value = observed_site(model, x, index)["value"]
     with seeded(seed):  # not the stream of the draws that finding the value took
         there = _kept(value, hidden)
     filled = _filled(value, there) if value.shape == x.shape else None
@@ -199,10 +199,10 @@ def _imputation(
             part = slice(start, start + ROWS)
             rows = _Rows(x[part], None if index is None else index[part], there[part], seed + start)
             offers = () if filled is None else (filled[part],)
-            seen = masked(model, rows.there)
-            lam = refitted(seen, guide, rows.x, rows.index, offers=offers, steps=steps, seed=rows.seed)
-            found.append((_forecast(model, guide, rows, lam, K), _marginal(model, rows, K)))
-    except Refused:  # whole rows are scored, not entries
+            seen = mask_missing(model, rows.there)
+            q_params = refit(seen, guide, rows.x, rows.index, offers=offers, steps=steps, seed=rows.seed)
+            found.append((_forecast(model, guide, rows, q_params, K), _marginal(model, rows, K)))
+    except Incompatible:  # whole rows are scored, not entries
         return unknown[0], unknown[1]
     count = (~there).flatten(1).sum(1)
     own, alone = (torch.cat(scores) / count for scores in zip(*found, strict=True))
@@ -225,13 +225,13 @@ def _filled(value: Tensor, there: Tensor) -> Tensor:
     return torch.where(there, value, means)
 
 
-def _forecast(model: Program, guide: Guide, rows: _Rows, lam: Tensor, K: int) -> Tensor:
+def _forecast(model: Program, guide: Guide, rows: _Rows, q_params: Tensor, K: int) -> Tensor:
     """log p(x_mis | x_obs), [B]."""
-    seen, unseen = masked(model, rows.there), masked(model, ~rows.there)
+    seen, unseen = mask_missing(model, rows.there), mask_missing(model, ~rows.there)
     with seeded(rows.seed + 1):
-        log_w = log_weights(seen, guide.at(lam), rows.x, rows.index, K).log_w
+        log_w = log_weights(seen, guide.at(q_params), rows.x, rows.index, K).log_w
     with seeded(rows.seed + 1):  # the same draws
-        log_lik = log_weights(unseen, guide.at(lam), rows.x, rows.index, K).log_lik
+        log_lik = log_weights(unseen, guide.at(q_params), rows.x, rows.index, K).log_lik
     return (log_w.log_softmax(0) + log_lik).logsumexp(0)
 
 
@@ -241,7 +241,7 @@ def _marginal(model: Program, rows: _Rows, K: int) -> Tensor:
     for start in range(0, K, size):
         draws = min(size, K - start)
         with pyro.plate("samples", draws, dim=-2):
-            site = observed(model, rows.x, rows.index)
-        log_p = entries(site["fn"], site["value"]).expand(draws, *site["value"].shape).logsumexp(0)
+            site = observed_site(model, rows.x, rows.index)
+        log_p = entry_log_prob(site["fn"], site["value"]).expand(draws, *site["value"].shape).logsumexp(0)
         total = torch.logaddexp(total, log_p)
     return torch.where(rows.there, 0, total - math.log(K)).flatten(1).sum(1)

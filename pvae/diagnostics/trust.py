@@ -2,7 +2,7 @@
 
 A fit is judged for each use one may make of it: q as the posterior, q as a proposal for importance weights, the ELBO
 as a stand-in for the evidence, and the model itself. A use fails if one of its rules fires; refinement mends it if none
-fires for the same q refined to its best lam.
+fires for the same q refined to its best q_params.
 """
 
 from __future__ import annotations
@@ -171,7 +171,7 @@ ASKED = {
 }
 
 
-class Verdict(NamedTuple):
+class TrustVerdict(NamedTuple):
     """What the rules say of one use: the level, the sentences of those that fired, and what to change first."""
 
     use: str
@@ -180,18 +180,18 @@ class Verdict(NamedTuple):
     first: str
 
 
-def judge(guide: Figures, refined: Figures, *, source: str = "", family: str = "") -> list[Verdict]:
+def assess_trust(guide: Figures, refined: Figures, *, source: str = "", family: str = "") -> list[TrustVerdict]:
     """The verdict for each use.
 
     Arguments:
         guide: figures of the guide as it was trained.
-        refined: figures of the same q refined to its best lam; what refinement does not change may be left out.
+        refined: figures of the same q refined to its best q_params; what refinement does not change may be left out.
         source, family: the guide's classes, so that no advice names what is there.
     """
     return [_verdict(use, guide, refined, _advice(use, guide, source, family)) for use in USES]
 
 
-def _verdict(use: str, guide: Figures, refined: Figures, advice: Mapping[str, str]) -> Verdict:
+def _verdict(use: str, guide: Figures, refined: Figures, advice: Mapping[str, str]) -> TrustVerdict:
     after = {**guide, **refined}
     rules = [rule for rule in RULES if rule.use == use]
     asked = any(name in guide for name in ASKED[use])
@@ -205,7 +205,7 @@ def _verdict(use: str, guide: Figures, refined: Figures, advice: Mapping[str, st
         looked = [rule for rule in rules if rule.figure in guide]
         level = UNKNOWN if notes else TRUST
         because = [_silent(looked, guide)] if asked and looked else []
-    return Verdict(use, level, [*because, *notes], advice[level])
+    return TrustVerdict(use, level, [*because, *notes], advice[level])
 
 
 def _missing(use: str, guide: Figures, refined: Figures) -> Iterator[str]:
@@ -257,7 +257,7 @@ def _advice(use: str, figures: Figures, source: str, family: str) -> dict[str, s
     others = [name for name in ("FullRankNormal", "FlowFamily") if name != family]
     of_family = f"the family of q: --family {' or '.join(others)}"
     gaps = value.get("approximation_gap", 0.0), value.get("amortization_gap", 0.0)
-    change = f"the source of lam, then the family: {encoder}" if gaps[1] > gaps[0] else of_family
+    change = f"the source of q_params, then the family: {encoder}" if gaps[1] > gaps[0] else of_family
     if use == "bound" and value.get("evidence_width", 0) > 1:
         change = "more --temperatures"
     if use == "model":
@@ -269,4 +269,9 @@ def _advice(use: str, figures: Figures, source: str, family: str) -> dict[str, s
         )
     if use != "model" and value.get("active_units", 1) < 1:
         change = "the collapse: --objective 'ELBO(warm_up=...)' or 'ELBO(free_bits=...)', or a weaker decoder"
-    return {TRUST: "", UNKNOWN: "", REFINE: f"the source of lam: {encoder}; else a larger encoder", DISTRUST: change}
+    return {
+        TRUST: "",
+        UNKNOWN: "",
+        REFINE: f"the source of q_params: {encoder}; else a larger encoder",
+        DISTRUST: change,
+    }

@@ -11,10 +11,10 @@ from torch import Tensor
 from torch.distributions import biject_to, constraints
 
 from pvae.distributions.univariate import Categorical
-from pvae.errors import Refused
+from pvae.errors import Incompatible
 
 
-def entries(fn: Any, value: Tensor) -> Tensor:
+def entry_log_prob(fn: Any, value: Tensor) -> Tensor:
     r"""Log-density of each entry of a row, :math:`\log p(x_d|z)`, [..., *event] nats.
 
     Arguments:
@@ -24,32 +24,32 @@ def entries(fn: Any, value: Tensor) -> Tensor:
     Raises:
         Refused: the entries do not factorize.
 
-    >>> entries(dist.Bernoulli(logits=torch.zeros(3)).to_event(1), torch.ones(2, 3)).shape
+    >>> entry_log_prob(dist.Bernoulli(logits=torch.zeros(3)).to_event(1), torch.ones(2, 3)).shape
     torch.Size([2, 3])
     """
-    if isinstance(fn, Present):
-        return torch.where(fn.there, entries(fn.fn, fn.filled(value)), 0)
+    if isinstance(fn, MaskedDistribution):
+        return torch.where(fn.there, entry_log_prob(fn.fn, fn.filled(value)), 0)
     if isinstance(fn, Categorical):
         batch = torch.broadcast_shapes(fn.batch_shape, value.shape[:-1])
         level = value.long().expand(*batch, -1).unsqueeze(-2)
         return fn.expand(batch).logits.gather(-2, level).squeeze(-2)
-    if separable(fn):
+    if is_factorized(fn):
         return fn.base_dist.log_prob(value)
-    raise Refused(whole(fn))
+    raise Incompatible(not_factorized_reason(fn))
 
 
-def separable(fn: Any) -> bool:
+def is_factorized(fn: Any) -> bool:
     """Whether each entry has a density of its own."""
     independent = isinstance(fn, torch.distributions.Independent) and not fn.base_dist.event_shape
-    return independent or isinstance(fn, Categorical | Present)
+    return independent or isinstance(fn, Categorical | MaskedDistribution)
 
 
-def whole(fn: Any) -> str:
+def not_factorized_reason(fn: Any) -> str:
     """Why a row has no entries with densities of their own."""
     return f"its {type(fn).__name__} scores whole rows; single entries have a density of their own under .to_event(1)"
 
 
-class Present(dist.TorchDistribution):
+class MaskedDistribution(dist.TorchDistribution):
     r"""p(x|z) of the entries that are there, :math:`\sum_{d : m_d} \log p(x_d|z)`; draws and means are of all.
 
     Arguments:
@@ -60,22 +60,22 @@ class Present(dist.TorchDistribution):
     arg_constraints: ClassVar[dict[str, constraints.Constraint]] = {}
 
     def __init__(self, fn: Any, there: Tensor) -> None:
-        if isinstance(fn, Present):  # of a program that is masked twice
+        if isinstance(fn, MaskedDistribution):  # of a program that is masked twice
             fn, there = fn.fn, fn.there & there
         self.fn: Any = fn
         self.there, self.has_rsample = there, fn.has_rsample
         super().__init__(fn.batch_shape, fn.event_shape, validate_args=False)
 
-    def expand(self, batch_shape: Any, _instance: Any = None) -> Present:
-        return Present(self.fn.expand(batch_shape), self.there)
+    def expand(self, batch_shape: Any, _instance: Any = None) -> MaskedDistribution:
+        return MaskedDistribution(self.fn.expand(batch_shape), self.there)
 
     def log_prob(self, value: Tensor) -> Tensor:
-        found = entries(self, value)
+        found = entry_log_prob(self, value)
         return found.sum(tuple(range(-len(self.event_shape), 0)))
 
     def filled(self, value: Tensor) -> Tensor:
         """The values, with one that is possible in place of those that are missing: 0 times NaN would be NaN."""
-        return torch.where(self.there, value, _possible(getattr(self.fn, "base_dist", self.fn).support, value))
+        return torch.where(self.there, value, _value_in_support(getattr(self.fn, "base_dist", self.fn).support, value))
 
     @property
     def support(self) -> Any:
@@ -92,7 +92,7 @@ class Present(dist.TorchDistribution):
         return self.fn.rsample(torch.Size(sample_shape))
 
 
-def _possible(support: Any, like: Tensor) -> Tensor:
+def _value_in_support(support: Any, like: Tensor) -> Tensor:
     """A value inside a support, away from its ends where it is continuous."""
     zero = like.new_zeros(())
     if not support.is_discrete:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.distributions import constraints
 
-from pvae.distributions.supports import innermost
+from pvae.distributions.supports import base_constraint
 from pvae.distributions.univariate import Categorical
 
 # From x [..., *event] to p(y|x) of the same batch shape: every entry on its own.
@@ -24,7 +24,7 @@ class Moments(NamedTuple):
     variance: Tensor
 
 
-class Noisy(dist.TorchDistribution):
+class NoiseConvolution(dist.TorchDistribution):
     r"""p(y|z) of each entry of a row that is seen through noise, :math:`\int p(y_d|x_d)\, p(x_d|z)\, dx_d`.
 
     Exact where x has finitely many values, which are summed over, and for Gaussian x and noise. Elsewhere p(y|z) is
@@ -35,7 +35,7 @@ class Noisy(dist.TorchDistribution):
         clean: p(x|z) with event shape [*event], whose entries are independent.
         noise: p(y|x).
 
-    >>> p = Noisy(dist.Normal(torch.zeros(2), 1.0).to_event(1), GaussianNoise(scale=1.0))
+    >>> p = NoiseConvolution(dist.Normal(torch.zeros(2), 1.0).to_event(1), GaussianNoise(scale=1.0))
     >>> p.clean_moments(torch.tensor([0.0, 3.0])).mean
     tensor([0.0000, 1.5000])
     """
@@ -50,42 +50,42 @@ class Noisy(dist.TorchDistribution):
     def support(self) -> Any:
         return self.noise(torch.zeros(())).support
 
-    def expand(self, batch_shape: Any, _instance: Any = None) -> Noisy:
-        return Noisy(self.clean.expand(torch.Size(batch_shape)[: -self.clean.event_dim]), self.noise)
+    def expand(self, batch_shape: Any, _instance: Any = None) -> NoiseConvolution:
+        return NoiseConvolution(self.clean.expand(torch.Size(batch_shape)[: -self.clean.event_dim]), self.noise)
 
     def log_prob(self, value: Tensor) -> Tensor:
-        if levels(self.clean):
+        if num_levels(self.clean):
             return self._joint(value)[1].logsumexp(0)
-        mean, variance = moments(self.clean)
+        mean, variance = entry_moments(self.clean)
         return dist.Normal(mean, (variance + self.noise(mean).variance).sqrt()).log_prob(value)
 
     def clean_moments(self, value: Tensor) -> Moments:
         """Mean and variance of p(x|y, z) at y, [..., *event]."""
-        if levels(self.clean):
+        if num_levels(self.clean):
             x, joint = self._joint(value)
-            return _weighed(x, joint.softmax(0))
-        mean, variance = moments(self.clean)
+            return _weighted_moments(x, joint.softmax(0))
+        mean, variance = entry_moments(self.clean)
         other = self.noise(mean).variance
         share = variance / (variance + other)
-        return Moments(bounded(self.clean, mean + share * (value - mean)), share * other)
+        return Moments(clamp_to_support(self.clean, mean + share * (value - mean)), share * other)
 
     def _joint(self, value: Tensor) -> tuple[Tensor, Tensor]:
         """The values of x, [L, 1, ...], and log p(x, y|z) at each, [L, ..., *event]."""
-        x, log_p = _enumerated(self.clean, value.dim())
+        x, log_p = _enumerate_levels(self.clean, value.dim())
         return x, log_p + self.noise(x).log_prob(value)
 
 
-def levels(fn: Any) -> int:
+def num_levels(fn: Any) -> int:
     """How many values an entry of x has, from 0 on; 0 where there are infinitely many."""
-    support = innermost(fn.support)
+    support = base_constraint(fn.support)
     if support is constraints.boolean:
         return 2
     return support.upper_bound + 1 if isinstance(support, constraints.integer_interval) else 0
 
 
-def bounded(fn: Any, values: Tensor) -> Tensor:
+def clamp_to_support(fn: Any, values: Tensor) -> Tensor:
     """Values [..., *event] no lower and no higher than p(x|z) has them."""
-    support = innermost(fn.support)
+    support = base_constraint(fn.support)
     if support is constraints.boolean:
         return values.clamp(0, 1)
     for name, within in (("lower_bound", torch.maximum), ("upper_bound", torch.minimum)):
@@ -94,27 +94,27 @@ def bounded(fn: Any, values: Tensor) -> Tensor:
     return values
 
 
-def _enumerated(fn: Any, dims: int = 0) -> tuple[Tensor, Tensor]:
+def _enumerate_levels(fn: Any, dims: int = 0) -> tuple[Tensor, Tensor]:
     """The values of x, [L, 1, ...], and log p(x|z) of each entry, [L, ..., *event], of so many dimensions after L."""
     if isinstance(fn, Categorical):
         log_p = fn.logits.movedim(-2, 0)
         x = torch.arange(len(log_p), dtype=log_p.dtype, device=log_p.device).view(-1, *(1,) * (log_p.dim() - 1))
     else:
         like = fn.mean
-        x = torch.arange(levels(fn), dtype=like.dtype, device=like.device).view(-1, *(1,) * like.dim())
+        x = torch.arange(num_levels(fn), dtype=like.dtype, device=like.device).view(-1, *(1,) * like.dim())
         log_p = fn.base_dist.log_prob(x)
     more = (1,) * (dims + 1 - log_p.dim())
     return x.view(len(x), *more, *x.shape[1:]), log_p.view(len(x), *more, *log_p.shape[1:])
 
 
-def moments(fn: Any) -> Moments:
+def entry_moments(fn: Any) -> Moments:
     """Mean and variance of each entry of p(x|z), [..., *event]."""
-    if levels(fn):
-        x, log_p = _enumerated(fn)
-        return _weighed(x, log_p.exp())
+    if num_levels(fn):
+        x, log_p = _enumerate_levels(fn)
+        return _weighted_moments(x, log_p.exp())
     return Moments(fn.mean, fn.variance)
 
 
-def _weighed(x: Tensor, weights: Tensor) -> Moments:
+def _weighted_moments(x: Tensor, weights: Tensor) -> Moments:
     mean = (weights * x).sum(0)
     return Moments(mean, (weights * (x - mean) ** 2).sum(0))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 
-def innermost(support: Any) -> Any:
+def base_constraint(support: Any) -> Any:
     """The constraint on one entry, whatever it is wrapped in."""
     while hasattr(support, "base_constraint"):
         support = support.base_constraint

@@ -17,10 +17,10 @@ from torch import Tensor
 from pvae.errors import UserError
 from pvae.inference.guides import Guide
 from pvae.inference.importance import LogWeights, log_weights, random_sites
-from pvae.inference.latents import observed
-from pvae.runtime.files import replacing
+from pvae.inference.latents import observed_site
+from pvae.runtime.files import atomic_replace
 from pvae.runtime.pyro_params import Program
-from pvae.runtime.torch_state import seeded, unchecked
+from pvae.runtime.torch_state import no_validation, seeded
 
 FILE = "idata.nc"
 # Draws of each row's latents: at most, at least, and how many numbers they may be. Draws of x, of the prior; pictures.
@@ -65,7 +65,7 @@ class Draws:
     values: dict[str, dict[str, Tensor]] = field(default_factory=dict)
 
 
-def drawn(model: Program, guide: Guide, x: Tensor, *, seed: int = 0) -> Draws:
+def draw_for_export(model: Program, guide: Guide, x: Tensor, *, seed: int = 0) -> Draws:
     """Draw what the export and the page show of a fit, for the rows x [B, C]; ``values`` are left to the caller.
 
     Arguments:
@@ -74,13 +74,13 @@ def drawn(model: Program, guide: Guide, x: Tensor, *, seed: int = 0) -> Draws:
         x: rows, [B, C].
         seed: of all draws.
     """
-    with unchecked(), torch.no_grad(), seeded(seed):
-        lam = guide.params(x)
-        q, K = guide.at(lam), min(MOST, max(LEAST, NUMBERS // (len(x) * guide.sites.dim)))
+    with no_validation(), torch.no_grad(), seeded(seed):
+        q_params = guide.params(x)
+        q, K = guide.at(q_params), min(MOST, max(LEAST, NUMBERS // (len(x) * guide.sites.dim)))
         weights = log_weights(model, q, x, K=K, keep_latents=True)
         mean = _at_a_draw(model, q, x).mean
         rows = _room(BYTES["i"] // (X_DRAWS * x[0].numel()))
-        some = guide.at(lam[:rows])
+        some = guide.at(q_params[:rows])
         replicates = torch.stack([_at_a_draw(model, some, x[:rows]).sample() for _ in range(X_DRAWS)])
     prior, given = _from_prior(model, _like(x, PRIOR_DRAWS), seed)
     return Draws(weights, replicates, mean, prior, *given)
@@ -97,19 +97,21 @@ def _room(rows: int) -> int:
 
 def _at_a_draw(model: Program, q: Program, x: Tensor) -> Any:
     """p(x|z) at one draw of each row's latents from q, its batch shape [R]."""
-    return observed(poutine.replay(model, trace=poutine.trace(q).get_trace(x, None)), x)["fn"]
+    return observed_site(poutine.replay(model, trace=poutine.trace(q).get_trace(x, None)), x)["fn"]
 
 
 def _from_prior(model: Program, like: Tensor, seed: int) -> tuple[dict[str, Tensor], tuple[Tensor, Tensor]]:
     """Latents by site [S, ...], as many as the rows ``like``; x given them [S, C], and its mean at the first [P, C]."""
-    with unchecked(), torch.no_grad(), seeded(seed):
+    with no_validation(), torch.no_grad(), seeded(seed):
         trace = poutine.trace(model).get_trace(like, torch.zeros(len(like), dtype=torch.long, device=like.device))
         latents = {name: site["value"] for name, site in random_sites(trace) if not site["is_observed"]}
-        fn = observed(poutine.replay(model, trace=trace), like)["fn"]
+        fn = observed_site(poutine.replay(model, trace=trace), like)["fn"]
         return latents, (fn.sample(), fn.mean[:PICTURES])
 
 
-def tree(variants: dict[str, Draws], x: Tensor, labels: Tensor | None, attributes: dict[str, Any]) -> xr.DataTree:
+def to_datatree(
+    variants: dict[str, Draws], x: Tensor, labels: Tensor | None, attributes: dict[str, Any]
+) -> xr.DataTree:
     """A DataTree with the groups that ArviZ knows, most of them with a dimension ``variant``.
 
     Groups: ``posterior`` and ``prior`` (latents), ``posterior_predictive`` and ``prior_predictive`` (draws of x),
@@ -248,34 +250,34 @@ def _unit(name: str) -> str:
     return UNITS.get(name, "nats")
 
 
-def file(group: int = 1) -> str:
+def idata_name(group: int = 1) -> str:
     """The file's name: ``idata.nc``, and ``idata-2.nc`` and so on for further groups of variants on other data."""
     return FILE if group == 1 else f"idata-{group}.nc"
 
 
-def save(found: xr.DataTree, folder: Path, group: int = 1) -> None:
+def save_idata(found: xr.DataTree, folder: Path, group: int = 1) -> None:
     """Write ``idata.nc``, whole or not at all."""
     packed = {"zlib": True, "complevel": 4, "shuffle": True}
     encoding = {node.path: dict.fromkeys(map(str, node.data_vars), packed) for node in found.leaves}
-    with replacing(folder / file(group)) as temporary:
+    with atomic_replace(folder / idata_name(group)) as temporary:
         found.to_netcdf(temporary, engine="h5netcdf", encoding=encoding)
 
 
-def load(folder: Path, group: int = 1) -> xr.DataTree:
+def load_idata(folder: Path, group: int = 1) -> xr.DataTree:
     """Read ``idata.nc`` into memory.
 
     Raises:
         UserError: it is missing or broken.
     """
     try:
-        with xr.open_datatree(folder / file(group), engine="h5netcdf") as found:
+        with xr.open_datatree(folder / idata_name(group), engine="h5netcdf") as found:
             for node in found.subtree:  # DataTree.load leaves a variable out that is named as a group is
                 for variable in node.variables.values():
                     variable.load()
             return found
     except FileNotFoundError:
-        raise UserError(f"{folder} has no {file(group)}; pvae evaluate {folder} writes it") from None
+        raise UserError(f"{folder} has no {idata_name(group)}; pvae evaluate {folder} writes it") from None
     except (OSError, ValueError) as error:
         raise UserError(
-            f"{folder / file(group)} can't be read ({error}); pvae evaluate {folder} writes it anew"
+            f"{folder / idata_name(group)} can't be read ({error}); pvae evaluate {folder} writes it anew"
         ) from error

@@ -15,28 +15,28 @@ from torch import Tensor
 
 from pvae.data.dataset import Batch, Dataset
 from pvae.diagnostics.evaluation import Budget, bounds, evaluate, refinement_curve
-from pvae.diagnostics.latent_geometry import proximity
+from pvae.diagnostics.latent_geometry import measure_latent_geometry
 from pvae.errors import UserError
 from pvae.experiments import arviz_export, run_folder, sweep
-from pvae.experiments.conclusions import Judged, SameDecoder
-from pvae.experiments.results import SCHEMA, Group, collect
-from pvae.experiments.run_folder import PARTS, Variant, place
-from pvae.experiments.sweep import Cell, Pool, Shelf
+from pvae.experiments.conclusions import EvaluatedVariant, SameDecoder
+from pvae.experiments.results import SCHEMA, Group, collect_results
+from pvae.experiments.run_folder import CACHE_DIRS, Variant, folder_name
+from pvae.experiments.sweep import DatasetCache, SweepPoint, Workers
 from pvae.inference.families import Family
 from pvae.inference.latents import base_measure
-from pvae.inference.refinement import MARKS, local_bound
+from pvae.inference.refinement import CHECK_STEPS, local_elbo
 from pvae.recipes import preflight, recipe, registry
 from pvae.recipes.recipe import Recipe
 from pvae.recipes.registry import KINDS
 from pvae.runtime.files import read_json, write_json
 from pvae.runtime.precision import check_precision
-from pvae.runtime.progress import bar
-from pvae.runtime.result_cache import Ledger
-from pvae.runtime.torch_state import pick_device, seeded, unchecked
+from pvae.runtime.progress import progress_bar
+from pvae.runtime.result_cache import ResultCache
+from pvae.runtime.torch_state import no_validation, pick_device, seeded
 from pvae.stats import Estimate
 from pvae.training import checkpoints
 
-SOURCES = ("Amortized", "PerDatapoint", "SemiAmortized")
+INFERENCE_METHODS = ("Amortized", "PerDatapoint", "SemiAmortized")
 # Rows and budget of an evaluation by one word; annealing is for who asks for it.
 BUDGETS = {
     "quick": (100, Budget(K=200, steps=100)),
@@ -46,7 +46,7 @@ BUDGETS = {
 
 
 @dataclass(frozen=True)
-class Job:
+class RunOptions:
     """How a comparison is carried out, beside the recipe that fixes its numbers.
 
     Attributes:
@@ -72,7 +72,7 @@ class Job:
     say: Callable[[str], None] = lambda line: None
 
 
-class Entry(NamedTuple):
+class TrainedVariant(NamedTuple):
     """A variant as it was trained, once for each seed, and its data."""
 
     name: str
@@ -82,7 +82,7 @@ class Entry(NamedTuple):
 
 def compare(
     own: Recipe,
-    job: Job,
+    job: RunOptions,
     *,
     vary: Mapping[str, Sequence[Any]] | None = None,
     data_folder: str | Path | None = None,
@@ -94,7 +94,7 @@ def compare(
     Arguments:
         own: the recipe.
         job: where and how.
-        vary: values of the recipe's keys to be combined; the three sources of lam unless given.
+        vary: values of the recipe's keys to be combined; the three sources of q_params unless given.
         data_folder: where torchvision's data sets are.
         overwrite: replace a run that the folder holds.
         resume: go on with it; what is trained is not trained again.
@@ -105,12 +105,12 @@ def compare(
     Raises:
         UserError: anything that the user can mend; nothing has been overwritten if it could be known before.
     """
-    given = (vary or {"guide": SOURCES}).items()
+    given = (vary or {"guide": INFERENCE_METHODS}).items()
     axes = {name: [registry.rooted(v) if name in KINDS else v for v in values] for name, values in given}
     if job.jobs < 1:
         raise UserError(f"--jobs is {job.jobs}, but it must be at least 1")
-    device, shelf = pick_device(job.device), Shelf(data_folder)
-    wanted, left_out = sweep.sound(sweep.cells(own, axes), shelf)
+    device, shelf = pick_device(job.device), DatasetCache(data_folder)
+    wanted, left_out = sweep.runnable(sweep.sweep_points(own, axes), shelf)
     for cell in wanted:
         check_precision(cell.recipe.precision, device)
     for line in dict.fromkeys(shelf[cell.recipe].summary() for cell in wanted):
@@ -120,13 +120,13 @@ def compare(
     for cell in wanted:
         for warning in preflight.warnings(cell.recipe):
             job.say(f"warning: {cell.place}: {warning}")
-    run_folder.prepare(job.folder, recipe.resolve(own), axes, overwrite=overwrite, resume=resume)
-    pool = Pool(job.jobs, job.device, data_folder, job.progress, job.say)
-    variants = sweep.train(wanted, job.folder, shelf, pool, overwrite=overwrite, resume=resume)
-    return judge(_entries(wanted, variants, shelf), job, left_out)
+    run_folder.prepare_folder(job.folder, recipe.resolve(own), axes, overwrite=overwrite, resume=resume)
+    pool = Workers(job.jobs, job.device, data_folder, job.progress, job.say)
+    variants = sweep.train_sweep(wanted, job.folder, shelf, pool, overwrite=overwrite, resume=resume)
+    return evaluate_variants(_entries(wanted, variants, shelf), job, left_out)
 
 
-def load(job: Job, data_folder: str | Path | None = None) -> list[Entry]:
+def load_variants(job: RunOptions, data_folder: str | Path | None = None) -> list[TrainedVariant]:
     """The variants of a run that ``fit`` (one) or ``compare`` (several) has trained, and their data.
 
     Raises:
@@ -135,13 +135,13 @@ def load(job: Job, data_folder: str | Path | None = None) -> list[Entry]:
     if not (job.folder / "recipe.toml").is_file():
         raise UserError(f"{job.folder} is not a run: it has no recipe.toml")
     own, axes, _ = recipe.open_file(job.folder / "recipe.toml", trust=job.trust)
-    shelf = Shelf(data_folder)
+    shelf = DatasetCache(data_folder)
     if not axes:
-        variant = run_folder.load(job.folder, shelf[own], device=job.device, trust=job.trust)
-        if left := run_folder.unfinished(variant):
+        variant = run_folder.load_fit(job.folder, shelf[own], device=job.device, trust=job.trust)
+        if left := run_folder.unfinished_note(variant):
             job.say(f"warning: {job.folder} {left}")
-        return [Entry(own.name("guide"), [variant], shelf[own])]
-    begun = [cell for cell in sweep.cells(own, axes) if (job.folder / cell.place / "recipe.toml").is_file()]
+        return [TrainedVariant(own.name("guide"), [variant], shelf[own])]
+    begun = [cell for cell in sweep.sweep_points(own, axes) if (job.folder / cell.place / "recipe.toml").is_file()]
     there = [
         replace(cell, recipe=recipe.read(job.folder / cell.place, trust=job.trust))
         for cell in begun
@@ -149,12 +149,14 @@ def load(job: Job, data_folder: str | Path | None = None) -> list[Entry]:
     ]
     if not there:
         raise UserError(f"{job.folder} holds no trained variant; the command that began it with --resume goes on")
-    found = [run_folder.load(job.folder / c.place, shelf[c.recipe], device=job.device, trust=job.trust) for c in there]
+    found = [
+        run_folder.load_fit(job.folder / c.place, shelf[c.recipe], device=job.device, trust=job.trust) for c in there
+    ]
     for cell in begun:
         if cell.place not in {other.place for other in there}:
             job.say(f"warning: {cell.place} is not trained and stays out; the first command with --resume trains it")
     for cell, variant in zip(there, found, strict=True):
-        if left := run_folder.unfinished(variant):
+        if left := run_folder.unfinished_note(variant):
             job.say(f"warning: {cell.place} {left}")
     return _entries(there, found, shelf)
 
@@ -164,11 +166,11 @@ def left_out(folder: Path) -> dict[str, str]:
     return dict(_results(folder).get("left_out", {}))
 
 
-def current(folder: Path, entries: list[Entry]) -> dict[str, Any]:
+def current_results(folder: Path, entries: list[TrainedVariant]) -> dict[str, Any]:
     """The results that the folder holds, if they are whole and of just these fits; else none."""
     results = _results(folder)
     there = {row["name"]: row.get("fitted") for group in results.get("groups", []) for row in group["rows"]}
-    exports = (folder / arviz_export.file(number) for number, _ in enumerate(results.get("groups", []), 1))
+    exports = (folder / arviz_export.idata_name(number) for number, _ in enumerate(results.get("groups", []), 1))
     same = there == {e.name: [run_folder.fingerprint(v) for v in e.variants] for e in entries}
     return results if same and all(path.is_file() for path in exports) else {}
 
@@ -182,14 +184,16 @@ def _results(folder: Path) -> dict[str, Any]:
     return {}
 
 
-def _entries(wanted: list[Cell], variants: list[Variant], shelf: Shelf) -> list[Entry]:
-    found: dict[str, Entry] = {}
+def _entries(wanted: list[SweepPoint], variants: list[Variant], shelf: DatasetCache) -> list[TrainedVariant]:
+    found: dict[str, TrainedVariant] = {}
     for cell, variant in zip(wanted, variants, strict=True):
-        found.setdefault(cell.name, Entry(cell.name, [], shelf[cell.recipe])).variants.append(variant)
+        found.setdefault(cell.name, TrainedVariant(cell.name, [], shelf[cell.recipe])).variants.append(variant)
     return list(found.values())
 
 
-def judge(entries: list[Entry], job: Job, left_out: Mapping[str, str] | None = None) -> dict[str, Any]:
+def evaluate_variants(
+    entries: list[TrainedVariant], job: RunOptions, left_out: Mapping[str, str] | None = None
+) -> dict[str, Any]:
     """Evaluate fitted variants on rows of both splits and write ``results.json`` and ``idata.nc``."""
     job.say(
         f"evaluating on up to {job.rows} training and test rows, K = {job.budget.K}, "
@@ -201,18 +205,18 @@ def judge(entries: list[Entry], job: Job, left_out: Mapping[str, str] | None = N
         draws = {e.name: _draws(e.variants[0], j, group.test.x) for e, j in zip(members, group.judged, strict=True)}
         labels = None if group.data.test_labels is None else group.data.test_labels[: job.rows]
         recipes = {e.name: asdict(e.variants[0].recipe) for e in members}
-        about = arviz_export.attributes(collect([group], {}), recipes)
-        found = arviz_export.tree(draws, group.test.x, labels, about)
-        arviz_export.save(found, job.folder, number)
+        about = arviz_export.attributes(collect_results([group], {}), recipes)
+        found = arviz_export.to_datatree(draws, group.test.x, labels, about)
+        arviz_export.save_idata(found, job.folder, number)
         groups.append(group)
-    results = collect(groups, left_out or {})
+    results = collect_results(groups, left_out or {})
     write_json(job.folder / "results.json", results)
     return results
 
 
-def _groups(entries: list[Entry], job: Job) -> list[list[Entry]]:
+def _groups(entries: list[TrainedVariant], job: RunOptions) -> list[list[TrainedVariant]]:
     """Entries whose nats can be compared: of the same rows and the same base measure."""
-    found: dict[tuple[str, ...], list[Entry]] = {}
+    found: dict[tuple[str, ...], list[TrainedVariant]] = {}
     for entry in entries:
         rows = entry.data.train[:2].to(pick_device(job.device))
         measure = base_measure(entry.variants[0].built.program.model, rows)
@@ -220,7 +224,7 @@ def _groups(entries: list[Entry], job: Job) -> list[list[Entry]]:
     return list(found.values())
 
 
-def _group(entries: list[Entry], job: Job) -> Group:
+def _group(entries: list[TrainedVariant], job: RunOptions) -> Group:
     data = entries[0].data.to(pick_device(job.device))
     splits = {"train": data.fixed_train(job.rows), "test": Batch(data.test[: job.rows], torch.empty(0))}
     judged = [_judged(entry, splits, job) for entry in entries]
@@ -233,8 +237,8 @@ def _group(entries: list[Entry], job: Job) -> Group:
     job.say("evaluating every source on the amortized variant's decoder")
     test, seed = splits["test"].x, base.recipe.seed
     chosen = {e.name: e.variants[0].recipe.guide for e in entries if _source(e) != "Amortized"}
-    steps = [mark for mark in MARKS if mark <= max(job.budget.steps, 1)]
-    missing = {source: source for source in SOURCES[1:] if source not in map(_source, entries)}
+    steps = [mark for mark in CHECK_STEPS if mark <= max(job.budget.steps, 1)]
+    missing = {source: source for source in INFERENCE_METHODS[1:] if source not in map(_source, entries)}
     return group._replace(
         same=_same_decoder(base, {"Amortized": base.recipe.guide} | chosen | missing, test, job.budget.K),
         curve=refinement_curve(base.built.program.model, base.built.guide, test, steps=steps, seed=seed),
@@ -246,22 +250,22 @@ def _latent_space(variant: Variant, x: Tensor, data: Dataset) -> dict[str, Estim
     if len(x) < 2:
         return {}
     program, guide, _ = variant.built
-    return proximity(program.model, guide, x, data.sample, seed=variant.recipe.seed).figures()
+    return measure_latent_geometry(program.model, guide, x, data.sample, seed=variant.recipe.seed).summary()
 
 
-def _source(entry: Entry) -> str:
-    return str(registry.table(entry.variants[0].recipe.guide)["type"])
+def _source(entry: TrainedVariant) -> str:
+    return str(registry.as_table(entry.variants[0].recipe.guide)["type"])
 
 
-def _differ_in_guide_alone(entries: list[Entry]) -> bool:
+def _differ_in_guide_alone(entries: list[TrainedVariant]) -> bool:
     own = [replace(e.variants[0].recipe, guide="") for e in entries]
     return all(other == own[0] for other in own)
 
 
-def _judged(entry: Entry, splits: dict[str, Batch], job: Job) -> Judged:
+def _judged(entry: TrainedVariant, splits: dict[str, Batch], job: RunOptions) -> EvaluatedVariant:
     """A variant's evaluation, by its first seed and by the further ones."""
     total, found = sum(len(batch.x) for batch in splits.values()) * len(entry.variants), []
-    with bar("rows", total, wanted=job.progress) as show:
+    with progress_bar("rows", total, wanted=job.progress) as show:
         done = 0
 
         def count(rows: int) -> None:
@@ -287,40 +291,40 @@ def _judged(entry: Entry, splits: dict[str, Batch], job: Job) -> Judged:
                 )
                 for split, (x, index) in splits.items()
             }
-            name = str(registry.table(own.guide)["type"])
-            found.append(Judged(entry.name, variant.fit.seconds, **values, source=name))
+            name = str(registry.as_table(own.guide)["type"])
+            found.append(EvaluatedVariant(entry.name, variant.fit.seconds, **values, source=name))
     return replace(found[0], further=tuple(found[1:]))
 
 
 def _maker(word: str) -> Callable[[int], Family]:
     """From a number of dimensions to the family of a word, as ``LowRankNormal(rank=4)``."""
     component = registry.parse(word)
-    registry.find("family", registry.table(component)["type"])
+    registry.find_class("family", registry.as_table(component)["type"])
     return lambda dim: registry.make("family", component, dim=dim)
 
 
-def _ledger(entry: Entry, variant: Variant, job: Job) -> Ledger:
+def _ledger(entry: TrainedVariant, variant: Variant, job: RunOptions) -> ResultCache:
     """Where finished parts of a fit's evaluation are kept, under all that they depend on."""
     key = {
         "fitted": run_folder.fingerprint(variant),
         "data": entry.data.digest,
         "rows": job.rows,
         "budget": asdict(job.budget),
-        "families": {word: registry.code(registry.parse(word)) for word in job.families},
+        "families": {word: registry.source_code(registry.parse(word)) for word in job.families},
         "version": version("pvae-pyro"),
     }
-    return Ledger(job.folder / PARTS[0] / place(entry.name), key)
+    return ResultCache(job.folder / CACHE_DIRS[0] / folder_name(entry.name), key)
 
 
 def _same_decoder(base: Variant, chosen: Mapping[str, Any], x: Tensor, K: int) -> list[SameDecoder]:
-    """Each source's lam for the test rows on the amortized decoder, semi-amortized steps from its encoder's lam."""
+    """Each source's q_params for the test rows on the amortized decoder, semi-amortized steps from its encoder's q_params."""
     model, own, found = base.built.program.model, base.built.guide, []
-    bound = local_bound(model, own.family, own.sites)
+    bound = local_elbo(model, own.family, own.sites)
     supplied = {"encoder": own.encoder, "family": own.family, "num_data": 1, "bound": bound, "sites": own.sites}
     for name, component in chosen.items():
         guide = registry.make("guide", component, **supplied).to(x.device).eval()
         start = time.perf_counter()
-        with unchecked(), torch.no_grad(), seeded(base.recipe.seed):
+        with no_validation(), torch.no_grad(), seeded(base.recipe.seed):
             guide.params(x)
         seconds = time.perf_counter() - start
         elbo = bounds(model, guide, x, K=K, seed=base.recipe.seed).values["elbo"]
@@ -328,8 +332,8 @@ def _same_decoder(base: Variant, chosen: Mapping[str, Any], x: Tensor, K: int) -
     return found
 
 
-def _draws(variant: Variant, judged: Judged, x: Tensor) -> arviz_export.Draws:
+def _draws(variant: Variant, judged: EvaluatedVariant, x: Tensor) -> arviz_export.Draws:
     """What the export and the page show of a variant, for the test rows x."""
     program, guide, _ = variant.built
     values = {split: {n: v.cpu() for n, v in getattr(judged, split).values.items()} for split in ("train", "test")}
-    return replace(arviz_export.drawn(program.model, guide, x, seed=variant.recipe.seed), values=values)
+    return replace(arviz_export.draw_for_export(program.model, guide, x, seed=variant.recipe.seed), values=values)

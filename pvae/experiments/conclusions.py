@@ -12,7 +12,7 @@ from pvae.diagnostics.evaluation import Evaluation, RefinementCurve
 from pvae.stats import Estimate, mean_se, number
 
 # Standard errors beyond which a difference is called one.
-CLEAR = 3.0
+Z_CLEAR = 3.0
 
 GAPS = ("inference", "approximation", "amortization")
 
@@ -21,7 +21,7 @@ NEGLIGIBLE = 0.02
 
 
 @dataclass(frozen=True)
-class Judged:
+class EvaluatedVariant:
     """A variant trained for itself: what it gave on ``train`` and ``test`` rows, and what it cost.
 
     Attributes:
@@ -35,20 +35,20 @@ class Judged:
     train: Evaluation
     test: Evaluation
     source: str = "Amortized"
-    further: tuple[Judged, ...] = ()
+    further: tuple[EvaluatedVariant, ...] = ()
 
 
 @dataclass(frozen=True)
 class SameDecoder:
-    """A source of lam on another's decoder: each test row's ELBO, [B] nats, and seconds to find lam for a row."""
+    """A source of q_params on another's decoder: each test row's ELBO, [B] nats, and seconds to find q_params for a row."""
 
     guide: str
     elbo: Tensor
     seconds_per_row: float
 
 
-def verdicts(
-    own: list[Judged], same: list[SameDecoder], curve: RefinementCurve | None, *, dynamic: bool = False
+def draw_conclusions(
+    own: list[EvaluatedVariant], same: list[SameDecoder], curve: RefinementCurve | None, *, dynamic: bool = False
 ) -> list[str]:
     """The sentences that the numbers bear out, most important first.
 
@@ -79,31 +79,31 @@ def _clear(estimate: Estimate, seeds: int = 1) -> bool:
     """Whether a difference is beyond its error; of few seeds the error is itself so uncertain that more is asked."""
     from scipy.stats import norm, t
 
-    asked = CLEAR if seeds == 1 else float(t.isf(norm.sf(CLEAR), seeds - 1))
+    asked = Z_CLEAR if seeds == 1 else float(t.isf(norm.sf(Z_CLEAR), seeds - 1))
     return abs(estimate.mean) > asked * estimate.se
 
 
-def _lead(one: Judged, other: Judged, quantity: str) -> Estimate:
+def _paired_difference(one: EvaluatedVariant, other: EvaluatedVariant, quantity: str) -> Estimate:
     """How far one variant's test mean stands above another's: paired by rows, or by seeds where there are several."""
     pairs = list(zip((one, *one.further), (other, *other.further), strict=False))
     leads = [a.test.values[quantity] - b.test.values[quantity] for a, b in pairs]
     return mean_se(leads[0] if len(leads) == 1 else torch.stack([lead.mean() for lead in leads]))
 
 
-def _mean(one: Judged, quantity: str, split: str = "test") -> Estimate:
+def _mean(one: EvaluatedVariant, quantity: str, split: str = "test") -> Estimate:
     """A quantity's mean and its error: over rows, or over seeds where there are several."""
     every = [getattr(j, split).values[quantity] for j in (one, *one.further)]
     return mean_se(every[0] if len(every) == 1 else torch.stack([values.mean() for values in every]))
 
 
-def _own_decoders(judged: list[Judged]) -> Iterator[str]:
+def _own_decoders(judged: list[EvaluatedVariant]) -> Iterator[str]:
     if len(judged) < 2:
         return
     ranked = sorted(judged, key=lambda j: -_mean(j, "evidence").mean)
     best, rest = ranked[0], ranked[1:]
     leads = []
     for j in rest:
-        lead = _lead(best, j, "evidence")
+        lead = _paired_difference(best, j, "evidence")
         leads.append(
             f"{number(lead)} above {j.name}" + ("" if _clear(lead, 1 + len(best.further)) else " (no clear difference)")
         )
@@ -115,7 +115,7 @@ def _own_decoders(judged: list[Judged]) -> Iterator[str]:
     )
 
 
-def _seconds(one: Judged) -> float:
+def _seconds(one: EvaluatedVariant) -> float:
     every = (one, *one.further)
     return sum(j.seconds for j in every) / len(every)
 
@@ -124,7 +124,9 @@ def _listed(parts: list[str]) -> str:
     return " and ".join(parts) if len(parts) < 3 else f"{', '.join(parts[:-1])} and {parts[-1]}"
 
 
-def _amortization(judged: list[Judged], same: list[SameDecoder], curve: RefinementCurve | None) -> Iterator[str]:
+def _amortization(
+    judged: list[EvaluatedVariant], same: list[SameDecoder], curve: RefinementCurve | None
+) -> Iterator[str]:
     amortized = [j for j in judged if j.source == "Amortized"]
     if not amortized:
         return
@@ -134,7 +136,7 @@ def _amortization(judged: list[Judged], same: list[SameDecoder], curve: Refineme
             who = "the amortized guide" if len(amortized) == 1 else j.name
             yield (
                 f"On {split} rows {who} loses {number(lost)} nats of evidence: {number(encoder)} because an encoder "
-                f"gives lam (amortization gap), {number(family)} because of the family of q (approximation gap)."
+                f"gives q_params (amortization gap), {number(family)} because of the family of q (approximation gap)."
             )
     if curve is not None:
         wins = {s: mean_se(curve.elbo[m] - curve.elbo[0]) for m, s in enumerate(curve.steps) if s in (1, 5, 20, 100)}
@@ -149,7 +151,7 @@ def _amortization(judged: list[Judged], same: list[SameDecoder], curve: Refineme
         yield f"On the same decoder, against its own encoder, nats of test ELBO: {parts}."
 
 
-def _families(judged: list[Judged]) -> Iterator[str]:
+def _families(judged: list[EvaluatedVariant]) -> Iterator[str]:
     for j in judged:
         gains = {name: _mean(j, name) for name in j.test.values if name.startswith("family_gain[")}
         gains = {name: gain for name, gain in gains.items() if not name.endswith("_se")}
@@ -158,7 +160,7 @@ def _families(judged: list[Judged]) -> Iterator[str]:
             yield f"The best q of another family on the decoder of {j.name}, nats of test ELBO won: {_listed(told)}."
 
 
-def _rows(judged: list[Judged]) -> Iterator[str]:
+def _rows(judged: list[EvaluatedVariant]) -> Iterator[str]:
     for j in judged:
         if j.source == "PerDatapoint":
             far = _mean(j, "amortization_gap", "train")
@@ -168,7 +170,7 @@ def _rows(judged: list[Judged]) -> Iterator[str]:
             )
 
 
-def _faults(judged: list[Judged]) -> Iterator[str]:
+def _faults(judged: list[EvaluatedVariant]) -> Iterator[str]:
     for j in judged:
         for split in ("train", "test"):
             values = getattr(j, split).values
@@ -182,6 +184,6 @@ def _faults(judged: list[Judged]) -> Iterator[str]:
             left = mean_se(values["optimization_gap"]).mean
             if left > max(0.1 * mean_se(values["inference_gap"]).mean, NEGLIGIBLE):
                 yield (
-                    f"The search for the best lam of {j.name} on {split} rows had not come to rest: doubling its "
+                    f"The search for the best q_params of {j.name} on {split} rows had not come to rest: doubling its "
                     f"steps still won {left:.3f} nats; evaluate with more --refine-steps."
                 )

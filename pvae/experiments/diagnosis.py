@@ -13,31 +13,35 @@ from typing import Any
 
 import torch
 
-from pvae.diagnostics.battery import Part, Plan, Subject, joined, stages
+from pvae.diagnostics.battery import DiagnosisBudget, Subject, Task, concatenate, list_tasks
 from pvae.diagnostics.evaluation import bounds
-from pvae.diagnostics.trust import judge
+from pvae.diagnostics.trust import assess_trust
 from pvae.errors import UserError, nearest
 from pvae.experiments import run_folder
-from pvae.experiments.compare import Entry, Job
-from pvae.inference.guides import Optimized
+from pvae.experiments.compare import RunOptions, TrainedVariant
+from pvae.inference.guides import RefinedGuide
 from pvae.runtime.files import read_json, write_json
-from pvae.runtime.progress import bar
-from pvae.runtime.result_cache import Ledger, contents
+from pvae.runtime.progress import progress_bar
+from pvae.runtime.result_cache import ResultCache, load_all
 from pvae.runtime.torch_state import pick_device
 from pvae.stats import Estimate
 
 FILE, SCHEMA = "diagnosis.json", 1
-FOLDER = run_folder.PARTS[1]
+FOLDER = run_folder.CACHE_DIRS[1]
 FIELDS = {"name", "plan", "fitted", "parts", "seconds", "figures", "refined", "verdicts"}
 
 
-def diagnose(
-    entries: Sequence[Entry], results: Mapping[str, Any], job: Job, plan: Plan, only: Sequence[str] = ()
+def diagnose_run(
+    entries: Sequence[TrainedVariant],
+    results: Mapping[str, Any],
+    job: RunOptions,
+    plan: DiagnosisBudget,
+    only: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Diagnose fitted variants on test rows and write ``diagnosis.json``; finished parts are kept and not made again.
 
     Arguments:
-        entries: the variants, see `load`; of several seeds the first is looked at.
+        entries: the variants, see `load_diagnosis`; of several seeds the first is looked at.
         results: what evaluation found of them, as in ``results.json``.
         job: where and how; its rows and budget are evaluation's and not used here.
         plan: how closely to look.
@@ -46,7 +50,7 @@ def diagnose(
     Raises:
         UserError: an unknown name, or HMC diverges everywhere.
     """
-    wanted = chosen(entries, only)
+    wanted = select_variants(entries, only)
     kept = [own for own in _readable(job.folder) if only and own["name"] not in only]
     rows = {row["name"]: row for group in results["groups"] for row in group["rows"]}
     found = []
@@ -66,7 +70,7 @@ def diagnose(
                 "seconds": time.perf_counter() - start,
                 "figures": {name: value._asdict() for name, value in guide.items()},
                 "refined": {name: value._asdict() for name, value in best.items()},
-                "verdicts": [verdict._asdict() for verdict in judge(guide, best, **_classes(entry))],
+                "verdicts": [verdict._asdict() for verdict in assess_trust(guide, best, **_classes(entry))],
             }
         )
     whole = {"schema": SCHEMA, "variants": found + kept}
@@ -74,8 +78,8 @@ def diagnose(
     return whole
 
 
-def load(folder: Path) -> dict[str, Any]:
-    """What ``diagnose`` has written, or an empty mapping where it has not.
+def load_diagnosis(folder: Path) -> dict[str, Any]:
+    """What ``diagnose_run`` has written, or an empty mapping where it has not.
 
     Raises:
         UserError: it is broken or of another version.
@@ -94,20 +98,20 @@ def load(folder: Path) -> dict[str, Any]:
 
 def _readable(folder: Path) -> list[dict[str, Any]]:
     with suppress(UserError):
-        return list(load(folder).get("variants", []))
+        return list(load_diagnosis(folder).get("variants", []))
     return []
 
 
 def parts(folder: Path, variant: Mapping[str, Any]) -> dict[str, Any]:
     """The arrays behind a variant's figures, by part; what is not there is left out."""
     found: dict[str, list[Any]] = {}
-    for name, tensors in contents(folder / FOLDER / run_folder.place(variant["name"]), variant["parts"]).items():
-        part = Part(name, 0, lambda: None)
+    for name, tensors in load_all(folder / FOLDER / run_folder.folder_name(variant["name"]), variant["parts"]).items():
+        part = Task(name, 0, lambda: None)
         found.setdefault(part.of, []).append(part.kind(**tensors))
-    return {name: joined(pieces) for name, pieces in found.items()}
+    return {name: concatenate(pieces) for name, pieces in found.items()}
 
 
-def chosen(entries: Sequence[Entry], only: Sequence[str]) -> list[Entry]:
+def select_variants(entries: Sequence[TrainedVariant], only: Sequence[str]) -> list[TrainedVariant]:
     """The variants of these names, all of them where none is given.
 
     Raises:
@@ -120,16 +124,16 @@ def chosen(entries: Sequence[Entry], only: Sequence[str]) -> list[Entry]:
     return [known[name] for name in only] or list(entries)
 
 
-def _subject(entry: Entry, job: Job, plan: Plan) -> Subject:
+def _subject(entry: TrainedVariant, job: RunOptions, plan: DiagnosisBudget) -> Subject:
     variant, device = entry.variants[0], pick_device(job.device)
     program, guide = variant.built.program, variant.built.guide
     x = entry.data.test[: plan.rows].to(device)
-    best = Optimized(guide, program.model, steps=plan.steps).to(device).eval()
+    best = RefinedGuide(guide, program.model, steps=plan.steps).to(device).eval()
     labels = torch.empty(0) if entry.data.test_labels is None else entry.data.test_labels[: plan.rows]
     return Subject(entry.name, program.model, guide, best, x, labels, variant.recipe.seed)
 
 
-def _ledger(entry: Entry, job: Job, plan: Plan) -> Ledger:
+def _ledger(entry: TrainedVariant, job: RunOptions, plan: DiagnosisBudget) -> ResultCache:
     variant = entry.variants[0]
     key = {
         "fitted": run_folder.fingerprint(variant),
@@ -138,10 +142,10 @@ def _ledger(entry: Entry, job: Job, plan: Plan) -> Ledger:
         "seed": variant.recipe.seed,
         "version": version("pvae-pyro"),
     }
-    return Ledger(job.folder / FOLDER / run_folder.place(entry.name), key)
+    return ResultCache(job.folder / FOLDER / run_folder.folder_name(entry.name), key)
 
 
-def _price(subject: Subject, plan: Plan, variants: int) -> str:
+def _price(subject: Subject, plan: DiagnosisBudget, variants: int) -> str:
     """What a diagnosis is going to cost, by the time that a few thousand passes take here."""
     passes, rows = sum(plan.passes().values()), subject.x[:50]
     for _ in range(2):  # the first time is slow
@@ -153,20 +157,20 @@ def _price(subject: Subject, plan: Plan, variants: int) -> str:
     return f"diagnosis: {passes / 1e6:.2g} million rows through the decoder, {told}{each}"
 
 
-def _made(subject: Subject, ledger: Ledger, plan: Plan, job: Job) -> dict[str, Any]:
+def _made(subject: Subject, ledger: ResultCache, plan: DiagnosisBudget, job: RunOptions) -> dict[str, Any]:
     """All parts of a variant's diagnosis, by name, from the ledger or made now."""
     found: dict[str, list[Any]] = {}
-    done, total = 0.0, sum(part.passes for part in stages(subject, plan))
-    with bar("%", 100, wanted=job.progress) as show:
-        for part in stages(subject, plan):  # one after the other: a part may hold the chains of its rows
+    done, total = 0.0, sum(part.passes for part in list_tasks(subject, plan))
+    with progress_bar("%", 100, wanted=job.progress) as show:
+        for part in list_tasks(subject, plan):  # one after the other: a part may hold the chains of its rows
             show(int(100 * done / total), f"{subject.name}: {part.name}")
             found.setdefault(part.of, []).append(ledger.part(part.name, part.kind, part.compute))
             done += part.passes
         show(100, subject.name)
-    return {name: joined(pieces) for name, pieces in found.items()}
+    return {name: concatenate(pieces) for name, pieces in found.items()}
 
 
-def _classes(entry: Entry) -> dict[str, str]:
+def _classes(entry: TrainedVariant) -> dict[str, str]:
     own = entry.variants[0].recipe
     return {"source": own.name("guide"), "family": own.name("family")}
 
@@ -175,7 +179,7 @@ def _figures(parts: dict[str, Any], row: Mapping[str, Any]) -> tuple[dict[str, E
     """What the rules look at: of the guide, and of the same q refined."""
     guide, best = dict(_of_evaluation(row)), dict[str, Estimate]()
     for name, part in parts.items():
-        found = part.figures()
+        found = part.summary()
         if name.endswith("-best"):
             best |= found
         else:

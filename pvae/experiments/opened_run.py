@@ -12,26 +12,26 @@ import torch
 from torch import Tensor
 
 from pvae.data.dataset import Dataset
-from pvae.data.memmap import Mapped
-from pvae.data.preprocessing import binarized, checked
+from pvae.data.memmap import MemmapRows
+from pvae.data.preprocessing import apply_binarization, check_values
 from pvae.data.readers import read_table
-from pvae.distributions.supports import innermost
+from pvae.distributions.supports import base_constraint
 from pvae.errors import UserError, nearest
 from pvae.experiments import run_folder, sweep
 from pvae.experiments.run_folder import Variant
 from pvae.inference.guides import Guide
-from pvae.inference.latents import observed
+from pvae.inference.latents import observed_site
 from pvae.recipes import recipe
 from pvae.runtime.pyro_params import Program
 from pvae.runtime.torch_state import available_memory, seeded
 from pvae.training import checkpoints
 
 # Parts of a run's data that may be used, with the words that stand for them.
-WORDS = {"test": "test rows", "train": "training rows", "validation": "validation rows"}
+SPLIT_LABELS = {"test": "test rows", "train": "training rows", "validation": "validation rows"}
 
 
 @dataclass(frozen=True)
-class Opened:
+class Run:
     """A fitted variant of a run folder.
 
     Attributes:
@@ -89,7 +89,7 @@ class Opened:
         return self.data.train.shape[1] - self.data.classes
 
 
-class Chosen(NamedTuple):
+class SelectedRows(NamedTuple):
     """Rows x [B, C] of a run's data or of a file.
 
     ``labels`` [B] are their classes, if known; ``index`` [B] says which training datapoints they are, if they are any;
@@ -105,12 +105,12 @@ class Chosen(NamedTuple):
     @property
     def from_run(self) -> bool:
         """The rows are of the run's own data, and so as they should be."""
-        return self.where in WORDS.values()
+        return self.where in SPLIT_LABELS.values()
 
-    def at(self, which: Tensor) -> Chosen:
+    def at(self, which: Tensor) -> SelectedRows:
         """Some of these rows."""
         labels, index = (None if values is None else values[which] for values in (self.labels, self.index))
-        return Chosen(self.x[which], labels, index, self.where, self.place[which])
+        return SelectedRows(self.x[which], labels, index, self.where, self.place[which])
 
 
 def open_run(
@@ -120,7 +120,7 @@ def open_run(
     device: str = "auto",
     data_folder: str | Path | None = None,
     trust: bool = False,
-) -> Opened:
+) -> Run:
     """Open a run folder of ``fit`` or ``compare``.
 
     Arguments:
@@ -137,22 +137,22 @@ def open_run(
     own, axes, _ = recipe.open_file(folder / "recipe.toml", trust=trust)
     places = {own.name("guide"): folder}
     if axes:
-        places = {cell.name: folder / cell.place for cell in reversed(sweep.cells(own, axes))}
+        places = {cell.name: folder / cell.place for cell in reversed(sweep.sweep_points(own, axes))}
         places = {name: place for name, place in reversed(places.items()) if (place / checkpoints.FILE).is_file()}
     if not places:
         raise UserError(f"{folder} holds no trained variant; the command that began it with --resume goes on")
     name = next(iter(places)) if variant is None else variant
     if name not in places:
         raise UserError(f"{folder} has no variant '{name}'{nearest(name, places)}")
-    shelf = sweep.Shelf(data_folder)
+    shelf = sweep.DatasetCache(data_folder)
     data = shelf[recipe.read(places[name], trust=trust)]
-    found = run_folder.load(places[name], data, device=device, trust=trust)
-    return Opened(folder, name, found, data, [other for other in places if other != name], device)
+    found = run_folder.load_fit(places[name], data, device=device, trust=trust)
+    return Run(folder, name, found, data, [other for other in places if other != name], device)
 
 
-def chosen(
-    opened: Opened, source: str = "test", select: str | None = None, *, raw: bool = False, missing: bool = False
-) -> Chosen:
+def select_rows(
+    opened: Run, source: str = "test", select: str | None = None, *, raw: bool = False, missing: bool = False
+) -> SelectedRows:
     """Rows to use a run on.
 
     Arguments:
@@ -165,21 +165,21 @@ def chosen(
         UserError: no such rows, another number of columns, values outside the support, NaN where none is expected, or
             more rows of those on disk than memory holds.
     """
-    if source in WORDS:
+    if source in SPLIT_LABELS:
         return _own(opened, source, select)
     if not Path(source).suffix:
-        raise UserError(f"there are no rows '{source}'{nearest(source, WORDS)}, or the path of a file")
+        raise UserError(f"there are no rows '{source}'{nearest(source, SPLIT_LABELS)}, or the path of a file")
     found = _from_file(opened, Path(source), raw, missing or opened.data.missing)
-    return found if select is None else found.at(torch.tensor(positions(select, len(found.x), found.where)))
+    return found if select is None else found.at(torch.tensor(parse_positions(select, len(found.x), found.where)))
 
 
-def positions(select: str, count: int, what: str) -> list[int]:
+def parse_positions(select: str, count: int, what: str) -> list[int]:
     """Positions that a selection names, as ``0:20`` or ``3,17,5``.
 
     Raises:
         UserError: it can't be read, names none, or one beyond the last.
 
-    >>> positions("3,0:2", 10, "test rows")
+    >>> parse_positions("3,0:2", 10, "test rows")
     [3, 0, 1]
     """
     found: list[int] = []
@@ -199,14 +199,14 @@ def positions(select: str, count: int, what: str) -> list[int]:
     return found
 
 
-def _own(opened: Opened, part: str, select: str | None) -> Chosen:
-    data, where = opened.data, WORDS[part]
+def _own(opened: Run, part: str, select: str | None) -> SelectedRows:
+    data, where = opened.data, SPLIT_LABELS[part]
     rows, labels = getattr(data, part), getattr(data, f"{part}_labels")
     if not len(rows):
         raise UserError(f"the run has no {where}; name others, or a file")
-    place = torch.arange(len(rows)) if select is None else torch.tensor(positions(select, len(rows), where))
+    place = torch.arange(len(rows)) if select is None else torch.tensor(parse_positions(select, len(rows), where))
     size = 4 * len(place) * rows.shape[1]
-    if isinstance(rows, Mapped) and size > available_memory() / 2:
+    if isinstance(rows, MemmapRows) and size > available_memory() / 2:
         raise UserError(
             f"{len(place)} {where} take {size / 2**30:.3g} GiB, more than half of the memory that is left; name fewer, "
             "as --select 0:1000"
@@ -214,11 +214,11 @@ def _own(opened: Opened, part: str, select: str | None) -> Chosen:
     labels = labels if labels is None else labels[place]
     if part == "train":
         x = data.fixed_train(len(rows) if select is None else place).x
-        return Chosen(x, labels, place, where, place)
-    return Chosen(rows if select is None else rows[place], labels, None, where, place)
+        return SelectedRows(x, labels, place, where, place)
+    return SelectedRows(rows if select is None else rows[place], labels, None, where, place)
 
 
-def _from_file(opened: Opened, path: Path, raw: bool, missing: bool) -> Chosen:
+def _from_file(opened: Run, path: Path, raw: bool, missing: bool) -> SelectedRows:
     table = read_table(path)
     x = np.asarray(table["x_train"])
     if x.dtype.kind not in "biuf":
@@ -237,13 +237,13 @@ def _from_file(opened: Opened, path: Path, raw: bool, missing: bool) -> Chosen:
         row, column = np.argwhere(np.isnan(flat))[0].tolist()
         count = f"({int(np.isnan(flat).sum())} in all)"
         raise UserError(f"{path}: row {row}, column {column} is nan {count}; pvae impute fills in what is missing")
-    values = torch.from_numpy(np.array(checked(str(path), flat, kind, 1, missing=True)))
-    rows = binarized({"test": values}, kind)["test"]
+    values = torch.from_numpy(np.array(check_values(str(path), flat, kind, 1, missing=True)))
+    rows = apply_binarization({"test": values}, kind)["test"]
     if not raw:
         _check_support(opened, rows, path)
     if opened.data.classes:
         rows = _with_labels(opened, rows, labels, path)
-    return Chosen(rows, labels, None, f"rows of {path.name}", torch.arange(len(rows)))
+    return SelectedRows(rows, labels, None, f"rows of {path.name}", torch.arange(len(rows)))
 
 
 def _order(path: Path, names: Sequence[str], there: list[str]) -> list[int]:
@@ -255,20 +255,21 @@ def _order(path: Path, names: Sequence[str], there: list[str]) -> list[int]:
     return [there.index(name) for name in names]
 
 
-def _check_support(opened: Opened, x: Tensor, path: Path) -> None:
+def _check_support(opened: Run, x: Tensor, path: Path) -> None:
     with torch.no_grad(), seeded(0):
         like = opened.data.train[:1].to(next(opened.variant.built.program.parameters()).device)
-        fn = observed(opened.model, like)["fn"]
-    outside = (~innermost(fn.support).check(x) & ~x.isnan()).nonzero()
+        fn = observed_site(opened.model, like)["fn"]
+    outside = (~base_constraint(fn.support).check(x) & ~x.isnan()).nonzero()
     if len(outside):
         row, column = outside[0].tolist()
         raise UserError(
             f"{path}: row {row}, column {column} is {x[row, column].item():g}, outside the support of the run's "
-            f"likelihood {opened.variant.recipe.name('likelihood')} ({innermost(fn.support)}; {len(outside)} of them)"
+            f"likelihood {opened.variant.recipe.name('likelihood')} ({base_constraint(fn.support)}; "
+            f"{len(outside)} of them)"
         )
 
 
-def _labels(opened: Opened, path: Path, values: Any) -> Tensor | None:
+def _labels(opened: Run, path: Path, values: Any) -> Tensor | None:
     """A file's labels as numbers; words have the numbers that they have in the run."""
     if values is None:
         return None
@@ -284,7 +285,7 @@ def _labels(opened: Opened, path: Path, values: Any) -> Tensor | None:
     return torch.tensor([numbers[word] for word in words])
 
 
-def _with_labels(opened: Opened, rows: Tensor, labels: Tensor | None, path: Path) -> Tensor:
+def _with_labels(opened: Run, rows: Tensor, labels: Tensor | None, path: Path) -> Tensor:
     """Rows with their label's columns, which the run's program takes."""
     if labels is None:
         raise UserError(f"{path}: the run's program takes labels, and the file has none; add a column 'label'")

@@ -15,7 +15,7 @@ import torch
 from pvae.data.dataset import Batch, Dataset
 from pvae.diagnostics.evaluation import Evaluation, RefinementCurve
 from pvae.experiments import run_folder
-from pvae.experiments.conclusions import Judged, SameDecoder, verdicts
+from pvae.experiments.conclusions import EvaluatedVariant, SameDecoder, draw_conclusions
 from pvae.experiments.run_folder import Variant
 from pvae.recipes import registry
 from pvae.recipes.recipe import Recipe
@@ -33,13 +33,13 @@ class Group(NamedTuple):
     base_measure: str
     test: Batch
     variants: list[list[Variant]]
-    judged: list[Judged]
+    judged: list[EvaluatedVariant]
     spaces: Mapping[str, Mapping[str, Estimate]] = {}
     same: Sequence[SameDecoder] = ()
     curve: RefinementCurve | None = None
 
 
-def collect(groups: list[Group], left_out: Mapping[str, str]) -> dict[str, Any]:
+def collect_results(groups: list[Group], left_out: Mapping[str, str]) -> dict[str, Any]:
     """The whole of ``results.json``; each group of variants that can be compared has its own tables."""
     recipes = [variant.recipe for group in groups for variants in group.variants for variant in variants]
     results: dict[str, Any] = {
@@ -53,7 +53,7 @@ def collect(groups: list[Group], left_out: Mapping[str, str]) -> dict[str, Any]:
     return results
 
 
-def expected(results: Mapping[str, Any]) -> dict[str, Any]:
+def expected_figures(results: Mapping[str, Any]) -> dict[str, Any]:
     """What a recipe file keeps of a run: each variant's test means and errors, seconds, and what made them."""
     found: dict[str, Any] = {"versions": results["versions"], "machine": results["machine"], "date": f"{date.today()}"}
     for group in results["groups"]:
@@ -96,7 +96,7 @@ def _group(group: Group) -> dict[str, Any]:
             _row(variants, judged) | _space(group, judged.name)
             for variants, judged in zip(group.variants, group.judged, strict=True)
         ],
-        "verdicts": verdicts(group.judged, list(group.same), group.curve, dynamic=data.binarize == "dynamic"),
+        "verdicts": draw_conclusions(group.judged, list(group.same), group.curve, dynamic=data.binarize == "dynamic"),
     }
     if group.same and group.curve is not None:
         found["same_decoder"] = _same_decoder(group.judged, group.same)
@@ -107,16 +107,16 @@ def _group(group: Group) -> dict[str, Any]:
 SPLITS = ("train", "test")
 
 
-def _row(variants: list[Variant], judged: Judged) -> dict[str, Any]:
+def _row(variants: list[Variant], judged: EvaluatedVariant) -> dict[str, Any]:
     first, own = variants[0], variants[0].recipe
     every = [judged, *judged.further]
     row = {
         "name": judged.name,
         "guide": judged.source.rpartition(":")[2],
-        "settings": {name: value for name, value in registry.table(own.guide).items() if name != "type"},
+        "settings": {name: value for name, value in registry.as_table(own.guide).items() if name != "type"},
         **{word: own.name(word) for word in WORDS},
         "latent": first.built.guide.sites.dim,
-        "parameters": run_folder.parameters(first),
+        "parameters": run_folder.count_parameters(first),
         "epochs": len(first.fit.history),
         "seconds": sum(v.fit.seconds for v in variants) / len(variants),
         "evaluation_seconds": sum(j.train.seconds + j.test.seconds for j in every) / len(every),
@@ -164,7 +164,7 @@ def _summary(found: Evaluation) -> dict[str, Estimate]:
     return summary
 
 
-def _same_decoder(judged: list[Judged], same: Sequence[SameDecoder]) -> dict[str, Any]:
+def _same_decoder(judged: list[EvaluatedVariant], same: Sequence[SameDecoder]) -> dict[str, Any]:
     values = next(j for j in judged if j.source == "Amortized").test.values
     own = same[0].elbo
     return {

@@ -16,7 +16,7 @@ import torch
 from pvae.data.dataset import Dataset
 from pvae.errors import UserError
 from pvae.recipes import recipe, registry
-from pvae.recipes.build import Built, build, fitted
+from pvae.recipes.build import Built, build_model, fit_recipe
 from pvae.recipes.recipe import Recipe
 from pvae.runtime.torch_state import pick_device
 from pvae.training import checkpoints
@@ -33,8 +33,8 @@ FILES = (
     "diagnosis.json",
 )
 # Folders of finished parts, which a longer job goes on from, and of what the run was used for.
-CLASSES = "classes"
-PARTS = ("evaluation", "diagnosis", "uses", CLASSES)
+CLASS_MODELS_DIR = "classes"
+CACHE_DIRS = ("evaluation", "diagnosis", "uses", CLASS_MODELS_DIR)
 
 
 class Variant(NamedTuple):
@@ -45,7 +45,7 @@ class Variant(NamedTuple):
     fit: Fit
 
 
-def prepare(
+def prepare_folder(
     folder: Path,
     own: Recipe,
     vary: Mapping[str, list[Any]] | None = None,
@@ -97,24 +97,24 @@ def _clear(folder: Path) -> None:
     for further in folder.glob("idata-*.nc"):
         further.unlink()
     checkpoints.remove(folder)
-    for name in PARTS:
+    for name in CACHE_DIRS:
         shutil.rmtree(folder / name, ignore_errors=True)
     for inner in folder.iterdir():
         if inner.is_dir() and (inner / "recipe.toml").is_file():
             shutil.rmtree(inner)
 
 
-def train(
+def train_in_folder(
     own: Recipe, data: Dataset, folder: Path, *, device: str = "auto", resume: bool = False, progress: bool = False
 ) -> Variant:
     """Fit a resolved recipe in its prepared folder."""
-    built = build(own, data)
+    built = build_model(own, data)
     there = resume and (folder / checkpoints.FILE).is_file()
-    report = fitted(own, built, data, device=device, folder=folder, resume=there, progress=progress)
+    report = fit_recipe(own, built, data, device=device, folder=folder, resume=there, progress=progress)
     return Variant(own, built, report)
 
 
-def load(folder: Path, data: Dataset, *, device: str = "auto", trust: bool = False) -> Variant:
+def load_fit(folder: Path, data: Dataset, *, device: str = "auto", trust: bool = False) -> Variant:
     """The fitted variant of a run folder.
 
     Arguments:
@@ -127,15 +127,15 @@ def load(folder: Path, data: Dataset, *, device: str = "auto", trust: bool = Fal
     tensors, header = checkpoints.read(folder)
     if header["digest"] != data.digest:
         raise UserError(f"{folder} was fitted to other rows than {data.identity} has now; fit it anew")
-    built = build(own, data)
-    tensors = checkpoints.best(tensors) or tensors
+    built = build_model(own, data)
+    tensors = checkpoints.best_params(tensors) or tensors
     for kind, module in (("model", built.program), ("guide", built.guide)):
-        checkpoints.fill(module, kind, tensors, folder)
+        checkpoints.load_module(module, kind, tensors, folder)
         module.to(pick_device(device)).eval()
     return Variant(own, built, Fit(header["history"], header["seconds"], header["stopped"], header.get("engine", "")))
 
 
-def unfinished(variant: Variant) -> str:
+def unfinished_note(variant: Variant) -> str:
     """What is left of a training that was stopped, in words; empty where nothing is."""
     done, wanted = len(variant.fit.history), variant.recipe.epochs or 0
     if done >= wanted or variant.fit.stopped == "early":
@@ -143,7 +143,7 @@ def unfinished(variant: Variant) -> str:
     return f"has had {done} of its {wanted} epochs; the command that began it with --resume trains the rest"
 
 
-def parameters(variant: Variant) -> dict[str, int]:
+def count_parameters(variant: Variant) -> dict[str, int]:
     """How many numbers are trained: shared by all datapoints, and of the datapoints' own."""
     modules = (variant.built.program, variant.built.guide)
     shared = {id(p): p.numel() for module in modules for p in module.parameters() if p.requires_grad}
@@ -158,7 +158,7 @@ def fingerprint(variant: Variant) -> str:
     """
     own = variant.recipe
     found = hashlib.sha256(json.dumps(asdict(own), sort_keys=True, default=str).encode())
-    found.update("".join(registry.code(getattr(own, kind)) for kind in registry.KINDS).encode())
+    found.update("".join(registry.source_code(getattr(own, kind)) for kind in registry.KINDS).encode())
     for module in (variant.built.program, variant.built.guide):
         for name, values in module.state_dict().items():
             found.update(f"{name}{tuple(values.shape)}".encode())
@@ -166,6 +166,6 @@ def fingerprint(variant: Variant) -> str:
     return found.hexdigest()[:16]
 
 
-def place(name: str) -> str:
+def folder_name(name: str) -> str:
     """The folder of a variant's parts."""
     return re.sub(r"[^\w=.,()+-]", "_", name)

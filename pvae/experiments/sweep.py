@@ -20,17 +20,17 @@ from typing import Any
 import torch
 
 from pvae.data.dataset import Dataset
-from pvae.errors import Refused, UserError
+from pvae.errors import Incompatible, UserError
 from pvae.experiments import run_folder
 from pvae.experiments.run_folder import Variant
 from pvae.recipes import preflight, recipe, registry
 from pvae.recipes.recipe import Recipe
-from pvae.runtime.progress import bar
-from pvae.training.loop import Interrupted
+from pvae.runtime.progress import progress_bar
+from pvae.runtime.signals import TrainingInterrupt
 
 
 @dataclass(frozen=True)
-class Cell:
+class SweepPoint:
     """One run of a grid.
 
     Attributes:
@@ -45,7 +45,7 @@ class Cell:
 
 
 @dataclass(frozen=True)
-class Pool:
+class Workers:
     """How cells are trained.
 
     Attributes:
@@ -64,7 +64,7 @@ class Pool:
 
 
 @dataclass
-class Shelf:
+class DatasetCache:
     """Data sets of recipes, each read once."""
 
     folder: str | Path | None = None
@@ -74,22 +74,22 @@ class Shelf:
         keys = ("data", "binarize", "test_size", "validation_size", "split_seed", "missing", "only", "program")
         key = tuple(str(getattr(own, name)) for name in keys)
         if key not in self.known:
-            self.known[key] = recipe.load_data(own, self.folder)
+            self.known[key] = recipe.load_recipe_data(own, self.folder)
         return self.known[key]
 
 
-def axis(words: str) -> tuple[str, list[Any]]:
+def parse_axis(words: str) -> tuple[str, list[Any]]:
     """An axis as one writes it on the command line.
 
     Raises:
         UserError: it is not of the form ``name=value,value``, or names no key of a recipe.
 
-    >>> axis("objective=ELBO,IWAE(K=5)"), axis("latent=2,8")
+    >>> parse_axis("objective=ELBO,IWAE(K=5)"), parse_axis("latent=2,8")
     (('objective', ['ELBO', 'IWAE(K=5)']), ('latent', [2, 8]))
     """
     name, equals, values = words.partition("=")
     name = name.strip().replace("-", "_")
-    found = [_value(name, word) for word in registry.split(values)]
+    found = [_value(name, word) for word in registry.split_words(values)]
     if not equals or "" in found or None in found or len(found) != len({str(value) for value in found}):
         raise UserError(f"--vary {words}: write {name}=VALUE,VALUE,... with different values")
     for value in found:
@@ -106,7 +106,7 @@ def _value(name: str, word: str) -> Any:
         return word
 
 
-def cells(own: Recipe, vary: Mapping[str, Sequence[Any]]) -> list[Cell]:
+def sweep_points(own: Recipe, vary: Mapping[str, Sequence[Any]]) -> list[SweepPoint]:
     """The product of the axes, the last one fastest; an axis ``seed`` repeats each variant on the same rows.
 
     Raises:
@@ -123,7 +123,7 @@ def cells(own: Recipe, vary: Mapping[str, Sequence[Any]]) -> list[Cell]:
         for seed in seeds:
             resolved = recipe.resolve(replace(base, **chosen, seed=seed))
             place = re.sub(r"[^\w.=,-]+", "_", name).strip("_") + (f",seed={seed}" if len(seeds) > 1 else "")
-            found.append(Cell(name, resolved, place))
+            found.append(SweepPoint(name, resolved, place))
     if len({cell.place for cell in found}) < len(found):
         raise UserError("two variants have the same name; give each value once")
     return found
@@ -134,7 +134,7 @@ def _word(kind: str, value: Any) -> str:
     return registry.label(value) if kind in registry.KINDS else f"{kind.replace('_', ' ')} {value}"
 
 
-def sound(all_cells: list[Cell], shelf: Shelf) -> tuple[list[Cell], dict[str, str]]:
+def runnable(all_cells: list[SweepPoint], shelf: DatasetCache) -> tuple[list[SweepPoint], dict[str, str]]:
     """The cells that can be trained, and by name those that are left out with the reason.
 
     Raises:
@@ -145,15 +145,21 @@ def sound(all_cells: list[Cell], shelf: Shelf) -> tuple[list[Cell], dict[str, st
         try:
             preflight.check_recipe(cell.recipe, shelf[cell.recipe])
             kept.append(cell)
-        except Refused as error:
+        except Incompatible as error:
             refused[cell.name] = str(error)
     if not kept:
         raise UserError(next(iter(refused.values())))
     return kept, refused
 
 
-def train(
-    wanted: list[Cell], folder: Path, shelf: Shelf, pool: Pool, *, overwrite: bool = False, resume: bool = False
+def train_sweep(
+    wanted: list[SweepPoint],
+    folder: Path,
+    shelf: DatasetCache,
+    pool: Workers,
+    *,
+    overwrite: bool = False,
+    resume: bool = False,
 ) -> list[Variant]:
     """Train each cell in its own folder and return the variants in the order of the cells.
 
@@ -167,17 +173,17 @@ def train(
     """
     begun = [resume and (folder / cell.place / "recipe.toml").is_file() for cell in wanted]
     for cell, known in zip(wanted, begun, strict=True):
-        run_folder.prepare(folder / cell.place, cell.recipe, overwrite=overwrite, resume=known)
+        run_folder.prepare_folder(folder / cell.place, cell.recipe, overwrite=overwrite, resume=known)
     if pool.jobs > 1 and len(wanted) > 1:
         _train_apart(wanted, folder, pool, begun)
-        return [run_folder.load(folder / c.place, shelf[c.recipe], device=pool.device, trust=True) for c in wanted]
+        return [run_folder.load_fit(folder / c.place, shelf[c.recipe], device=pool.device, trust=True) for c in wanted]
     found = []
     for number, (cell, known) in enumerate(zip(wanted, begun, strict=True), 1):
         own = cell.recipe
         count = f" ({number} of {len(wanted)})" if len(wanted) > 1 else ""
         pool.say(f"training {_told(cell)}: {_epochs(own)}, batches of {own.batch_size}{count}")
         found.append(
-            run_folder.train(
+            run_folder.train_in_folder(
                 own,
                 shelf[own],
                 folder / cell.place,
@@ -189,7 +195,7 @@ def train(
     return found
 
 
-def _told(cell: Cell) -> str:
+def _told(cell: SweepPoint) -> str:
     return cell.place.replace(",seed=", ", seed ")
 
 
@@ -197,7 +203,7 @@ def _epochs(own: Recipe) -> str:
     return f"{own.epochs} epoch{'' if own.epochs == 1 else 's'}"
 
 
-def _train_apart(wanted: list[Cell], folder: Path, pool: Pool, begun: list[bool]) -> None:
+def _train_apart(wanted: list[SweepPoint], folder: Path, pool: Workers, begun: list[bool]) -> None:
     """Train cells in processes of their own, which share the machine's threads; a signal ends them all, saved."""
     jobs = min(pool.jobs, len(wanted))
     threads = max(1, torch.get_num_threads() // jobs)
@@ -206,10 +212,10 @@ def _train_apart(wanted: list[Cell], folder: Path, pool: Pool, begun: list[bool]
     with (
         # In process groups of their own, Ctrl-C reaches them once, through this process, and not twice.
         ProcessPoolExecutor(jobs, mp_context=spawning, initializer=os.setpgrp) as workers,
-        bar("variants", len(wanted), wanted=pool.progress) as show,
+        progress_bar("variants", len(wanted), wanted=pool.progress) as show,
         _signals_raised(),
     ):
-        waiting, running, trained = list(zip(wanted, begun, strict=True)), dict[Any, Cell](), 0
+        waiting, running, trained = list(zip(wanted, begun, strict=True)), dict[Any, SweepPoint](), 0
         try:
             while waiting or running:
                 while waiting and len(running) < jobs:
@@ -221,7 +227,7 @@ def _train_apart(wanted: list[Cell], folder: Path, pool: Pool, begun: list[bool]
                     done.result()
                     trained += 1
                     show(trained, _told(running.pop(done)))
-        except Interrupted:
+        except TrainingInterrupt:
             for process in multiprocessing.active_children():
                 process.terminate()
             raise
@@ -232,7 +238,9 @@ def _signals_raised() -> Iterator[None]:
     """Ctrl-C and SIGTERM as an exception that says how to go on."""
 
     def stop(number: int, frame: FrameType | None) -> None:
-        raise Interrupted(f"stopped by {signal.Signals(number).name}; the same command with --resume goes on", number)
+        raise TrainingInterrupt(
+            f"stopped by {signal.Signals(number).name}; the same command with --resume goes on", number
+        )
 
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -246,7 +254,9 @@ def _signals_raised() -> Iterator[None]:
 
 
 def _train_alone(
-    cell: Cell, folder: Path, device: str, data_folder: str | Path | None, resume: bool, threads: int
+    cell: SweepPoint, folder: Path, device: str, data_folder: str | Path | None, resume: bool, threads: int
 ) -> None:
     torch.set_num_threads(threads)
-    run_folder.train(cell.recipe, recipe.load_data(cell.recipe, data_folder), folder, device=device, resume=resume)
+    run_folder.train_in_folder(
+        cell.recipe, recipe.load_recipe_data(cell.recipe, data_folder), folder, device=device, resume=resume
+    )

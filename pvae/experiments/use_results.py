@@ -13,7 +13,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from pvae.errors import UserError, nearest
-from pvae.runtime.files import read_json, replacing, write_json
+from pvae.runtime.files import atomic_replace, read_json, write_json
 
 # In a run's folder.
 FOLDER = "uses"
@@ -35,7 +35,7 @@ KINDS = (".npz", ".npy", ".csv", ".png", ".html")
 
 
 @dataclass
-class Use:
+class UseResult:
     """What a command gives.
 
     Attributes:
@@ -81,7 +81,7 @@ def check_outputs(outs: Sequence[Path], overwrite: bool, *, page: bool = True) -
             raise UserError(f"--out {path} exists; give --overwrite to replace it, or another name")
 
 
-def save(use: Use, *paths: Path) -> None:
+def write_outputs(use: UseResult, *paths: Path) -> None:
     """Write a use to files, each whole or not at all: all arrays (.npz), the first (.npy), a table, picture, page.
 
     Raises:
@@ -95,8 +95,8 @@ def save(use: Use, *paths: Path) -> None:
         _write(use, path)
 
 
-def _write(use: Use, path: Path) -> None:
-    with replacing(path) as temporary, temporary.open("wb") as file:
+def _write(use: UseResult, path: Path) -> None:
+    with atomic_replace(path) as temporary, temporary.open("wb") as file:
         if path.suffix == ".npz":
             np.savez_compressed(file, **use.arrays)  # type: ignore[arg-type]
         elif path.suffix == ".npy":
@@ -108,7 +108,7 @@ def _write(use: Use, path: Path) -> None:
             file.write(use.page.encode() if path.suffix == ".html" else _picture(use))
 
 
-def _picture(use: Use) -> bytes:
+def _picture(use: UseResult) -> bytes:
     assert use.figure is not None
     file = io.BytesIO()
     use.figure.savefig(file, format="png", dpi=160, bbox_inches="tight")
@@ -135,7 +135,7 @@ def _write_csv(file: Any, arrays: Mapping[str, np.ndarray], names: Sequence[str]
     csv.write_csv(pa.table({name: np.ascontiguousarray(values) for name, values in columns.items()}), file)
 
 
-def keep(use: Use, folder: Path, about: Mapping[str, Any]) -> list[Path]:
+def save_in_run(use: UseResult, folder: Path, about: Mapping[str, Any]) -> list[Path]:
     """Keep a use in a run's folder, in the place of the last one of its verb, and return the files.
 
     Arguments:
@@ -145,7 +145,7 @@ def keep(use: Use, folder: Path, about: Mapping[str, Any]) -> list[Path]:
     paths = {kind: folder / FOLDER / f"{use.verb}{kind}" for kind in kinds}
     for kind, there in kinds.items():
         if there:
-            save(use, paths[kind])
+            write_outputs(use, paths[kind])
         else:
             paths[kind].unlink(missing_ok=True)  # of an earlier use, to which it would not belong
     told = {"sentences": use.sentences, "tables": use.tables}
@@ -153,11 +153,11 @@ def keep(use: Use, folder: Path, about: Mapping[str, Any]) -> list[Path]:
     return [path for kind, path in paths.items() if kinds[kind]]
 
 
-def kept(folder: Path, fitted: Collection[str]) -> list[dict[str, Any]]:
+def load_from_run(folder: Path, fitted: Collection[str]) -> list[dict[str, Any]]:
     """What a run's folder keeps of its uses, in the order of ``VERBS``; that of earlier fits is left out.
 
     Returns:
-        What :func:`keep` wrote of each, with ``picture``, an address for an image's ``src``, and ``arrays``.
+        What `save_in_run` wrote of each, with ``picture``, an address for an image's ``src``, and ``arrays``.
     """
     found = []
     for verb in VERBS:

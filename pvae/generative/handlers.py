@@ -14,15 +14,15 @@ from torch import Tensor
 from torch.distributions import constraints
 
 from pvae.distributions.flows import Flow
-from pvae.distributions.masked import Present, separable, whole
+from pvae.distributions.masked import MaskedDistribution, is_factorized, not_factorized_reason
 from pvae.distributions.mixtures import DiagonalMixture
-from pvae.distributions.noisy import Channel, Noisy
-from pvae.distributions.supports import innermost
-from pvae.errors import Refused, UserError
+from pvae.distributions.noisy import Channel, NoiseConvolution
+from pvae.distributions.supports import base_constraint
+from pvae.errors import Incompatible, UserError
 from pvae.runtime.pyro_params import Program
 
 
-class Missing(Messenger):
+class MaskMissing(Messenger):
     r"""A block in which observed sites score the entries that are there: :math:`\log p(x_{obs}|z)` for log p(x|z).
 
     Arguments:
@@ -37,7 +37,7 @@ class Missing(Messenger):
 
     >>> import pyro
     >>> x = torch.tensor([[1.0, torch.nan]])
-    >>> with Missing(), pyro.poutine.trace() as seen:
+    >>> with MaskMissing(), pyro.poutine.trace() as seen:
     ...     _ = pyro.sample("x", dist.Normal(torch.zeros(2), 1.0).to_event(1), obs=x)
     >>> seen.trace.nodes["x"]["fn"].log_prob(x)
     tensor([-1.4189])
@@ -53,10 +53,12 @@ class Missing(Messenger):
         if not msg["is_observed"] or site_is_subsample(msg) or msg["infer"].get("_deterministic"):
             return
         mask = self._of(msg["name"], msg["value"])
-        if separable(msg["fn"]):  # whatever the mask holds: a recording can't look
-            msg["fn"] = Present(msg["fn"], mask)
+        if is_factorized(msg["fn"]):  # whatever the mask holds: a recording can't look
+            msg["fn"] = MaskedDistribution(msg["fn"], mask)
         elif not mask.all():
-            raise Refused(f"entries of observed site '{msg['name']}' are missing, but {whole(msg['fn'])}")
+            raise Incompatible(
+                f"entries of observed site '{msg['name']}' are missing, but {not_factorized_reason(msg['fn'])}"
+            )
 
     def _of(self, name: str, value: Tensor) -> Tensor:
         """The mask of a site's value."""
@@ -70,17 +72,17 @@ class Missing(Messenger):
         return self.mask if times == 1 else self.mask.repeat(times, *(1,) * (value.dim() - 1))
 
 
-def masked(model: Program, mask: Tensor | None = None) -> Program:
-    """The program under :class:`Missing`: the same latents and parameters, scored on the entries that are there.
+def mask_missing(model: Program, mask: Tensor | None = None) -> Program:
+    """The program under `MaskMissing`: the same latents and parameters, scored on the entries that are there.
 
-    >>> program = masked(lambda x: None, torch.ones(2, 3, dtype=torch.bool))
+    >>> program = mask_missing(lambda x: None, torch.ones(2, 3, dtype=torch.bool))
     >>> program(torch.zeros(2, 3))
     """
-    Missing(mask)  # refuses what is no mask, here and not at the first call
-    return Under(model, partial(Missing, mask))
+    MaskMissing(mask)  # refuses what is no mask, here and not at the first call
+    return HandledProgram(model, partial(MaskMissing, mask))
 
 
-class Under:
+class HandledProgram:
     """A program under a messenger, which still tells whose method it is, and so where its parameters are.
 
     Arguments:
@@ -97,7 +99,7 @@ class Under:
             return self.model(*args, **kwargs)
 
 
-class Through(Messenger):
+class ObserveThroughNoise(Messenger):
     r"""A block in which observed sites are seen through noise: :math:`\log p(y|z)` for log p(x|z), where y is observed.
 
     Arguments:
@@ -108,7 +110,7 @@ class Through(Messenger):
         Refused: a site that scores whole rows, or whose values the noise does not take.
 
     >>> import pyro
-    >>> with Through(FlipNoise(rate=0.5)), pyro.poutine.trace() as seen:
+    >>> with ObserveThroughNoise(FlipNoise(rate=0.5)), pyro.poutine.trace() as seen:
     ...     _ = pyro.sample("x", dist.Bernoulli(torch.tensor([0.9])).to_event(1), obs=torch.ones(1))
     >>> seen.trace.nodes["x"]["fn"].log_prob(torch.ones(1)).exp()
     tensor(0.5000)
@@ -124,25 +126,25 @@ class Through(Messenger):
             msg["fn"] = self._noisy(msg["name"], msg["fn"])
 
     def _noisy(self, name: str, fn: Any) -> Any:
-        if isinstance(fn, Present):
-            return Present(self._noisy(name, fn.fn), fn.there)
-        if not separable(fn):
-            raise Refused(f"noise on observed site '{name}': {whole(fn)}")
-        takes, has = getattr(self.noise, "takes", constraints.real), innermost(fn.support)
+        if isinstance(fn, MaskedDistribution):
+            return MaskedDistribution(self._noisy(name, fn.fn), fn.there)
+        if not is_factorized(fn):
+            raise Incompatible(f"noise on observed site '{name}': {not_factorized_reason(fn)}")
+        takes, has = getattr(self.noise, "takes", constraints.real), base_constraint(fn.support)
         if takes is constraints.boolean and has is not constraints.boolean:
-            raise Refused(
+            raise Incompatible(
                 f"{type(self.noise).__name__} takes binary values, but observed site '{name}' is "
                 f"{type(getattr(fn, 'base_dist', fn)).__name__}, {has}; use GaussianNoise, or a binary likelihood"
             )
-        return Noisy(fn, self.noise).to_event(fn.event_dim)
+        return NoiseConvolution(fn, self.noise).to_event(fn.event_dim)
 
 
-def noisy(model: Program, noise: Channel, name: str | None = None) -> Program:
-    """The program under :class:`Through`: the same latents and parameters, and y observed in the place of x."""
-    return Under(model, partial(Through, noise, name))
+def with_noise(model: Program, noise: Channel, name: str | None = None) -> Program:
+    """Run a program inside `ObserveThroughNoise`: the same latents and parameters, y observed in the place of x."""
+    return HandledProgram(model, partial(ObserveThroughNoise, noise, name))
 
 
-class Tempered(Messenger):
+class TemperPrior(Messenger):
     """A block in which the noise behind each latent is multiplied by a temperature."""
 
     def __init__(self, temperature: float) -> None:
@@ -152,13 +154,13 @@ class Tempered(Messenger):
     def _pyro_sample(self, msg: Any) -> None:
         if self.temperature == 1 or msg["is_observed"] or site_is_subsample(msg):
             return
-        msg["fn"] = _tempered(msg["name"], msg["fn"], max(self.temperature, 1e-6))
+        msg["fn"] = _temper_distribution(msg["name"], msg["fn"], max(self.temperature, 1e-6))
 
 
-def _tempered(name: str, fn: Any, t: float) -> Any:
+def _temper_distribution(name: str, fn: Any, t: float) -> Any:
     """The distribution with its noise multiplied by t."""
     if isinstance(fn, torch.distributions.Independent):
-        return dist.Independent(_tempered(name, fn.base_dist, t), fn.reinterpreted_batch_ndims)
+        return dist.Independent(_temper_distribution(name, fn.base_dist, t), fn.reinterpreted_batch_ndims)
     if isinstance(fn, torch.distributions.Normal | torch.distributions.Laplace):
         return type(fn)(fn.loc, fn.scale * t)
     if isinstance(fn, torch.distributions.StudentT):
@@ -169,4 +171,4 @@ def _tempered(name: str, fn: Any, t: float) -> Any:
         return DiagonalMixture(fn.log_weights, fn.means, fn.scales * t, fn.batch_shape)
     if isinstance(fn, Flow):
         return Flow(fn.shift, fn.scale, fn.transform, temperature=t)
-    raise Refused(f"latent '{name}' is {type(fn).__name__}, which has no scale for a temperature; draw it at 1")
+    raise Incompatible(f"latent '{name}' is {type(fn).__name__}, which has no scale for a temperature; draw it at 1")

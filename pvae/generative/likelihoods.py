@@ -167,7 +167,7 @@ class StudentT(_LocationScale):
 
     Arguments:
         df: nu, degrees of freedom; the fewer, the heavier the tails.
-        scale, spread: as in :class:`Gaussian`; s is no standard deviation, which is s sqrt(nu / (nu - 2)).
+        scale, spread: as in `Gaussian`; s is no standard deviation, which is s sqrt(nu / (nu - 2)).
 
     Shapes: eta [..., D] are locations, or [..., 2 D] locations and scales; x [..., D] is real. In nats of density.
 
@@ -194,7 +194,7 @@ class Laplace(_LocationScale):
     r"""Real values, absolute errors, :math:`p(x|z) = \prod_d e^{-|x_d - \eta_d| / s} / 2 s`.
 
     Arguments:
-        scale, spread: as in :class:`Gaussian`; the standard deviation is s sqrt(2).
+        scale, spread: as in `Gaussian`; the standard deviation is s sqrt(2).
 
     Shapes: eta [..., D] are medians, or [..., 2 D] medians and scales; x [..., D] is real. In nats of density.
 
@@ -353,7 +353,7 @@ class NegativeBinomial(_Counts):
     :math:`p(x) = \frac{\Gamma(x + r)}{\Gamma(r)\, x!} (1 - q)^r q^x` with :math:`q = m / (m + r)`.
 
     Shapes: eta [..., 2 D] are log m and log r (log inverse dispersion), treated as the log rates of
-    :class:`Poisson`; x [..., D] is 0, 1, 2, ... In nats of mass.
+    `Poisson`; x [..., D] is 0, 1, 2, ... In nats of mass.
 
     Source: Lopez et al. (2018), *Deep generative modeling for single-cell transcriptomics*, Nature Methods 15,
     doi:10.1038/s41592-018-0229-2.
@@ -371,7 +371,7 @@ class NegativeBinomial(_Counts):
 class ZeroInflatedNegativeBinomial(_Counts):
     r"""Counts with dropout, :math:`p(x|z) = \prod_d \pi_d [x_d = 0] + (1 - \pi_d)\, \mathrm{NB}(x_d; m_d, r_d)`.
 
-    Shapes: eta [..., 3 D] are log m and log r of :class:`NegativeBinomial` and the log-odds of pi; x [..., D] is
+    Shapes: eta [..., 3 D] are log m and log r of `NegativeBinomial` and the log-odds of pi; x [..., D] is
     0, 1, 2, ... In nats of mass.
 
     Source: Lopez et al. (2018), *Deep generative modeling for single-cell transcriptomics*, Nature Methods 15,

@@ -72,7 +72,7 @@ class ResidualMLP(nn.Module):
         outputs: number of output values.
         width: of every hidden layer.
         blocks: number of residual blocks.
-        activation: as in :class:`MLP`.
+        activation: as in `MLP`.
         decodes: this is a pair's decoder, which is built like the encoder.
 
     A linear layer comes before the blocks, a norm and a linear layer after them. Each block starts as the identity
@@ -131,7 +131,7 @@ class Conv(nn.Module):
         shape: (H, W) or (H, W, C) of the picture that a row of data is, channels last; any size from 1 on.
         channels: of the convolutions, from the data's side to the latent's; each halves H and W, rounding up.
         hidden: widths of the dense layers between the convolutions and the latent, from the data's side on.
-        activation: as in :class:`MLP`.
+        activation: as in `MLP`.
         labels: columns after the picture, such as a label, that join it at the dense layers of an encoder.
         decodes: this is a pair's decoder: from the latent through transposed convolutions back to H x W, with
             outputs = P * H * W * C for P parameters of each value, in the order [P, H, W, C].
@@ -197,7 +197,7 @@ class Conv(nn.Module):
         return made.reshape(*values.shape[:-1], self.outputs)
 
 
-class Standardized(nn.Module):
+class Standardize(nn.Module):
     r"""A network that sees its rows in standard units, :math:`f((x - m) / s)`, for data of any units.
 
     Arguments:
@@ -220,14 +220,14 @@ class Standardized(nn.Module):
         return self.network((values - self.mean) / self.scale)
 
 
-class Filled(nn.Module):
+class ImputeMeans(nn.Module):
     r"""A network that sees a value in the place of those that are missing, :math:`f(x)` with :math:`x_d = m_d` for NaN.
 
     Arguments:
         network: f.
-        values: m, [columns]: the means of what is there, say, which are 0 to a :class:`Standardized` network.
+        values: m, [columns]: the means of what is there, say, which are 0 to a `Standardize` network.
 
-    >>> Filled(nn.Identity(), torch.tensor([1.0, 2.0]))(torch.tensor([[torch.nan, 5.0]]))
+    >>> ImputeMeans(nn.Identity(), torch.tensor([1.0, 2.0]))(torch.tensor([[torch.nan, 5.0]]))
     tensor([[1., 5.]])
     """
 

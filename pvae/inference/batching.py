@@ -11,8 +11,8 @@ from torch import Tensor
 
 from pvae.errors import UserError
 from pvae.inference.importance import ROWS_PER_PASS
-from pvae.runtime.pyro_params import Program, module_of, own_parameters
-from pvae.runtime.torch_state import in_pieces, seeded, unchecked
+from pvae.runtime.pyro_params import Program, local_param_store, module_of
+from pvae.runtime.torch_state import halve_on_oom, no_validation, seeded
 
 # Datapoints that pass through the program together, and draws by which a start is chosen.
 ROWS, LOOK_DRAWS = 250, 50
@@ -26,7 +26,7 @@ STREAM, MOMENTS, MOMENT_DRAWS = 10**12, 10**18, 500
 Values = Tensor | np.ndarray
 
 
-class Rows(NamedTuple):
+class RowBatch(NamedTuple):
     """Some of the rows x [B, C], which training datapoints they are, index [B] or None, and where they stand."""
 
     x: Tensor
@@ -34,7 +34,7 @@ class Rows(NamedTuple):
     place: slice
 
 
-def rows_of(values: Values, model: Program) -> Tensor:
+def as_rows(values: Values, model: Program) -> Tensor:
     """Rows [N, C] as a tensor of the type and on the device of the program's parameters.
 
     Raises:
@@ -52,10 +52,10 @@ def rows_of(values: Values, model: Program) -> Tensor:
     return found.to(device=like.device, dtype=like.dtype)
 
 
-def by_rows(
+def map_batches(
     model: Program,
     guide: Program | None,
-    compute: Callable[[Rows], dict[str, Tensor]],
+    compute: Callable[[RowBatch], dict[str, Tensor]],
     x: Values,
     index: Tensor | None = None,
     *,
@@ -76,7 +76,7 @@ def by_rows(
     Raises:
         UserError: no rows, or rows that are no table of numbers.
     """
-    rows = rows_of(x, model)
+    rows = as_rows(x, model)
     index = None if index is None else index.to(rows.device)
     for program in (model, guide):
         if program is not None:
@@ -84,22 +84,22 @@ def by_rows(
 
     def computed(part: slice) -> dict[str, Tensor]:
         with seeded(seed + STREAM + 1_000_003 * part.start):
-            found = compute(Rows(rows[part], None if index is None else index[part], part))
+            found = compute(RowBatch(rows[part], None if index is None else index[part], part))
         progress(part.stop - part.start)
         return {name: values.cpu() for name, values in found.items()}
 
-    with torch.no_grad(), unchecked(), own_parameters():
-        parts = list(in_pieces(computed, len(rows), size, "rows"))
+    with torch.no_grad(), no_validation(), local_param_store():
+        parts = list(halve_on_oom(computed, len(rows), size, "rows"))
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
-def chunks(K: int, B: int, together: int | None = None) -> Iterator[slice]:
+def draw_chunks(K: int, B: int, together: int | None = None) -> Iterator[slice]:
     """K draws of B rows in parts of so many draws in all, at the most, that pass through a program together."""
     size = max(1, (together or ROWS_PER_PASS) // B)
     return (slice(start, min(start + size, K)) for start in range(0, K, size))
 
 
-def repeated(x: Tensor, index: Tensor | None, part: slice) -> tuple[Tensor, Tensor | None]:
+def tile_rows(x: Tensor, index: Tensor | None, part: slice) -> tuple[Tensor, Tensor | None]:
     """Rows and their index once for each draw of a part."""
     times = part.stop - part.start
     return x.repeat(times, *(1,) * (x.dim() - 1)), None if index is None else index.repeat(times)

@@ -1,6 +1,6 @@
-"""Posterior families q(z|x): modules that turn parameters lam into a distribution over z.
+"""Posterior families q(z|x): modules that turn parameters q_params into a distribution over z.
 
-A family does not know where lam comes from; that is the guide's business.
+A family does not know where q_params comes from; that is the guide's business.
 """
 
 from __future__ import annotations
@@ -20,28 +20,28 @@ from pvae.errors import UserError
 __all__ = ["DiagonalNormal", "Delta", "LowRankNormal", "FullRankNormal", "MixtureOfNormals", "FlowFamily"]
 
 
-def bounded(values: Tensor, limit: float = 10.0) -> Tensor:
+def soft_clip(values: Tensor, limit: float = 10.0) -> Tensor:
     """The values themselves up to a limit either way, and 0.01 of what exceeds it: exponentials of them stay finite.
 
-    >>> bounded(torch.tensor([-110.0, 3.0, 80.0]))
+    >>> soft_clip(torch.tensor([-110.0, 3.0, 80.0]))
     tensor([-11.0000,   3.0000,  10.7000])
     """
     return torch.lerp(values.clamp(-limit, limit), values, 0.01)
 
 
-def scale_of(log_scale: Tensor) -> Tensor:
-    """A positive scale. Between e^-10 and e^10 the logarithm is taken as it is, see :func:`bounded`."""
-    return bounded(log_scale).exp()
+def positive_scale(log_scale: Tensor) -> Tensor:
+    """A positive scale. Between e^-10 and e^10 the logarithm is taken as it is, see `soft_clip`."""
+    return soft_clip(log_scale).exp()
 
 
 class Family(nn.Module):
-    """What every family states. Calling one with lam [..., P] returns q(z) over z [..., D].
+    """What every family states. Calling one with q_params [..., P] returns q(z) over z [..., D].
 
     Arguments:
         dim: D, the number of latent dimensions.
 
     Attributes:
-        size: P, the number of entries of lam.
+        size: P, the number of entries of q_params.
         point_mass: q has no density, so that an ELBO under it bounds nothing.
     """
 
@@ -52,34 +52,34 @@ class Family(nn.Module):
         super().__init__()
         self.dim = dim
 
-    def forward(self, lam: Tensor) -> dist.TorchDistribution:
+    def forward(self, q_params: Tensor) -> dist.TorchDistribution:
         """q(z|x) with event shape [D]."""
         raise NotImplementedError
 
     def initial(self) -> Tensor:
-        """The lam [P] from which a datapoint's own fit starts."""
+        """The q_params [P] from which a datapoint's own fit starts."""
         return torch.zeros(self.size)
 
     def around(self, mean: Tensor, log_scale: Tensor) -> Tensor:
-        """The lam [..., P] nearest to independent normals of this mean and log scale [..., D]; else the initial one."""
+        """The q_params [..., P] nearest to independent normals of this mean and log scale [..., D]; else the initial one."""
         return self.initial().to(mean).expand(*mean.shape[:-1], -1)
 
     def shaped(self, mean: Tensor, covariance: Tensor) -> Tensor:
-        """The lam [..., P] near a normal of this mean [..., D] and covariance [..., D, D]; where one is held at all."""
+        """The q_params [..., P] near a normal of this mean [..., D] and covariance [..., D, D]; where one is held at all."""
         raise NotImplementedError
 
     def _with_normals(self, mean: Tensor, log_scale: Tensor) -> Tensor:
-        """The initial lam with its first entries replaced, where these are (mean, log scale)."""
+        """The initial q_params with its first entries replaced, where these are (mean, log scale)."""
         rest = self.initial()[2 * self.dim :].to(mean)
         return torch.cat([mean, log_scale, rest.expand(*mean.shape[:-1], -1)], -1)
 
-    def natural(self, lam: Tensor, gradient: Tensor) -> Tensor:
+    def natural(self, q_params: Tensor, gradient: Tensor) -> Tensor:
         r"""Natural gradient :math:`F(\lambda)^{-1} g`, F the Fisher information of q; g itself where F is unknown."""
         return gradient
 
 
 class DiagonalNormal(Family):
-    r"""Independent normals, :math:`q(z|x) = \prod_d N(z_d; \mu_d, \sigma_d^2)` with lam = (mu, log sigma).
+    r"""Independent normals, :math:`q(z|x) = \prod_d N(z_d; \mu_d, \sigma_d^2)` with q_params = (mu, log sigma).
 
     Arguments:
         dim: D, the number of latent dimensions; P = 2 D.
@@ -98,14 +98,14 @@ class DiagonalNormal(Family):
     def around(self, mean: Tensor, log_scale: Tensor) -> Tensor:
         return self._with_normals(mean, log_scale)
 
-    def forward(self, lam: Tensor) -> dist.TorchDistribution:
-        mean, log_scale = lam.chunk(2, -1)
-        return dist.Normal(mean, scale_of(log_scale)).to_event(1)
+    def forward(self, q_params: Tensor) -> dist.TorchDistribution:
+        mean, log_scale = q_params.chunk(2, -1)
+        return dist.Normal(mean, positive_scale(log_scale)).to_event(1)
 
-    def natural(self, lam: Tensor, gradient: Tensor) -> Tensor:
+    def natural(self, q_params: Tensor, gradient: Tensor) -> Tensor:
         # F = diag(1 / sigma^2, 2)
-        (by_mean, by_log_scale), (_, log_scale) = gradient.chunk(2, -1), lam.chunk(2, -1)
-        return torch.cat([by_mean * scale_of(log_scale) ** 2, by_log_scale / 2], -1)
+        (by_mean, by_log_scale), (_, log_scale) = gradient.chunk(2, -1), q_params.chunk(2, -1)
+        return torch.cat([by_mean * positive_scale(log_scale) ** 2, by_log_scale / 2], -1)
 
 
 class Delta(Family):
@@ -129,18 +129,18 @@ class Delta(Family):
     def around(self, mean: Tensor, log_scale: Tensor) -> Tensor:
         return mean
 
-    def forward(self, lam: Tensor) -> dist.TorchDistribution:
-        return dist.Delta(lam, event_dim=1)
+    def forward(self, q_params: Tensor) -> dist.TorchDistribution:
+        return dist.Delta(q_params, event_dim=1)
 
 
 class LowRankNormal(Family):
     r"""Correlated normal, :math:`q(z|x) = N(z; \mu, \mathrm{diag}(s)^2 + W W^T)` with W = diag(s) V, V [D, R].
 
     Arguments:
-        dim: D, the number of latent dimensions; P = D (2 + R), lam = (mu, log s, V).
+        dim: D, the number of latent dimensions; P = D (2 + R), q_params = (mu, log s, V).
         rank: R, the number of directions in which z is correlated; more than D add nothing and are not made.
 
-    Entries of V beyond 100 count as in :func:`bounded`.
+    Entries of V beyond 100 count as in `soft_clip`.
 
     Raises:
         UserError: a rank below 1.
@@ -167,10 +167,10 @@ class LowRankNormal(Family):
         lengths = (wider[..., -self.rank :] - 1).clamp(min=0.01).sqrt()
         return torch.cat([mean, scale.log(), (directions[..., -self.rank :] * lengths.unsqueeze(-2)).flatten(-2)], -1)
 
-    def forward(self, lam: Tensor) -> dist.TorchDistribution:
-        mean, log_scale, factor = lam.split([self.dim, self.dim, self.dim * self.rank], -1)
+    def forward(self, q_params: Tensor) -> dist.TorchDistribution:
+        mean, log_scale, factor = q_params.split([self.dim, self.dim, self.dim * self.rank], -1)
         # V in units of s, so that I + V^T V, which is factorized, does not depend on the scales.
-        scale, factor = scale_of(log_scale), bounded(factor, 100.0).unflatten(-1, (self.dim, self.rank))
+        scale, factor = positive_scale(log_scale), soft_clip(factor, 100.0).unflatten(-1, (self.dim, self.rank))
         return dist.LowRankMultivariateNormal(mean, scale.unsqueeze(-1) * factor, scale**2)
 
     def initial(self) -> Tensor:
@@ -182,7 +182,7 @@ class FullRankNormal(Family):
     r"""Normal with any covariance, :math:`q(z|x) = N(z; \mu, L L^T)` with L lower triangular.
 
     Arguments:
-        dim: D, the number of latent dimensions; P = D + D (D + 1) / 2, lam = (mu, log of L's diagonal, L below it).
+        dim: D, the number of latent dimensions; P = D + D (D + 1) / 2, q_params = (mu, log of L's diagonal, L below it).
 
     >>> q = FullRankNormal(8)
     >>> q(q.initial()).sample((5,)).shape
@@ -203,12 +203,12 @@ class FullRankNormal(Family):
         factor, (rows, columns) = torch.linalg.cholesky(covariance), self.below
         return torch.cat([mean, factor.diagonal(dim1=-2, dim2=-1).log(), factor[..., rows, columns]], -1)
 
-    def forward(self, lam: Tensor) -> dist.TorchDistribution:
-        return dist.MultivariateNormal(lam[..., : self.dim], scale_tril=self._factor(lam))
+    def forward(self, q_params: Tensor) -> dist.TorchDistribution:
+        return dist.MultivariateNormal(q_params[..., : self.dim], scale_tril=self._factor(q_params))
 
-    def _factor(self, lam: Tensor) -> Tensor:
-        _, log_diagonal, lower = lam.split([self.dim, self.dim, self.size - 2 * self.dim], -1)
-        return self._triangle(scale_of(log_diagonal), lower)
+    def _factor(self, q_params: Tensor) -> Tensor:
+        _, log_diagonal, lower = q_params.split([self.dim, self.dim, self.size - 2 * self.dim], -1)
+        return self._triangle(positive_scale(log_diagonal), lower)
 
     def _triangle(self, diagonal: Tensor, lower: Tensor) -> Tensor:
         made = diagonal.diag_embed()
@@ -216,9 +216,9 @@ class FullRankNormal(Family):
         made[..., rows, columns] = lower
         return made
 
-    def natural(self, lam: Tensor, gradient: Tensor) -> Tensor:
+    def natural(self, q_params: Tensor, gradient: Tensor) -> Tensor:
         # In the mean F^-1 g = L L^T g; in L it is L Phi(L^T g), Phi the lower triangle with half the diagonal.
-        factor = self._factor(lam)
+        factor = self._factor(q_params)
         diagonal = factor.diagonal(dim1=-2, dim2=-1)
         by_mean, by_log, by_lower = gradient.split([self.dim, self.dim, self.size - 2 * self.dim], -1)
         inner = (factor.mT @ self._triangle(by_log / diagonal, by_lower)).tril()
@@ -233,10 +233,10 @@ class MixtureOfNormals(Family):
     r"""Several modes, :math:`q(z|x) = \sum_c \pi_c \prod_d N(z_d; \mu_{cd}, \sigma_{cd}^2)`.
 
     Arguments:
-        dim: D, the number of latent dimensions; P = C (1 + 2 D), lam = (log pi but for a constant, mu, log sigma).
+        dim: D, the number of latent dimensions; P = C (1 + 2 D), q_params = (log pi but for a constant, mu, log sigma).
         components: C, the number of normals.
 
-    Draws have gradients in all of lam, the weights included: see `ReparametrizedMixture`.
+    Draws have gradients in all of q_params, the weights included: see `ReparametrizedMixture`.
 
     Raises:
         UserError: components below 1.
@@ -263,10 +263,10 @@ class MixtureOfNormals(Family):
         log_scales = log_scale.unsqueeze(-2).expand_as(means)
         return torch.cat([weights, means.flatten(-2), log_scales.flatten(-2)], -1)
 
-    def forward(self, lam: Tensor) -> dist.TorchDistribution:
-        logits, normals = lam.split([self.components, self.size - self.components], -1)
+    def forward(self, q_params: Tensor) -> dist.TorchDistribution:
+        logits, normals = q_params.split([self.components, self.size - self.components], -1)
         means, log_scales = normals.unflatten(-1, (2, self.components, self.dim)).unbind(-3)
-        return ReparametrizedMixture(bounded(logits), means, scale_of(log_scales))
+        return ReparametrizedMixture(soft_clip(logits), means, positive_scale(log_scales))
 
     def initial(self) -> Tensor:
         # Components at one place would stay together: their gradients are the same.
@@ -278,13 +278,13 @@ class FlowFamily(Family):
     r"""Spline flow around a normal, :math:`z = \mu + \sigma T_c^{-1}(\epsilon)`, :math:`\epsilon \sim N(0, I)`.
 
     Arguments:
-        dim: D, the number of latent dimensions; P = 2 D + C, lam = (mu, log sigma, c).
+        dim: D, the number of latent dimensions; P = 2 D + C, q_params = (mu, log sigma, c).
         transforms: number of coupling layers of T, which is shared by all datapoints.
         hidden: widths of the networks that give the splines' knots.
         bins: of each spline.
         context: C, the number of values c by which a datapoint shapes its T.
 
-    Starts near the normal. T is the identity beyond 5 sigma from mu. Draws are smooth enough in lam for second
+    Starts near the normal. T is the identity beyond 5 sigma from mu. Draws are smooth enough in q_params for second
     derivatives, but the density's slope jumps at the splines' knots: gradients through unrolled steps on a bound
     miss these jumps.
 
@@ -310,6 +310,6 @@ class FlowFamily(Family):
     def around(self, mean: Tensor, log_scale: Tensor) -> Tensor:
         return self._with_normals(mean, log_scale)
 
-    def forward(self, lam: Tensor) -> dist.TorchDistribution:
-        mean, log_scale, context = lam.split([self.dim, self.dim, self.size - 2 * self.dim], -1)
-        return Flow(mean, scale_of(log_scale), self.transform(context))
+    def forward(self, q_params: Tensor) -> dist.TorchDistribution:
+        mean, log_scale, context = q_params.split([self.dim, self.dim, self.size - 2 * self.dim], -1)
+        return Flow(mean, positive_scale(log_scale), self.transform(context))

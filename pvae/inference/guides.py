@@ -1,4 +1,4 @@
-"""Guides: a posterior family plus a source of its parameters lam. Three sources serve any family."""
+"""Guides: a posterior family plus a source of its parameters q_params. Three sources serve any family."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from torch.distributions import constraints
 
 from pvae.errors import UserError, positive
 from pvae.inference.families import Family
-from pvae.inference.latents import Sites, vector
+from pvae.inference.latents import LatentSites, real_vector_latent
 from pvae.inference.refinement import (
-    Bound,
+    LocalELBO,
     RowAdam,
     RowState,
-    ascent,
-    given,
-    local_bound,
-    local_optimum,
+    default_update_rule,
+    fixed_guide,
+    local_elbo,
+    maximize_local_elbo,
     refine,
 )
-from pvae.runtime.pyro_params import LocalModule, Program, mark
+from pvae.runtime.pyro_params import LocalModule, Program, mark_as_parameter
 
 __all__ = ["Amortized", "PerDatapoint", "SemiAmortized"]
 
@@ -39,20 +39,20 @@ class Guide(LocalModule):
         UserError: the family has another number of dimensions than the sites.
     """
 
-    def __init__(self, family: Family, sites: Sites | None = None) -> None:
+    def __init__(self, family: Family, sites: LatentSites | None = None) -> None:
         super().__init__()
-        self.family, self.sites = family, sites or vector(family.dim)
+        self.family, self.sites = family, sites or real_vector_latent(family.dim)
         self.kl_weight: float | Tensor = 1.0
         if self.sites.dim != family.dim:
             raise UserError(f"the family has {family.dim} dimensions, but the program's latents have {self.sites.dim}")
 
     def params(self, x: Tensor, index: Tensor | None = None) -> Tensor:
-        """lam [B, P] of the rows x [B, D]; ``index`` [B] tells which datapoints they are, None that they are new."""
+        """q_params [B, P] of the rows x [B, D]; ``index`` [B] tells which datapoints they are, None that they are new."""
         raise NotImplementedError
 
-    def at(self, lam: Tensor) -> Program:
-        """The guide of the same family and sites whose parameters are lam [B, P]."""
-        return given(self.family, lam, self.sites)
+    def at(self, q_params: Tensor) -> Program:
+        """The guide of the same family and sites whose parameters are q_params [B, P]."""
+        return fixed_guide(self.family, q_params, self.sites)
 
     def forward(self, x: Tensor, index: Tensor | None = None) -> None:
         self.at(self.params(x, index))(x, index)
@@ -66,7 +66,7 @@ class Amortized(Guide):
     r"""One network for all datapoints, :math:`\lambda_i = f_\phi(x_i)`.
 
     Arguments:
-        encoder: x [B, D] to lam [B, P].
+        encoder: x [B, D] to q_params [B, P].
         family: the posterior family.
         sites: the latents that q is over.
 
@@ -78,7 +78,7 @@ class Amortized(Guide):
     torch.Size([5, 4])
     """
 
-    def __init__(self, encoder: nn.Module, family: Family, *, sites: Sites | None = None) -> None:
+    def __init__(self, encoder: nn.Module, family: Family, *, sites: LatentSites | None = None) -> None:
         super().__init__(family, sites)
         self.encoder = encoder
 
@@ -87,13 +87,13 @@ class Amortized(Guide):
 
 
 class SemiAmortized(Guide):
-    r"""The network's lam, refined on the datapoint's own ELBO, :math:`\lambda_i = \mathrm{refine}(f_\phi(x_i))`.
+    r"""The network's q_params, refined on the datapoint's own ELBO, :math:`\lambda_i = \mathrm{refine}(f_\phi(x_i))`.
 
     Arguments:
-        encoder: x [B, D] to lam [B, P].
+        encoder: x [B, D] to q_params [B, P].
         family: the posterior family.
         steps: number of refinement steps.
-        bound: the datapoints' own bound, see :func:`local_bound`.
+        bound: the datapoints' own bound, see `local_elbo`.
         draws: of each step's gradient; near the optimum a single draw's noise costs more than a step wins.
         learning_rate: of a refinement step, see `NaturalAscent`.
         unroll: train the encoder through the steps; otherwise as if the steps added a constant.
@@ -111,35 +111,35 @@ class SemiAmortized(Guide):
         family: Family,
         steps: int = 5,
         *,
-        bound: Bound,
+        bound: LocalELBO,
         draws: int = 8,
         learning_rate: float = 0.1,
         unroll: bool = True,
-        sites: Sites | None = None,
+        sites: LatentSites | None = None,
     ) -> None:
         super().__init__(family, sites)
         positive("SemiAmortized", steps=steps, draws=draws, learning_rate=learning_rate)
         self.encoder = encoder
         self.steps, self.draws, self.bound, self.unroll = steps, draws, bound, unroll
-        self.rule = ascent(family, learning_rate)
+        self.rule = default_update_rule(family, learning_rate)
 
     def params(self, x: Tensor, index: Tensor | None = None) -> Tensor:
-        lam = self.encoder(x)
+        q_params = self.encoder(x)
         through = self.unroll and torch.is_grad_enabled()
         found = refine(
-            lambda lam: self.bound(lam, x, index, self.draws, self._weight),
-            lam,
+            lambda q_params: self.bound(q_params, x, index, self.draws, self._weight),
+            q_params,
             self.steps,
             rule=self.rule,
             unroll=through,
         )
-        return found.lam if through else lam + (found.lam - lam).detach()
+        return found.q_params if through else q_params + (found.q_params - q_params).detach()
 
 
-class Optimized(Guide):
-    r"""Another guide's lam, each row's refined until it comes to rest: the best q of the family as far as it is found.
+class RefinedGuide(Guide):
+    r"""Another guide's q_params, each row's refined until it comes to rest: the best q of the family as far as it is found.
 
-    Not a source one trains with: evaluation asks with it what is left once the source of lam is out of the way.
+    Not a source one trains with: evaluation asks with it what is left once the source of q_params is out of the way.
 
     Arguments:
         guide: where the rows start.
@@ -151,11 +151,13 @@ class Optimized(Guide):
         super().__init__(guide.family, guide.sites)
         positive("Optimized", steps=steps)
         self.start, self.steps = guide, steps
-        self.bound = local_bound(model, guide.family, guide.sites)
+        self.bound = local_elbo(model, guide.family, guide.sites)
 
     def params(self, x: Tensor, index: Tensor | None = None) -> Tensor:
-        lam = self.start.params(x, index).detach()
-        return local_optimum(self.bound, lam, x, index, steps=self.steps, rule=ascent(self.family)).lam
+        q_params = self.start.params(x, index).detach()
+        return maximize_local_elbo(
+            self.bound, q_params, x, index, steps=self.steps, rule=default_update_rule(self.family)
+        ).q_params
 
 
 class PerDatapoint(Guide):
@@ -164,7 +166,7 @@ class PerDatapoint(Guide):
     Arguments:
         num_data: N, the number of datapoints.
         family: the posterior family.
-        bound: the datapoints' own bound, see :func:`local_bound`; needed for more than one local step and for new data.
+        bound: the datapoints' own bound, see `local_elbo`; needed for more than one local step and for new data.
         local_steps: steps of a row at each visit. The last is taken together with the decoder's.
         local_learning_rate: of these steps, see `RowAdam`.
         new_steps: the most steps with which rows of new data are fitted, from the initial value, decoder frozen.
@@ -189,11 +191,11 @@ class PerDatapoint(Guide):
         num_data: int,
         family: Family,
         *,
-        bound: Bound | None = None,
+        bound: LocalELBO | None = None,
         local_steps: int = 5,
         local_learning_rate: float = 0.1,
         new_steps: int = 200,
-        sites: Sites | None = None,
+        sites: LatentSites | None = None,
     ) -> None:
         super().__init__(family, sites)
         positive(
@@ -215,28 +217,28 @@ class PerDatapoint(Guide):
     def params(self, x: Tensor, index: Tensor | None = None) -> Tensor:
         if index is None:
             start = self.family.initial().to(self.table).expand(len(x), -1)
-            return local_optimum(self._own_bound(), start, x, steps=self.new_steps, rule=self.rule).lam
+            return maximize_local_elbo(self._own_bound(), start, x, steps=self.new_steps, rule=self.rule).q_params
         if not (self.training and torch.is_grad_enabled()):
             return self.table[index]
-        lam, state = self.table[index], RowState(self.first[index], self.second[index], self.row_steps[index])
+        q_params, state = self.table[index], RowState(self.first[index], self.second[index], self.row_steps[index])
         if self.local_steps > 1:
             bound = self._own_bound()
             found = refine(
-                lambda lam: bound(lam, x, index, 1, self._weight),
-                lam,
+                lambda q_params: bound(q_params, x, index, 1, self._weight),
+                q_params,
                 self.local_steps - 1,
                 rule=self.rule,
                 state=state,
             )
-            lam, state = found.lam, found.state
-        lam = mark(lam.detach().requires_grad_())
+            q_params, state = found.q_params, found.state
+        q_params = mark_as_parameter(q_params.detach().requires_grad_())
         # Told as a parameter, so that SVI takes gradients even where no other parameter is left to train.
-        effectful(type="param")(lambda *_, **__: lam)("rows", lam, constraint=constraints.real, name="rows")
-        self._visited = (index, lam, state)
-        return lam
+        effectful(type="param")(lambda *_, **__: q_params)("rows", q_params, constraint=constraints.real, name="rows")
+        self._visited = (index, q_params, state)
+        return q_params
 
     def visited(self) -> tuple[Tensor, Tensor, RowState]:
-        """Of the last visit in training, once: which rows these were, their lam as a leaf, and their state."""
+        """Of the last visit in training, once: which rows these were, their q_params as a leaf, and their state."""
         if self._visited is None:
             raise UserError("PerDatapoint: the rows were not visited in training")
         found, self._visited = self._visited, None
@@ -246,25 +248,25 @@ class PerDatapoint(Guide):
         """Let a visit go without a step."""
         self._visited = None
 
-    def moved(self, lam: Tensor, gradient: Tensor, state: RowState) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Rows after their joint step on the loss's gradient, as :meth:`write_rows` takes them."""
+    def moved(self, q_params: Tensor, gradient: Tensor, state: RowState) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Rows after their joint step on the loss's gradient, as `write_rows` takes them."""
         # The loss is the negative bound, summed over the batch.
-        lam, state = self.rule.step(lam.detach(), -gradient, state)
-        return lam, state.first, state.second, state.steps
+        q_params, state = self.rule.step(q_params.detach(), -gradient, state)
+        return q_params, state.first, state.second, state.steps
 
-    def write_rows(self, index: Tensor, lam: Tensor, first: Tensor, second: Tensor, steps: Tensor) -> None:
+    def write_rows(self, index: Tensor, q_params: Tensor, first: Tensor, second: Tensor, steps: Tensor) -> None:
         """Put rows and their state back into the table."""
-        self.table[index], self.first[index], self.second[index], self.row_steps[index] = lam, first, second, steps
+        self.table[index], self.first[index], self.second[index], self.row_steps[index] = q_params, first, second, steps
 
     def step_rows(self) -> None:
         """After the loss's backward pass: let the visited rows take their joint step, and write them back."""
         if self._visited is None:
             return
-        index, lam, state = self.visited()
-        if lam.grad is not None:
-            self.write_rows(index, *self.moved(lam, lam.grad, state))
+        index, q_params, state = self.visited()
+        if q_params.grad is not None:
+            self.write_rows(index, *self.moved(q_params, q_params.grad, state))
 
-    def _own_bound(self) -> Bound:
+    def _own_bound(self) -> LocalELBO:
         if self.bound is None:
             raise UserError("PerDatapoint needs bound=local_bound(model, family) for local steps and for new data")
         return self.bound

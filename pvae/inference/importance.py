@@ -16,16 +16,16 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.distributions import kl_divergence
 
-from pvae.errors import Refused, UserError
+from pvae.errors import Incompatible, UserError
 from pvae.runtime.pyro_params import Program
-from pvae.runtime.torch_state import RandomState, in_pieces
-from pvae.runtime.tracing import Repeated
+from pvae.runtime.torch_state import RandomState, halve_on_oom
+from pvae.runtime.tracing import AutoTraced
 
 Site = dict[str, Any]
 Through = Callable[[Tensor, int], Tensor]
 
 # Passes from which on it is worth while to record one.
-WORTH_RECORDING = 100
+MIN_CALLS_TO_TRACE = 100
 
 # Datapoints times samples in one pass through the program: large enough for the matrix products to rule,
 # small enough to stay near the cache.
@@ -87,7 +87,9 @@ def log_weights(
     """
     parts = [
         w
-        for (w,) in stream(model, [guide], x, index, K, max_plate_nesting=max_plate_nesting, keep_latents=keep_latents)
+        for (w,) in iter_log_weights(
+            model, [guide], x, index, K, max_plate_nesting=max_plate_nesting, keep_latents=keep_latents
+        )
     ]
     if len(parts) == 1:
         return parts[0]
@@ -98,7 +100,7 @@ def log_weights(
     return LogWeights(log_lik, log_prior, log_q, latents, parts[0].scale, parts[0].point_mass)
 
 
-def stream(
+def iter_log_weights(
     model: Program,
     guides: Sequence[Program],
     x: Tensor,
@@ -108,7 +110,7 @@ def stream(
     max_plate_nesting: int = 1,
     keep_latents: bool = False,
 ) -> Iterator[tuple[LogWeights, ...]]:
-    """The K draws of :func:`log_weights` chunk by chunk, in memory that K does not change.
+    """The K draws of `log_weights` chunk by chunk, in memory that K does not change.
 
     Arguments:
         guides: one or several; each sees the same random numbers, so that two of one family are compared without
@@ -119,7 +121,7 @@ def stream(
         for a chunk it is halved, and so are those that follow.
 
     Raises:
-        UserError: as :func:`log_weights`.
+        UserError: as `log_weights`.
         torch.OutOfMemoryError: not even one draw for each of these rows fits.
     """
     if K < 1:
@@ -128,8 +130,8 @@ def stream(
     size = max(1, ROWS_PER_PASS // max(1, len(x)))
     options: dict[str, Any] = {"max_plate_nesting": max_plate_nesting, "keep_latents": keep_latents}
     sources: list[Callable[[int], LogWeights]]
-    sources = [functools.partial(draw, model, guide, x, index, **options) for guide in guides]
-    if size * WORTH_RECORDING <= K and not (keep_latents or torch.is_grad_enabled()):
+    sources = [functools.partial(score_draws, model, guide, x, index, **options) for guide in guides]
+    if size * MIN_CALLS_TO_TRACE <= K and not (keep_latents or torch.is_grad_enabled()):
         sources = [_Draws(each) for each in sources]
 
     def chunk(part: slice) -> tuple[LogWeights, ...]:
@@ -143,7 +145,7 @@ def stream(
         after.restore()
         return tuple(found)
 
-    yield from in_pieces(chunk, K, size, "draws for each row")
+    yield from halve_on_oom(chunk, K, size, "draws for each row")
 
 
 class _Draws:
@@ -151,10 +153,10 @@ class _Draws:
 
     def __init__(self, draw: Callable[[int], LogWeights]) -> None:
         self.draw = draw
-        self.by_size: dict[int, Repeated] = {}
+        self.by_size: dict[int, AutoTraced] = {}
 
     def __call__(self, K: int) -> LogWeights:
-        repeated = self.by_size.setdefault(K, Repeated(functools.partial(self._parts, K)))
+        repeated = self.by_size.setdefault(K, AutoTraced(functools.partial(self._parts, K)))
         log_lik, log_prior, log_q = repeated()
         return replace(self.last, log_lik=log_lik, log_prior=log_prior, log_q=log_q)
 
@@ -179,7 +181,7 @@ def elbo(
     return (w.log_lik + kl_weight * (w.log_prior - w.log_q)).mean(0)
 
 
-def draw(
+def score_draws(
     model: Program,
     guide: Program,
     x: Tensor,
@@ -193,7 +195,7 @@ def draw(
     path: bool = False,
     analytic: bool = False,
 ) -> LogWeights:
-    r"""Like :func:`log_weights`, in one pass, with what the gradients of an objective need.
+    r"""Like `log_weights`, in one pass, with what the gradients of an objective need.
 
     Arguments:
         through: (value, event dimensions) to the latent that the model is to see in the value's place.
@@ -206,7 +208,7 @@ def draw(
     if learning or path:
         _check_gradients(drawn, path)
     if analytic and [name for name in drawn if name in scored] != [name for name in scored if name in drawn]:
-        raise Refused("the guide draws its latents in another order than the model: there is no KL in closed form")
+        raise Incompatible("the guide draws its latents in another order than the model: there is no KL in closed form")
     log_lik, log_prior, log_q = (x.new_zeros(shape) for _ in range(3))
     for name, site in scored.items():
         if site["is_observed"]:
@@ -218,7 +220,7 @@ def draw(
         if not analytic:
             log_q = log_q + _rows(name, site, _path_density(site) if path else _density(site), shape, dim)
         elif name not in scored:
-            raise Refused(f"the guide draws '{name}' jointly for all latents: there is no KL in closed form")
+            raise Incompatible(f"the guide draws '{name}' jointly for all latents: there is no KL in closed form")
     latents = {
         name: _own_dims(site) if K > 1 else _own_dims(site).unsqueeze(0)
         for name, site in scored.items()
@@ -274,10 +276,12 @@ def _density(site: Site) -> Tensor:
 def _check_gradients(drawn: dict[str, Site], path: bool) -> None:
     for name, site in drawn.items():
         if not site["fn"].has_rsample:
-            raise Refused(f"latent '{name}' is not reparametrized: only ELBO(), without weights, has a gradient for it")
+            raise Incompatible(
+                f"latent '{name}' is not reparametrized: only ELBO(), without weights, has a gradient for it"
+            )
     several = [name for name, site in drawn.items() if not isinstance(site["fn"], pyro.distributions.Delta)]
     if path and len(several) > 1:
-        raise Refused(
+        raise Incompatible(
             f"the guide draws {', '.join(several)} one by one: a path gradient needs them drawn jointly, as ours do"
         )
 
@@ -300,7 +304,7 @@ def _kl(name: str, q: Site, p: Site) -> Tensor:
         with suppress(NotImplementedError):
             return kl_divergence(q["fn"], prior)
     kinds = " and ".join(type(getattr(site["fn"], "base_dist", site["fn"])).__name__ for site in (q, p))
-    raise Refused(f"KL(q || p) of '{name}' has no closed form for {kinds}; use --objective ELBO, which samples it")
+    raise Incompatible(f"KL(q || p) of '{name}' has no closed form for {kinds}; use --objective ELBO, which samples it")
 
 
 def _as_multivariate(fn: Any) -> Any:

@@ -14,7 +14,7 @@ from pyro import poutine
 from torch import Tensor
 from torch.distributions import biject_to, constraints
 
-from pvae.distributions.supports import innermost
+from pvae.distributions.supports import base_constraint
 from pvae.errors import UserError
 from pvae.inference.importance import random_sites
 from pvae.runtime.pyro_params import Program
@@ -45,14 +45,14 @@ class Site:
     @property
     def plain(self) -> bool:
         """The site is a real vector."""
-        return len(self.shape) == 1 and innermost(self.support) is constraints.real
+        return len(self.shape) == 1 and base_constraint(self.support) is constraints.real
 
 
 @dataclass(frozen=True)
-class Sites:
+class LatentSites:
     """All latents of one datapoint, a vector of ``dim`` real numbers to a family.
 
-    >>> Sites((Site("z", (3,), constraints.real_vector), Site("s", (), constraints.positive))).dim
+    >>> LatentSites((Site("z", (3,), constraints.real_vector), Site("s", (), constraints.positive))).dim
     4
     """
 
@@ -83,12 +83,12 @@ class Sites:
             start = end
 
 
-def vector(dim: int) -> Sites:
+def real_vector_latent(dim: int) -> LatentSites:
     """The sites of the default program: one real vector "z" of D entries."""
-    return Sites((Site("z", (dim,), constraints.real_vector),))
+    return LatentSites((Site("z", (dim,), constraints.real_vector),))
 
 
-def find_sites(model: Program, x: Tensor) -> Sites:
+def find_latent_sites(model: Program, x: Tensor) -> LatentSites:
     """The latent sites of a program, found by running it on a few of the rows x [B, ...].
 
     Raises:
@@ -104,7 +104,7 @@ def find_sites(model: Program, x: Tensor) -> Sites:
             f"the program's latent '{name}' changes from run to run ({here.get(name)}, then {there.get(name)}); "
             "its sites and their shapes must be the same for all datapoints"
         )
-    return Sites(tuple(found))
+    return LatentSites(tuple(found))
 
 
 def _traced(model: Program, x: Tensor, seed: int) -> list[Site]:
@@ -139,7 +139,7 @@ def _site(name: str, site: dict[str, Any], rows: int) -> Site:
 
 def _support(name: str, fn: Any) -> Any:
     """The support of one datapoint's latent, free of the shapes of the rows at hand."""
-    inner = innermost(fn.support)
+    inner = base_constraint(fn.support)
     bounds = {key: value for key in BOUNDS if isinstance(value := getattr(inner, key, None), Tensor) and value.dim()}
     if inner is constraints.real:  # also behind a mixture's support, say, which biject_to does not know
         return constraints.independent(constraints.real, fn.event_dim)
@@ -153,7 +153,7 @@ def _support(name: str, fn: Any) -> Any:
     return constraints.independent(inner, fn.event_dim)
 
 
-def observed(program: Program, x: Tensor, index: Tensor | None = None) -> dict[str, Any]:
+def observed_site(program: Program, x: Tensor, index: Tensor | None = None) -> dict[str, Any]:
     """The site at which a program observes rows of values, as one run of it leaves it: ``fn`` is p(x|z).
 
     Raises:

@@ -9,17 +9,17 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
-from pvae.inference.batching import LOOK_DRAWS, MOMENT_DRAWS, MOMENTS, chunks, repeated
+from pvae.inference.batching import LOOK_DRAWS, MOMENT_DRAWS, MOMENTS, draw_chunks, tile_rows
 from pvae.inference.families import Delta, Family
 from pvae.inference.guides import Guide, PerDatapoint
 from pvae.inference.importance import log_weights
-from pvae.inference.latents import Sites, observed
-from pvae.inference.refinement import ascent, given, local_bound, local_optimum
+from pvae.inference.latents import LatentSites, observed_site
+from pvae.inference.refinement import default_update_rule, fixed_guide, local_elbo, maximize_local_elbo
 from pvae.runtime.pyro_params import Program
 from pvae.runtime.torch_state import seeded
 
 
-class Codes(NamedTuple):
+class WeightedDraws(NamedTuple):
     """K draws of each row's latents as one real vector, z [K, B, D], and the logarithms of their weights, [K, B].
 
     The weights of a row add up to one; those of a point mass are all the same.
@@ -39,21 +39,21 @@ class Codes(NamedTuple):
         return (2 * self.log_weights).logsumexp(0).neg().exp()
 
 
-def fixed(guide: Program, x: Tensor, index: Tensor | None) -> Program:
-    """The guide with its lam found once, which may take a search."""
+def freeze(guide: Program, x: Tensor, index: Tensor | None) -> Program:
+    """The guide with its q_params found once, which may take a search."""
     return guide.at(guide.params(x, index).detach()) if isinstance(guide, Guide) else guide
 
 
-def moments(family: Family, lam: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of q(z; lam) for rows lam [B, P], [B, D] each.
+def posterior_moments(family: Family, q_params: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of q(z; q_params) for rows q_params [B, P], [B, D] each.
 
     Where the family does not state both, the missing one is that of draws. Their noise is one for all rows, so that
     a row has the same code whatever asks for it, and whatever rows stand beside it.
     """
-    q = family(lam)
+    q = family(q_params)
     mean, sd = (_stated(q, name) for name in ("mean", "stddev"))
     if mean is None or sd is None:
-        z = common_draws(family, lam)
+        z = common_draws(family, q_params)
         mean, sd = z.mean(0) if mean is None else mean, z.std(0) if sd is None else sd
     return mean, sd
 
@@ -65,58 +65,58 @@ def _stated(q: Any, name: str) -> Tensor | None:
         return None
 
 
-def common_draws(family: Family, lam: Tensor) -> Tensor:
-    """Draws from q(z; lam) under noise that is the same for every row and at every call, [S, B, D]."""
+def common_draws(family: Family, q_params: Tensor) -> Tensor:
+    """Draws from q(z; q_params) under noise that is the same for every row and at every call, [S, B, D]."""
     found = []
     with seeded(MOMENTS):
-        for row in lam.split(1):
+        for row in q_params.split(1):
             torch.manual_seed(MOMENTS)
             found.append(family(row).sample(torch.Size([MOMENT_DRAWS])))
     return torch.cat(found, 1)
 
 
-def decoded(model: Program, sites: Sites, z: Tensor, x: Tensor, index: Tensor | None = None) -> Any:
+def likelihood_at(model: Program, sites: LatentSites, z: Tensor, x: Tensor, index: Tensor | None = None) -> Any:
     """p(x|z) at z [N, D], the real vector behind the latents; its batch shape is [N].
 
     Arguments:
         x: rows [N, C] from which the program takes what it is given beside its latents, such as a label's columns.
     """
-    latents = poutine.trace(given(Delta(sites.dim), z, sites)).get_trace(x, index)
-    return observed(poutine.replay(model, trace=latents), x, index)["fn"]
+    latents = poutine.trace(fixed_guide(Delta(sites.dim), z, sites)).get_trace(x, index)
+    return observed_site(poutine.replay(model, trace=latents), x, index)["fn"]
 
 
-def weighed(
+def importance_draws(
     model: Program,
     guide: Guide,
-    lam: Tensor,
+    q_params: Tensor,
     x: Tensor,
     index: Tensor | None = None,
     K: int = 100,
     together: int | None = None,
-) -> Codes:
-    r"""Draws from q(z; lam) weighed towards the posterior, :math:`v_k \propto p(x, z_k) / q(z_k)`.
+) -> WeightedDraws:
+    r"""Draws from q(z; q_params) weighed towards the posterior, :math:`v_k \propto p(x, z_k) / q(z_k)`.
 
     Arguments:
         model: the program whose posterior is meant, as it scores these rows.
         guide: whose family and sites are used.
-        lam: [B, P].
+        q_params: [B, P].
         x, index: rows [B, C] and which training datapoints they are.
         K: draws for each row.
         together: the most draws of all rows that pass through the program together, if fewer than usual.
     """
-    q = guide.family(lam)
+    q = guide.family(q_params)
     z = q.sample(torch.Size([1 if guide.family.point_mass else K]))
     if guide.family.point_mass:
-        return Codes(z, z.new_zeros(z.shape[:2]))
+        return WeightedDraws(z, z.new_zeros(z.shape[:2]))
     joint = []
-    for part in chunks(len(z), len(x), together):
+    for part in draw_chunks(len(z), len(x), together):
         codes = z[part].flatten(0, 1)
-        where, which = repeated(x, index, part)
-        joint.append(log_weights(model, given(Delta(guide.sites.dim), codes, guide.sites), where, which).log_w)
-    return Codes(z, (torch.cat(joint, 1).view(z.shape[:2]) - q.log_prob(z)).log_softmax(0))
+        where, which = tile_rows(x, index, part)
+        joint.append(log_weights(model, fixed_guide(Delta(guide.sites.dim), codes, guide.sites), where, which).log_w)
+    return WeightedDraws(z, (torch.cat(joint, 1).view(z.shape[:2]) - q.log_prob(z)).log_softmax(0))
 
 
-def refitted(
+def refit(
     model: Program,
     guide: Guide,
     x: Tensor,
@@ -126,29 +126,31 @@ def refitted(
     steps: int = 100,
     seed: int = 0,
 ) -> Tensor:
-    """The best lam [B, P] of the guide's family for rows that a program scores in another way than the guide knows.
+    """The best q_params [B, P] of the guide's family for rows that a program scores in another way than the guide knows.
 
     Arguments:
         model: the program whose ELBO the rows climb.
         guide: whose family and sites are used.
         x, index: rows [B, C] and which training datapoints they are.
-        offers: rows as the guide may see them, [B, C] each. A row starts from the best of the guide's lam for these and
+        offers: rows as the guide may see them, [B, C] each. A row starts from the best of the guide's q_params for these and
             of the family's initial one; rows of parameters, which see no data, offer nothing.
         steps: the most steps of a row.
         seed: of the noise; the random stream outside is left alone.
     """
-    bound = local_bound(model, guide.family, guide.sites)
+    bound = local_elbo(model, guide.family, guide.sites)
 
-    def look(lam: Tensor) -> Tensor:
+    def look(q_params: Tensor) -> Tensor:
         with seeded(seed):
-            return bound(lam, x, index, LOOK_DRAWS).nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
+            return bound(q_params, x, index, LOOK_DRAWS).nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
 
     best = guide.family.initial().to(x).expand(len(x), -1)
     value = look(best)
     for rows in offers if not isinstance(guide, PerDatapoint) else ():
         with seeded(seed + 2):  # a guide that refines draws
-            lam = guide.params(rows).detach()
-        offered = look(lam)
+            q_params = guide.params(rows).detach()
+        offered = look(q_params)
         better = offered > value
-        best, value = torch.where(better.unsqueeze(-1), lam, best), torch.where(better, offered, value)
-    return local_optimum(bound, best, x, index, steps=steps, rule=ascent(guide.family), seed=seed).lam
+        best, value = torch.where(better.unsqueeze(-1), q_params, best), torch.where(better, offered, value)
+    return maximize_local_elbo(
+        bound, best, x, index, steps=steps, rule=default_update_rule(guide.family), seed=seed
+    ).q_params

@@ -1,4 +1,4 @@
-"""Refinement: each datapoint's own lam climbs its own bound, batched over datapoints.
+"""Refinement: each datapoint's own q_params climbs its own bound, batched over datapoints.
 
 One function serves semi-amortized guides, the rows of a per-datapoint guide, held-out fitting and the gaps.
 """
@@ -16,17 +16,17 @@ from torch import Tensor
 
 from pvae.inference.families import Family
 from pvae.inference.importance import elbo
-from pvae.inference.latents import Sites, vector
+from pvae.inference.latents import LatentSites, real_vector_latent
 from pvae.runtime.pyro_params import Program
 from pvae.runtime.torch_state import seeded
-from pvae.runtime.tracing import Repeated
+from pvae.runtime.tracing import AutoTraced
 
 # Steps after which a refinement is looked at: each mark has one at about half its steps before it.
-MARKS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000)
+CHECK_STEPS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000)
 
 
 # Steps from which on it is worth while to record one.
-WORTH_RECORDING = 100
+MIN_STEPS_TO_TRACE = 100
 
 
 @dataclass(frozen=True)
@@ -38,14 +38,14 @@ class RowState:
     steps: Tensor
 
 
-class Rule(Protocol):
+class UpdateRule(Protocol):
     """How a gradient becomes a step: a function of the rows' own state, through which gradients pass."""
 
-    def start(self, lam: Tensor) -> RowState:
-        """The state of rows lam [B, P] before their first step."""
+    def start(self, q_params: Tensor) -> RowState:
+        """The state of rows q_params [B, P] before their first step."""
 
-    def step(self, lam: Tensor, gradient: Tensor, state: RowState) -> tuple[Tensor, RowState]:
-        """lam [B, P] after a step uphill, and the new state."""
+    def step(self, q_params: Tensor, gradient: Tensor, state: RowState) -> tuple[Tensor, RowState]:
+        """q_params [B, P] after a step uphill, and the new state."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class RowAdam:
     .. math:: \lambda \leftarrow \lambda + \frac{r}{\sqrt{1 + t / \tau}} \frac{\hat m}{\sqrt{\hat v + \epsilon^2}}
 
     Arguments:
-        learning_rate: r, in units of lam.
+        learning_rate: r, in units of q_params.
         slow: tau, steps after which the rate begins to fall: without that a row would never come to rest.
         betas: decay of the first and the second moment.
         eps: keeps the step finite, and its derivative too, where a gradient is zero.
@@ -63,9 +63,9 @@ class RowAdam:
     Source: Kingma and Ba (2015), *Adam*, arXiv:1412.6980.
 
     >>> rule = RowAdam(0.1, slow=1e9)
-    >>> lam = torch.zeros(2, 3)
-    >>> lam, state = rule.step(lam, torch.ones(2, 3), rule.start(lam))
-    >>> lam[0]
+    >>> q_params = torch.zeros(2, 3)
+    >>> q_params, state = rule.step(q_params, torch.ones(2, 3), rule.start(q_params))
+    >>> q_params[0]
     tensor([0.1000, 0.1000, 0.1000])
     """
 
@@ -74,19 +74,19 @@ class RowAdam:
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
 
-    def start(self, lam: Tensor) -> RowState:
-        zeros = torch.zeros_like(lam, requires_grad=False)
-        return RowState(zeros, zeros, torch.zeros(len(lam), dtype=torch.int32, device=lam.device))
+    def start(self, q_params: Tensor) -> RowState:
+        zeros = torch.zeros_like(q_params, requires_grad=False)
+        return RowState(zeros, zeros, torch.zeros(len(q_params), dtype=torch.int32, device=q_params.device))
 
-    def step(self, lam: Tensor, gradient: Tensor, state: RowState) -> tuple[Tensor, RowState]:
+    def step(self, q_params: Tensor, gradient: Tensor, state: RowState) -> tuple[Tensor, RowState]:
         one, two = self.betas
         first = one * state.first + (1 - one) * gradient
         second = two * state.second + (1 - two) * gradient * gradient
         steps = state.steps + 1
-        t = steps.to(lam.dtype).unsqueeze(-1)
+        t = steps.to(q_params.dtype).unsqueeze(-1)
         rate = self.learning_rate * (1 + (t - 1) / self.slow).rsqrt()
         mean, square = first / (1 - one**t), second / (1 - two**t)
-        return lam + rate * mean * (square + self.eps**2).rsqrt(), RowState(first, second, steps)
+        return q_params + rate * mean * (square + self.eps**2).rsqrt(), RowState(first, second, steps)
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ class NaturalAscent:
     whatever the standard deviation is. It keeps no moments, so that unrolled steps stay smooth.
 
     Arguments:
-        natural: (lam, gradient) to F(lam)^-1 gradient, a family's.
+        natural: (q_params, gradient) to F(q_params)^-1 gradient, a family's.
         learning_rate: r; 1 would jump to the optimum of a single latent with a Gaussian posterior.
         slow: tau, steps after which the rate begins to fall.
         largest: bound of each entry of a natural gradient, so that a start far off can't throw a row out.
@@ -110,23 +110,23 @@ class NaturalAscent:
     slow: float = 20.0
     largest: float = 1.0
 
-    def start(self, lam: Tensor) -> RowState:
-        nothing = lam.new_zeros(len(lam), 0)
-        return RowState(nothing, nothing, torch.zeros(len(lam), dtype=torch.int32, device=lam.device))
+    def start(self, q_params: Tensor) -> RowState:
+        nothing = q_params.new_zeros(len(q_params), 0)
+        return RowState(nothing, nothing, torch.zeros(len(q_params), dtype=torch.int32, device=q_params.device))
 
-    def step(self, lam: Tensor, gradient: Tensor, state: RowState) -> tuple[Tensor, RowState]:
-        rate = self.learning_rate * (1 + state.steps.to(lam.dtype) / self.slow).rsqrt().unsqueeze(-1)
-        uphill = self.natural(lam, gradient).clamp(-self.largest, self.largest)
-        return lam + rate * uphill, RowState(state.first, state.second, state.steps + 1)
+    def step(self, q_params: Tensor, gradient: Tensor, state: RowState) -> tuple[Tensor, RowState]:
+        rate = self.learning_rate * (1 + state.steps.to(q_params.dtype) / self.slow).rsqrt().unsqueeze(-1)
+        uphill = self.natural(q_params, gradient).clamp(-self.largest, self.largest)
+        return q_params + rate * uphill, RowState(state.first, state.second, state.steps + 1)
 
 
 @dataclass(frozen=True)
-class Refined:
+class RefinementResult:
     """What a refinement found.
 
     Attributes:
-        lam: refined parameters, [B, P].
-        value: the checked bound at lam, [B] nats; NaN without ``check``.
+        q_params: refined parameters, [B, P].
+        value: the checked bound at q_params, [B] nats; NaN without ``check``.
         state: the rule's memory of each row, to go on from.
         steps: number of steps made.
         marks: the steps at which the bound was checked, from 0; empty without ``check``.
@@ -136,7 +136,7 @@ class Refined:
             NaN without ``check``.
     """
 
-    lam: Tensor
+    q_params: Tensor
     value: Tensor
     state: RowState
     steps: int
@@ -147,26 +147,26 @@ class Refined:
 
 def refine(
     bound: Callable[[Tensor], Tensor],
-    lam: Tensor,
+    q_params: Tensor,
     steps: int,
     *,
-    rule: Rule | None = None,
+    rule: UpdateRule | None = None,
     state: RowState | None = None,
     unroll: bool = False,
     check: Callable[[Tensor], Tensor] | None = None,
-    marks: Sequence[int] = MARKS,
+    marks: Sequence[int] = CHECK_STEPS,
     tolerance: float = 0.0,
-) -> Refined:
-    r"""Let each row of lam climb its own bound by gradient steps, :math:`\lambda_i \leftarrow \lambda_i + r g_i`.
+) -> RefinementResult:
+    r"""Let each row of q_params climb its own bound by gradient steps, :math:`\lambda_i \leftarrow \lambda_i + r g_i`.
 
     Arguments:
-        bound: lam [B, P] to a (noisy) bound of each row [B]; row i may depend on lam_i alone.
-        lam: where to start, [B, P].
+        bound: q_params [B, P] to a (noisy) bound of each row [B]; row i may depend on lam_i alone.
+        q_params: where to start, [B, P].
         steps: the most steps to make.
         rule: how a gradient becomes a step.
         state: the rule's memory of the rows, when a refinement goes on.
         unroll: keep the graph, so that gradients of what follows pass through the steps (Kim et al. 2018).
-        check: lam to the bound under noise that is the same at each call. With it, the bound is checked at ``marks``
+        check: q_params to the bound under noise that is the same at each call. With it, the bound is checked at ``marks``
             and the best of the iterate and of its mean since the last mark is kept for each row.
         marks: steps at which to check.
         tolerance: with ``check``: stop when the rows' mean gain over the last (at least) doubling is below this, nats.
@@ -174,73 +174,75 @@ def refine(
     Source: Kim, Wiseman, Miller, Sontag, Rush (2018), *Semi-Amortized Variational Autoencoders*, arXiv:1802.02550.
 
     >>> target = torch.tensor([[1.0], [-2.0]])
-    >>> found = refine(lambda lam: -((lam - target) ** 2).sum(-1), torch.zeros(2, 1), 400)
-    >>> bool((found.lam - target).abs().max() < 0.01)
+    >>> found = refine(lambda q_params: -((q_params - target) ** 2).sum(-1), torch.zeros(2, 1), 400)
+    >>> bool((found.q_params - target).abs().max() < 0.01)
     True
     """
     rule = rule or RowAdam()
-    state = state or rule.start(lam)
+    state = state or rule.start(q_params)
     if not unroll:
-        lam = lam.detach()
+        q_params = q_params.detach()
     climb = _climbing(bound, rule, unroll, steps)
-    watch = _Watch(lam, check, tolerance) if check else None
+    watch = _EarlyStopping(q_params, check, tolerance) if check else None
     done = 0
     with torch.enable_grad():
         while done < steps:
-            lam, *memory = climb(lam, state.first, state.second, state.steps)
+            q_params, *memory = climb(q_params, state.first, state.second, state.steps)
             state = RowState(*memory)
             done += 1
-            if watch and watch.saw(lam, done, last=done == steps, marks=marks):
+            if watch and watch.saw(q_params, done, last=done == steps, marks=marks):
                 break
     if watch is None:
-        unknown = lam.new_full((len(lam),), torch.nan)
-        return Refined(lam, unknown, state, done, (), lam.new_zeros(0, len(lam)), unknown)
-    return Refined(watch.best, watch.value, state, done, tuple(watch.marks), torch.stack(watch.curve), watch.gap)
+        unknown = q_params.new_full((len(q_params),), torch.nan)
+        return RefinementResult(q_params, unknown, state, done, (), q_params.new_zeros(0, len(q_params)), unknown)
+    return RefinementResult(
+        watch.best, watch.value, state, done, tuple(watch.marks), torch.stack(watch.curve), watch.gap
+    )
 
 
 def _climbing(
-    bound: Callable[[Tensor], Tensor], rule: Rule, unroll: bool, count: int
+    bound: Callable[[Tensor], Tensor], rule: UpdateRule, unroll: bool, count: int
 ) -> Callable[..., tuple[Tensor, ...]]:
-    """One step: lam and the rows' state, before and after."""
+    """One step: q_params and the rows' state, before and after."""
 
-    def climb(lam: Tensor, first: Tensor, second: Tensor, steps: Tensor) -> tuple[Tensor, ...]:
-        lam = lam if unroll and lam.requires_grad else lam.detach().requires_grad_()
-        (gradient,) = torch.autograd.grad(bound(lam).sum(), lam, create_graph=unroll)
-        lam, state = rule.step(lam if unroll else lam.detach(), gradient, RowState(first, second, steps))
-        return lam, state.first, state.second, state.steps
+    def climb(q_params: Tensor, first: Tensor, second: Tensor, steps: Tensor) -> tuple[Tensor, ...]:
+        q_params = q_params if unroll and q_params.requires_grad else q_params.detach().requires_grad_()
+        (gradient,) = torch.autograd.grad(bound(q_params).sum(), q_params, create_graph=unroll)
+        q_params, state = rule.step(q_params if unroll else q_params.detach(), gradient, RowState(first, second, steps))
+        return q_params, state.first, state.second, state.steps
 
-    return climb if unroll or count < WORTH_RECORDING else Repeated(climb).__call__
+    return climb if unroll or count < MIN_STEPS_TO_TRACE else AutoTraced(climb).__call__
 
 
-class _Watch:
+class _EarlyStopping:
     """Checks a refinement at its marks, keeps the best of each row, and says when to stop."""
 
-    def __init__(self, lam: Tensor, check: Callable[[Tensor], Tensor], tolerance: float) -> None:
+    def __init__(self, q_params: Tensor, check: Callable[[Tensor], Tensor], tolerance: float) -> None:
         self.check, self.tolerance = check, tolerance
-        self.best, self.value = lam, self._look(lam)
+        self.best, self.value = q_params, self._look(q_params)
         self.marks, self.curve, self.tops = [0], [self.value], [self.value]
         self.gap = torch.full_like(self.value, torch.inf)
-        self.total, self.count = torch.zeros_like(lam), 0
+        self.total, self.count = torch.zeros_like(q_params), 0
 
-    def _look(self, lam: Tensor) -> Tensor:
+    def _look(self, q_params: Tensor) -> Tensor:
         with torch.no_grad():
-            return self.check(lam)
+            return self.check(q_params)
 
-    def _offer(self, lam: Tensor) -> Tensor:
-        value = self._look(lam)
+    def _offer(self, q_params: Tensor) -> Tensor:
+        value = self._look(q_params)
         better = value > self.value
-        self.best = torch.where(better.unsqueeze(-1), lam, self.best)
+        self.best = torch.where(better.unsqueeze(-1), q_params, self.best)
         self.value = torch.where(better, value, self.value)
         return value
 
-    def saw(self, lam: Tensor, done: int, *, last: bool, marks: Sequence[int]) -> bool:
-        self.total, self.count = self.total + lam, self.count + 1
+    def saw(self, q_params: Tensor, done: int, *, last: bool, marks: Sequence[int]) -> bool:
+        self.total, self.count = self.total + q_params, self.count + 1
         if not (last or done in marks):
             return False
-        self.curve.append(self._offer(lam))
+        self.curve.append(self._offer(q_params))
         if self.count > 1:
             self._offer(self.total / self.count)
-        self.total, self.count = torch.zeros_like(lam), 0
+        self.total, self.count = torch.zeros_like(q_params), 0
         self.marks.append(done)
         self.tops.append(self.value)
         half = max(i for i, mark in enumerate(self.marks) if mark <= done / 2)
@@ -249,50 +251,50 @@ class _Watch:
 
 
 # Draws of a step and of a look with which a datapoint's own optimum is sought.
-NEW_DRAWS, WATCH_DRAWS = 8, 100
+REFINE_DRAWS, CHECK_DRAWS = 8, 100
 
 
-class Bound(Protocol):
-    """Each datapoint's own bound as a function of its own lam."""
+class LocalELBO(Protocol):
+    """Each datapoint's own bound as a function of its own q_params."""
 
     def __call__(
-        self, lam: Tensor, x: Tensor, index: Tensor | None = None, K: int = 1, kl_weight: float | Tensor = 1.0
+        self, q_params: Tensor, x: Tensor, index: Tensor | None = None, K: int = 1, kl_weight: float | Tensor = 1.0
     ) -> Tensor:
-        """Bound [B] in nats of lam [B, P] for the rows x [B, D], over K draws; training may weigh the KL."""
+        """Bound [B] in nats of q_params [B, P] for the rows x [B, D], over K draws; training may weigh the KL."""
 
 
-def given(family: Family, lam: Tensor, sites: Sites | None = None) -> Program:
-    """The guide whose parameters are these: q(z) = family(lam), lam [B, P], over these sites, else one vector "z"."""
-    latents = sites or vector(family.dim)
+def fixed_guide(family: Family, q_params: Tensor, sites: LatentSites | None = None) -> Program:
+    """The guide whose parameters are these: q(z) = family(q_params), q_params [B, P], over these sites, else one vector "z"."""
+    latents = sites or real_vector_latent(family.dim)
 
     def guide(x: Tensor, index: Tensor | None = None) -> None:
         with pyro.plate("data", len(x), dim=-1):
-            latents.sample(family(lam))
+            latents.sample(family(q_params))
 
     return guide
 
 
-def local_bound(model: Program, family: Family, sites: Sites | None = None) -> Bound:
-    """Each datapoint's own ELBO under a model, as a function of its own lam, with gradients."""
+def local_elbo(model: Program, family: Family, sites: LatentSites | None = None) -> LocalELBO:
+    """Each datapoint's own ELBO under a model, as a function of its own q_params, with gradients."""
 
     def bound(
-        lam: Tensor, x: Tensor, index: Tensor | None = None, K: int = 1, kl_weight: float | Tensor = 1.0
+        q_params: Tensor, x: Tensor, index: Tensor | None = None, K: int = 1, kl_weight: float | Tensor = 1.0
     ) -> Tensor:
         # K copies of the rows, not a plate of samples: the bound may run inside a trace that has one already,
         # and nothing of it may be seen there.
         rows = x.repeat(K, *(1,) * (x.dim() - 1))
         which = index if index is None else index.repeat(K)
         with poutine.block():
-            found = elbo(model, given(family, lam.repeat(K, 1), sites), rows, which, kl_weight=kl_weight)
+            found = elbo(model, fixed_guide(family, q_params.repeat(K, 1), sites), rows, which, kl_weight=kl_weight)
             return found.view(K, -1).mean(0)
 
     return bound
 
 
-def ascent(family: Family, learning_rate: float = 0.2) -> Rule:
+def default_update_rule(family: Family, learning_rate: float = 0.2) -> UpdateRule:
     """Natural gradient steps where the family knows its Fisher information, else Adam's.
 
-    A step's noise grows with the entries of lam for each dimension; beyond 6 of these natural steps become shorter. At
+    A step's noise grows with the entries of q_params for each dimension; beyond 6 of these natural steps become shorter. At
     D = 50 full rank has 26, and steps of 0.2 with 8 draws throw it out; steps of 0.04 do not.
     """
     if type(family).natural is Family.natural:
@@ -300,22 +302,22 @@ def ascent(family: Family, learning_rate: float = 0.2) -> Rule:
     return NaturalAscent(family.natural, learning_rate * min(1.0, 6 * family.dim / family.size))
 
 
-def local_optimum(
-    bound: Bound,
-    lam: Tensor,
+def maximize_local_elbo(
+    bound: LocalELBO,
+    q_params: Tensor,
     x: Tensor,
     index: Tensor | None = None,
     *,
     steps: int,
-    rule: Rule | None = None,
+    rule: UpdateRule | None = None,
     tolerance: float = 0.002,
     seed: int = 0,
-) -> Refined:
-    """Refine lam [B, P] until the rows come to rest, watched under noise that is common to all looks.
+) -> RefinementResult:
+    """Refine q_params [B, P] until the rows come to rest, watched under noise that is common to all looks.
 
     Arguments:
         bound: the datapoints' own bound.
-        lam: where to start.
+        q_params: where to start.
         x, index: the rows.
         steps: the most steps to make.
         rule: how a gradient becomes a step.
@@ -323,11 +325,16 @@ def local_optimum(
         seed: of the noise; the random stream outside is left alone.
     """
 
-    def check(lam: Tensor) -> Tensor:
+    def check(q_params: Tensor) -> Tensor:
         with seeded(seed + 1):
-            return bound(lam, x, index, WATCH_DRAWS)
+            return bound(q_params, x, index, CHECK_DRAWS)
 
     with seeded(seed):
         return refine(
-            lambda lam: bound(lam, x, index, NEW_DRAWS), lam, steps, rule=rule, check=check, tolerance=tolerance
+            lambda q_params: bound(q_params, x, index, REFINE_DRAWS),
+            q_params,
+            steps,
+            rule=rule,
+            check=check,
+            tolerance=tolerance,
         )

@@ -11,15 +11,15 @@ from pvae.inference.importance import LogWeights
 from pvae.stats import k_hat_of_tail, tail_length
 
 # Draws below which k-hat has no tail to look at.
-LEAST = 30
+MIN_DRAWS_FOR_K_HAT = 30
 
 
-class Moments:
+class RunningMoments:
     """Mean and variance of values [K, B] over draws that come in chunks.
 
     Source: Chan, Golub, LeVeque (1983), *Algorithms for Computing the Sample Variance*, The American Statistician 37.
 
-    >>> found = Moments()
+    >>> found = RunningMoments()
     >>> for part in torch.arange(10.0).view(10, 1).split(4): found.add(part)
     >>> found.mean.item(), round(found.se.item(), 4)
     (4.5, 0.9574)
@@ -50,7 +50,7 @@ class Moments:
         return (self.squares / (self.count - 1) / self.count).sqrt()
 
 
-class Tally:
+class StreamingWeights:
     r"""What K log-weights of each datapoint tell, from their chunks; sums are in double precision.
 
     Arguments:
@@ -60,15 +60,15 @@ class Tally:
     The largest :math:`O(\sqrt K)` weights of a datapoint are kept, and nothing else that grows with K.
 
     >>> from pvae.inference.importance import LogWeights
-    >>> found = Tally(4)
+    >>> found = StreamingWeights(4)
     >>> for w in torch.tensor([0.0, 1.0, 2.0, 3.0]).view(4, 1).split(2): found.add(LogWeights(w, 0 * w, 0 * w))
     >>> found.elbo, found.iwae
     (tensor([1.5000]), tensor([2.0539]))
     """
 
     def __init__(self, K: int, *, tail: bool = True) -> None:
-        self.K, self.kept = K, tail_length(K) + 1 if tail and K >= LEAST else 0
-        self.log_w, self.log_lik, self.rest = Moments(), Moments(), Moments()
+        self.K, self.kept = K, tail_length(K) + 1 if tail and K >= MIN_DRAWS_FOR_K_HAT else 0
+        self.log_w, self.log_lik, self.rest = RunningMoments(), RunningMoments(), RunningMoments()
         self.top, self.waiting = torch.empty(0), list[Tensor]()
         self.largest, self.first, self.second = torch.tensor(-torch.inf), torch.zeros(()), torch.zeros(())
 

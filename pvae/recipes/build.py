@@ -8,16 +8,16 @@ import torch
 from torch import Tensor, nn
 
 from pvae.data.dataset import Dataset
-from pvae.errors import Refused
-from pvae.generative.handlers import masked
-from pvae.generative.networks import Filled, Standardized
+from pvae.errors import Incompatible
+from pvae.generative.handlers import mask_missing
+from pvae.generative.networks import ImputeMeans, Standardize
 from pvae.inference import guides
 from pvae.inference.families import Family
-from pvae.inference.latents import Sites, find_sites
-from pvae.inference.refinement import local_bound
+from pvae.inference.latents import LatentSites, find_latent_sites
+from pvae.inference.refinement import local_elbo
 from pvae.recipes import registry
 from pvae.recipes.recipe import Recipe
-from pvae.recipes.registry import make, table
+from pvae.recipes.registry import as_table, make
 from pvae.runtime import distributed
 from pvae.runtime.torch_state import seeded
 from pvae.training.loop import Fit, fit
@@ -32,7 +32,7 @@ class Built(NamedTuple):
     objective: Objective
 
 
-def build(recipe: Recipe, dataset: Dataset) -> Built:
+def build_model(recipe: Recipe, dataset: Dataset) -> Built:
     """Program, guide and objective of a resolved recipe, sized from the data.
 
     Recipes that differ in the guide alone start from the same decoder and, where they have one, the same encoder.
@@ -46,12 +46,12 @@ def build(recipe: Recipe, dataset: Dataset) -> Built:
         posterior = _Posterior(recipe, dataset)
         program = _program(recipe, dataset, posterior)
         if dataset.missing:  # the program's own, so that all who name it see this one
-            program.model = masked(program.model)
-        sites = find_sites(program.model, dataset.train[:3])
+            program.model = mask_missing(program.model)
+        sites = find_latent_sites(program.model, dataset.train[:3])
         posterior.fit_to(sites)
     family, encoder = posterior.family, posterior.encoder
-    bound = local_bound(program.model, family, sites)
-    own = len(distributed.share(len(dataset.train)))
+    bound = local_elbo(program.model, family, sites)
+    own = len(distributed.shard(len(dataset.train)))
     supplied = {"encoder": encoder, "family": family, "num_data": own, "bound": bound, "sites": sites}
     return Built(program, make("guide", recipe.guide, **supplied), make("objective", recipe.objective))
 
@@ -60,13 +60,13 @@ def _program(recipe: Recipe, dataset: Dataset, posterior: _Posterior) -> Any:
     columns = dataset.train.shape[1] - dataset.classes
     likelihood = make("likelihood", recipe.likelihood)
     supplied = {"columns": columns, "latent": recipe.latent, "likelihood": likelihood, "classes": dataset.classes}
-    if registry.takes("program", recipe.program, "decoder"):
+    if registry.accepts_argument("program", recipe.program, "decoder"):
         outputs = likelihood.params_per_value * columns
         sizes = {"inputs": recipe.latent, "outputs": outputs, "shape": dataset.shape, "decodes": True}
         supplied["decoder"] = make("network", recipe.network, **sizes)
     posterior.make_encoder()
-    if registry.takes("program", recipe.program, "prior"):
-        if registry.takes("prior", recipe.prior, "posterior"):
+    if registry.accepts_argument("program", recipe.program, "prior"):
+        if registry.accepts_argument("prior", recipe.prior, "posterior"):
             posterior.check_has_encoder()
         known = {"dim": recipe.latent, "posterior": posterior, "data": posterior.rows}
         supplied["prior"] = make("prior", recipe.prior, **known)
@@ -96,30 +96,30 @@ class _Posterior:
         self.encoder = make("network", self.recipe.network, **sizes, labels=self.dataset.classes, decodes=False)
         rows, means = self.rows, self.dataset.means
         if rows.min() < 0 or rows.max() > 1:  # intensities are fit for a network as they are
-            self.encoder = Standardized(self.encoder, rows)
+            self.encoder = Standardize(self.encoder, rows)
         if means is not None:
-            self.encoder = Filled(self.encoder, means.to(rows))
+            self.encoder = ImputeMeans(self.encoder, means.to(rows))
 
-    def fit_to(self, sites: Sites) -> None:
+    def fit_to(self, sites: LatentSites) -> None:
         """Size family and encoder anew where the program's latents are not the recipe's D dimensions."""
         if sites.dim != self.family.dim:
-            if registry.takes("prior", self.recipe.prior, "posterior") and registry.takes(
+            if registry.accepts_argument("prior", self.recipe.prior, "posterior") and registry.accepts_argument(
                 "program", self.recipe.program, "prior"
             ):
-                raise Refused(f"prior {self.recipe.name('prior')} needs z to be the program's only latent")
+                raise Incompatible(f"prior {self.recipe.name('prior')} needs z to be the program's only latent")
             self.family = make("family", self.recipe.family, dim=sites.dim)
             self.make_encoder()
 
     def check_has_encoder(self) -> None:
         """Refuse a prior that is made of the guide's posterior where the guide or its family has none to give."""
-        prior, guide, family = (str(table(getattr(self.recipe, k))["type"]) for k in ("prior", "guide", "family"))
-        if not registry.takes("guide", self.recipe.guide, "encoder"):
-            raise Refused(f"prior {prior} needs an encoder, and guide {guide} has none; use --guide Amortized")
+        prior, guide, family = (str(as_table(getattr(self.recipe, k))["type"]) for k in ("prior", "guide", "family"))
+        if not registry.accepts_argument("guide", self.recipe.guide, "encoder"):
+            raise Incompatible(f"prior {prior} needs an encoder, and guide {guide} has none; use --guide Amortized")
         if self.family.point_mass:
-            raise Refused(f"prior {prior} needs a density, and family {family} has none; use another --family")
+            raise Incompatible(f"prior {prior} needs a density, and family {family} has none; use another --family")
 
 
-def fitted(own: Recipe, built: Built, data: Dataset, **options: Any) -> Fit:
+def fit_recipe(own: Recipe, built: Built, data: Dataset, **options: Any) -> Fit:
     """Fit what a resolved recipe builds, by its budget; ``options`` are those of `fit`."""
     return fit(
         built.program.model,

@@ -9,12 +9,12 @@ from pyro.infer import SVI
 
 from pvae.data.dataset import Dataset
 from pvae.errors import UserError
-from pvae.recipes.build import Built, build
+from pvae.recipes.build import Built, build_model
 from pvae.recipes.recipe import Recipe
 from pvae.recipes.registry import make
-from pvae.runtime.torch_state import seeded, unchecked
+from pvae.runtime.torch_state import no_validation, seeded
 from pvae.training.loop import check_budget
-from pvae.training.objectives import NonFinite
+from pvae.training.objectives import NonFiniteLoss
 from pvae.training.optimizer import FusedAdam
 from pvae.training.support import check_support
 
@@ -71,7 +71,7 @@ def _two_steps(own: Recipe, built: Built, data: Dataset) -> float:
     objective.weight, objective.free_bits = objective.weight_at(0.9 * objective.warm_up), 0.0
     optimizer = _Keeping(program, guide, learning_rate=own.learning_rate or 1e-3)
     loop, loss = SVI(program.model, guide, optimizer, objective), 0.0
-    with seeded(own.seed), unchecked():
+    with seeded(own.seed), no_validation():
         for epoch in range(2):
             x, index = next(data.batches(min(own.batch_size, 64), own.seed, epoch))
             loss = loop.step(x, index) / len(x)
@@ -86,13 +86,13 @@ def check_recipe(own: Recipe, data: Dataset) -> Built:
         Refused: components that do not go together.
     """
     check_budget(data, own.epochs or 0, own.batch_size, own.learning_rate or 0.0, own.patience)
-    built = build(own, data)
+    built = build_model(own, data)
     shard = data.shard()
     check_support(built.program.model, shard)
     x, index = next(shard.batches(2, own.seed, 0))
-    with seeded(own.seed), unchecked():
+    with seeded(own.seed), no_validation():
         try:
             built.objective.loss(built.program.model, built.guide, x, index)
-        except NonFinite as error:
+        except NonFiniteLoss as error:
             raise UserError(f"at the first step {error}; choose another --likelihood or scale the data") from error
     return built

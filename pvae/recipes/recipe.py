@@ -17,7 +17,7 @@ from pvae.data.dataset import Dataset
 from pvae.data.sources import NAMES
 from pvae.errors import UserError, fits, nearest
 from pvae.recipes import registry
-from pvae.recipes.registry import KINDS, Component, make, table
+from pvae.recipes.registry import KINDS, Component, as_table, make
 from pvae.runtime.files import write_text
 from pvae.runtime.precision import check_precision
 from pvae.training.engines import check_engine
@@ -32,7 +32,7 @@ USUAL = {
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything that fixes a run's numbers. None stands for what suits the data; :func:`resolve` fills it in.
+    """Everything that fixes a run's numbers. None stands for what suits the data; `resolve` fills it in.
 
     Attributes:
         data: a name of ``pvae.data.sources.NAMES`` or a file.
@@ -72,7 +72,7 @@ class Recipe:
 
     def name(self, kind: str) -> str:
         """The class chosen for a kind as one word, with arguments other than the defaults."""
-        if kind in ("likelihood", "prior") and not registry.takes("program", self.program, kind):
+        if kind in ("likelihood", "prior") and not registry.accepts_argument("program", self.program, kind):
             return f"{self.name('program')}'s own"
         component = getattr(self, kind)
         return registry.label(component, registry.defaults(kind, component))
@@ -99,9 +99,9 @@ def resolve(recipe: Recipe) -> Recipe:
     _check_used(recipe)
     kind = "digits" if recipe.data == "digits" else "images" if recipe.data in NAMES else "file"
     latent, hidden, epochs, learning_rate, levels = USUAL[kind]
-    chosen = {name: table(getattr(recipe, name)) for name in KINDS}
+    chosen = {name: as_table(getattr(recipe, name)) for name in KINDS}
     for name, argument, usual in (("network", "hidden", hidden), ("likelihood", "levels", levels)):
-        if registry.takes(name, chosen[name], argument):
+        if registry.accepts_argument(name, chosen[name], argument):
             chosen[name].setdefault(argument, usual)
     spelled: dict[str, Any] = {name: registry.spelled_out(name, component) for name, component in chosen.items()}
     return replace(
@@ -120,14 +120,14 @@ def resolve(recipe: Recipe) -> Recipe:
 def _check_used(recipe: Recipe) -> None:
     """Refuse a likelihood or prior for a program that has its own."""
     for kind in ("likelihood", "prior"):
-        given = table(getattr(recipe, kind))
-        if given["type"] != getattr(Recipe, kind) and not registry.takes("program", recipe.program, kind):
+        given = as_table(getattr(recipe, kind))
+        if given["type"] != getattr(Recipe, kind) and not registry.accepts_argument("program", recipe.program, kind):
             raise UserError(f"program {recipe.name('program')} has its own {kind}; leave --{kind} {given['type']} out")
 
 
 def _usual_binarization(spelled: Mapping[str, Component]) -> str:
     """What makes pictures of what the program or its likelihood scores."""
-    program = registry.find("program", table(spelled["program"])["type"])
+    program = registry.find_class("program", as_table(spelled["program"])["type"])
     support = getattr(program, "support", None) or make("likelihood", spelled["likelihood"]).support
     return "threshold" if str(support) == "Boolean()" else "levels" if support.is_discrete else "none"
 
@@ -162,10 +162,10 @@ def _check_range(recipe: Recipe, where: str = "") -> None:
         raise UserError(f"{where}--learning-rate is {recipe.learning_rate}, but it must be positive")
 
 
-def load_data(recipe: Recipe, folder: str | Path | None = None) -> Dataset:
+def load_recipe_data(recipe: Recipe, folder: str | Path | None = None) -> Dataset:
     """The recipe's data; ``folder`` is where torchvision's data sets are."""
-    program = registry.find("program", table(recipe.program)["type"])
-    return loading.load(
+    program = registry.find_class("program", as_table(recipe.program)["type"])
+    return loading.load_data(
         recipe.data,
         binarize=recipe.binarize or "none",
         folder=folder,
@@ -207,7 +207,7 @@ def open_file(path: Path, changes: Mapping[str, Any] | None = None, *, trust: bo
     """Read a recipe file and change some of its keys.
 
     Arguments:
-        path: of a TOML file whose keys are those of :class:`Recipe`, and tables ``vary`` and ``expected``.
+        path: of a TOML file whose keys are those of `Recipe`, and tables ``vary`` and ``expected``.
         changes: keys that take the place of the file's.
         trust: run the code of files that the recipe names; those that ``changes`` names are trusted.
 
@@ -269,7 +269,7 @@ def _located(value: Any, key: str, folder: Path) -> Any:
     file = registry.own_file(value) if key in KINDS else None
     if file is None or not (folder / file).is_file():
         return value
-    own = table(value)
+    own = as_table(value)
     return own | {"type": f"{folder / file}:{own['type'].rpartition(':')[2]}"}
 
 

@@ -56,7 +56,7 @@ SUPPLIED: dict[str, tuple[str, ...]] = {
 }
 
 
-def table(component: Component) -> dict[str, Any]:
+def as_table(component: Component) -> dict[str, Any]:
     """A component as a table with ``type``."""
     return parse(component) if isinstance(component, str) else dict(component)
 
@@ -82,10 +82,10 @@ def parse(word: str) -> dict[str, Any]:
         raise UserError(f"'{word}' can't be read; write a name, or Name(argument=value, ...)") from None
 
 
-def split(words: str) -> list[str]:
+def split_words(words: str) -> list[str]:
     """Words at commas outside brackets.
 
-    >>> split("ELBO, IWAE(K=5, warm_up=10),DReG")
+    >>> split_words("ELBO, IWAE(K=5, warm_up=10),DReG")
     ['ELBO', 'IWAE(K=5, warm_up=10)', 'DReG']
     """
     found, depth = [""], 0
@@ -105,18 +105,18 @@ def label(component: Component, defaults: Mapping[str, Any] | None = None) -> st
     'IWAE(K=20)'
     """
     known = defaults or {}
-    own = [f"{k}={v!r}" for k, v in table(component).items() if k != "type" and (k not in known or known[k] != v)]
-    name = str(table(component).get("type")).rsplit(":", 1)[-1]
+    own = [f"{k}={v!r}" for k, v in as_table(component).items() if k != "type" and (k not in known or known[k] != v)]
+    name = str(as_table(component).get("type")).rsplit(":", 1)[-1]
     return f"{name}({', '.join(own)})" if own else name
 
 
 def own_file(component: Component) -> str | None:
     """The file whose code a component would run, or None for one of this package."""
-    file, colon, _ = str(table(component).get("type", "")).rpartition(":")
+    file, colon, _ = str(as_table(component).get("type", "")).rpartition(":")
     return file if colon else None
 
 
-def code(component: Component) -> str:
+def source_code(component: Component) -> str:
     """SHA-256 of the file whose code a component would run, first 16 hex digits; empty for one of this package."""
     file = own_file(component)
     return "" if file is None else hashlib.sha256(Path(file).read_bytes()).hexdigest()[:16]
@@ -127,11 +127,11 @@ def rooted(component: Component) -> Component:
     file = own_file(component)
     if file is None:
         return component
-    own = table(component)
+    own = as_table(component)
     return own | {"type": f"{Path(file).resolve()}:{own['type'].rpartition(':')[2]}"}
 
 
-def find(kind: str, name: str) -> Any:
+def find_class(kind: str, name: str) -> Any:
     """The class of a kind by its name, or by ``file.py:Class``, which runs that file.
 
     Raises:
@@ -185,7 +185,7 @@ def make(kind: str, component: Component, **supplied: Any) -> Any:
     Raises:
         UserError: an unknown name or argument, or a value that the class refuses.
     """
-    arguments = table(component)
+    arguments = as_table(component)
     cls = _checked(kind, arguments)
     arguments.pop("type")
     takes = _arguments(cls)
@@ -201,19 +201,19 @@ def spelled_out(kind: str, component: Component) -> dict[str, Any]:
     Raises:
         UserError: an unknown name or argument.
     """
-    given = table(component)
+    given = as_table(component)
     _checked(kind, given)
     plain: dict[str, Any] = {
         n: list(v) if isinstance(v, tuple) else v for n, v in (defaults(kind, given) | given).items()
     }
-    plain["type"] = table(rooted(given))["type"]
+    plain["type"] = as_table(rooted(given))["type"]
     # TOML has no word for None, which is then the default anyway.
     return {"type": plain["type"]} | {n: v for n, v in plain.items() if n != "type" and v is not None}
 
 
 def defaults(kind: str, component: Component) -> dict[str, Any]:
     """The default of each of a component's own arguments that has one."""
-    takes = _arguments(find(kind, str(table(component).get("type", ""))))
+    takes = _arguments(find_class(kind, str(as_table(component).get("type", ""))))
     return {
         name: list(p.default) if isinstance(p.default, tuple) else p.default
         for name, p in takes.items()
@@ -221,12 +221,12 @@ def defaults(kind: str, component: Component) -> dict[str, Any]:
     }
 
 
-def takes(kind: str, component: Component, argument: str) -> bool:
+def accepts_argument(kind: str, component: Component, argument: str) -> bool:
     """Whether a component's constructor has an argument."""
-    return argument in _arguments(find(kind, str(table(component).get("type", ""))))
+    return argument in _arguments(find_class(kind, str(as_table(component).get("type", ""))))
 
 
-def told(cls: Any) -> str:
+def first_doc_line(cls: Any) -> str:
     """The first line of a class's documentation, in plain words."""
     return plain_words((inspect.getdoc(cls) or "").split("\n\n")[0])
 
@@ -244,7 +244,7 @@ def plain_words(line: str) -> str:
 
 def _checked(kind: str, component: dict[str, Any]) -> Any:
     """The component's class, after its arguments have been looked at."""
-    cls = find(kind, str(component.get("type", "")))
+    cls = find_class(kind, str(component.get("type", "")))
     own = [name for name in _arguments(cls) if name not in SUPPLIED[kind]]
     hints = get_type_hints(cls.__init__)
     for name, value in component.items():

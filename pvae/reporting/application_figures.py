@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from pvae.reporting.style import COLOURS, GREY, SMALL, digits_of, framed, scale, sheet
+from pvae.reporting.style import COLOURS, GREY, SMALL, grey_limits, image_grid, image_shape, subplots
 
 # Images beside each other, places of a line that few images don't fill, and the width of a picture in inches.
 ACROSS, FEWEST, WIDTH = 16, 9, 8.6
@@ -20,7 +20,7 @@ PANELS, STRETCHES, IMAGES = 8, 8, 96
 PATH = LinearSegmentedColormap.from_list("path", [COLOURS[0], "#c8c8c8", COLOURS[1]])
 
 
-def strips(lines: Mapping[str, np.ndarray], shape: tuple[int, ...], notes: Sequence[str] = ()) -> Figure:
+def draw_strips(lines: Mapping[str, np.ndarray], shape: tuple[int, ...], notes: Sequence[str] = ()) -> Figure:
     """Images in columns: each line of them under its name, such as a row, the row with noise, and what it was.
 
     Arguments:
@@ -29,7 +29,7 @@ def strips(lines: Mapping[str, np.ndarray], shape: tuple[int, ...], notes: Seque
         shape: of a row.
         notes: a word above each column.
     """
-    height, width = digits_of(shape)
+    height, width = image_shape(shape)
     whole = min(len(rows) for rows in lines.values())
     count = min(ACROSS if height > 1 else PANELS, whole)
     shown = {name: rows[:count] for name, rows in lines.items() if not np.isnan(rows[:count]).all()}
@@ -39,9 +39,9 @@ def strips(lines: Mapping[str, np.ndarray], shape: tuple[int, ...], notes: Seque
     places = max(count, FEWEST)
     tall = min(WIDTH * 0.86 / places * height / width, 1.6)
     figure = _figure(0.25 + len(shown) * tall + 0.15 * bool(notes), title)
-    ends = scale(next(iter(shown.values()), np.zeros(0)))
+    ends = grey_limits(next(iter(shown.values()), np.zeros(0)))
     for place, (axis, (name, rows)) in enumerate(zip(_column(figure, len(shown)), shown.items(), strict=True)):
-        sheet(axis, rows, shape, places, ends)
+        image_grid(axis, rows, shape, places, ends)
         axis.set_ylabel(name, rotation=0, ha="right", va="center", fontsize=8)
         if notes and place == 0:
             middles = [(width + 1) * k + width / 2 - 0.5 for k in range(count)]
@@ -50,7 +50,7 @@ def strips(lines: Mapping[str, np.ndarray], shape: tuple[int, ...], notes: Seque
     return figure
 
 
-def sheets(panels: Mapping[str, np.ndarray], shape: tuple[int, ...], per_line: int = ACROSS) -> Figure:
+def draw_sheets(panels: Mapping[str, np.ndarray], shape: tuple[int, ...], per_line: int = ACROSS) -> Figure:
     """Stretches of rows, one under another, each under its title: sheets of images, or curves in one panel each.
 
     Arguments:
@@ -60,7 +60,7 @@ def sheets(panels: Mapping[str, np.ndarray], shape: tuple[int, ...], per_line: i
         per_line: images of a line; more than ``ACROSS`` are broken into lines of about one length. Rows that are no
             images, and no more than one line, are a path: coloured from the first to the last.
     """
-    height, width = digits_of(shape)
+    height, width = image_shape(shape)
     shown = dict(_thinned(name, rows) for name, rows in list(panels.items())[:STRETCHES])
     title = f"the first {len(shown)} of {len(panels)} stretches" if len(panels) > len(shown) else ""
     if height == 1:
@@ -68,9 +68,9 @@ def sheets(panels: Mapping[str, np.ndarray], shape: tuple[int, ...], per_line: i
     longest = min(per_line, max(map(len, shown.values())))
     places = max(-(-longest // -(-longest // ACROSS)), FEWEST)
     tall = [0.3 + -(-len(rows) // places) * WIDTH / places * height / width for rows in shown.values()]
-    figure, ends = _figure(min(sum(tall), 11), title), scale(*shown.values())
+    figure, ends = _figure(min(sum(tall), 11), title), grey_limits(*shown.values())
     for axis, (name, rows) in zip(_column(figure, len(shown), tall), shown.items(), strict=True):
-        sheet(axis, rows, shape, places, ends)
+        image_grid(axis, rows, shape, places, ends)
         axis.set_title(name, fontsize=9, loc="left")
     return figure
 
@@ -151,7 +151,7 @@ def _stretches(panels: Mapping[str, np.ndarray], title: str, longest: int) -> Fi
     return figure
 
 
-def scores(found: Mapping[str, tuple[np.ndarray, np.ndarray, float]], anomalous: np.ndarray | None) -> Figure:
+def draw_scores(found: Mapping[str, tuple[np.ndarray, np.ndarray, float]], anomalous: np.ndarray | None) -> Figure:
     """Histograms of each score.
 
     Arguments:
@@ -198,9 +198,9 @@ def _histogram(axis: Any, kinds: Mapping[str, np.ndarray], threshold: float) -> 
     axis.tick_params(labelsize=7)
 
 
-def confusions(counts: np.ndarray, names: Sequence[str]) -> Figure:
+def draw_confusion_matrix(counts: np.ndarray, names: Sequence[str]) -> Figure:
     """A confusion matrix: how many rows of each class were taken for each."""
-    figure, (axis,) = framed(1, width=WIDTH, height=min(1.2 + 0.34 * len(names), 7.0))
+    figure, (axis,) = subplots(1, width=WIDTH, height=min(1.2 + 0.34 * len(names), 7.0))
     shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
     axis.imshow(shares, cmap="Blues", vmin=0, vmax=1)
     for row, column in np.ndindex(*counts.shape):

@@ -9,8 +9,8 @@ import xarray as xr
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
-from pvae.reporting.latent_map_widget import side_by_side
-from pvae.reporting.style import COLOURS, STYLE, address, digits_of, framed, scale, sheet
+from pvae.reporting.latent_map_widget import draw_latent_maps
+from pvae.reporting.style import COLOURS, STYLE, data_uri, grey_limits, image_grid, image_shape, subplots
 
 GUIDES = {"Amortized": COLOURS[0], "PerDatapoint": COLOURS[1], "SemiAmortized": COLOURS[2]}
 # Maps that stand side by side.
@@ -18,7 +18,7 @@ MAPS = 4
 OTHERS = (*COLOURS[3:6], *COLOURS[:3], COLOURS[6])
 
 
-def figures(group: dict[str, Any], idata: xr.DataTree) -> dict[str, str]:
+def draw_comparison(group: dict[str, Any], idata: xr.DataTree) -> dict[str, str]:
     """All figures that the results of a group allow, by name, as addresses for an image's ``src``."""
     import matplotlib
 
@@ -40,7 +40,7 @@ def _colour(guide: str, position: int = 0) -> str:
 
 def _curves(rows: list[dict[str, Any]]) -> str:
     """Training objective by epoch and by second."""
-    figure, axes = framed(2)
+    figure, axes = subplots(2)
     last = [row["history"][-1]["objective"] for row in rows if row["history"]]
     for axis, key, label in zip(axes, ("epoch", "seconds"), ("epoch", "training time (s)"), strict=True):
         for position, row in enumerate(rows):
@@ -61,7 +61,7 @@ def _curves(rows: list[dict[str, Any]]) -> str:
             axis.set_ylim(*_window(rows))
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, frameon=False, loc="outside lower center", ncols=min(len(labels), 3), fontsize=8)
-    return address(figure, "svg")
+    return data_uri(figure, "svg")
 
 
 def _window(rows: list[dict[str, Any]]) -> tuple[float, float]:
@@ -76,7 +76,7 @@ def _window(rows: list[dict[str, Any]]) -> tuple[float, float]:
 def _gaps(rows: list[dict[str, Any]]) -> str:
     """Approximation and amortization gap of each variant, end to end, with errors; train and test."""
     rows = [row for row in rows if "evidence" in row["test"]]
-    figure, axes = framed(2, height=1.3 + 0.42 * len(rows))
+    figure, axes = subplots(2, height=1.3 + 0.42 * len(rows))
     names = [row["name"] for row in rows]
     for axis, split in zip(axes, ("train", "test"), strict=True):
         left = np.zeros(len(rows))
@@ -94,7 +94,7 @@ def _gaps(rows: list[dict[str, Any]]) -> str:
         axis.invert_yaxis()
     axes[1].set_yticklabels([])
     figure.legend(handles=_gap_handles(), loc="outside lower center", ncols=1, frameon=False, fontsize=8)
-    return address(figure, "svg")
+    return data_uri(figure, "svg")
 
 
 def _gap_handles() -> list[Any]:
@@ -110,15 +110,15 @@ def _gap_handles() -> list[Any]:
 def _refinement(group: dict[str, Any]) -> str:
     """What refinement steps buy: test ELBO against steps, with the family's best and the evidence as lines."""
     curve, same = group["refinement"], group["same_decoder"]
-    figure, (axis, price) = framed(2)
+    figure, (axis, price) = subplots(2)
     mean, se = (np.array([point[key] for point in curve["gain"]], dtype=float) for key in ("mean", "se"))
     ticks = np.arange(len(curve["steps"]))
     axis.errorbar(ticks, mean, yerr=2 * se, color=_colour("Amortized"), marker="o", ms=4, capsize=3)
     best = same["best_elbo"]["mean"] - curve["elbo"][0]["mean"]
     axis.axhline(best, color="#999999", ls="--", lw=1)
-    axis.text(0, best, "best lam of the family", va="bottom", fontsize=8, color="#555555")
+    axis.text(0, best, "best q_params of the family", va="bottom", fontsize=8, color="#555555")
     axis.set_xticks(ticks, [str(s) for s in curve["steps"]])
-    axis.set(xlabel="refinement steps from the encoder's lam", ylabel="test ELBO won (nats per row)")
+    axis.set(xlabel="refinement steps from the encoder's q_params", ylabel="test ELBO won (nats per row)")
     axis.margins(y=0.12)
     for position, row in enumerate(same["rows"]):
         seconds, left = row["seconds_per_row"] * 1e3, row["left"]
@@ -133,17 +133,17 @@ def _refinement(group: dict[str, Any]) -> str:
             label=row["guide"],
         )
     price.set_xscale("log")
-    price.set(xlabel="time to find lam (ms per row, in a batch)", ylabel="below the family's best (nats per row)")
+    price.set(xlabel="time to find q_params (ms per row, in a batch)", ylabel="below the family's best (nats per row)")
     price.legend(frameon=False, fontsize=8)
     price.axhline(0, color="#999999", lw=0.8)
     price.margins(x=0.25)
-    return address(figure, "svg")
+    return data_uri(figure, "svg")
 
 
 def _scatter(idata: xr.DataTree, amortized: str) -> str:
     """Each test row's ELBO by the encoder against its best one, and how the loss is spread over rows."""
     values = idata["test"].to_dataset().sel(variant=amortized)
-    figure, (axis, spread) = framed(2)
+    figure, (axis, spread) = subplots(2)
     elbo, best = values["elbo"].to_numpy(), values["best_elbo"].to_numpy()
     limits = [min(elbo.min(), best.min()), max(elbo.max(), best.max())]
     axis.plot(limits, limits, color="#999999", lw=1)
@@ -151,7 +151,7 @@ def _scatter(idata: xr.DataTree, amortized: str) -> str:
     axis.set(xlabel="amortized ELBO (nats)", ylabel="refined ELBO (nats)")
     spread.hist(best - elbo, bins=40, color=_colour("Amortized"))
     spread.set(xlabel="amortization gap (nats)", ylabel="test rows")
-    return address(figure, "svg")
+    return data_uri(figure, "svg")
 
 
 def _pictures(idata: xr.DataTree, shape: tuple[int, ...], count: int = 20) -> str:
@@ -162,36 +162,36 @@ def _pictures(idata: xr.DataTree, shape: tuple[int, ...], count: int = 20) -> st
         ("original", originals),
         *((str(v), found.sel(variant=v).to_numpy()[:count]) for v in found.variant.to_numpy()),
     ]
-    height, width = digits_of(shape)
-    ends = scale(originals)
+    height, width = image_shape(shape)
+    ends = grey_limits(originals)
     if height == 1:
         return _side_by_side(dict(lines), shape, ends)
     tall = len(lines) * (0.1 + 7.4 * height / (count * width))
     figure = Figure(figsize=(8.6, 0.35 + tall), layout="constrained")
     for axis, (name, images) in zip(figure.subplots(len(lines), 1), lines, strict=True):
-        sheet(axis, images, shape, count, ends)
+        image_grid(axis, images, shape, count, ends)
         axis.set_ylabel(name, rotation=0, ha="right", va="center", fontsize=8)
-    return address(figure, "png")
+    return data_uri(figure, "png")
 
 
 def _prior(idata: xr.DataTree, shape: tuple[int, ...]) -> str:
     """Means of x at draws from the prior, for each variant."""
     found = idata["means"]["prior_x"]
     panels = {str(v): found.sel(variant=v).to_numpy() for v in found.variant.to_numpy()}
-    return _side_by_side(panels, shape, scale(*panels.values()))
+    return _side_by_side(panels, shape, grey_limits(*panels.values()))
 
 
 def _side_by_side(panels: dict[str, np.ndarray], shape: tuple[int, ...], ends: tuple[float, float]) -> str:
     """A panel of pictures under each name; rows that are no images stand as strips, one above the other."""
-    height, width = digits_of(shape)
+    height, width = image_shape(shape)
     per_line = (8 if len(panels) > 1 else 16) if height > 1 else 1
     lines = max(-(-len(images) // per_line) for images in panels.values())
     tall = 8.4 / len(panels) * lines * height / (per_line * width)
     figure = Figure(figsize=(8.6, 0.4 + min(max(tall, 1.0), 6.0)), layout="constrained")
     for axis, (name, images) in zip(np.atleast_1d(figure.subplots(1, len(panels))), panels.items(), strict=True):
-        sheet(axis, images, shape, per_line, ends)
+        image_grid(axis, images, shape, per_line, ends)
         axis.set_title(name, fontsize=9)
-    return address(figure, "png")
+    return data_uri(figure, "png")
 
 
 def _maps(idata: xr.DataTree) -> str:
@@ -200,7 +200,7 @@ def _maps(idata: xr.DataTree) -> str:
     maps = {name: (_latents(idata, "posterior", name), _latents(idata, "prior", name)) for name in names}
     labelled = "constant_data" in idata and "label" in idata["constant_data"]
     labels = idata["constant_data"]["label"].to_numpy() if labelled else None
-    return address(side_by_side(maps, labels), "png")
+    return data_uri(draw_latent_maps(maps, labels), "png")
 
 
 def _latents(idata: xr.DataTree, group: str, name: str) -> np.ndarray:

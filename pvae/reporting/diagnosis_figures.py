@@ -10,9 +10,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
-from pvae.diagnostics.calibration import band
+from pvae.diagnostics.calibration import ecdf_band
 from pvae.reporting.latent_figures import aggregate, kl, predictive
-from pvae.reporting.style import COLOURS, GREY, SMALL, STYLE, address, array, framed
+from pvae.reporting.style import COLOURS, GREY, SMALL, STYLE, data_uri, subplots, to_numpy
 from pvae.stats import UNRELIABLE
 
 BLUE, ORANGE, GREEN = COLOURS[:3]
@@ -48,7 +48,7 @@ CAPTIONS = {
 }
 
 
-def panels(found: Mapping[str, Any], shape: tuple[int, ...]) -> dict[str, str]:
+def draw_diagnosis(found: Mapping[str, Any], shape: tuple[int, ...]) -> dict[str, str]:
     """All panels that the parts of a variant's diagnosis allow, by the names of ``CAPTIONS``, as addresses for ``src``.
 
     Arguments:
@@ -78,7 +78,7 @@ def _gaps(found: Mapping[str, Any], shape: tuple[int, ...]) -> str | None:
     gaps = {name: value for name, value in found.get("gaps", {}).items() if np.isfinite(value).all()}
     if not gaps:
         return None
-    figure, (axis,) = framed(1, height=0.9 + 0.34 * len(gaps))
+    figure, (axis,) = subplots(1, height=0.9 + 0.34 * len(gaps))
     mean, low, high = np.array(list(gaps.values()), dtype=float).T
     own = {"inference": GREY, "approximation": BLUE, "amortization": ORANGE}
     places = np.arange(len(gaps))
@@ -92,7 +92,7 @@ def _gaps(found: Mapping[str, Any], shape: tuple[int, ...]) -> str | None:
     for place, value in enumerate(mean):
         axis.text(right, place, f"  {value:.3g}", va="center", fontsize=8)
     axis.margins(x=0.1)
-    return address(figure, "svg")
+    return data_uri(figure, "svg")
 
 
 def _plain(text: str) -> str:
@@ -101,7 +101,7 @@ def _plain(text: str) -> str:
 
 
 def _k_hat(found: Mapping[str, Any], shape: tuple[int, ...]) -> str | None:
-    values = {who: array(part, "k_hat") for who, part in _whose(found, "weights").items()}
+    values = {who: to_numpy(part, "k_hat") for who, part in _whose(found, "weights").items()}
     values = {who: k[~np.isnan(k)] if who == "best" else k for who, k in values.items() if not np.isnan(k).all()}
     if not values:
         return None
@@ -109,15 +109,15 @@ def _k_hat(found: Mapping[str, Any], shape: tuple[int, ...]) -> str | None:
     figure = Figure(figsize=(8.6, 3.4), layout="constrained")
     if not len(worst):
         _k_histogram(figure.subplots(), values)
-        return address(figure, "svg")
+        return data_uri(figure, "svg")
     left, right = np.asarray(figure.subfigures(1, 2, width_ratios=(1.15, 1)))
     _k_histogram(left.subplots(), values)
     k = next(iter(values.values()))[worst]
     if len(shape) == 2 and "rows" in found:
-        images = array(found["rows"], "x").reshape(len(found["rows"].x), -1)[worst, : int(np.prod(shape))]
+        images = to_numpy(found["rows"], "x").reshape(len(found["rows"].x), -1)[worst, : int(np.prod(shape))]
         right.suptitle("rows of largest k-hat", fontsize=9)
         _pictured(right, images.reshape(-1, *shape), k)
-        return address(figure, "png")
+        return data_uri(figure, "png")
     axis = right.subplots()
     places = np.arange(len(worst))
     bars = axis.barh(places, np.minimum(k, BEYOND), color=BLUE, height=0.6)
@@ -127,7 +127,7 @@ def _k_hat(found: Mapping[str, Any], shape: tuple[int, ...]) -> str | None:
     axis.invert_yaxis()
     axis.set(xlabel="k-hat", title="rows of largest k-hat, counted from 0")
     axis.title.set_fontsize(9)
-    return address(figure, "svg")
+    return data_uri(figure, "svg")
 
 
 def _worst(k: np.ndarray) -> np.ndarray:
@@ -177,18 +177,18 @@ def _reference(found: Mapping[str, Any], shape: tuple[int, ...]) -> str | None:
     parts = {who: part for who, part in _whose(found, "reference").items() if part.sound.any()}
     if not parts:
         return None
-    figure, (means, spreads, coverage) = framed(3, height=3.3)
+    figure, (means, spreads, coverage) = subplots(3, height=3.3)
     scale, unit = np.ones(1), "u"
     if "health" in found:
-        scale, unit = array(found["health"], "prior").std(0), "prior sd"
+        scale, unit = to_numpy(found["health"], "prior").std(0), "prior sd"
     for place, (who, part) in enumerate(parts.items()):
         sound = np.asarray(part.sound.cpu(), dtype=bool)
-        mean, sd, ours, our_sd = (array(part, n)[sound] for n in ("mean", "sd", "guide_mean", "guide_sd"))
+        mean, sd, ours, our_sd = (to_numpy(part, n)[sound] for n in ("mean", "sd", "guide_mean", "guide_sd"))
         name, colour = WHO[who]
         dots: Any = {"s": 9, "alpha": 0.5, "color": colour, "linewidths": 0, "label": name}
         means.scatter(mean / scale, ours / scale, **dots)
         spreads.scatter(sd / scale, our_sd / scale, **dots)
-        share = [array(part, n)[sound].mean(-1) for n in ("coverage_50", "coverage_90")]
+        share = [to_numpy(part, n)[sound].mean(-1) for n in ("coverage_50", "coverage_90")]
         errors = [2 * s.std(ddof=1) / len(s) ** 0.5 if len(s) > 1 else 0.0 for s in share]
         at = np.arange(2) + (place - (len(parts) - 1) / 2) * 0.36
         coverage.bar(at, [100 * s.mean() for s in share], width=0.34, color=colour, alpha=0.75)
@@ -207,7 +207,7 @@ def _reference(found: Mapping[str, Any], shape: tuple[int, ...]) -> str | None:
     figure.legend(handles=handles, loc="outside lower center", ncols=3, markerscale=2, **SMALL)
     first = next(iter(parts.values())).sound
     figure.suptitle(f"{int(first.sum())} of {len(first)} rows have sound chains", fontsize=9)
-    return address(figure, "png" if sum(p.mean.numel() for p in parts.values()) > 1000 else "svg")
+    return data_uri(figure, "png" if sum(p.mean.numel() for p in parts.values()) > 1000 else "svg")
 
 
 def _plain_ticks(axis: Axes) -> None:
@@ -231,9 +231,9 @@ def _calibration(found: Mapping[str, Any], shape: tuple[int, ...]) -> str | None
     parts = {who: part for who, part in _whose(found, "calibration").items() if part.ranks.numel()}
     if not parts:
         return None
-    figure, axes = framed(len(parts), width=8.6 if len(parts) > 1 else 5.0, height=3.6)
+    figure, axes = subplots(len(parts), width=8.6 if len(parts) > 1 else 5.0, height=3.6)
     for axis, (who, part) in zip(axes, parts.items(), strict=True):
-        _ranks(axis, array(part, "ranks"), array(part, "tarp"))
+        _ranks(axis, to_numpy(part, "ranks"), to_numpy(part, "tarp"))
         axis.set_title(f"{WHO[who][0]}: {len(part.ranks)} simulated rows", fontsize=9)
         axis.set_xlabel("rank of the true latent among draws (share)")
     axes[0].set_ylabel("ECDF - uniform (share of rows)")
@@ -241,7 +241,7 @@ def _calibration(found: Mapping[str, Any], shape: tuple[int, ...]) -> str | None
     for axis in axes:
         axis.set(xlim=(0, 1), ylim=(-reach, reach))
         axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.18), ncols=2, **SMALL)
-    return address(figure, "svg")
+    return data_uri(figure, "svg")
 
 
 def _ranks(axis: Axes, ranks: np.ndarray, tarp: np.ndarray) -> None:
@@ -249,7 +249,7 @@ def _ranks(axis: Axes, ranks: np.ndarray, tarp: np.ndarray) -> None:
     at = np.linspace(0, 1, 201)
     lines = np.stack([_excess(ranks[:, d], at) for d in range(D)])
     worst = int(np.argmax(np.max(np.abs(lines), axis=1)))
-    axis.axhspan(-band(N, D), band(N, D), color=GREY, alpha=0.2, lw=0, label="95% band of all dimensions")
+    axis.axhspan(-ecdf_band(N, D), ecdf_band(N, D), color=GREY, alpha=0.2, lw=0, label="95% band of all dimensions")
     others = [d for d in range(D) if d != worst]
     if others:
         axis.plot(at, lines[others].T, color=COLOURS[4], lw=0.7, alpha=0.7)
@@ -257,7 +257,7 @@ def _ranks(axis: Axes, ranks: np.ndarray, tarp: np.ndarray) -> None:
     axis.plot(at, lines[worst], color=ORANGE, lw=1.6, label=f"dimension {worst}, the worst")
     axis.plot(at, _excess(tarp, at), color="black", lw=1.2, ls="--", label="TARP")
     for side in (-1, 1):
-        axis.axhline(side * band(N), color="black", lw=0.8, ls=":")
+        axis.axhline(side * ecdf_band(N), color="black", lw=0.8, ls=":")
 
 
 def _excess(u: np.ndarray, at: np.ndarray) -> np.ndarray:
@@ -269,10 +269,10 @@ def _excess(u: np.ndarray, at: np.ndarray) -> np.ndarray:
 def _sandwich(found: Mapping[str, Any], shape: tuple[int, ...]) -> str | None:
     if "sandwich" not in found or not len(found["sandwich"].lower):
         return None
-    lower, upper = (array(found["sandwich"], name) for name in ("lower", "upper"))
+    lower, upper = (to_numpy(found["sandwich"], name) for name in ("lower", "upper"))
     order = np.argsort(lower, kind="stable")
     rows, width = np.arange(len(order)), (upper - lower)[order]
-    figure, (both, apart) = framed(2)
+    figure, (both, apart) = subplots(2)
     both.vlines(rows, lower[order], upper[order], color=GREY, lw=1)
     both.scatter(rows, upper[order], marker="v", s=14, color=ORANGE, linewidths=0, label="upper bound")
     both.scatter(rows, lower[order], marker="^", s=14, color=BLUE, linewidths=0, label="lower bound")
@@ -286,7 +286,7 @@ def _sandwich(found: Mapping[str, Any], shape: tuple[int, ...]) -> str | None:
     apart.set_title(f"mean {width.mean():.3g}{error} nats", fontsize=9)
     for axis in (both, apart):
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-    return address(figure, "svg")
+    return data_uri(figure, "svg")
 
 
 DRAWN = {

@@ -14,16 +14,16 @@ from pvae.applications.latent_map import LatentMap, Sliders
 from pvae.diagnostics.trust import USES
 from pvae.errors import UserError
 from pvae.experiments import arviz_export, diagnosis, use_results
-from pvae.reporting.comparison_figures import figures
-from pvae.reporting.diagnosis_figures import CAPTIONS, panels
-from pvae.reporting.latent_map_widget import widget
-from pvae.reporting.tables import diagnosed, tables
+from pvae.reporting.comparison_figures import draw_comparison
+from pvae.reporting.diagnosis_figures import CAPTIONS, draw_diagnosis
+from pvae.reporting.latent_map_widget import render_widget
+from pvae.reporting.tables import comparison_tables, diagnosis_tables
 from pvae.runtime.files import read_json, write_text
 
 FILE = "report.html"
 
 
-def write(folder: Path) -> Path:
+def write_report(folder: Path) -> Path:
     """Write ``report.html`` of an evaluated run folder and return its path.
 
     Raises:
@@ -34,9 +34,9 @@ def write(folder: Path) -> Path:
         raise UserError(f"{folder / 'results.json'} is of another version; pvae evaluate {folder} writes it anew")
     try:
         groups = results["groups"]
-        pictures = [figures(group, arviz_export.load(folder, n)) for n, group in enumerate(groups, 1)]
+        pictures = [draw_comparison(group, arviz_export.load_idata(folder, n)) for n, group in enumerate(groups, 1)]
         fitted = {mark for group in groups for row in group["rows"] for mark in row.get("fitted", [])}
-        kept = [use | {"blocks": _blocks(use)} for use in use_results.kept(folder, fitted)]
+        kept = [use | {"blocks": _blocks(use)} for use in use_results.load_from_run(folder, fitted)]
         page = render(results, pictures, [_diagnoses(folder, group) for group in groups], kept)
     except (KeyError, IndexError, TypeError) as error:
         path = folder / "results.json"
@@ -51,11 +51,11 @@ def _diagnoses(folder: Path, group: dict[str, Any]) -> list[dict[str, Any]]:
     """The diagnosis of each variant of a group, with its panels; one of an earlier fit is left out."""
     rows, shape = {row["name"]: row for row in group["rows"]}, tuple(group["data"]["shape"])
     found = []
-    for own in diagnosis.load(folder).get("variants", []):
+    for own in diagnosis.load_diagnosis(folder).get("variants", []):
         row = rows.get(own["name"], {})
         if own["fitted"] in row.get("fitted", []):
             parts = diagnosis.parts(folder, own) | {"gaps": _gaps(row["test"])}
-            found.append(own | {"tables": diagnosed(own), "panels": panels(parts, shape)})
+            found.append(own | {"tables": diagnosis_tables(own), "panels": draw_diagnosis(parts, shape)})
     return found
 
 
@@ -77,8 +77,8 @@ def _blocks(use: dict[str, Any]) -> list[Any]:
     fields = {field.name: tensors.get(field.name) for field in dataclasses.fields(LatentMap)}
     found: Any = LatentMap(**fields | {"how": str(known["how"])})  # type: ignore[arg-type]
     sliding = {name.removeprefix("slider_"): values for name, values in tensors.items() if name.startswith("slider_")}
-    moved: list[Any] = [widget(Sliders(**sliding), None, shape)] if sliding else []
-    return [widget(found, known.get("label"), shape), *moved]
+    moved: list[Any] = [render_widget(Sliders(**sliding), None, shape)] if sliding else []
+    return [render_widget(found, known.get("label"), shape), *moved]
 
 
 def render(
@@ -97,7 +97,7 @@ def render(
         trim_blocks=True,
     )
     template = environment.get_template("report.html.jinja")
-    told = [tables(group) for group in results["groups"]]
+    told = [comparison_tables(group) for group in results["groups"]]
     return template.render(
         results=results,
         groups=list(zip(results["groups"], told, pictures, strict=True)),

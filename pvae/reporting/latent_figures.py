@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from pvae.diagnostics.predictive_checks import STATISTICS
-from pvae.reporting.style import COLOURS, GREY, SMALL, address, array, cloud, digits_of, framed
+from pvae.reporting.style import COLOURS, GREY, SMALL, data_uri, image_shape, scatter_latents, subplots, to_numpy
 
 BLUE, ORANGE = COLOURS[:2]
 ACTIVE = 0.01
@@ -20,10 +20,10 @@ ACTIVE = 0.01
 def kl(found: Mapping[str, Any], shape: tuple[int, ...]) -> str | None:
     if "health" not in found:
         return None
-    kl, se, activity = (array(found["health"], name) for name in ("kl", "kl_se", "activity"))
+    kl, se, activity = (to_numpy(found["health"], name) for name in ("kl", "kl_se", "activity"))
     known = not np.isnan(kl).any()
     order = np.argsort(-(kl if known else activity), kind="stable")
-    figure, axes = framed(2 if known else 1, width=8.6 if known else 5.0)
+    figure, axes = subplots(2 if known else 1, width=8.6 if known else 5.0)
     ticks, active = np.arange(len(kl)), activity[order] > ACTIVE
     colours = np.where(active, BLUE, GREY)
     if known:
@@ -42,21 +42,21 @@ def kl(found: Mapping[str, Any], shape: tuple[int, ...]) -> str | None:
     for axis in axes:
         axis.set_xticks(ticks[::every], [str(d) for d in order[::every]])
         axis.set_xlabel("dimension")
-    return address(figure, "svg")
+    return data_uri(figure, "svg")
 
 
 def aggregate(found: Mapping[str, Any], shape: tuple[int, ...]) -> str | None:
     if "health" not in found or not len(found["health"].codes):
         return None
     health = found["health"]
-    codes, prior, kl, ks_p, ks = (array(health, name) for name in ("codes", "prior", "kl", "ks_p", "ks"))
+    codes, prior, kl, ks_p, ks = (to_numpy(health, name) for name in ("codes", "prior", "kl", "ks_p", "ks"))
     flat = codes.shape[1] == 1
-    figure, axes = framed(1 if flat else 2, width=5.0 if flat else 8.6, height=3.8)
+    figure, axes = subplots(1 if flat else 2, width=5.0 if flat else 8.6, height=3.8)
     if not flat:
-        size = array(health, "activity") if np.isnan(kl).any() else kl
+        size = to_numpy(health, "activity") if np.isnan(kl).any() else kl
         pair = np.argsort(-size, kind="stable")[:2]
-        labels = array(found["rows"], "labels") if "rows" in found else np.zeros(0)
-        cloud(axes[0], codes[:, pair], prior[:, pair], labels)
+        labels = to_numpy(found["rows"], "labels") if "rows" in found else np.zeros(0)
+        scatter_latents(axes[0], codes[:, pair], prior[:, pair], labels)
         axes[0].set(xlabel=f"dimension {pair[0]} (u)", ylabel=f"dimension {pair[1]} (u)")
     least = int(np.lexsort((-ks, ks_p))[0])
     # An outlier must not squeeze the rest of both into one bin.
@@ -70,14 +70,14 @@ def aggregate(found: Mapping[str, Any], shape: tuple[int, ...]) -> str | None:
     axes[-1].set(xlabel=f"dimension {least} (u)", ylabel="density (1/u)")
     axes[-1].set_title(f"farthest from the prior: {p}", fontsize=9)
     axes[-1].legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2, **SMALL)
-    return address(figure, "png")
+    return data_uri(figure, "png")
 
 
 def predictive(found: Mapping[str, Any], shape: tuple[int, ...]) -> str | None:
     if "predictive" not in found:
         return None
     part = found["predictive"]
-    pixel_p, observed, replicated = (array(part, name) for name in ("pixel_p", "observed", "replicated"))
+    pixel_p, observed, replicated = (to_numpy(part, name) for name in ("pixel_p", "observed", "replicated"))
     names = list(STATISTICS) if len(STATISTICS) == len(observed) else [f"statistic {s}" for s in range(len(observed))]
     told = [s for s in range(len(observed)) if np.ptp(np.append(replicated[:, s], observed[s])) > 0]
     figure = Figure(figsize=(8.6, 3.6), layout="constrained")
@@ -85,14 +85,14 @@ def predictive(found: Mapping[str, Any], shape: tuple[int, ...]) -> str | None:
     _columns(left, pixel_p, shape)
     if told:
         _statistics(right, {names[s]: (replicated[:, s], observed[s]) for s in told})
-    return address(figure, "svg")
+    return data_uri(figure, "svg")
 
 
 def _columns(figure: Any, p: np.ndarray, shape: tuple[int, ...]) -> None:
     axis = figure.subplots()
     if len(shape) == 2 and int(np.prod(shape)) == len(p):
         colours = LinearSegmentedColormap.from_list("p", [ORANGE, "#ffffff", BLUE])
-        image = axis.imshow(p.reshape(digits_of(shape)), cmap=colours, vmin=0, vmax=1)
+        image = axis.imshow(p.reshape(image_shape(shape)), cmap=colours, vmin=0, vmax=1)
         axis.set(xticks=[], yticks=[])
         axis.spines[:].set_visible(True)
         scale = figure.colorbar(image, ax=axis, location="bottom", shrink=0.9)

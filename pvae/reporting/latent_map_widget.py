@@ -14,16 +14,16 @@ from matplotlib.patches import Ellipse
 from pvae.applications.latent_map import LatentMap, Sliders
 from pvae.errors import UserError
 from pvae.reporting.style import (
-    CLASSES,
+    CLASS_COLOURS,
     COLOURS,
     GREY,
     STYLE,
-    address,
     class_names,
-    cloud,
-    digits_of,
-    scale,
-    sheet,
+    data_uri,
+    grey_limits,
+    image_grid,
+    image_shape,
+    scatter_latents,
     standard_normal,
 )
 
@@ -36,7 +36,7 @@ AXES = {
 }
 
 
-def picture(found: LatentMap | Sliders, labels: Labels | None = None, shape: Sequence[int] = ()) -> Figure:
+def draw_latent_map(found: LatentMap | Sliders, labels: Labels | None = None, shape: Sequence[int] = ()) -> Figure:
     """Codes, with q's ellipses of one standard deviation, beside a sheet of what a grid of the plane decodes to.
 
     Arguments:
@@ -57,19 +57,21 @@ def picture(found: LatentMap | Sliders, labels: Labels | None = None, shape: Seq
     codes = _array(found.codes)
     if found.spread is not None:
         _outline(axes[0], codes, _ellipses(found), own)
-    cloud(axes[0], codes, np.zeros((0, 2)) if found.prior is None else _array(found.prior), own, "codes of rows")
+    scatter_latents(
+        axes[0], codes, np.zeros((0, 2)) if found.prior is None else _array(found.prior), own, "codes of rows"
+    )
     words = _axes(found)
     axes[0].set(xlabel=words[0], ylabel=words[1])
     if found.spread is not None:
         lines = np.linspace(0, len(found.up) - 1, min(LINES, len(found.up))).round().astype(int)
         images = _array(found.grid)[lines[::-1]][:, lines]
-        sheet(axes[1], images.reshape(len(lines) ** 2, -1), _shape(found.grid, shape), len(lines))
+        image_grid(axes[1], images.reshape(len(lines) ** 2, -1), _shape(found.grid, shape), len(lines))
         axes[1].set_title("what the plane's points decode to", fontsize=9)
         axes[1].set(xlabel=_span(found.across), ylabel=_span(found.up))
     return figure
 
 
-def side_by_side(maps: Mapping[str, tuple[np.ndarray, np.ndarray]], labels: Labels | None = None) -> Figure:
+def draw_latent_maps(maps: Mapping[str, tuple[np.ndarray, np.ndarray]], labels: Labels | None = None) -> Figure:
     """Codes of the same rows under several fits, each over its prior; more than two dimensions by the codes' PCA.
 
     Arguments:
@@ -80,7 +82,7 @@ def side_by_side(maps: Mapping[str, tuple[np.ndarray, np.ndarray]], labels: Labe
     figure, axes = _pairs(len(maps), height=3.9)
     for axis, (name, (codes, prior)) in zip(axes, maps.items(), strict=True):
         places, draws, words = _plane(codes, prior)
-        cloud(axis, places, draws, own, "codes")
+        scatter_latents(axis, places, draws, own, "codes")
         axis.set(xlabel=words[0], ylabel=words[1])
         axis.set_title(name, fontsize=9)
     return figure
@@ -124,14 +126,14 @@ def _axes(found: LatentMap) -> tuple[str, str]:
     return AXES[found.how] if found.how in AXES or found.share is None else _principal(found.share.tolist())
 
 
-def widget(found: LatentMap | Sliders, labels: Labels | None = None, shape: Sequence[int] = ()) -> Any:
+def render_widget(found: LatentMap | Sliders, labels: Labels | None = None, shape: Sequence[int] = ()) -> Any:
     """A map, or sliders, as a piece of HTML that shows what the pointed place decodes to; it fetches nothing.
 
     Moving the pointer, a finger or the arrow keys over the plane shows what lies there, interpolated between the grid's
     points; in print, and without scripts, the static picture stands instead.
 
     Arguments:
-        found, labels, shape: as for :func:`picture`; of more than 1,500 rows some are shown.
+        found, labels, shape: as for `draw_latent_map`; of more than 1,500 rows some are shown.
 
     Returns:
         Text that jinja takes as markup; all names in it are escaped.
@@ -142,7 +144,7 @@ def widget(found: LatentMap | Sliders, labels: Labels | None = None, shape: Sequ
     import matplotlib
 
     with matplotlib.rc_context(STYLE):
-        still = address(picture(found, labels, shape), "png")
+        still = data_uri(draw_latent_map(found, labels, shape), "png")
     if isinstance(found, Sliders):
         data = _slider_data(found) | _image_data(found.grid, shape)
         text = "What the latents decode to along each of the codes' principal directions."
@@ -152,8 +154,8 @@ def widget(found: LatentMap | Sliders, labels: Labels | None = None, shape: Sequ
     return _rendered("latent_map.html.jinja", data=data, still=still, alt=text)
 
 
-def page(title: str, blocks: Sequence[tuple[str, Any]]) -> str:
-    """A self-contained HTML page of :func:`widget` pieces, each under a heading."""
+def render_page(title: str, blocks: Sequence[tuple[str, Any]]) -> str:
+    """A self-contained HTML page of `render_widget` pieces, each under a heading."""
     return str(_rendered("maps_page.html.jinja", title=title, blocks=blocks))
 
 
@@ -173,7 +175,7 @@ def _rendered(name: str, **values: Any) -> Any:
 def _map_data(found: LatentMap, labels: Labels | None) -> dict[str, Any]:
     """What the script of a map needs."""
     own = _labels(found, labels)
-    names, colours = class_names(own), [*CLASSES] if len(own) else [COLOURS[0]]
+    names, colours = class_names(own), [*CLASS_COLOURS] if len(own) else [COLOURS[0]]
     kinds = np.unique(own, return_inverse=True)[1] if names else np.zeros(len(found.codes), int)
     some = np.linspace(0, len(found.codes) - 1, min(CODES, len(found.codes))).round().astype(int)
     codes = _array(found.codes)
@@ -186,7 +188,7 @@ def _map_data(found: LatentMap, labels: Labels | None) -> dict[str, Any]:
         "codes": places,
         "ellipses": ellipses,
         "colours": colours if names else [COLOURS[0]],
-        "legend": list(zip(names, CLASSES, strict=False)),
+        "legend": list(zip(names, CLASS_COLOURS, strict=False)),
         "extent": [round(float(end), 5) for line in axes for end in (line.min(), line.max())],
         "circles": circles,
         "axes": list(_axes(found)),
@@ -217,7 +219,7 @@ def _image_data(grid: Any, shape: Sequence[int]) -> dict[str, Any]:
         low, high = 0.0, 1.0
     scaled = (np.nan_to_num(values, nan=low) - low) / max(high - low, 1e-30) * 255
     packed = base64.b64encode(scaled.round().astype(np.uint8).tobytes()).decode()
-    height, width = digits_of(_shape(grid, shape))
+    height, width = image_shape(_shape(grid, shape))
     return {"grid": packed, "low": low, "high": high, "height": height, "width": width, "columns": values.shape[1]}
 
 
@@ -235,7 +237,7 @@ def _outline(axis: Any, codes: np.ndarray, ellipses: np.ndarray, labels: np.ndar
     kinds = np.unique(labels, return_inverse=True)[1] if class_names(labels) else None
     for b in np.linspace(0, len(codes) - 1, min(ELLIPSES, len(codes))).round().astype(int):
         long, short, turn = ellipses[b]
-        colour = GREY if kinds is None else CLASSES[kinds[b]]
+        colour = GREY if kinds is None else CLASS_COLOURS[kinds[b]]
         axis.add_patch(Ellipse(codes[b], 2 * long, 2 * short, angle=math.degrees(turn), fill=False, lw=0.6, ec=colour))
     axis.plot([], [], ls="none", marker="o", ms=4, mfc="none", mec=GREY, mew=0.6, label="q(z|x), 1 sd")
 
@@ -249,7 +251,7 @@ def _lines(found: Sliders, shape: tuple[int, ...]) -> Figure:
     ]
     figure = Figure(figsize=(8.6, 0.6 + 1.0 * count), layout="constrained")
     for d, (axis, images) in enumerate(zip(figure.subplots(count, 1, squeeze=False).flat, rows, strict=True)):
-        sheet(axis, images, shape, G if digits_of(shape)[0] > 1 else 1, scale(*rows))
+        image_grid(axis, images, shape, G if image_shape(shape)[0] > 1 else 1, grey_limits(*rows))
         axis.set_ylabel(f"direction {d + 1}\n{found.share[d]:.0%}", rotation=0, ha="right", va="center", fontsize=8)
     reach = float(found.positions[-1])
     figure.supxlabel(f"{-reach:g} to {reach:g} standard deviations of the codes from their mean", fontsize=8)

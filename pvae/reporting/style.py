@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 # Okabe and Ito's colours, which people with any colour vision tell apart; yellow, too pale for lines, comes last.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000", "#F0E442")
 # Enough to tell ten classes apart, as digits have; two of them are none of Okabe and Ito's.
-CLASSES = (*COLOURS, "#7A7A00", "#882255")
+CLASS_COLOURS = (*COLOURS, "#7A7A00", "#882255")
 GREY = "#999999"
 # Entries that are missing, and the frames of images.
 MISSING, FRAME = "#cfe3f1", "#d0d0d0"
@@ -30,7 +30,7 @@ STYLE: Any = {
 }
 
 
-def address(figure: Figure, kind: str) -> str:
+def data_uri(figure: Figure, kind: str) -> str:
     """A figure as an address for an image's ``src``; kind is svg or png. The same figure has the same bytes."""
     file = io.BytesIO()
     figure.savefig(file, format=kind, dpi=160, bbox_inches="tight", metadata={"Date": None} if kind == "svg" else None)
@@ -38,38 +38,38 @@ def address(figure: Figure, kind: str) -> str:
     return f"data:{media};base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
-def array(part: Any, name: str) -> np.ndarray:
+def to_numpy(part: Any, name: str) -> np.ndarray:
     """A tensor of a part as an array of doubles."""
     return np.asarray(getattr(part, name).detach().cpu().double())
 
 
-def framed(columns: int, width: float = 8.6, height: float = 3.2) -> tuple[Figure, list[Axes]]:
+def subplots(columns: int, width: float = 8.6, height: float = 3.2) -> tuple[Figure, list[Axes]]:
     """A figure with this many panels beside each other, sizes in inches."""
     figure = Figure(figsize=(width, height), layout="constrained")
     return figure, list(np.atleast_1d(figure.subplots(1, columns)))
 
 
-def digits_of(shape: tuple[int, ...]) -> tuple[int, int]:
+def image_shape(shape: tuple[int, ...]) -> tuple[int, int]:
     """Height and width as which a row is drawn: an image's own, else one strip.
 
-    >>> digits_of((28, 28)), digits_of((5,))
+    >>> image_shape((28, 28)), image_shape((5,))
     ((28, 28), (1, 5))
     """
     return (shape[0], shape[1]) if len(shape) == 2 else (1, int(np.prod(shape)))
 
 
-def scale(*groups: np.ndarray) -> tuple[float, float]:
+def grey_limits(*groups: np.ndarray) -> tuple[float, float]:
     """Ends of a grey scale for rows: 0 and 1 where all values lie between them, else the lowest and the highest.
 
-    >>> scale(np.array([0.2, np.nan]), np.array([0.7])), scale(np.array([-1.0, 3.0])), scale(np.array([np.nan]))
-    ((0.0, 1.0), (-1.0, 3.0), (0.0, 1.0))
+    >>> grey_limits(np.array([0.2, np.nan]), np.array([0.7])), grey_limits(np.array([-1.0, 3.0]))
+    ((0.0, 1.0), (-1.0, 3.0))
     """
     known = np.concatenate([rows[np.isfinite(rows)] for rows in groups])
     low, high = (float(known.min()), float(known.max())) if len(known) else (0.0, 1.0)
     return (0.0, 1.0) if low >= 0 and high <= 1 else (low, high)
 
 
-def sheet(
+def image_grid(
     axis: Axes, images: np.ndarray, shape: tuple[int, ...], per_line: int, ends: tuple[float, float] | None = None
 ) -> None:
     """Draw rows [B, columns] as a sheet of framed images, this many a line; missing entries are pale blue.
@@ -77,7 +77,7 @@ def sheet(
     Arguments:
         ends: of the grey scale, beyond which values are clipped; the rows' own unless given.
     """
-    height, width = digits_of(shape)
+    height, width = image_shape(shape)
     lines = -(-len(images) // per_line)
     whole = np.full((lines * (height + 1) - 1, per_line * (width + 1) - 1), np.nan)
     gaps, frames = np.full_like(whole, np.nan), []
@@ -87,7 +87,7 @@ def sheet(
         whole[own] = image.reshape(height, width)
         gaps[own] = np.where(np.isnan(whole[own]), 1, np.nan)
         frames.append(_frame(top - 0.5, left - 0.5, height, width))
-    low, high = ends or scale(images)
+    low, high = ends or grey_limits(images)
     aspect: Any = "equal" if height > 1 else "auto"
     axis.imshow(whole, cmap="gray_r", vmin=low, vmax=high, aspect=aspect)
     if not np.isnan(gaps).all():
@@ -112,15 +112,17 @@ def class_names(labels: np.ndarray) -> list[str]:
     (['0', '2'], ['a', 'b'], [])
     """
     kinds = np.unique(labels)
-    named = 1 < len(kinds) <= len(CLASSES)
+    named = 1 < len(kinds) <= len(CLASS_COLOURS)
     return [str(kind) if kinds.dtype.kind in "US" else f"{kind:g}" for kind in kinds] if named else []
 
 
-def cloud(axis: Axes, codes: np.ndarray, prior: np.ndarray, labels: np.ndarray, name: str = "posterior draws") -> None:
+def scatter_latents(
+    axis: Axes, codes: np.ndarray, prior: np.ndarray, labels: np.ndarray, name: str = "posterior draws"
+) -> None:
     """Codes [M, 2] over prior draws [S, 2], coloured by class where there are few; circles for a standard normal."""
     axis.scatter(prior[:, 0], prior[:, 1], s=5, color="#cccccc", linewidths=0, label="prior" if len(prior) else None)
     names = class_names(labels) if len(labels) == len(codes) else []
-    for colour, kind, word in zip(CLASSES, np.unique(labels), names, strict=False):
+    for colour, kind, word in zip(CLASS_COLOURS, np.unique(labels), names, strict=False):
         own = codes[labels == kind]
         axis.scatter(own[:, 0], own[:, 1], s=7, color=colour, linewidths=0, label=word)
     if not names:

@@ -29,7 +29,7 @@ FIGURES = {
         "evidence": "evidence (nats)",
         "inference_gap": "below the evidence (nats)",
         "approximation_gap": "of it by the family of q",
-        "amortization_gap": "of it by the source of lam",
+        "amortization_gap": "of it by the source of q_params",
         "k_hat_above": "share of rows with k-hat above 0.7",
         "draws_needed": "draws that half of the rows need for weights to hold",
         "ess": "effective draws",
@@ -96,7 +96,7 @@ class Table(NamedTuple):
     rows: list[list[str]]
 
 
-def tables(group: dict[str, Any]) -> dict[str, Table]:
+def comparison_tables(group: dict[str, Any]) -> dict[str, Table]:
     """The tables of a group in ``results.json`` by name, of what is there.
 
     ``test`` and ``train`` rows, ``weights`` of q, ``families`` that q could be of, the ``latent_space``, ``cost`` of
@@ -178,7 +178,7 @@ def _cost(group: dict[str, Any]) -> Table:
 
 def _same_decoder(group: dict[str, Any]) -> Table:
     same = group["same_decoder"]
-    header = ["source of lam", "ELBO", "against its own encoder", "below the best in the family", "ms per row"]
+    header = ["source of q_params", "ELBO", "against its own encoder", "below the best in the family", "ms per row"]
     rows = [
         [
             row["guide"],
@@ -192,7 +192,7 @@ def _same_decoder(group: dict[str, Any]) -> Table:
     return Table("All on the amortized variant's decoder, test rows (nats per row)", header, rows)
 
 
-def diagnosed(variant: dict[str, Any]) -> list[Table]:
+def diagnosis_tables(variant: dict[str, Any]) -> list[Table]:
     """The figures of a variant's diagnosis: of the guide and, where that changes them, of the same q refined."""
     guide, refined = variant["figures"], variant["refined"]
     found = []
@@ -232,7 +232,7 @@ def rich_tables(results: dict[str, Any]) -> list[Any]:
     for group in results["groups"]:
         data, alone = group["data"], len(results["groups"]) == 1
         several = "" if alone else f" - {data['identity']}, {data['base_measure']}"
-        for title, header, rows in tables(group).values():
+        for title, header, rows in comparison_tables(group).values():
             across = [header, *rows] if len(rows) > MANY else [list(line) for line in zip(header, *rows, strict=True)]
             found.append(rich_table(Table(title + several, across[0], across[1:])))
     return found

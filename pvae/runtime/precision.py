@@ -29,7 +29,7 @@ def check_precision(name: str, device: torch.device | None = None) -> None:
         raise UserError(f"--precision tf32 is CUDA's alone, and the device is {device.type}; use float32 or bf16")
 
 
-def products(name: str, device: torch.device) -> AbstractContextManager[Any]:
+def matmul_precision(name: str, device: torch.device) -> AbstractContextManager[Any]:
     """A block in which networks' layers multiply in this precision, forward and backward.
 
     Arguments:
@@ -40,7 +40,7 @@ def products(name: str, device: torch.device) -> AbstractContextManager[Any]:
     Raises:
         UserError: no such precision, or ``tf32`` on another device than CUDA.
 
-    >>> with products("bf16", torch.device("cpu")):
+    >>> with matmul_precision("bf16", torch.device("cpu")):
     ...     functional.linear(torch.tensor([1.001]), torch.ones(1, 1)).dtype, torch.tensor([1.001]) * 1
     (torch.float32, tensor([1.0010]))
     """

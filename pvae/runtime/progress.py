@@ -7,7 +7,9 @@ from contextlib import contextmanager
 
 
 @contextmanager
-def bar(label: str, total: int | None, *, done: int = 0, wanted: bool = True) -> Iterator[Callable[[int, str], None]]:
+def progress_bar(
+    label: str, total: int | None, *, done: int = 0, wanted: bool = True
+) -> Iterator[Callable[[int, str], None]]:
     """A progress bar on standard error; the yielded function takes how much is done and a few words.
 
     Arguments:

@@ -16,7 +16,7 @@ from pvae.errors import UserError
 
 
 @contextmanager
-def own_parameters() -> Iterator[None]:
+def local_param_store() -> Iterator[None]:
     """Run a block of Pyro code with a parameter store of its own."""
     store = pyro.get_param_store()
     outside = store.get_state()["params"]
@@ -24,10 +24,10 @@ def own_parameters() -> Iterator[None]:
         yield
     # A scope strips the mark by which SVI finds a parameter behind a param statement, from those outside as well.
     for parameter in (*own["params"].values(), *outside.values()):
-        mark(parameter)
+        mark_as_parameter(parameter)
 
 
-def mark(parameter: Tensor) -> Tensor:
+def mark_as_parameter(parameter: Tensor) -> Tensor:
     """Put on a tensor the mark by which ``SVI.step`` finds what to train behind a param statement."""
     parameter.unconstrained = weakref.ref(parameter)  # type: ignore[attr-defined]
     return parameter
@@ -41,16 +41,16 @@ class LocalModule(PyroModule):
     """
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        with own_parameters():
+        with local_param_store():
             return super().__call__(*args, **kwargs)
 
 
 def local_method(method: Callable[..., Any]) -> Callable[..., Any]:
-    """``pyro.nn.module.pyro_method`` for a :class:`LocalModule`: the method may stand alone as a Pyro program."""
+    """``pyro.nn.module.pyro_method`` for a `LocalModule`: the method may stand alone as a Pyro program."""
 
     @functools.wraps(method)
     def traced(self: LocalModule, *args: Any, **kwargs: Any) -> Any:
-        with own_parameters(), self._pyro_context:
+        with local_param_store(), self._pyro_context:
             return method(self, *args, **kwargs)
 
     return traced

@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from pvae.runtime.files import replacing
+from pvae.runtime.files import atomic_replace
 
 Part = TypeVar("Part")
 
@@ -28,7 +28,7 @@ def digest(key: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(key, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
-def contents(folder: Path, key: str) -> dict[str, dict[str, Tensor]]:
+def load_all(folder: Path, key: str) -> dict[str, dict[str, Tensor]]:
     """The tensors of all parts in a folder that were written under a key's digest, in the order of their names."""
     found = {path.stem: _read(path, key) for path in sorted(folder.glob("*.safetensors"))}
     return {name: tensors for name, tensors in found.items() if tensors is not None}
@@ -44,7 +44,7 @@ def _read(path: Path, key: str) -> dict[str, Tensor] | None:
         return None
 
 
-class Ledger:
+class ResultCache:
     """Parts of a job by name, each a dataclass of tensors, kept in files of a folder.
 
     Arguments:
@@ -73,6 +73,6 @@ class Ledger:
         if found is not None and (names is None or found.keys() == set(names)):
             return found
         tensors = {key: torch.as_tensor(value).detach().cpu().contiguous().clone() for key, value in compute().items()}
-        with replacing(path) as temporary:
+        with atomic_replace(path) as temporary:
             save_file(tensors, temporary, metadata={"key": self.key})
         return tensors

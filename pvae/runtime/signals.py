@@ -10,7 +10,7 @@ from pathlib import Path
 from types import FrameType
 
 
-class Interrupted(Exception):
+class TrainingInterrupt(Exception):
     """Work was stopped by a signal, after saving what there was.
 
     Attributes:
@@ -26,7 +26,7 @@ class Interrupted(Exception):
 
 
 @contextmanager
-def noted(caught: list[int]) -> Iterator[None]:
+def deferred_signals(caught: list[int]) -> Iterator[None]:
     """Note Ctrl-C and SIGTERM in a list instead of dying of the first; the second has its usual effect."""
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -50,7 +50,7 @@ def noted(caught: list[int]) -> Iterator[None]:
 
 
 @contextmanager
-def going_on(folder: Path, flag: str = "") -> Iterator[None]:
+def with_resume_hint(folder: Path, flag: str = "") -> Iterator[None]:
     """Let Ctrl-C in the block say that the same command, with this flag, goes on in the folder."""
     try:
         yield
@@ -58,4 +58,4 @@ def going_on(folder: Path, flag: str = "") -> Iterator[None]:
         if not (folder / "recipe.toml").is_file():
             raise
         how = f"the same command{f' with {flag}' if flag else ''} goes on"
-        raise Interrupted(f"stopped; what is finished is kept in {folder}; {how}", signal.SIGINT) from None
+        raise TrainingInterrupt(f"stopped; what is finished is kept in {folder}; {how}", signal.SIGINT) from None

@@ -40,7 +40,7 @@ class RandomState:
             torch.cuda.set_rng_state_all(self.cuda)
 
 
-def in_pieces(compute: Callable[[slice], Piece], total: int, size: int, what: str) -> Iterator[Piece]:
+def halve_on_oom(compute: Callable[[slice], Piece], total: int, size: int, what: str) -> Iterator[Piece]:
     """Apply a function to slices of a range, smaller ones where the device has no memory for so much at once.
 
     Arguments:
@@ -53,7 +53,7 @@ def in_pieces(compute: Callable[[slice], Piece], total: int, size: int, what: st
     Raises:
         torch.OutOfMemoryError: a single one is too much.
 
-    >>> list(in_pieces(lambda part: (part.start, part.stop), 5, 2, "rows"))
+    >>> list(halve_on_oom(lambda part: (part.start, part.stop), 5, 2, "rows"))
     [(0, 2), (2, 4), (4, 5)]
     """
     start, wanted = 0, size
@@ -70,14 +70,14 @@ def in_pieces(compute: Callable[[slice], Piece], total: int, size: int, what: st
             size = (part.stop - part.start) // 2
             continue
         if size < wanted:
-            say_once(f"the device is out of memory: going on with {size} instead of {wanted} {what} at a time")
+            warn_once(f"the device is out of memory: going on with {size} instead of {wanted} {what} at a time")
             wanted = size
         yield made[0]
         start = part.stop
 
 
 @functools.cache
-def say_once(line: str) -> None:
+def warn_once(line: str) -> None:
     """Write a line to standard error, the first time that it is said."""
     print(line, file=sys.stderr, flush=True)
 
@@ -98,7 +98,7 @@ def seeded(seed: int) -> Iterator[None]:
 
 
 @contextmanager
-def unchecked() -> Iterator[None]:
+def no_validation() -> Iterator[None]:
     """Run a block without Pyro's and PyTorch's argument checks: data are checked once, at the door."""
     with pyro.validation_enabled(False):
         yield

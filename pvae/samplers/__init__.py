@@ -1,0 +1,9 @@
+"""Samplers and searches over log p(x, u), u being the unconstrained latents of a row; training never imports them.
+
+``anneal`` (AIS) estimates the evidence and ``sandwich`` bounds it from both sides; :mod:`hmc` runs chains for each
+row; ``fit_gaussian`` finds the best correlated normal. All take a ``LogJoint``, made from any program.
+"""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

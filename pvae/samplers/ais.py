@@ -17,10 +17,10 @@ from pvae.errors import UserError, nearest
 from pvae.inference.families import Family
 from pvae.inference.guides import Guide
 from pvae.runtime.pyro_params import Program
-from pvae.runtime.torch_state import in_pieces, seeded
+from pvae.runtime.torch_state import halve_on_oom, seeded
 from pvae.samplers import hmc
-from pvae.samplers.hmc import TARGET, Graded, State, at_least_one, refuse_if_all_diverge
-from pvae.samplers.log_joint import Target, simulate
+from pvae.samplers.hmc import TARGET_ACCEPT, HMCState, ValueAndGrad, at_least_one, refuse_if_all_diverge
+from pvae.samplers.log_joint import LogJoint, simulate_joint
 from pvae.stats import effective_sample_size, log_mean_exp, log_mean_exp_se
 
 # Datapoints times chains that move together, by whether the device is a CPU: there they should stay near its cache.
@@ -37,7 +37,7 @@ FEWER, SETTLE, SPREAD, LEAST, KEPT = 4, 20, 64, 50, 100
 
 
 @dataclass(frozen=True)
-class Annealed:
+class AISEstimate:
     r"""Log-weights of C chains for each of B datapoints, and how their sampler fared.
 
     Attributes:
@@ -72,15 +72,15 @@ class Annealed:
 
 
 @dataclass(frozen=True)
-class Sandwich:
+class SandwichBounds:
     """Bounds of the evidence of B rows simulated from the model, with their Monte Carlo errors, [B] each in nats.
 
     The evidence lies between ``lower`` and ``upper`` in expectation: where they meet, either is the evidence.
     """
 
     x: Tensor
-    forward: Annealed
-    backward: Annealed
+    forward: AISEstimate
+    backward: AISEstimate
 
     @property
     def lower(self) -> Tensor:
@@ -106,7 +106,7 @@ class Sandwich:
         return (low[0] - errors * low[1]).item(), (high[0] + errors * high[1]).item()
 
 
-def schedule(name: str, temperatures: int) -> Tensor:
+def inverse_temperatures(name: str, temperatures: int) -> Tensor:
     r"""The T + 1 inverse temperatures :math:`0 = \beta_0 < \dots < \beta_T = 1` in float64, with s = t / T.
 
     * ``linear``: :math:`\beta = s`.
@@ -116,7 +116,7 @@ def schedule(name: str, temperatures: int) -> Tensor:
     Raises:
         UserError: no such schedule, or temperatures below 1.
 
-    >>> schedule("linear", 4).tolist()
+    >>> inverse_temperatures("linear", 4).tolist()
     [0.0, 0.25, 0.5, 0.75, 1.0]
     """
     at_least_one(temperatures=temperatures)
@@ -141,29 +141,29 @@ class _Path(NamedTuple):
     """
 
     draw: Callable[[int], Tensor]
-    parts: Graded
+    parts: ValueAndGrad
     powers: Callable[[float], tuple[float, float]]
 
 
-def _from_prior(target: Target) -> _Path:
-    return _Path(target.prior, Graded(target.parts), lambda beta: (beta, 1.0))
+def _from_prior(target: LogJoint) -> _Path:
+    return _Path(target.prior, ValueAndGrad(target.parts), lambda beta: (beta, 1.0))
 
 
-def _from_guide(target: Target, family: Family, lam: Tensor) -> _Path:
+def _from_guide(target: LogJoint, family: Family, q_params: Tensor) -> _Path:
     if family.point_mass:
         raise UserError(f"{type(family).__name__} is a point mass: a path can't start there; start from the prior")
-    q = family(lam.detach())
+    q = family(q_params.detach())
     return _Path(
         lambda chains: q.sample((chains,)),
-        Graded(lambda u: (target(u), q.log_prob(u))),
+        ValueAndGrad(lambda u: (target(u), q.log_prob(u))),
         lambda beta: (beta, 1.0 - beta),
     )
 
 
 def anneal(
-    target: Target,
+    target: LogJoint,
     family: Family | None = None,
-    lam: Tensor | None = None,
+    q_params: Tensor | None = None,
     *,
     chains: int = 16,
     temperatures: int = 500,
@@ -172,7 +172,7 @@ def anneal(
     start_from: Tensor | None = None,
     seed: int = 0,
     progress: Callable[[float], None] = lambda share: None,
-) -> Annealed:
+) -> AISEstimate:
     r"""Log-weights of annealed importance sampling, whose mean over chains is an unbiased estimate of p(x).
 
     .. math:: \log w = \sum_{t=1}^T \log f_{\beta_t}(u_{t-1}) - \log f_{\beta_{t-1}}(u_{t-1}),
@@ -180,10 +180,10 @@ def anneal(
 
     Arguments:
         target: p(x, u) of the rows.
-        family, lam: q = family(lam) with lam [B, P]; the prior of the program unless given.
+        family, q_params: q = family(q_params) with q_params [B, P]; the prior of the program unless given.
         chains: C, for each datapoint.
         temperatures: T.
-        schedule: of beta, see :func:`schedule`.
+        schedule: of beta, see `inverse_temperatures`.
         leapfrogs: of the one HMC transition at each temperature.
         start_from: exact posterior draws u [B, D] of the rows. All chains of a row start there and go the path from
             1 to 0; each weight then has mean 1 / p(x), whatever the chains share.
@@ -203,22 +203,22 @@ def anneal(
     (2017), *On the Quantitative Analysis of Decoder-Based Generative Models*, arXiv:1611.04273.
     """
     at_least_one(temperatures=temperatures, chains=chains, leapfrogs=leapfrogs)
-    plan = _Plan(chains, temperatures, schedule, leapfrogs, start_from is not None)
+    plan = _Config(chains, temperatures, schedule, leapfrogs, start_from is not None)
     rows = len(target.x)
 
-    def some(part: slice) -> Annealed:
+    def some(part: slice) -> AISEstimate:
         own = target.rows(part)
-        path = _from_prior(own) if family is None or lam is None else _from_guide(own, family, lam[part])
+        path = _from_prior(own) if family is None or q_params is None else _from_guide(own, family, q_params[part])
         begin = None if start_from is None else start_from[part]
-        return _annealed(plan, path, begin, _within(progress, part.start / rows, part.stop / rows))
+        return _anneal_rows(plan, path, begin, _within(progress, part.start / rows, part.stop / rows))
 
     size = max(1, ROWS_PER_PASS[target.x.device.type == "cpu"] // chains)
     with seeded(seed):
-        parts = list(in_pieces(some, rows, size, "rows of annealed chains"))
+        parts = list(halve_on_oom(some, rows, size, "rows of annealed chains"))
     log_w, position = (torch.cat([getattr(p, name) for p in parts], 1) for name in ("log_w", "position"))
     acceptance, divergent = (torch.cat([getattr(p, name) for p in parts]) for name in ("acceptance", "divergent"))
     lost = refuse_if_all_diverge(divergent)
-    return Annealed(torch.where(lost, torch.nan, log_w), position, acceptance, divergent, plan.reverse)
+    return AISEstimate(torch.where(lost, torch.nan, log_w), position, acceptance, divergent, plan.reverse)
 
 
 def sandwich(
@@ -232,14 +232,14 @@ def sandwich(
     leapfrogs: int = 5,
     seed: int = 0,
     progress: Callable[[float], None] = lambda share: None,
-) -> Sandwich:
+) -> SandwichBounds:
     """Bidirectional Monte Carlo: the evidence of simulated rows between a lower and an upper bound.
 
     Arguments:
         model: a Pyro program.
         like: rows [B, ...]; as many of their shape are simulated.
         guide: start from its posterior; from the program's prior unless given.
-        chains, temperatures, schedule, leapfrogs: of either direction, see :func:`anneal`.
+        chains, temperatures, schedule, leapfrogs: of either direction, see `anneal`.
         seed: of the rows and of all noise.
         progress: called with the share of the work done.
 
@@ -249,16 +249,16 @@ def sandwich(
     Source: Grosse, Ghahramani, Adams (2015), *Sandwiching the marginal likelihood using bidirectional Monte Carlo*,
     arXiv:1511.02543.
     """
-    u, x = simulate(model, like, guide.sites if guide else None, seed=seed)
-    target = Target(model, x, None, guide.sites if guide else None)
+    u, x = simulate_joint(model, like, guide.sites if guide else None, seed=seed)
+    target = LogJoint(model, x, None, guide.sites if guide else None)
     family = guide.family if guide else None
     with seeded(seed + 1), torch.no_grad():
-        lam = guide.params(x) if guide else None
+        q_params = guide.params(x) if guide else None
     forward, backward = (
         anneal(
             target,
             family,
-            lam,
+            q_params,
             chains=chains,
             temperatures=temperatures,
             schedule=schedule,
@@ -269,7 +269,7 @@ def sandwich(
         )
         for way, begin in enumerate((None, u))
     )
-    return Sandwich(x, forward, backward)
+    return SandwichBounds(x, forward, backward)
 
 
 def _within(progress: Callable[[float], None], begin: float, end: float) -> Callable[[float], None]:
@@ -277,7 +277,7 @@ def _within(progress: Callable[[float], None], begin: float, end: float) -> Call
     return lambda share: progress(begin + (end - begin) * share)
 
 
-class _Plan(NamedTuple):
+class _Config(NamedTuple):
     chains: int
     temperatures: int
     schedule: str
@@ -285,16 +285,16 @@ class _Plan(NamedTuple):
     reverse: bool
 
     @property
-    def pilot(self) -> _Plan:
+    def pilot(self) -> _Config:
         return self._replace(chains=max(2, self.chains // FEWER), reverse=False)
 
     def betas(self) -> list[float]:
         """In the order of the chains' way."""
-        betas = schedule(self.schedule, self.temperatures).tolist()
+        betas = inverse_temperatures(self.schedule, self.temperatures).tolist()
         return betas[::-1] if self.reverse else betas
 
 
-class _Tuning(NamedTuple):
+class _StepSizes(NamedTuple):
     """Logarithms of step sizes [S, B] and of scales [S, B, D], at every so many temperatures of the way."""
 
     log_step: Tensor
@@ -309,18 +309,18 @@ class _Tuning(NamedTuple):
         return step, scale
 
 
-def _annealed(plan: _Plan, path: _Path, begin: Tensor | None, progress: Callable[[float], None]) -> Annealed:
+def _anneal_rows(plan: _Config, path: _Path, begin: Tensor | None, progress: Callable[[float], None]) -> AISEstimate:
     betas = plan.betas()
     ahead = plan.pilot.chains / (plan.pilot.chains + plan.chains)
     tuning = _pilot(plan.pilot, path, _within(progress, 0.0, ahead))
-    state = _begun(plan, path, begin)
+    state = _init_chains(plan, path, begin)
     if plan.reverse:
-        state = _apart(plan, path, state, tuning)
+        state = _decorrelate(plan, path, state, tuning)
     log_w = torch.zeros_like(state.log_p)
     acceptance: list[Tensor] = []
     divergent: list[Tensor] = []
     for t in range(1, plan.temperatures + 1):
-        log_w, state = _heated(path, state, betas[t], log_w)
+        log_w, state = _reweight(path, state, betas[t], log_w)
         if t == plan.temperatures:
             break
         step, scale = tuning.at(plan.temperatures - t if plan.reverse else t)
@@ -329,21 +329,21 @@ def _annealed(plan: _Plan, path: _Path, begin: Tensor | None, progress: Callable
         divergent.append(diverged.to(step).mean(0))
         progress(ahead + (1 - ahead) * t / plan.temperatures)
     progress(1.0)
-    return Annealed(log_w, state.position, _mean(acceptance, log_w), _mean(divergent, log_w), plan.reverse)
+    return AISEstimate(log_w, state.position, _mean(acceptance, log_w), _mean(divergent, log_w), plan.reverse)
 
 
 def _mean(shares: list[Tensor], log_w: Tensor) -> Tensor:
     return torch.stack(shares).mean(0) if shares else torch.full_like(log_w[0], torch.nan)
 
 
-def _begun(plan: _Plan, path: _Path, begin: Tensor | None) -> State:
+def _init_chains(plan: _Config, path: _Path, begin: Tensor | None) -> HMCState:
     """Chains at the start of their way."""
     u = path.draw(plan.chains) if begin is None else begin.expand(plan.chains, *begin.shape)
     powers = path.powers(1.0 if plan.reverse else 0.0)
-    return hmc.start(path.parts, u, torch.tensor(powers, dtype=u.dtype, device=u.device))
+    return hmc.init(path.parts, u, torch.tensor(powers, dtype=u.dtype, device=u.device))
 
 
-def _apart(plan: _Plan, path: _Path, state: State, tuning: _Tuning) -> State:
+def _decorrelate(plan: _Config, path: _Path, state: HMCState, tuning: _StepSizes) -> HMCState:
     """Chains that set out from one posterior draw, moved apart: each stays an exact draw, now nearly its own."""
     step, scale = tuning.at(plan.temperatures)
     for _ in range(SETTLE):
@@ -351,37 +351,37 @@ def _apart(plan: _Plan, path: _Path, state: State, tuning: _Tuning) -> State:
     return state
 
 
-def _heated(path: _Path, state: State, beta: float, log_w: Tensor) -> tuple[Tensor, State]:
+def _reweight(path: _Path, state: HMCState, beta: float, log_w: Tensor) -> tuple[Tensor, HMCState]:
     """The weights after a change of temperature, at no new evaluation of the density."""
     warmer = state._replace(powers=state.powers.new_tensor(path.powers(beta)))
     gain = (warmer._replace(powers=warmer.powers - state.powers)).log_p
     return log_w + torch.where(gain.isnan(), -torch.inf, gain), warmer
 
 
-def _pilot(plan: _Plan, path: _Path, progress: Callable[[float], None]) -> _Tuning:
+def _pilot(plan: _Config, path: _Path, progress: Callable[[float], None]) -> _StepSizes:
     """Go the way with few chains, adapting to each datapoint's acceptance and to its chains' spread.
 
     Forward for reverse chains too: had their pilot set out from the draw that they set out from, their moves would
     depend on it, and no longer leave the densities as they are.
     """
-    state, betas, T = _begun(plan, path, None), plan.betas(), plan.temperatures
+    state, betas, T = _init_chains(plan, path, None), plan.betas(), plan.temperatures
     variance = path.draw(SPREAD).var(0)
-    log_step = hmc.first_step(path.parts, state, variance.sqrt()).log()
+    log_step = hmc.initial_step_size(path.parts, state, variance.sqrt()).log()
     each, every = -(-LEAST // T), -(-T // KEPT)
     rate = min(0.3, max(0.02, 10 / (each * T)))
     steps, scales = [], []
     for move in range(-SETTLE, each * T + 1):
         t = -(-max(move, 0) // each)
-        _, state = _heated(path, state, betas[t], state.log_p)
+        _, state = _reweight(path, state, betas[t], state.log_p)
         scale = variance.sqrt()
         state, accepted, _ = hmc.transition(path.parts, state, log_step.exp(), leapfrogs=plan.leapfrogs, scale=scale)
-        log_step = log_step + max(0.2, 2 / (move + SETTLE + 1) ** 0.5) * (accepted.mean(0) - TARGET)
+        log_step = log_step + max(0.2, 2 / (move + SETTLE + 1) ** 0.5) * (accepted.mean(0) - TARGET_ACCEPT)
         variance = torch.lerp(variance, state.position.var(0), rate)
         if move == t * each and t % every == 0:
             steps.append(log_step)
             scales.append(scale.log())
         progress(t / T)
-    return _Tuning(_smooth(torch.stack(steps)), torch.stack(scales), every)
+    return _StepSizes(_smooth(torch.stack(steps)), torch.stack(scales), every)
 
 
 def _smooth(values: Tensor, width: int = 5) -> Tensor:

@@ -6,17 +6,17 @@ import torch
 from torch import Tensor
 
 from pvae.inference.importance import ROWS_PER_PASS
-from pvae.runtime.torch_state import in_pieces, seeded
-from pvae.samplers.hmc import Density, start
+from pvae.runtime.torch_state import halve_on_oom, seeded
+from pvae.samplers.hmc import Density, init
 
 # Least precision, in units of that of the normal at hand, to which a round may go: its scales grow tenfold at most.
-LEAST = 0.01
+MIN_DRAWS = 0.01
 # The smallest scale over the largest below which a covariance is no longer a matrix to factorize.
-NARROWEST = 1e-5
+MIN_SCALE = 1e-5
 
 
 @torch.no_grad()
-def best_normal(
+def fit_gaussian(
     density: Density, mean: Tensor, log_scale: Tensor, *, rounds: int = 10, sets: int = 2, seed: int = 0
 ) -> tuple[Tensor, Tensor]:
     r"""Mean [B, D] and covariance [B, D, D] of the normal q nearest to a density, in KL(q, p), by fixed-point rounds.
@@ -45,7 +45,7 @@ def best_normal(
 
     >>> precision = torch.tensor([[2.0, 1.0], [1.0, 3.0]])
     >>> log_p = lambda u: -(u @ precision * u).sum(-1) / 2
-    >>> mean, covariance = best_normal(log_p, torch.ones(1, 2), torch.zeros(1, 2), rounds=1)
+    >>> mean, covariance = fit_gaussian(log_p, torch.ones(1, 2), torch.zeros(1, 2), rounds=1)
     >>> torch.allclose(mean, torch.zeros(1, 2).double(), atol=1e-5)
     True
     >>> torch.allclose(covariance[0] @ precision.double(), torch.eye(2).double(), atol=1e-5)
@@ -58,13 +58,13 @@ def best_normal(
             height, slope = _regressed(density, mean, root, noise, log_scale.dtype)
             weight = min(1.0, 2 / max(number, 1))  # an average of all rounds, the later ones counting more
             values, vectors = torch.linalg.eigh(-(slope + slope.mT) / 2)
-            scales = torch.lerp(torch.ones_like(values), values, weight).clamp(min=LEAST).rsqrt().unsqueeze(-2)
+            scales = torch.lerp(torch.ones_like(values), values, weight).clamp(min=MIN_DRAWS).rsqrt().unsqueeze(-2)
             root = root @ (vectors * scales)
             # In the new root's units the gradient is (V s)^T height, and Sigma is the identity.
             move = ((vectors * scales).mT @ height.unsqueeze(-1)).squeeze(-1)
             mean = mean + weight * (root @ move.unsqueeze(-1)).squeeze(-1)
     scales = torch.linalg.svdvals(root)
-    fine = scales[:, -1] > NARROWEST * scales[:, 0]
+    fine = scales[:, -1] > MIN_SCALE * scales[:, 0]
     mean, root = mean.where(fine[:, None], first[0]), root.where(fine[:, None, None], first[1])
     return mean, root @ root.mT
 
@@ -87,11 +87,11 @@ def _regressed(
 
     def part(draws: slice) -> tuple[Tensor, Tensor]:
         u = mean + torch.einsum("bde,ke->kbd", root, noise[draws])
-        gradient = torch.einsum("bde,kbd->kbe", root, start(density, u.to(dtype)).gradient.double())
+        gradient = torch.einsum("bde,kbd->kbe", root, init(density, u.to(dtype)).gradient.double())
         return gradient.sum(0) / len(noise), torch.einsum("dk,kbe->bde", inverse[:, draws], gradient)
 
     height, slope = torch.zeros_like(mean), torch.zeros_like(root)
-    for one, other in in_pieces(part, len(noise), max(1, ROWS_PER_PASS // len(mean)), "draws for each row"):
+    for one, other in halve_on_oom(part, len(noise), max(1, ROWS_PER_PASS // len(mean)), "draws for each row"):
         height, slope = height + one, slope + other
     fine = (slope.isfinite().all(-1) & height.isfinite()).all(-1)
     eye = torch.eye(mean.shape[-1], dtype=slope.dtype, device=slope.device)

@@ -13,21 +13,21 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pvae.errors import Diverged, UserError
+from pvae.errors import AllChainsDiverged, UserError
 from pvae.runtime.torch_state import seeded
-from pvae.runtime.tracing import Repeated
+from pvae.runtime.tracing import AutoTraced
 
 Density = Callable[[Tensor], Tensor | tuple[Tensor, ...]]
 
 # The share of accepted proposals that step sizes aim at: optimal in high dimensions (Beskos et al. 2013, 1001.4460).
-TARGET = 0.65
+TARGET_ACCEPT = 0.65
 # An energy error, in nats, beyond which a trajectory has left the level set it should follow.
 DIVERGENCE = 1000.0
 # How often a first step is halved before it is given up: down to 1e-9.
 HALVINGS = 30
 
 
-class State(NamedTuple):
+class HMCState(NamedTuple):
     """Where chains stand, and all that is known of the density there.
 
     Attributes:
@@ -53,10 +53,10 @@ class State(NamedTuple):
         return _mix(self.powers.view(-1, 1, 1, 1), self.gradients)
 
 
-class Move(NamedTuple):
+class HMCInfo(NamedTuple):
     """A transition's outcome: the new state; each chain's acceptance probability and whether it diverged, [C, B]."""
 
-    state: State
+    state: HMCState
     acceptance: Tensor
     divergent: Tensor
 
@@ -95,7 +95,7 @@ def at_least_one(**counts: int) -> None:
             raise UserError(f"{name} is {value}, but it must be at least 1")
 
 
-class Graded:
+class ValueAndGrad:
     """A density with its gradient, which is recorded once it was asked for again and again.
 
     Arguments:
@@ -105,7 +105,7 @@ class Graded:
     """
 
     def __init__(self, density: Density) -> None:
-        self.density, self._repeated = density, Repeated(self._graded)
+        self.density, self._repeated = density, AutoTraced(self._graded)
 
     def __call__(self, u: Tensor) -> tuple[Tensor, Tensor]:
         values, gradients = self._repeated(u)
@@ -125,22 +125,22 @@ class Graded:
         return torch.stack(parts).detach(), torch.stack(gradients)
 
 
-def start(density: Density | Graded, u: Tensor, powers: Tensor | None = None) -> State:
+def init(density: Density | ValueAndGrad, u: Tensor, powers: Tensor | None = None) -> HMCState:
     """The state of chains at u [C, B, D]; the powers [P] of the density's parts are 1 unless given."""
-    graded = density if isinstance(density, Graded) else Graded(density)
+    graded = density if isinstance(density, ValueAndGrad) else ValueAndGrad(density)
     values, gradients = graded(u)
-    return State(u.detach(), values, gradients, values.new_ones(len(values)) if powers is None else powers)
+    return HMCState(u.detach(), values, gradients, values.new_ones(len(values)) if powers is None else powers)
 
 
 def transition(
-    density: Density | Graded,
-    state: State,
+    density: Density | ValueAndGrad,
+    state: HMCState,
     step: Tensor,
     *,
     leapfrogs: int = 10,
     scale: Tensor | None = None,
     jitter: float = 0.2,
-) -> Move:
+) -> HMCInfo:
     r"""One trajectory of leapfrogs for every chain, accepted or rejected each by itself; f stays invariant.
 
     Arguments:
@@ -159,12 +159,12 @@ def transition(
     energy, end = state.log_p - _kinetic(momentum), state
     momentum = momentum + size / 2 * end.gradient
     for left in reversed(range(_about(leapfrogs, jitter))):
-        end = start(density, end.position + size * momentum, state.powers)
+        end = init(density, end.position + size * momentum, state.powers)
         momentum = momentum + (size if left else size / 2) * end.gradient
     gain = end.log_p - _kinetic(momentum) - energy
     gain = torch.where(gain.isnan(), -torch.inf, gain)
     accepted = torch.rand_like(gain).log() < gain
-    return Move(_choose(accepted, end, state), gain.clamp(max=0.0).exp(), ~(gain > -DIVERGENCE))
+    return HMCInfo(_choose(accepted, end, state), gain.clamp(max=0.0).exp(), ~(gain > -DIVERGENCE))
 
 
 def _about(count: int, jitter: float) -> int:
@@ -176,9 +176,9 @@ def _kinetic(momentum: Tensor) -> Tensor:
     return (momentum**2).sum(-1) / 2
 
 
-def _choose(accepted: Tensor, new: State, old: State) -> State:
+def _choose(accepted: Tensor, new: HMCState, old: HMCState) -> HMCState:
     rows = accepted.unsqueeze(-1)
-    return State(
+    return HMCState(
         torch.where(rows, new.position, old.position),
         torch.where(accepted, new.values, old.values),
         torch.where(rows, new.gradients, old.gradients),
@@ -187,7 +187,7 @@ def _choose(accepted: Tensor, new: State, old: State) -> State:
 
 
 class StepSize:
-    r"""Step sizes by dual averaging: each datapoint's own [B], toward a mean acceptance of :data:`TARGET`.
+    r"""Step sizes by dual averaging: each datapoint's own [B], toward a mean acceptance of :data:`TARGET_ACCEPT`.
 
     Arguments:
         step: where to start, [B].
@@ -201,7 +201,7 @@ class StepSize:
 
     >>> size = StepSize(torch.ones(2))
     >>> for _ in range(2000): size.learn((-size.step).exp())
-    >>> bool(((-size.settled).exp() - TARGET).abs().max() < 0.01)
+    >>> bool(((-size.settled).exp() - TARGET_ACCEPT).abs().max() < 0.01)
     True
     """
 
@@ -221,16 +221,16 @@ class StepSize:
         """Take the mean acceptance [B] over the chains at ``step`` into account."""
         self.count += 1
         rate, weight = 1 / (self.count + 10), self.count**-0.75
-        self.error = (1 - rate) * self.error + rate * (TARGET - acceptance)
+        self.error = (1 - rate) * self.error + rate * (TARGET_ACCEPT - acceptance)
         self.log_step = self.centre - self.count**0.5 / 0.2 * self.error
         self.mean = weight * self.log_step + (1 - weight) * self.mean
 
 
-def first_step(density: Density | Graded, state: State, scale: Tensor) -> Tensor:
+def initial_step_size(density: Density | ValueAndGrad, state: HMCState, scale: Tensor) -> Tensor:
     """Step sizes [B] to begin with: 1, halved until single leapfrogs are accepted more often than not.
 
     >>> def normal(u): return -(u**2).sum(-1) / 2
-    >>> first_step(normal, start(normal, torch.zeros(50, 1, 1)), torch.full((1, 1), 64.0))
+    >>> initial_step_size(normal, init(normal, torch.zeros(50, 1, 1)), torch.full((1, 1), 64.0))
     tensor([0.0156])
     """
     step = torch.ones_like(state.position[0, :, 0])
@@ -295,7 +295,7 @@ def sample(
     at_least_one(draws=draws, warm_up=warm_up, leapfrogs=leapfrogs, thin=thin, chains=len(u))
     total = warm_up + draws * thin
     with seeded(seed):
-        graded = Graded(density)
+        graded = ValueAndGrad(density)
         state, size, scale = _warmed(graded, u, warm_up, leapfrogs, scale, lambda done: progress(done / total))
         kept, acceptance, divergent = [], torch.zeros_like(size), torch.zeros_like(size)
         for done in range(1, draws * thin + 1):
@@ -310,11 +310,11 @@ def sample(
 
 
 def _warmed(
-    density: Graded, u: Tensor, steps: int, leapfrogs: int, scale: Tensor | None, progress: Callable[[int], None]
-) -> tuple[State, Tensor, Tensor]:
+    density: ValueAndGrad, u: Tensor, steps: int, leapfrogs: int, scale: Tensor | None, progress: Callable[[int], None]
+) -> tuple[HMCState, Tensor, Tensor]:
     """Chains after their warm-up, the step sizes [B] and the scales [B, D] that they found."""
-    state, scale = start(density, u), torch.ones_like(u[0]) if scale is None else scale
-    size, spread = StepSize(first_step(density, state, scale)), _Spread(u.mean(0))
+    state, scale = init(density, u), torch.ones_like(u[0]) if scale is None else scale
+    size, spread = StepSize(initial_step_size(density, state, scale)), _Spread(u.mean(0))
     ends = {round(share * steps) for share in WINDOWS}
     for done in range(1, steps + 1):
         state, accepted, _ = transition(density, state, size.step, leapfrogs=leapfrogs, scale=scale, jitter=1.0)
@@ -331,7 +331,7 @@ def refuse_if_all_diverge(divergent: Tensor) -> Tensor:
     """The datapoints [B] of which every trajectory diverged; if these are all, there is no number to give."""
     lost = divergent == 1
     if lost.all():
-        raise Diverged
+        raise AllChainsDiverged
     return lost
 
 

@@ -14,13 +14,13 @@ from pyro import poutine
 from torch import Tensor
 
 from pvae.errors import UserError
-from pvae.inference.importance import draw, random_sites
-from pvae.inference.latents import Sites, find_sites
-from pvae.runtime.pyro_params import Program, module_of, own_parameters
-from pvae.runtime.torch_state import seeded, unchecked
+from pvae.inference.importance import random_sites, score_draws
+from pvae.inference.latents import LatentSites, find_latent_sites
+from pvae.runtime.pyro_params import Program, local_param_store, module_of
+from pvae.runtime.torch_state import no_validation, seeded
 
 
-class Simulated(NamedTuple):
+class JointDraws(NamedTuple):
     """Draws from the joint density p(x, z): u [N, D] behind the latents is an exact posterior draw of its row of x."""
 
     u: Tensor
@@ -28,13 +28,13 @@ class Simulated(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Target:
+class LogJoint:
     r"""The posterior of each row but for its constant, :math:`\log p(x, T(u)) + \log |\det \partial T / \partial u|`.
 
     Arguments:
         model: a Pyro program; it is put in ``eval`` mode where it has a mode.
         x, index: rows [B, ...] and which training datapoints they are.
-        sites: the latents, see `find_sites`, which finds them unless they are given.
+        sites: the latents, see `find_latent_sites`, which finds them unless they are given.
 
     Attributes:
         latents: these sites; u is their real vector [D], and T takes it to their values.
@@ -45,7 +45,7 @@ class Target:
     >>> from pvae.generative.vae import VAE
     >>> from pvae.generative.likelihoods import Bernoulli
     >>> from pvae.generative.priors import StandardNormal
-    >>> target = Target(VAE(torch.nn.Linear(2, 5), Bernoulli(), StandardNormal(2)).model, torch.zeros(3, 5))
+    >>> target = LogJoint(VAE(torch.nn.Linear(2, 5), Bernoulli(), StandardNormal(2)).model, torch.zeros(3, 5))
     >>> target(target.prior(4)).shape
     torch.Size([4, 3])
     """
@@ -53,17 +53,17 @@ class Target:
     model: Program
     x: Tensor
     index: Tensor | None = None
-    sites: Sites | None = None
-    latents: Sites = field(init=False)
+    sites: LatentSites | None = None
+    latents: LatentSites = field(init=False)
 
     def __post_init__(self) -> None:
         with suppress(UserError):  # a plain function has no mode
             module_of(self.model).eval()
-        object.__setattr__(self, "latents", self.sites or find_sites(self.model, self.x))
+        object.__setattr__(self, "latents", self.sites or find_latent_sites(self.model, self.x))
 
-    def rows(self, part: slice) -> Target:
+    def rows(self, part: slice) -> LogJoint:
         """The target of some of the rows."""
-        return Target(self.model, self.x[part], None if self.index is None else self.index[part], self.latents)
+        return LogJoint(self.model, self.x[part], None if self.index is None else self.index[part], self.latents)
 
     def parts(self, u: Tensor) -> tuple[Tensor, Tensor]:
         """log p(x|T(u)) and log p(u) = log p(T(u)) + log |det dT/du|, [C, B] each in nats, of u [C, B, D]."""
@@ -74,7 +74,7 @@ class Target:
                 self.latents.sample(dist.Delta(values, event_dim=1))
 
         with _quiet(self.model):
-            w = draw(self.model, guide, self.x, self.index, len(u))
+            w = score_draws(self.model, guide, self.x, self.index, len(u))
         return w.log_lik, w.log_prior - w.log_q
 
     def __call__(self, u: Tensor) -> Tensor:
@@ -86,14 +86,14 @@ class Target:
         """Draws u [C, B, D] from the program's prior, by the random stream outside."""
         with _quiet(self.model), pyro.plate("samples", chains, dim=-2):
             trace = poutine.trace(self.model).get_trace(self.x, self.index)
-        return free(self.latents, {name: site["value"] for name, site in random_sites(trace)})
+        return unconstrain(self.latents, {name: site["value"] for name, site in random_sites(trace)})
 
 
-def free(sites: Sites, latents: dict[str, Tensor]) -> Tensor:
+def unconstrain(sites: LatentSites, latents: dict[str, Tensor]) -> Tensor:
     """The real vectors u [..., D] behind values of the latents by site, [..., event shape] each.
 
     >>> from torch.distributions import constraints; from pvae.inference.latents import Site
-    >>> free(Sites((Site("s", (), constraints.positive),)), {"s": torch.ones(3)})
+    >>> unconstrain(LatentSites((Site("s", (), constraints.positive),)), {"s": torch.ones(3)})
     tensor([[0.],
             [0.],
             [0.]])
@@ -103,7 +103,7 @@ def free(sites: Sites, latents: dict[str, Tensor]) -> Tensor:
 
 
 @torch.no_grad()
-def simulate(model: Program, like: Tensor, sites: Sites | None = None, *, seed: int = 0) -> Simulated:
+def simulate_joint(model: Program, like: Tensor, sites: LatentSites | None = None, *, seed: int = 0) -> JointDraws:
     """Draw latents and rows from the program itself, as many and of the shape as the rows ``like`` [N, ...].
 
     Arguments:
@@ -115,13 +115,13 @@ def simulate(model: Program, like: Tensor, sites: Sites | None = None, *, seed: 
     Raises:
         UserError: what the program observes is not a part of its rows, so that what it draws makes no row.
     """
-    sites = sites or find_sites(model, like)
+    sites = sites or find_latent_sites(model, like)
     index = torch.zeros(len(like), dtype=torch.long, device=like.device)
     with seeded(seed), _quiet(model):
         trace = poutine.trace(poutine.uncondition(model)).get_trace(like, index)
     drawn = {name: site["value"] for name, site in random_sites(trace)}
     seen = {name: drawn[name] for name in drawn if name not in {site.name for site in sites.sites}}
-    return Simulated(free(sites, drawn), torch.where(like.isnan(), like, _put_back(model, seen, like)))
+    return JointDraws(unconstrain(sites, drawn), torch.where(like.isnan(), like, _put_back(model, seen, like)))
 
 
 def _put_back(model: Program, seen: dict[str, Tensor], like: Tensor) -> Tensor:
@@ -159,8 +159,8 @@ def _quiet(model: Program) -> Iterator[None]:
     try:
         module_of(model)
     except UserError:
-        with unchecked():
+        with no_validation():
             yield
         return
-    with unchecked(), own_parameters():
+    with no_validation(), local_param_store():
         yield

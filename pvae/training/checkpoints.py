@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from pvae.errors import UserError
-from pvae.runtime.files import replacing, write_json
+from pvae.runtime.files import atomic_replace, write_json
 
 FILE, STATE, BEST, RANDOM = "checkpoint.safetensors", "state.json", "best.", "random."
 PARTS = "checkpoint.*.safetensors"
@@ -27,7 +27,7 @@ PARTS = "checkpoint.*.safetensors"
 READS = 3
 
 
-class Part(NamedTuple):
+class CheckpointShard(NamedTuple):
     """A file of a checkpoint, and which rows of tables it holds: those from ``start`` up to ``stop``."""
 
     file: str
@@ -45,7 +45,7 @@ def write(folder: Path, tensors: dict[str, Tensor], header: dict[str, Any]) -> N
     remove(folder, {file for file, *_ in header.get("parts", [])})
 
 
-def write_part(folder: Path, part: Part, tensors: dict[str, Tensor]) -> None:
+def write_part(folder: Path, part: CheckpointShard, tensors: dict[str, Tensor]) -> None:
     """Write one process's part of a checkpoint whose header is yet to be written: its rows, its random stream."""
     _save(folder / part.file, tensors, {"rows": [part.start, part.stop]})
 
@@ -58,7 +58,7 @@ def remove(folder: Path, but: Collection[str] = ()) -> None:
 
 
 def _save(path: Path, tensors: dict[str, Tensor], header: dict[str, Any]) -> None:
-    with replacing(path) as temporary:
+    with atomic_replace(path) as temporary:
         own = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         save_file(own, temporary, metadata={"pvae": json.dumps(header)})
 
@@ -93,7 +93,7 @@ def _read(folder: Path, tables: Collection[str], rows: range | None) -> tuple[di
     with safe_open(folder / FILE, framework="pt") as file:
         header = json.loads((file.metadata() or {})["pvae"])
         tensors = {name: _rows(file, name, rows if name in tables else None) for name in file.keys()}  # noqa: SIM118
-    parts = [Part(*part) for part in header.get("parts", [])]
+    parts = [CheckpointShard(*part) for part in header.get("parts", [])]
     pieces: dict[str, list[Tensor]] = {}
     for part in parts:
         for name, values in _read_part(folder, part, rows or range(parts[-1].stop)).items():
@@ -101,7 +101,7 @@ def _read(folder: Path, tables: Collection[str], rows: range | None) -> tuple[di
     return tensors | {name: torch.cat(found) for name, found in pieces.items()}, header
 
 
-def _read_part(folder: Path, part: Part, rows: range) -> dict[str, Tensor]:
+def _read_part(folder: Path, part: CheckpointShard, rows: range) -> dict[str, Tensor]:
     """What a part holds of these rows, and its random stream if it holds them alone."""
     start, stop = max(part.start, rows.start) - part.start, min(part.stop, rows.stop) - part.start
     own = rows == range(part.start, part.stop)
@@ -117,12 +117,12 @@ def _rows(file: Any, name: str, rows: range | None) -> Tensor:
     return file.get_tensor(name) if rows is None else file.get_slice(name)[rows.start : rows.stop]
 
 
-def best(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def best_params(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """The tensors of the best epoch, under their own names; empty without early stopping."""
     return {name.removeprefix(BEST): tensor for name, tensor in tensors.items() if name.startswith(BEST)}
 
 
-def fill(module: nn.Module, prefix: str, tensors: dict[str, Tensor], where: Path) -> None:
+def load_module(module: nn.Module, prefix: str, tensors: dict[str, Tensor], where: Path) -> None:
     """Load the tensors ``prefix.*`` into a module.
 
     Raises:

@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 
 from pvae.data.dataset import Dataset
-from pvae.runtime.torch_state import say_once
-from pvae.training.engines import Choice, RecordedStep
+from pvae.runtime.torch_state import warn_once
+from pvae.training.engines import EngineChoice, TracedStep
 
 # Steps that are made before one is captured, so that what is allocated or compiled at the first is there.
 WARM_UP = 3
 
 
-class CapturedStep:
+class CudaGraphStep:
     """Rows gathered and binarized on the device, loss, gradients, optimizer and the rows' own step, captured as one.
 
     Arguments:
@@ -28,7 +28,7 @@ class CapturedStep:
     Its random numbers come from the device's generator, as those of the step do. The loss is left on the device.
     """
 
-    def __init__(self, step: RecordedStep, data: Dataset, size: int) -> None:
+    def __init__(self, step: TracedStep, data: Dataset, size: int) -> None:
         self.step, self.data, self.made = step, data, 0
         self.index = torch.zeros(size, dtype=torch.long, device=data.train.device)
         self.weight = torch.zeros((), device=data.train.device)
@@ -43,7 +43,7 @@ class CapturedStep:
         self.weight.fill_(float(self.step.objective.weight))
         self.made += 1
         if self.made <= WARM_UP:
-            return beside(self._whole)
+            return on_side_stream(self._whole)
         if self.replay is None:
             self.replay = self._captured()
         return self.replay()
@@ -54,10 +54,10 @@ class CapturedStep:
 
     def _captured(self) -> Callable[[], Tensor | float]:
         try:
-            return capture(self._whole)
+            return capture_graph(self._whole)
         except RuntimeError as error:  # it waits for the device, or there is no memory for a second set of tensors
             reason = " ".join(str(error).split())[:160]
-            say_once(f"the step can't be captured as a CUDA graph ({reason}): going on without")
+            warn_once(f"the step can't be captured as a CUDA graph ({reason}): going on without")
             return self._whole
 
     def _whole(self) -> Tensor | float:
@@ -65,15 +65,15 @@ class CapturedStep:
         return self.step(self.data.rows(self.index), self.index)
 
 
-def captured(choice: Choice, engine: str, data: Dataset, size: int) -> Choice:
+def with_cuda_graph(choice: EngineChoice, engine: str, data: Dataset, size: int) -> EngineChoice:
     """The choice's step in a CUDA graph, where that was asked for or is best, and the rows are on the device."""
     resident = isinstance(data.train, Tensor) and data.train.is_cuda
-    if not (resident and isinstance(choice.step, RecordedStep) and engine in ("auto", "graph")):
+    if not (resident and isinstance(choice.step, TracedStep) and engine in ("auto", "graph")):
         return choice
-    return Choice(CapturedStep(choice.step, data, min(size, len(data.train))), "graph", choice.why)
+    return EngineChoice(CudaGraphStep(choice.step, data, min(size, len(data.train))), "graph", choice.why)
 
 
-def beside(function: Callable[[], Any]) -> Any:
+def on_side_stream(function: Callable[[], Any]) -> Any:
     """Run a function on a stream of its own, as has to be done before it is captured."""
     stream, here = torch.cuda.Stream(), torch.cuda.current_stream()
     stream.wait_stream(here)
@@ -83,7 +83,7 @@ def beside(function: Callable[[], Any]) -> Any:
     return found
 
 
-def capture(function: Callable[[], Any]) -> Callable[[], Tensor]:
+def capture_graph(function: Callable[[], Any]) -> Callable[[], Tensor]:
     """A function's work on the device, done again at each call; what it gave is copied before it is overwritten."""
     graph = torch.cuda.CUDAGraph()
     # Threads that read rows ahead may allocate meanwhile.

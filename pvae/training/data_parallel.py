@@ -17,10 +17,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from pvae.runtime import distributed
 from pvae.runtime.pyro_params import Program, module_of
-from pvae.runtime.torchrun import Elsewhere
+from pvae.runtime.torchrun import PeerFailed
 from pvae.runtime.tracing import Outputs
-from pvae.training.engines import Choice, RecordedStep, Step
-from pvae.training.objectives import NonFinite, Objective
+from pvae.training.engines import EngineChoice, Step, TracedStep
+from pvae.training.objectives import NonFiniteLoss, Objective
 from pvae.training.optimizer import FusedAdam
 
 # Steps between looks, on a GPU, at what the processes tell each other: each look waits for the device.
@@ -63,7 +63,7 @@ def _add(state, bucket):  # PyTorch compares the types of a hook, and knows none
     return dist.all_reduce(bucket.buffer(), async_op=True).get_future().then(lambda done: done.value()[0])
 
 
-class SharedStep:
+class DataParallelStep:
     """A step on the rows of all processes, each of which brings its own; rows of tables take theirs at home.
 
     Arguments:
@@ -76,12 +76,12 @@ class SharedStep:
         signal: one that some process was sent, once all know of it, at the end of the same step; else 0.
 
     Raises:
-        NonFinite: when it is called; in processes whose own loss is finite `Elsewhere`.
+        NonFinite: when it is called; in processes whose own loss is finite `PeerFailed`.
     """
 
     def __init__(
         self,
-        recorded: RecordedStep | None,
+        recorded: TracedStep | None,
         model: Program,
         guide: Program,
         optimizer: FusedAdam,
@@ -90,7 +90,7 @@ class SharedStep:
     ) -> None:
         self.model, self.guide, self.optimizer, self.objective = model, guide, optimizer, objective
         self.caught, self.signal, self.steps, self.own = caught, 0, 0, 0.0
-        self.broken = NonFinite("the loss is not finite")
+        self.broken = NonFiniteLoss("the loss is not finite")
         self.step: Step = recorded or self._differentiated
         if recorded:
             self.replay, recorded.gradients = recorded.gradients, self._replayed  # type: ignore[assignment]
@@ -102,17 +102,17 @@ class SharedStep:
     def __call__(self, x: Tensor, index: Tensor) -> Tensor | float:
         try:
             return self.step(x, index)
-        except NonFinite as error:  # in all processes at the same step
-            with distributed.together():
+        except NonFiniteLoss as error:  # in all processes at the same step
+            with distributed.fail_together():
                 if math.isfinite(self.own):
-                    raise Elsewhere("another process's loss is not finite") from error
+                    raise PeerFailed("another process's loss is not finite") from error
                 raise
 
     def _differentiated(self, x: Tensor, index: Tensor) -> Tensor | float:
         def find() -> Found:
             try:
                 loss = self.objective.differentiable_loss(self.model, self.guide, x, index)
-            except NonFinite as error:  # the others wait for gradients
+            except NonFiniteLoss as error:  # the others wait for gradients
                 self.broken, loss = error, x.new_full((), math.nan)
             return loss, loss.detach(), [None] * len(self.optimizer.parameters)
 
@@ -147,16 +147,18 @@ class SharedStep:
     def _listen(self, asked: Tensor) -> None:
         self.asked, self.steps = self.asked + asked, self.steps + 1
         if (not asked.is_cuda or self.steps % LOOK == 0) and self.asked.item():
-            self.signal = distributed.most(max(self.caught, default=0))
+            self.signal = distributed.all_reduce_max(max(self.caught, default=0))
 
 
-def usable(engine: str, device: torch.device) -> str:
+def supported_engine(engine: str, device: torch.device) -> str:
     """The engine to ask for: no graph of a GPU's own can hold what several processes tell each other."""
     on_gpu = engine == "auto" and device.type == "cuda"
-    return "traced" if distributed.world() > 1 and (engine == "graph" or on_gpu) else engine
+    return "traced" if distributed.world_size() > 1 and (engine == "graph" or on_gpu) else engine
 
 
-def shared(choice: Choice, parts: tuple[Program, Program, FusedAdam, Objective], caught: list[int]) -> Choice:
+def data_parallel_step(
+    choice: EngineChoice, parts: tuple[Program, Program, FusedAdam, Objective], caught: list[int]
+) -> EngineChoice:
     """The engine's step, shared by all processes, which start alike and take the same kind of step.
 
     Arguments:
@@ -165,14 +167,14 @@ def shared(choice: Choice, parts: tuple[Program, Program, FusedAdam, Objective],
         caught: signals that it was sent.
     """
     step, name, why = choice
-    recorded = step if isinstance(step, RecordedStep) else None
-    if distributed.most(recorded is None) and recorded:
+    recorded = step if isinstance(step, TracedStep) else None
+    if distributed.all_reduce_max(recorded is None) and recorded:
         recorded, name, why = None, "pyro", "another process can't record the step"
-    _spread(parts)
-    return Choice(SharedStep(recorded, *parts, caught), name, why)
+    broadcast_buffers(parts)
+    return EngineChoice(DataParallelStep(recorded, *parts, caught), name, why)
 
 
-def _spread(parts: tuple[Program, Program, FusedAdam, Objective]) -> None:
+def broadcast_buffers(parts: tuple[Program, Program, FusedAdam, Objective]) -> None:
     """Give all processes the first one's buffers but for rows, as DistributedDataParallel does with parameters."""
     model, guide, optimizer, _ = parts
     rows = {id(values) for table in optimizer.tables for values in table.buffers(recurse=False)}

@@ -14,14 +14,14 @@ from pvae.errors import UserError, nearest
 from pvae.inference.guides import Guide
 from pvae.runtime.pyro_params import Program, module_of
 from pvae.runtime.torch_state import RandomState
-from pvae.runtime.tracing import Outputs, Recorded, Unrecordable, undone
-from pvae.training.objectives import NonFinite, Objective
+from pvae.runtime.tracing import Outputs, TracedFunction, TraceError, restore_state
+from pvae.training.objectives import NonFiniteLoss, Objective
 from pvae.training.optimizer import FusedAdam
 
 ENGINES = ("auto", "pyro", "traced", "compiled", "graph")
 
 # Steps after which a recording has paid for itself, as measured on two cores.
-WORTH_RECORDING = 200
+MIN_STEPS_TO_TRACE = 200
 
 
 # Model, guide, optimizer and objective, as ``SVI`` takes them; rows and index of a batch.
@@ -43,7 +43,7 @@ class PyroStep:
         return self.svi.step(x, index)
 
 
-class RecordedStep:
+class TracedStep:
     r"""The same loss, its gradients :math:`\nabla_{\theta, \phi, \Lambda}` and the rows' step, recorded and replayed.
 
     Arguments:
@@ -51,7 +51,7 @@ class RecordedStep:
         compile: compile what is recorded.
 
     Raises:
-        Unrecordable: when it is called, see `Recorded`.
+        Unrecordable: when it is called, see `TracedFunction`.
     """
 
     def __init__(
@@ -65,7 +65,7 @@ class RecordedStep:
     ) -> None:
         self.model, self.guide, self.optimizer, self.objective = model, guide, optimizer, objective
         self.modules = [module_of(model), module_of(guide)]
-        self.gradients = Recorded(self._gradients, *self.modules, compile=compile)
+        self.gradients = TracedFunction(self._gradients, *self.modules, compile=compile)
         self.plain = PyroStep(model, guide, optimizer, objective)
         self.refused: set[int] = set()
 
@@ -75,7 +75,7 @@ class RecordedStep:
         stream = None if x.is_cuda else RandomState()
         try:
             loss, *found = self.gradients(*self._inputs(x, index))
-        except Unrecordable:  # of a batch of this size, which the last of an epoch may be the first to have
+        except TraceError:  # of a batch of this size, which the last of an epoch may be the first to have
             self.refused.add(len(x))
             return self.plain(x, index)
         assert loss is not None
@@ -108,13 +108,13 @@ class RecordedStep:
             self._weigh(*weight)
         loss = self.objective.tensor_loss(self.model, self.guide, x, index)
         visits = [(table, *table.visited()) for table in self.optimizer.tables]
-        leaves = [*self.optimizer.parameters, *(lam for _, _, lam, _ in visits)]
+        leaves = [*self.optimizer.parameters, *(q_params for _, _, q_params, _ in visits)]
         gradients = torch.autograd.grad(loss, leaves, allow_unused=True)
         of_rows = gradients[len(self.optimizer.parameters) :]
         moved = [
             rows
-            for (table, _, lam, state), gradient in zip(visits, of_rows, strict=True)
-            for rows in table.moved(lam, torch.zeros_like(lam) if gradient is None else gradient, state)
+            for (table, _, q_params, state), gradient in zip(visits, of_rows, strict=True)
+            for rows in table.moved(q_params, torch.zeros_like(q_params) if gradient is None else gradient, state)
         ]
         return (loss.detach(), *gradients[: len(self.optimizer.parameters)], *moved)
 
@@ -132,29 +132,29 @@ class RecordedStep:
             Unrecordable: they differ: the program does what its trace on other rows did not show.
         """
         buffers = [b for module in self.modules for b in module.buffers()]
-        with undone(buffers):
+        with restore_state(buffers):
             loss = self.gradients(*self._inputs(x, index))[0]
-        with undone(buffers):
+        with restore_state(buffers):
             try:
                 expected = self.objective.differentiable_loss(self.model, self.guide, x, index).item()
-            except NonFinite:  # which is for the step to tell
+            except NonFiniteLoss:  # which is for the step to tell
                 return
             finally:
                 for table in self.optimizer.tables:
                     table.forget()
         # Sums of float32 in another order.
         if loss is not None and not abs(loss.item() - expected) <= 1e-5 * abs(expected) + 1e-4 * len(x):
-            raise Unrecordable(f"replayed, the loss is {loss.item():g}, but Pyro's is {expected:g}")
+            raise TraceError(f"replayed, the loss is {loss.item():g}, but Pyro's is {expected:g}")
 
-    def _broken(self, x: Tensor, index: Tensor) -> NonFinite:
+    def _broken(self, x: Tensor, index: Tensor) -> NonFiniteLoss:
         try:
             self.objective.differentiable_loss(self.model, self.guide, x, index)
-        except NonFinite as error:
+        except NonFiniteLoss as error:
             return error
-        return NonFinite("the loss is not finite")
+        return NonFiniteLoss("the loss is not finite")
 
 
-class Choice(NamedTuple):
+class EngineChoice(NamedTuple):
     """An engine's step, its name, and why it was chosen, in a line."""
 
     step: Step
@@ -162,12 +162,12 @@ class Choice(NamedTuple):
     why: str
 
 
-def choose(
+def choose_engine(
     name: str,
     parts: Parts,
     batches: Sequence[Rows],
     steps: int,
-) -> Choice:
+) -> EngineChoice:
     """The step of the engine that is asked for; of Pyro's where the program can't be recorded.
 
     Arguments:
@@ -181,22 +181,22 @@ def choose(
     """
     check_engine(name)
     if name == "pyro":
-        return Choice(PyroStep(*parts), name, "as asked")
-    if name == "auto" and steps < WORTH_RECORDING:
-        return Choice(PyroStep(*parts), "pyro", f"{steps} steps are too few to pay for recording one")
+        return EngineChoice(PyroStep(*parts), name, "as asked")
+    if name == "auto" and steps < MIN_STEPS_TO_TRACE:
+        return EngineChoice(PyroStep(*parts), "pyro", f"{steps} steps are too few to pay for recording one")
     try:
-        return _recorded(name, parts, batches, steps)
-    except Unrecordable as error:
-        return Choice(PyroStep(*parts), "pyro", f"the step can't be recorded ({error})")
+        return _trace_step(name, parts, batches, steps)
+    except TraceError as error:
+        return EngineChoice(PyroStep(*parts), "pyro", f"the step can't be recorded ({error})")
 
 
-def confirmed(choice: Choice, parts: Parts, batch: Sequence[Tensor]) -> Choice:
+def recheck_engine(choice: EngineChoice, parts: Parts, batch: Sequence[Tensor]) -> EngineChoice:
     """The same choice, if its recording still agrees with Pyro now that parameters have moved; else Pyro's step."""
     try:
-        if isinstance(choice.step, RecordedStep):
+        if isinstance(choice.step, TracedStep):
             choice.step.check(*batch)
-    except Unrecordable as error:
-        return Choice(PyroStep(*parts), "pyro", f"what was recorded no longer holds ({error})")
+    except TraceError as error:
+        return EngineChoice(PyroStep(*parts), "pyro", f"what was recorded no longer holds ({error})")
     return choice
 
 
@@ -206,26 +206,26 @@ def check_engine(name: str) -> None:
         raise UserError(f"unknown engine '{name}'{nearest(name, ENGINES)}")
 
 
-def _recorded(name: str, parts: Parts, batches: Sequence[Rows], steps: int) -> Choice:
+def _trace_step(name: str, parts: Parts, batches: Sequence[Rows], steps: int) -> EngineChoice:
     compile, why, step = name == "compiled", "as asked", None
     if not compile:
-        step = _checked(parts, batches)
+        step = _check_step(parts, batches)
     if step and name in ("auto", "graph"):
         cost, saved = step.gradients.worth
         compile = steps * saved > cost
         why = f"compiling takes about {cost:.0f} s and saves about {steps * saved:.2g} s in {steps:,} steps"
     if compile:
         try:
-            return Choice(_checked(parts, batches, compile=True), "compiled", why)
-        except Unrecordable as error:
+            return EngineChoice(_check_step(parts, batches, compile=True), "compiled", why)
+        except TraceError as error:
             why = f"the step can't be compiled ({error})"
     if name == "graph" and not batches[0][0].is_cuda:
         why = "a CUDA graph needs a CUDA device"
-    return Choice(step or _checked(parts, batches), "traced", why)
+    return EngineChoice(step or _check_step(parts, batches), "traced", why)
 
 
-def _checked(parts: Parts, batches: Sequence[Rows], *, compile: bool = False) -> RecordedStep:
-    step = RecordedStep(*parts, compile=compile)
+def _check_step(parts: Parts, batches: Sequence[Rows], *, compile: bool = False) -> TracedStep:
+    step = TracedStep(*parts, compile=compile)
     for batch in batches:
         step.check(*batch)
     return step

@@ -21,16 +21,16 @@ from pvae.inference.guides import Guide
 from pvae.inference.importance import log_weights
 from pvae.runtime import distributed
 from pvae.runtime.files import write_text
-from pvae.runtime.precision import products
-from pvae.runtime.progress import bar
+from pvae.runtime.precision import matmul_precision
+from pvae.runtime.progress import progress_bar
 from pvae.runtime.pyro_params import Program, module_of
-from pvae.runtime.signals import Interrupted, noted
-from pvae.runtime.torch_state import RandomState, pick_device, seeded, unchecked
+from pvae.runtime.signals import TrainingInterrupt, deferred_signals
+from pvae.runtime.torch_state import RandomState, no_validation, pick_device, seeded
 from pvae.training import checkpoints
-from pvae.training.cuda_graph import CapturedStep, captured
-from pvae.training.data_parallel import SharedStep, shared, usable
-from pvae.training.engines import Choice, check_engine, choose, confirmed
-from pvae.training.objectives import ELBO, NonFinite, Objective
+from pvae.training.cuda_graph import CudaGraphStep, with_cuda_graph
+from pvae.training.data_parallel import DataParallelStep, data_parallel_step, supported_engine
+from pvae.training.engines import EngineChoice, check_engine, choose_engine, recheck_engine
+from pvae.training.objectives import ELBO, NonFiniteLoss, Objective
 from pvae.training.optimizer import FusedAdam
 from pvae.training.support import check_support
 
@@ -89,7 +89,7 @@ def fit(
         engine: how a step is made, see `engines`: ``pyro`` by ``SVI.step``, ``traced`` by replaying what it
             does, ``compiled`` by Inductor, ``graph`` in a CUDA graph; ``auto`` takes the quickest for this device and
             number of steps.
-        precision: of the networks' layers, see `products`.
+        precision: of the networks' layers, see `matmul_precision`.
         folder: where to keep checkpoints.
         resume: go on from the folder's checkpoint; on the CPU, to bit-identical results.
         progress: show a progress bar.
@@ -102,24 +102,29 @@ def fit(
     if isinstance(data, Tensor):
         data = Dataset("data", data, data[:0], data[:0], tuple(data.shape[1:]))
     place = pick_device(device)
-    with seeded(distributed.stream(seed)), unchecked(), pyro.get_param_store().scope(), products(precision, place):
-        with distributed.together():
+    with (
+        seeded(distributed.rank_seed(seed)),
+        no_validation(),
+        pyro.get_param_store().scope(),
+        matmul_precision(precision, place),
+    ):
+        with distributed.fail_together():
             check_budget(data, epochs, batch_size, learning_rate, patience)
             check_engine(engine)
             steps = (batch_size, learning_rate, objective or ELBO())
-            loop = _Loop(model, guide, data, distributed.own_device(place), *steps, patience, seed, folder)
+            loop = _Loop(model, guide, data, distributed.local_device(place), *steps, patience, seed, folder)
             check_support(model, loop.data)
             if resume:
                 loop.restore()
-        wanted = progress and distributed.first()
-        with noted(loop.caught), bar("epochs", epochs, done=loop.epoch, wanted=wanted) as show:
+        wanted = progress and distributed.is_main_process()
+        with deferred_signals(loop.caught), progress_bar("epochs", epochs, done=loop.epoch, wanted=wanted) as show:
             if loop.epoch < epochs and loop.report.stopped != "early":
                 loop.start(engine, epochs, progress)
             while loop.epoch < epochs and loop.report.stopped != "early":
                 loop.run_epoch()
                 row, speed = loop.report.history[-1], loop.epoch / max(loop.report.seconds, 1e-9)
                 show(loop.epoch, f"objective {row['objective']:.2f} nats, {speed:.3g} epochs/s")
-            if number := distributed.most(max(loop.caught, default=0)):
+            if number := distributed.all_reduce_max(max(loop.caught, default=0)):
                 loop.interrupted(number)
         loop.finish()
     return loop.report
@@ -132,10 +137,14 @@ def check_budget(data: Dataset, epochs: int, batch_size: int, learning_rate: flo
             raise UserError(f"--{name} is {value}, but it must be at least {least}")
     if not 0 < learning_rate < float("inf"):
         raise UserError(f"--learning-rate is {learning_rate}, but it must be positive")
-    if batch_size % distributed.world():
-        raise UserError(f"--batch-size is {batch_size}, but {distributed.world()} processes share it; give a multiple")
-    if len(data.train) < distributed.world():
-        raise UserError(f"{len(data.train)} training rows are too few for {distributed.world()} processes; start fewer")
+    if batch_size % distributed.world_size():
+        raise UserError(
+            f"--batch-size is {batch_size}, but {distributed.world_size()} processes share it; give a multiple"
+        )
+    if len(data.train) < distributed.world_size():
+        raise UserError(
+            f"{len(data.train)} training rows are too few for {distributed.world_size()} processes; start fewer"
+        )
     if patience is not None and not len(data.validation):
         raise UserError("--patience: early stopping needs validation rows; give --validation-size")
 
@@ -158,9 +167,9 @@ class _Loop:
     ) -> None:
         self.model, self.guide, self.data = model, guide, data.shard().to(device)
         self.rows, self.batch_size, self.patience, self.folder = len(data.train), batch_size, patience, folder
-        self.seed, self.share = distributed.stream(seed), batch_size // distributed.world()
+        self.seed, self.share = distributed.rank_seed(seed), batch_size // distributed.world_size()
         # Shards' sizes differ by a row at most. Where that row would take a step of its own, it joins the last one's.
-        self.steps = -(-(self.rows // distributed.world()) // self.share)
+        self.steps = -(-(self.rows // distributed.world_size()) // self.share)
         self.modules = {"model": module_of(model), "guide": module_of(guide)}
         for module in self.modules.values():
             module.to(device).train()
@@ -172,7 +181,7 @@ class _Loop:
         self.caught: list[int] = []
         self.tables = self._table_names()
         self.example: Sequence[Tensor] = ()
-        self.digest = data.digest if folder and distributed.first() else ""
+        self.digest = data.digest if folder and distributed.is_main_process() else ""
         self.saved_at = time.perf_counter()
 
     def start(self, asked: str, epochs: int, progress: bool) -> None:
@@ -185,12 +194,12 @@ class _Loop:
         self.example = example = next(batches)
         self._tell_epoch()
         parts = (self.model, self.guide, self.optimizer, self.objective)
-        engine = usable(engine, self.data.train.device)
-        self.engine: Choice = choose(engine, parts, (example, next(batches, example)), steps)
-        if distributed.world() > 1:
-            self.engine = shared(self.engine, parts, self.caught)
+        engine = supported_engine(engine, self.data.train.device)
+        self.engine: EngineChoice = choose_engine(engine, parts, (example, next(batches, example)), steps)
+        if distributed.world_size() > 1:
+            self.engine = data_parallel_step(self.engine, parts, self.caught)
         else:
-            self.engine = captured(self.engine, engine, self.data, self.share)
+            self.engine = with_cuda_graph(self.engine, engine, self.data, self.share)
         if not self.report.engine.startswith(f"{self.engine.name}:"):
             self._say_engine(progress or asked not in ("auto", self.engine.name))
         stream.restore()
@@ -198,14 +207,14 @@ class _Loop:
 
     def _say_engine(self, aloud: bool) -> None:
         self.report.engine = f"{self.engine.name}: {self.engine.why}"
-        if aloud and distributed.first():
+        if aloud and distributed.is_main_process():
             print(f"  engine {self.report.engine}", file=sys.stderr, flush=True)
 
     def _confirm_engine(self) -> None:
         """After the first epoch, when parameters have moved: does a recording still give Pyro's loss?"""
         parts = (self.model, self.guide, self.optimizer, self.objective)
-        if distributed.world() == 1 and self.example:
-            found, self.example = confirmed(self.engine, parts, self.example), ()
+        if distributed.world_size() == 1 and self.example:
+            found, self.example = recheck_engine(self.engine, parts, self.example), ()
             if found is not self.engine:
                 self.engine = found
                 self._say_engine(True)
@@ -213,12 +222,12 @@ class _Loop:
     def run_epoch(self) -> None:
         """The rest of the current epoch, its row in the history, and a checkpoint where one is due."""
         start = time.perf_counter()
-        source = self.engine.step if isinstance(self.engine.step, CapturedStep) else self.data
+        source = self.engine.step if isinstance(self.engine.step, CudaGraphStep) else self.data
         for batch in source.batches(self.share, self.seed, self.epoch, self.batch, self.steps):
             self._tell_epoch()
             try:
                 self.total -= self.engine.step(*batch)
-            except NonFinite as error:
+            except NonFiniteLoss as error:
                 raise self._diverged(str(error), self.epoch + 1) from error
             self.batch += 1
             if number := self._signal():
@@ -227,7 +236,7 @@ class _Loop:
         self.report.seconds += time.perf_counter() - start
         self._confirm_engine()
         mean = float(self.total) / self.rows
-        with distributed.together():
+        with distributed.fail_together():
             if not math.isfinite(mean):
                 raise self._diverged("the loss is not finite", self.epoch + 1)
         row = {"epoch": self.epoch + 1, "seconds": self.report.seconds, "objective": mean}
@@ -237,13 +246,13 @@ class _Loop:
         self.report.history.append(row)
         if self.patience:
             self._stop_early(self.patience)
-        if distributed.told(time.perf_counter() - self.saved_at > CHECKPOINT_SECONDS):
+        if distributed.broadcast_int(time.perf_counter() - self.saved_at > CHECKPOINT_SECONDS):
             self.save()
 
     def _signal(self) -> int:
         """A signal that training is to end for: one that all processes know of."""
         step = self.engine.step
-        return step.signal if isinstance(step, SharedStep) else max(self.caught, default=0)
+        return step.signal if isinstance(step, DataParallelStep) else max(self.caught, default=0)
 
     def _tell_epoch(self) -> None:
         """Where training stands, for what changes with it: the KL weight of objective and rows' own bound."""
@@ -265,12 +274,12 @@ class _Loop:
         with seeded(self.seed), torch.no_grad():
             for module in self.modules.values():
                 module.eval()
-            own = distributed.share(len(self.data.validation))
+            own = distributed.shard(len(self.data.validation))
             rows = self.data.validation[own.start : own.stop].split(1024) if own else ()
             total = sum(log_weights(self.model, self.guide, x, None, 8).log_w.mean(0).sum().item() for x in rows)
             for module in self.modules.values():
                 module.train()
-        return distributed.total(total) / len(self.data.validation)
+        return distributed.all_reduce_sum(total) / len(self.data.validation)
 
     def _stop_early(self, patience: int) -> None:
         values = [row["validation_elbo"] for row in self.report.history]
@@ -285,7 +294,7 @@ class _Loop:
 
     def _load_modules(self, tensors: dict[str, Tensor]) -> None:
         for kind, module in self.modules.items():
-            checkpoints.fill(module, kind, tensors, self.folder or Path())
+            checkpoints.load_module(module, kind, tensors, self.folder or Path())
 
     def _table_names(self) -> set[str]:
         """Names of the tensors that have a row for each datapoint."""
@@ -295,7 +304,7 @@ class _Loop:
 
     def save(self) -> None:
         """Write a checkpoint, unless a parameter is no longer finite: the last good one stays."""
-        with distributed.together():
+        with distributed.fail_together():
             tensors = self._finite()
         if self.folder is None:
             return
@@ -312,11 +321,11 @@ class _Loop:
             "engine": self.report.engine,
             "history": self.report.history,
         }
-        if distributed.world() == 1:
+        if distributed.world_size() == 1:
             checkpoints.write(self.folder, tensors | own, header)
         else:
             self._save_shared(self.folder, tensors, own, header)
-        if distributed.first():
+        if distributed.is_main_process():
             columns = list(self.report.history[0]) if self.report.history else ["epoch", "seconds", "objective"]
             rows = [",".join(str(row[name]) for name in columns) for row in self.report.history]
             write_text(self.folder / "history.csv", "\n".join([",".join(columns), *rows]) + "\n")
@@ -333,30 +342,32 @@ class _Loop:
         self, folder: Path, tensors: dict[str, Tensor], own: dict[str, Tensor], header: dict[str, Any]
     ) -> None:
         """Each process writes its part, then the first one what they share: until then the old checkpoint is valid."""
-        mark = distributed.told(time.time_ns())
-        shares = enumerate(distributed.shares(self.rows))
-        parts = [checkpoints.Part(f"checkpoint.{mark:x}-{r}.safetensors", s.start, s.stop) for r, s in shares]
-        with distributed.together():
+        mark = distributed.broadcast_int(time.time_ns())
+        shares = enumerate(distributed.shards(self.rows))
+        parts = [
+            checkpoints.CheckpointShard(f"checkpoint.{mark:x}-{r}.safetensors", s.start, s.stop) for r, s in shares
+        ]
+        with distributed.fail_together():
             checkpoints.write_part(folder, parts[distributed.rank()], own)
-        with distributed.together():
-            if distributed.first():
+        with distributed.fail_together():
+            if distributed.is_main_process():
                 checkpoints.write(folder, tensors, header | {"parts": parts})
 
     def restore(self) -> None:
         """Take up the folder's checkpoint."""
         if self.folder is None:
             raise UserError("resume needs the folder of the run")
-        own = distributed.share(self.rows) if distributed.world() > 1 else None
+        own = distributed.shard(self.rows) if distributed.world_size() > 1 else None
         tensors, header = checkpoints.read(self.folder, self.tables, own)
-        if distributed.first() and header["digest"] != self.digest:
+        if distributed.is_main_process() and header["digest"] != self.digest:
             raise UserError(f"--resume: {self.folder} was fitted to other rows than {self.data.identity} has now")
         self._load_modules(tensors)
         self.optimizer.load_tensors(self.names, tensors)
-        self.best = checkpoints.best(tensors)
+        self.best = checkpoints.best_params(tensors)
         self.epoch, self.batch, self.total = header["epoch"], header["batch"], header["total"]
         self.report = Fit(header["history"], header["seconds"], header["stopped"], header.get("engine", ""))
         before = len(header.get("parts", [checkpoints.FILE]))
-        if before != distributed.world():
+        if before != distributed.world_size():
             self._begin_anew(before)
             return
         torch.set_rng_state(tensors[f"{checkpoints.RANDOM}cpu"])
@@ -366,15 +377,15 @@ class _Loop:
     def _begin_anew(self, before: int) -> None:
         """Other shards have other batches: begin the epoch anew, with draws of its own."""
         self.batch, self.total = 0, 0.0
-        if distributed.first():
-            now = f"{before} processes before, {distributed.world()} now"
+        if distributed.is_main_process():
+            now = f"{before} processes before, {distributed.world_size()} now"
             print(f"--resume: {now}: epoch {self.epoch + 1} and the draws begin anew", file=sys.stderr)
 
     def interrupted(self, number: int) -> None:
         """Save, and say which signal stopped the run and how to go on."""
         self.save()
         kept = f"saved in {self.folder}; the same command with --resume goes on" if self.folder else "nothing was kept"
-        raise Interrupted(f"stopped in epoch {self.epoch + 1} by {signal.Signals(number).name}; {kept}", number)
+        raise TrainingInterrupt(f"stopped in epoch {self.epoch + 1} by {signal.Signals(number).name}; {kept}", number)
 
     def _diverged(self, reason: str, epoch: int) -> UserError:
         there = self.folder is not None and (self.folder / checkpoints.FILE).is_file()

@@ -13,14 +13,14 @@ from pyro.poutine import Trace
 from torch import Tensor
 
 from pvae.errors import UserError
-from pvae.inference.importance import LogWeights, draw
+from pvae.inference.importance import LogWeights, score_draws
 from pvae.runtime.pyro_params import Program
 from pvae.stats import log_mean_exp
 
 __all__ = ["ELBO", "AnalyticKL", "IWAE", "Renyi", "StickingTheLanding", "DReG"]
 
 
-class NonFinite(ArithmeticError):
+class NonFiniteLoss(ArithmeticError):
     """A log-density is NaN or infinite; the message says which."""
 
 
@@ -35,7 +35,7 @@ class Objective(pyro.infer.ELBO):
         free_bits: nats of KL, a batch's mean over all latent dimensions, that cost nothing.
 
     Attributes:
-        weight: the KL weight of this moment, which `fit` keeps at :meth:`weight_at` its epoch.
+        weight: the KL weight of this moment, which `fit` keeps at `weight_at` its epoch.
 
     Evaluation never sees the weights. Log-weights are taken without the scales of plates and ``poutine.scale``, which
     an importance-weighted bound can't bear in its exponent; a plate "data" that subsamples scales the loss.
@@ -75,7 +75,7 @@ class Objective(pyro.infer.ELBO):
 
     def draw(self, model: Program, guide: Program, x: Tensor, index: Tensor | None = None) -> LogWeights:
         """Log-densities of K draws, with the gradients that the estimator takes."""
-        return draw(model, guide, x, index, self.K, learning=torch.is_grad_enabled())
+        return score_draws(model, guide, x, index, self.K, learning=torch.is_grad_enabled())
 
     def bound(self, w: LogWeights) -> Tensor:
         """The bound of each datapoint, [B] in nats, from log-weights that bear the KL weight."""
@@ -105,7 +105,7 @@ class Objective(pyro.infer.ELBO):
         if not math.isfinite(loss.item()):
             parts = {"log p(x|z)": w.log_lik, "log p(z)": w.log_prior, "log q(z|x)": w.log_q}
             broken = [name for name, values in parts.items() if not values.isfinite().all()]
-            raise NonFinite(f"{broken[0] if broken else 'the bound'} is not finite")
+            raise NonFiniteLoss(f"{broken[0] if broken else 'the bound'} is not finite")
         return loss
 
     def _get_trace(self, model: Any, guide: Any, args: Any, kwargs: Any) -> tuple[Trace, Trace]:
@@ -154,7 +154,7 @@ class ELBO(Objective, Trace_ELBO):
         for trace in (guide_trace, model_trace):
             for name, site in trace.nodes.items():
                 if site["type"] == "sample" and not math.isfinite(site["log_prob_sum"].item()):
-                    raise NonFinite(f"the log-density of site '{name}' is not finite")
+                    raise NonFiniteLoss(f"the log-density of site '{name}' is not finite")
         return model_trace, guide_trace
 
 
@@ -168,13 +168,13 @@ class AnalyticKL(Objective):
     """
 
     def draw(self, model: Program, guide: Program, x: Tensor, index: Tensor | None = None) -> LogWeights:
-        return draw(model, guide, x, index, self.K, learning=torch.is_grad_enabled(), analytic=True)
+        return score_draws(model, guide, x, index, self.K, learning=torch.is_grad_enabled(), analytic=True)
 
     def bound(self, w: LogWeights) -> Tensor:
         return w.log_w.mean(0)
 
 
-class _Several(Objective):
+class _MultiSample(Objective):
     """An objective whose bound rises with K; 5 draws unless told."""
 
     def __init__(
@@ -189,7 +189,7 @@ class _Several(Objective):
         super().__init__(K=K, kl_weight=kl_weight, warm_up=warm_up, cycle=cycle, free_bits=free_bits)
 
 
-class IWAE(_Several):
+class IWAE(_MultiSample):
     r"""The importance-weighted bound, :math:`E[\log \frac1K \sum_k w_k]` with :math:`w_k = p(x, z_k) / q(z_k|x)`.
 
     Source: Burda, Grosse, Salakhutdinov (2016), *Importance Weighted Autoencoders*, arXiv:1509.00519.
@@ -237,13 +237,13 @@ class StickingTheLanding(Objective):
     """
 
     def draw(self, model: Program, guide: Program, x: Tensor, index: Tensor | None = None) -> LogWeights:
-        return draw(model, guide, x, index, self.K, path=True)
+        return score_draws(model, guide, x, index, self.K, path=True)
 
     def bound(self, w: LogWeights) -> Tensor:
         return w.log_w.mean(0)
 
 
-class DReG(_Several):
+class DReG(_MultiSample):
     r"""IWAE with the doubly reparametrized gradient, :math:`\sum_k \tilde w_k^2 \nabla_\phi z_k \nabla_z \log w_k`.
 
     The model's parameters have IWAE's own gradient. With a KL weight beta, :math:`\tilde w^2` becomes
@@ -254,7 +254,7 @@ class DReG(_Several):
 
     def draw(self, model: Program, guide: Program, x: Tensor, index: Tensor | None = None) -> LogWeights:
         self._factor: Tensor | None = None
-        return draw(model, guide, x, index, self.K, through=self._through, path=True)
+        return score_draws(model, guide, x, index, self.K, through=self._through, path=True)
 
     def _through(self, z: Tensor, event_dim: int) -> Tensor:
         """The draw itself, whose gradient is multiplied on its way back by a factor known only then."""

@@ -57,7 +57,7 @@ class FusedAdam(PyroOptim):
         return {f"{names[id(p)]}.{key}": value for p, entry in state.items() for key, value in entry.items()}
 
     def load_tensors(self, names: dict[int, str], tensors: dict[str, Tensor]) -> None:
-        """Take back what :meth:`state_tensors` gave."""
+        """Take back what `state_tensors` gave."""
         if self.adam is None:
             return
         for group in self.adam.param_groups:

@@ -8,8 +8,8 @@ import torch
 from pyro import poutine
 
 from pvae.data.dataset import Dataset
-from pvae.distributions.masked import Present
-from pvae.distributions.supports import innermost
+from pvae.distributions.masked import MaskedDistribution
+from pvae.distributions.supports import base_constraint
 from pvae.errors import UserError
 from pvae.runtime.pyro_params import Program
 
@@ -36,11 +36,11 @@ def check_support(model: Program, data: Dataset) -> None:
 
 
 def _check_part(name: str, fn: Any, data: Dataset, part: str, columns: int) -> None:
-    support = innermost(fn.support)
+    support = base_constraint(fn.support)
     for rows, index in data.pieces(part):
         x = rows[:, :columns]
         sound = support.check(x)
-        outside = (~(sound | x.isnan()) if isinstance(fn, Present) else ~sound).nonzero()
+        outside = (~(sound | x.isnan()) if isinstance(fn, MaskedDistribution) else ~sound).nonzero()
         if len(outside):
             row, *column = outside[0].tolist()
             raise UserError(
@@ -52,5 +52,5 @@ def _check_part(name: str, fn: Any, data: Dataset, part: str, columns: int) -> N
 
 
 def _name(fn: Any) -> str:
-    fn = fn.fn if isinstance(fn, Present) else fn
+    fn = fn.fn if isinstance(fn, MaskedDistribution) else fn
     return type(getattr(fn, "base_dist", fn)).__name__

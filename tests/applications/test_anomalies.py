@@ -10,10 +10,10 @@ from scipy.stats import norm
 from sklearn.metrics import roc_auc_score
 from torch import nn
 
-from pvae.applications.anomalies import SCORES, Anomalies, anomalies, auroc
-from pvae.errors import Refused, UserError
-from pvae.generative.handlers import masked
-from pvae.generative.networks import Filled
+from pvae.applications.anomalies import SCORES, AnomalyScores, auroc, detect_anomalies
+from pvae.errors import Incompatible, UserError
+from pvae.generative.handlers import mask_missing
+from pvae.generative.networks import ImputeMeans
 from pvae.inference.families import Delta, DiagonalNormal, FlowFamily
 from pvae.inference.guides import Amortized
 
@@ -21,7 +21,7 @@ LATENT, COLUMNS, REFERENCE, ROWS = 3, 6, 999, 4000
 
 
 class Best(nn.Module):
-    """An encoder to the best lam of every row."""
+    """An encoder to the best q_params of every row."""
 
     def __init__(self, oracle):
         super().__init__()
@@ -44,16 +44,18 @@ def oracle():
 def found(oracle):
     """Scores of fresh normal rows, and these rows."""
     x = oracle.sample(ROWS, seed=1)
-    return anomalies(oracle.model, amortized(oracle), x, reference=oracle.sample(REFERENCE, seed=2)), x
+    return detect_anomalies(oracle.model, amortized(oracle), x, reference=oracle.sample(REFERENCE, seed=2)), x
 
 
 def of(scores, reference, false_alarm=0.05):
-    return Anomalies({"s": scores}, {"s": reference}, false_alarm, 1, {})
+    return AnomalyScores({"s": scores}, {"s": reference}, false_alarm, 1, {})
 
 
 def test_under_the_exact_posterior_the_evidence_score_is_exact(oracle):
     x = oracle.sample(50)
-    found = anomalies(oracle.model, oracle.posterior, x, reference=oracle.sample(30, seed=1), K=2, false_alarm=0.1)
+    found = detect_anomalies(
+        oracle.model, oracle.posterior, x, reference=oracle.sample(30, seed=1), K=2, false_alarm=0.1
+    )
     for name in ("evidence", "elbo"):
         assert (found.scores[name] + oracle.evidence(x)).abs().max() < 1e-3  # float32
     assert (found.reference["evidence"] + oracle.evidence(oracle.sample(30, seed=1))).abs().max() < 1e-3
@@ -81,7 +83,7 @@ def mahalanobis(row, codes):
 
 def test_distances_leave_a_reference_row_itself_out(oracle):
     x, reference = oracle.sample(20, seed=3), oracle.sample(60, seed=4)
-    found = anomalies(oracle.model, amortized(oracle), x, reference=reference, K=1)
+    found = detect_anomalies(oracle.model, amortized(oracle), x, reference=reference, K=1)
     codes, own = oracle.mean(reference), oracle.mean(x)
     others = [torch.cat([codes[:i], codes[i + 1 :]]) for i in range(60)]
     fifth = [(each - row).norm(dim=1).sort().values[4] for each, row in zip(others, codes, strict=True)]
@@ -108,9 +110,11 @@ def test_rows_of_another_kind_are_found(oracle, found, name):
     found, _ = found
     other = LinearGaussian(LATENT, COLUMNS, scale=0.4, seed=9).sample(200)
     mixed = torch.cat([oracle.sample(200, seed=7), other])
-    asked = anomalies(oracle.model, amortized(oracle), mixed, reference=oracle.sample(REFERENCE, seed=2), scores=[name])
+    asked = detect_anomalies(
+        oracle.model, amortized(oracle), mixed, reference=oracle.sample(REFERENCE, seed=2), scores=[name]
+    )
     assert torch.equal(asked.reference[name], found.reference[name])
-    figures = asked.figures(torch.arange(400) >= 200)
+    figures = asked.summary(torch.arange(400) >= 200)
     assert figures[f"auroc[{name}]"].mean > 0.7
     assert figures[f"detected[{name}]"].mean > 0.2
     assert figures[f"false_alarms[{name}]"].mean < 0.05 + 4 * math.sqrt(0.05 * 0.95 / 200)
@@ -174,8 +178,8 @@ def test_the_roc_area_is_that_of_others_and_ties_count_by_half(levels):
 def test_too_likely_rows_are_seen_by_typicality_and_not_by_evidence():
     oracle = LinearGaussian(2, 60)
     x = torch.cat([oracle.sample(100, seed=1), oracle.bias.float().expand(100, -1)])  # at the density's top
-    found = anomalies(oracle.model, amortized(oracle), x, reference=oracle.sample(200, seed=2))
-    figures = found.figures([0] * 100 + [1] * 100)
+    found = detect_anomalies(oracle.model, amortized(oracle), x, reference=oracle.sample(200, seed=2))
+    figures = found.summary([0] * 100 + [1] * 100)
     assert figures["auroc[evidence]"].mean < 0.01
     assert figures["detected[evidence]"].mean == 0
     assert figures["detected[typicality]"].mean == 1
@@ -183,19 +187,19 @@ def test_too_likely_rows_are_seen_by_typicality_and_not_by_evidence():
 
 def test_point_masses_have_no_evidence_and_say_so(oracle):
     guide = Amortized(nn.Linear(COLUMNS, LATENT), Delta(LATENT))
-    found = anomalies(oracle.model, guide, oracle.sample(9), reference=oracle.sample(40))
+    found = detect_anomalies(oracle.model, guide, oracle.sample(9), reference=oracle.sample(40))
     assert set(found.scores) == {"reconstruction", "distance", "neighbours"}
     assert set(found.left_out) == {"evidence", "elbo", "typicality"}
     with pytest.raises(UserError, match="there is no score 'evidence' "):
         found.p_values("evidence")
-    with pytest.raises(Refused, match="no score is left: a guide of point masses bounds no evidence"):
-        anomalies(oracle.model, guide, oracle.sample(9), reference=oracle.sample(40), scores=["elbo"])
+    with pytest.raises(Incompatible, match="no score is left: a guide of point masses bounds no evidence"):
+        detect_anomalies(oracle.model, guide, oracle.sample(9), reference=oracle.sample(40), scores=["elbo"])
 
 
 def test_a_family_without_a_mean_gives_codes_by_draws(oracle):
     family = FlowFamily(LATENT, hidden=[8], bins=4, context=2)
     guide = Amortized(nn.Linear(COLUMNS, family.size), family)
-    found = anomalies(oracle.model, guide, oracle.sample(9), reference=oracle.sample(40))
+    found = detect_anomalies(oracle.model, guide, oracle.sample(9), reference=oracle.sample(40))
     assert set(found.scores) == set(SCORES)
     assert found.scores["neighbours"].isfinite().all()
 
@@ -203,7 +207,7 @@ def test_a_family_without_a_mean_gives_codes_by_draws(oracle):
 def test_a_score_that_is_no_number_is_flagged(oracle):
     x = oracle.sample(5)
     x[2, 0] = torch.nan
-    found = anomalies(oracle.model, oracle.posterior, x, reference=oracle.sample(200, seed=1), false_alarm=0.01)
+    found = detect_anomalies(oracle.model, oracle.posterior, x, reference=oracle.sample(200, seed=1), false_alarm=0.01)
     assert found.flagged("evidence").tolist() == [False, False, True, False, False]
     assert found.p_values("evidence")[2] == 1 / 201
 
@@ -212,18 +216,18 @@ def test_shares_of_missing_entries_tell_whether_rows_compare(oracle):
     x, reference = oracle.sample(30), oracle.sample(99, seed=1)
     holes, alike = (each.clone() for each in (x, x))
     holes[:10, :4], alike[:, 1] = torch.nan, torch.nan
-    model = masked(oracle.model)
-    guide = Amortized(Filled(Best(oracle), torch.zeros(COLUMNS)), DiagonalNormal(LATENT))
-    whole = anomalies(model, guide, x, reference=reference)
+    model = mask_missing(oracle.model)
+    guide = Amortized(ImputeMeans(Best(oracle), torch.zeros(COLUMNS)), DiagonalNormal(LATENT))
+    whole = detect_anomalies(model, guide, x, reference=reference)
     assert whole.comparable
-    found = anomalies(model, guide, holes, reference=reference)
+    found = detect_anomalies(model, guide, holes, reference=reference)
     assert not found.comparable
     assert found.missing[0].tolist() == pytest.approx(10 * [4 / COLUMNS] + 20 * [0.0])
     assert found.missing[1].equal(torch.zeros(99, dtype=torch.double))
-    assert not anomalies(model, guide, alike, reference=reference).comparable
+    assert not detect_anomalies(model, guide, alike, reference=reference).comparable
     both = reference.clone()
     both[:, 5] = torch.nan
-    assert anomalies(model, guide, alike, reference=both).comparable
+    assert detect_anomalies(model, guide, alike, reference=both).comparable
     # Why it matters: rows that miss more seem more normal, though they are drawn alike.
     assert (found.p_values("reconstruction")[:10].mean() > whole.p_values("reconstruction").mean() + 0.2).item()
 
@@ -232,7 +236,9 @@ def test_rows_are_counted_and_draws_are_fixed_by_the_seed(oracle):
     done, x, reference = [], oracle.sample(30), oracle.sample(40, seed=1)
 
     def scored(seed, progress=lambda rows: None):
-        return anomalies(oracle.model, amortized(oracle), x, reference=reference, seed=seed, progress=progress).scores
+        return detect_anomalies(
+            oracle.model, amortized(oracle), x, reference=reference, seed=seed, progress=progress
+        ).scores
 
     first = scored(1, done.append)["elbo"]
     assert sum(done) == 70
@@ -254,7 +260,7 @@ def test_rows_are_counted_and_draws_are_fixed_by_the_seed(oracle):
 )
 def test_wrong_options_are_mistakes_of_the_user(oracle, change, said):
     with pytest.raises(UserError, match=said):
-        anomalies(oracle.model, amortized(oracle), oracle.sample(5), **{"reference": oracle.sample(40)} | change)
+        detect_anomalies(oracle.model, amortized(oracle), oracle.sample(5), **{"reference": oracle.sample(40)} | change)
 
 
 @pytest.mark.parametrize(
@@ -268,7 +274,7 @@ def test_wrong_options_are_mistakes_of_the_user(oracle, change, said):
 )
 def test_labels_that_do_not_fit_are_mistakes_of_the_user(labels, said):
     with pytest.raises(UserError, match=said):
-        of(torch.arange(3.0), torch.arange(40.0)).figures(labels)
+        of(torch.arange(3.0), torch.arange(40.0)).summary(labels)
 
 
 def test_asking_for_another_score_names_those_there_are():

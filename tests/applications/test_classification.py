@@ -9,8 +9,8 @@ from oracles import LinearGaussian
 from sklearn.metrics import confusion_matrix, log_loss
 from torch import nn
 
-from pvae.applications.classification import Classified, by_label, calibrated, classify
-from pvae.errors import Refused, UserError
+from pvae.applications.classification import Classification, classify, evidence_by_label, fit_temperature
+from pvae.errors import Incompatible, UserError
 from pvae.inference.families import Delta, DiagonalNormal
 from pvae.inference.guides import Amortized
 
@@ -40,7 +40,7 @@ def at_their_posteriors(oracles):
 
 
 class Best(nn.Module):
-    """An encoder to the best lam of every row."""
+    """An encoder to the best q_params of every row."""
 
     def __init__(self, oracle):
         super().__init__()
@@ -56,7 +56,7 @@ def amortized(oracles):
 
 def of(log_evidence, prior=(1.0, 1.0, 1.0), temperature=1.0):
     log_prior = torch.tensor(prior).double().log() - math.log(sum(prior))
-    return Classified(log_evidence, torch.zeros_like(log_evidence), log_prior, temperature, 1)
+    return Classification(log_evidence, torch.zeros_like(log_evidence), log_prior, temperature, 1)
 
 
 def simulated(rows, sharpness=1.0, seed=0):
@@ -97,7 +97,7 @@ def test_other_proposals_give_the_evidence_within_its_error(oracles, drawn):
 def test_a_class_model_in_the_place_of_another_costs_its_rows(oracles, drawn):
     x, y = drawn
     pairs = at_their_posteriors(oracles)
-    right, swapped = (classify(order, x, K=2).figures(y)["accuracy"] for order in (pairs, pairs[1::-1] + pairs[2:]))
+    right, swapped = (classify(order, x, K=2).summary(y)["accuracy"] for order in (pairs, pairs[1::-1] + pairs[2:]))
     share = (exact(oracles, x).argmax(1) == y).double().mean()
     assert right.mean == pytest.approx(share.item(), abs=0.01)
     assert right.mean > 0.6
@@ -128,11 +128,11 @@ def test_a_program_that_is_given_the_label_is_asked_under_every_label():
     program = Moved()
     x, y = program.oracle.sample(ROWS), torch.arange(ROWS) % CLASSES
     x = x + program.moves[y]
-    found = by_label(program.model, program.guide, x.numpy(), CLASSES, prior=PRIOR, K=2)
+    found = evidence_by_label(program.model, program.guide, x.numpy(), CLASSES, prior=PRIOR, K=2)
     bayes = torch.stack([program.oracle.evidence(x - move) for move in program.moves], 1)
     assert (found.log_evidence - bayes).abs().max() < 1e-3
     assert torch.equal(found.predicted, (bayes + torch.tensor(PRIOR).log()).argmax(1))
-    assert found.figures(y)["accuracy"].mean > 0.7
+    assert found.summary(y)["accuracy"].mean > 0.7
 
 
 def test_rows_are_counted_and_draws_are_fixed_by_the_seed(oracles, drawn):
@@ -158,21 +158,21 @@ def test_temperature_changes_how_sure_and_between_alike_classes_not_which():
 @pytest.mark.parametrize("sharpness", [1.0, 3.0, 0.5])
 def test_the_temperature_that_made_evidence_too_sure_is_found(sharpness):
     log_evidence, labels = simulated(4000, sharpness)
-    found = calibrated(log_evidence, labels)
+    found = fit_temperature(log_evidence, labels)
     assert abs(found.mean - sharpness) < 4 * found.se
     assert found.se < 0.05 * sharpness
 
 
 def test_the_error_of_the_temperature_is_its_spread():
-    found = [calibrated(*simulated(300, 3.0, seed)) for seed in range(100)]
+    found = [fit_temperature(*simulated(300, 3.0, seed)) for seed in range(100)]
     spread = np.std([each.mean for each in found])
     assert np.mean([each.se for each in found]) == pytest.approx(spread, rel=0.3)  # 4 of the 0.07 of 100 repeats
 
 
 def test_no_other_temperature_has_a_smaller_loss():
     log_evidence, labels = simulated(500, 3.0)
-    best = calibrated(log_evidence, labels, PRIOR).mean
-    losses = [of(log_evidence, PRIOR, best * by).figures(labels)["log_loss"].mean for by in (0.25, 0.98, 1, 1.02, 4)]
+    best = fit_temperature(log_evidence, labels, PRIOR).mean
+    losses = [of(log_evidence, PRIOR, best * by).summary(labels)["log_loss"].mean for by in (0.25, 0.98, 1, 1.02, 4)]
     assert losses[2] == min(losses)
     assert losses[0] > losses[1]
     assert losses[4] > losses[3]
@@ -182,7 +182,7 @@ def test_figures_are_those_of_others():
     log_evidence, labels = simulated(500, 2.0)
     found = of(log_evidence)
     p = found.log_probabilities.exp().numpy()
-    figures = found.figures(labels)
+    figures = found.summary(labels)
     assert figures["log_loss"].mean == pytest.approx(log_loss(labels, p))
     assert figures["brier"].mean == pytest.approx(((p - np.eye(CLASSES)[labels]) ** 2).sum(1).mean())
     assert (found.confusion(labels).numpy() == confusion_matrix(labels, found.predicted)).all()
@@ -199,18 +199,18 @@ def test_confusion_counts_classes_that_nobody_predicts():
 
 def test_calibration_error_is_what_chance_makes_where_probabilities_are_right():
     log_evidence, labels = simulated(3000)
-    right, sure = of(log_evidence).figures(labels), of(3 * log_evidence).figures(labels)
+    right, sure = of(log_evidence).summary(labels), of(3 * log_evidence).summary(labels)
     chance = right["calibration_error_by_chance"]
     assert abs(right["calibration_error"].mean - chance.mean) < 5 * chance.se
     assert sure["calibration_error"].mean > sure["calibration_error_by_chance"].mean + 5 * sure["calibration_error"].se
-    mended = of(3 * log_evidence).at(calibrated(3 * log_evidence, labels).mean).figures(labels)
+    mended = of(3 * log_evidence).at(fit_temperature(3 * log_evidence, labels).mean).summary(labels)
     assert abs(mended["calibration_error"].mean - chance.mean) < 5 * chance.se
 
 
 def test_calibration_error_of_one_confidence_is_its_distance_from_the_accuracy():
     log_evidence = torch.tensor([[math.log(9.0), 0.0]]).double().repeat(1500, 1)
     labels = (torch.arange(1500) % 5 > 2).long()  # right in three of five, sure at nine of ten
-    found = Classified(log_evidence, log_evidence, torch.zeros(2).double(), 1.0, 1).figures(labels)
+    found = Classification(log_evidence, log_evidence, torch.zeros(2).double(), 1.0, 1).summary(labels)
     assert found["calibration_error"].mean == pytest.approx(0.3)
     assert found["calibration_error"].se == pytest.approx((0.24 / 1500) ** 0.5, rel=0.02)
 
@@ -218,12 +218,12 @@ def test_calibration_error_of_one_confidence_is_its_distance_from_the_accuracy()
 def test_ties_go_to_one_class_and_count_as_unsure():
     found = of(torch.zeros(6, CLASSES))
     assert found.predicted.tolist() == [0] * 6
-    assert found.figures([0, 0, 1, 1, 2, 2])["log_loss"].mean == pytest.approx(math.log(CLASSES))
+    assert found.summary([0, 0, 1, 1, 2, 2])["log_loss"].mean == pytest.approx(math.log(CLASSES))
 
 
 def test_evidence_that_is_always_right_is_doubted_by_a_row():
     apart = 7 * torch.eye(2).repeat(50, 1)
-    found = calibrated(apart, [0, 1] * 50)
+    found = fit_temperature(apart, [0, 1] * 50)
     # The doubt of 1 / 102 is what every row's probability of the other class becomes.
     assert found.mean == pytest.approx(7 / math.log(101))
     assert math.isnan(found.se)
@@ -231,7 +231,7 @@ def test_evidence_that_is_always_right_is_doubted_by_a_row():
 
 def test_evidence_that_tells_less_than_the_prior_has_no_temperature():
     with pytest.raises(UserError, match=r"less of the classes of these 3 rows than the prior.*; fit the programs"):
-        calibrated(-torch.eye(CLASSES), [0, 1, 2])
+        fit_temperature(-torch.eye(CLASSES), [0, 1, 2])
 
 
 @pytest.mark.parametrize(
@@ -245,7 +245,7 @@ def test_evidence_that_tells_less_than_the_prior_has_no_temperature():
 )
 def test_labels_that_do_not_fit_are_mistakes_of_the_user(labels, said):
     found = of(torch.eye(CLASSES))
-    for judge in (found.figures, found.confusion, lambda y: calibrated(found.log_evidence, y)):
+    for judge in (found.figures, found.confusion, lambda y: fit_temperature(found.log_evidence, y)):
         with pytest.raises(UserError, match=said):
             judge(labels)
 
@@ -268,7 +268,7 @@ def test_one_class_or_point_masses_are_refused(oracles, drawn):
     with pytest.raises(UserError, match="1 class is given; at least 2 are needed"):
         classify(at_their_posteriors(oracles)[:1], drawn[0])
     modes = [(oracle.model, Amortized(nn.Linear(COLUMNS, LATENT), Delta(LATENT))) for oracle in oracles]
-    with pytest.raises(Refused, match="no evidence to classify by"):
+    with pytest.raises(Incompatible, match="no evidence to classify by"):
         classify(modes, drawn[0])
     with pytest.raises(UserError, match="temperature is -1"):
         of(torch.eye(CLASSES)).at(-1)

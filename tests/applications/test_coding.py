@@ -17,20 +17,20 @@ from torch import nn
 from pvae.applications import coding
 from pvae.applications.coding import augment, decode, encode, interpolate, reconstruct, sample
 from pvae.distributions import flows
-from pvae.errors import Refused, UserError
+from pvae.errors import Incompatible, UserError
 from pvae.generative.likelihoods import Gaussian
 from pvae.generative.vae import VAE
 from pvae.inference import posterior
 from pvae.inference.families import Delta, DiagonalNormal
 from pvae.inference.guides import Amortized
-from pvae.inference.latents import find_sites
+from pvae.inference.latents import find_latent_sites
 from pvae.stats import mean_se
 
 ROWS, DRAWS = 400, 100
 
 
 class Best(nn.Module):
-    """An encoder to the best lam of every row."""
+    """An encoder to the best q_params of every row."""
 
     def __init__(self, oracle):
         super().__init__()
@@ -345,7 +345,7 @@ def test_two_layers_are_tempered_both():
 def test_a_latent_without_a_scale_is_refused_and_a_bad_temperature():
     prior = PRIORS["VampPrior(FullRankNormal)"]()
     assert drawn(prior, 1.0, 5).isfinite().all()
-    with pytest.raises(Refused, match="latent 'z' is MixtureSameFamily, which has no scale for a temperature"):
+    with pytest.raises(Incompatible, match="latent 'z' is MixtureSameFamily, which has no scale for a temperature"):
         drawn(prior, 0.5, 5)
     for t in (-1.0, math.nan, math.inf):
         with pytest.raises(UserError, match=r"the temperature is .*, but it must be at least 0"):
@@ -461,7 +461,7 @@ def test_many_new_rows_are_decoded_in_parts(oracle, monkeypatch):
 def test_a_point_mass_has_no_spread_to_augment_by_but_rows_can_be_drawn():
     vae, guide = linear(PRIORS["StandardNormal"](), Delta(LATENT))
     x = torch.randn(3, COLUMNS)
-    with pytest.raises(Refused, match=r"point masses has no spread.*fit with another --family, or give spread 0"):
+    with pytest.raises(Incompatible, match=r"point masses has no spread.*fit with another --family, or give spread 0"):
         augment(vae.model, guide, x, per_row=2)
     drawn = augment(vae.model, guide, x, per_row=2, spread=0.0, draw=True).x
     assert len(drawn.unique(dim=0)) == 6
@@ -472,7 +472,7 @@ def test_a_point_mass_has_no_spread_to_augment_by_but_rows_can_be_drawn():
 
 def guided(program, x, family=DiagonalNormal):
     torch.manual_seed(0)
-    sites = find_sites(program.model, x)
+    sites = find_latent_sites(program.model, x)
     own = family(sites.dim)
     encoder = nn.Linear(x.shape[1], own.size)
     nn.init.normal_(encoder.weight, std=0.1)
@@ -531,13 +531,13 @@ class Bounded(nn.Module):
 def test_bounded_latents_are_coded_as_real_vectors():
     model = Bounded().model
     x = torch.ones(4, 3)
-    sites = find_sites(model, x)
+    sites = find_latent_sites(model, x)
     guide = Amortized(nn.Linear(3, 8), DiagonalNormal(4), sites=sites)
     found = encode(model, guide, x, K=4)
     assert found.mean.shape == (4, 4)
     u = torch.randn(5, 4)
     torch.testing.assert_close(decode(model, guide, u), u[:, :3].exp() * u[:, 3:].sigmoid())
-    with pytest.raises(Refused, match="latent 'rate' is Gamma"):
+    with pytest.raises(Incompatible, match="latent 'rate' is Gamma"):
         sample(model, x, temperature=0.5)
 
 

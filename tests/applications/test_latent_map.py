@@ -14,7 +14,7 @@ from sklearn.decomposition import PCA
 from torch import nn
 
 import pvae.applications.latent_map as latent_map_module
-from pvae.applications.latent_map import latent_map, sliders
+from pvae.applications.latent_map import make_sliders, map_latents
 from pvae.errors import UserError
 from pvae.generative.likelihoods import Gaussian
 from pvae.generative.priors import StandardNormal
@@ -22,8 +22,8 @@ from pvae.generative.vae import VAE
 from pvae.inference import posterior
 from pvae.inference.families import Delta, DiagonalNormal, FullRankNormal
 from pvae.inference.guides import Amortized
-from pvae.reporting.latent_map_widget import page, picture, side_by_side, widget
-from pvae.reporting.style import CLASSES, GREY, class_names
+from pvae.reporting.latent_map_widget import draw_latent_map, draw_latent_maps, render_page, render_widget
+from pvae.reporting.style import CLASS_COLOURS, GREY, class_names
 from pvae.runtime.pyro_params import LocalModule
 from pvae.runtime.torch_state import seeded
 
@@ -33,7 +33,7 @@ HOSTILE = "</script><script>alert(1)</script>\"'<img src=http://x>&amp;{{ 1 }}"
 
 
 class Best(nn.Module):
-    """The oracle's exact posterior, or its best diagonal, as lam."""
+    """The oracle's exact posterior, or its best diagonal, as q_params."""
 
     def __init__(self, oracle, full=False):
         super().__init__()
@@ -44,8 +44,8 @@ class Best(nn.Module):
             return self.oracle.best(x)
         root = torch.linalg.cholesky(self.oracle.covariance).to(x)
         rows, columns = torch.tril_indices(len(root), len(root), -1)
-        lam = torch.cat([root.diag().log(), root[rows, columns]])
-        return torch.cat([self.oracle.mean(x).to(x), lam.expand(len(x), -1)], -1)
+        q_params = torch.cat([root.diag().log(), root[rows, columns]])
+        return torch.cat([self.oracle.mean(x).to(x), q_params.expand(len(x), -1)], -1)
 
 
 def exact(oracle):
@@ -65,7 +65,7 @@ def expected(oracle, z):
 def test_the_plane_is_the_latents_own(full):
     oracle, x = fitted(2)
     guide = exact(oracle) if full else Amortized(Best(oracle), DiagonalNormal(2))
-    found = latent_map(oracle.model, guide, x, size=7)
+    found = map_latents(oracle.model, guide, x, size=7)
     covariance = oracle.covariance if full else oracle.precision.diag().reciprocal().diag()
     assert found.how == "plane"
     torch.testing.assert_close(found.codes, oracle.mean(x).float())
@@ -82,7 +82,7 @@ def test_the_plane_is_the_latents_own(full):
 
 def test_the_plane_of_many_dimensions_is_that_of_principal_components():
     oracle, x = fitted(5, rows=200)
-    found, known = latent_map(oracle.model, exact(oracle), x, size=5), PCA(2)
+    found, known = map_latents(oracle.model, exact(oracle), x, size=5), PCA(2)
     places = known.fit_transform(oracle.mean(x).numpy())
     signs = np.sign((places * found.codes.numpy()).sum(0))
     assert found.how == "pca"
@@ -103,7 +103,7 @@ def test_every_family_has_a_map(name):
         x = torch.randn(20, COLUMNS)
         q, z = family(guide.params(x)), None
         z = q.sample((4000,))
-    found = latent_map(model, guide, x, size=3)
+    found = map_latents(model, guide, x, size=3)
     centre = found.codes.mean(0)
     torch.testing.assert_close(found.spread, found.spread.mT)
     # The trace of a projection is no more than the whole's; of 200 draws it has an error of a tenth, twice that of 2 d.
@@ -116,9 +116,9 @@ def test_a_covariance_by_draws_is_the_covariance(monkeypatch):
     monkeypatch.setattr(posterior, "MOMENT_DRAWS", 4000)
     q = FAMILIES["MixtureOfNormals"]()
     with seeded(0):
-        lam = torch.randn(3, q.size)
+        q_params = torch.randn(3, q.size)
         ways = torch.linalg.qr(torch.randn(LATENT, 2))[0]
-        found, sample = latent_map_module._covariance(q, lam, ways), q(lam).sample((40_000,)) @ ways
+        found, sample = latent_map_module._covariance(q, q_params, ways), q(q_params).sample((40_000,)) @ ways
     own = torch.stack([torch.cov(sample[:, b].T) for b in range(3)])
     assert ((found - own).abs() < 5 * (2 / 4000) ** 0.5 * own.diagonal(dim1=1, dim2=2).amax(1).view(3, 1, 1)).all()
 
@@ -126,7 +126,7 @@ def test_a_covariance_by_draws_is_the_covariance(monkeypatch):
 def test_neighbours_stay_neighbours_by_tsne():
     oracle, x = fitted(4)
     x = torch.cat([x[:30], x[30:] + 100])
-    found = latent_map(oracle.model, exact(oracle), x, projection="tsne", perplexity=8)
+    found = map_latents(oracle.model, exact(oracle), x, projection="tsne", perplexity=8)
     near = torch.cdist(found.codes, found.codes).fill_diagonal_(torch.inf).argmin(1)
     assert ((near >= 30) == (torch.arange(60) >= 30)).all()
     assert (found.spread, found.prior, found.share, found.grid.numel()) == (None, None, None, 0)
@@ -134,7 +134,7 @@ def test_neighbours_stay_neighbours_by_tsne():
 
 def test_sliders_go_along_the_principal_directions():
     oracle, x = fitted(5, rows=200)
-    found, known = sliders(oracle.model, exact(oracle), x, positions=5), PCA(3)
+    found, known = make_sliders(oracle.model, exact(oracle), x, positions=5), PCA(3)
     known.fit(oracle.mean(x).numpy())
     assert found.grid.shape == (5, 5, 5, 6)
     np.testing.assert_allclose(found.scale, known.explained_variance_**0.5, rtol=1e-4)
@@ -178,7 +178,7 @@ def test_a_program_that_is_given_labels_decodes_those_of_the_first_row():
 
     x = torch.cat([torch.zeros(6, 2), torch.arange(12.0).view(6, 2)], 1)
     guide = Amortized(nn.Linear(4, 2), Delta(2))
-    found = latent_map(Labelled(), guide, x, size=2)
+    found = map_latents(Labelled(), guide, x, size=2)
     torch.testing.assert_close(found.grid[0, 1], torch.stack([found.across[1], found.up[0]]) + torch.tensor([0.0, 10]))
 
 
@@ -197,7 +197,7 @@ def test_a_program_that_is_given_labels_decodes_those_of_the_first_row():
 def test_a_map_that_can_not_be_is_refused(dim, rows, options, said):
     oracle, x = fitted(dim, rows)
     with pytest.raises(UserError) as error:
-        latent_map(oracle.model, exact(oracle), x, **options)
+        map_latents(oracle.model, exact(oracle), x, **options)
     assert said in str(error.value)
 
 
@@ -211,7 +211,7 @@ def test_a_map_that_can_not_be_is_refused(dim, rows, options, said):
 def test_sliders_that_can_not_be_are_refused(options, said):
     oracle, x = fitted(2)
     with pytest.raises(UserError, match=said):
-        sliders(oracle.model, exact(oracle), x, **options)
+        make_sliders(oracle.model, exact(oracle), x, **options)
 
 
 # Pictures and pages
@@ -243,10 +243,10 @@ def maps():
     """Maps of every kind and sliders, of rows of 6 values."""
     (flat, x), (deep, many) = fitted(2), fitted(5)
     return {
-        "plane": latent_map(flat.model, exact(flat), x, size=4),
-        "pca": latent_map(deep.model, exact(deep), many, size=4),
-        "tsne": latent_map(deep.model, exact(deep), many, projection="tsne", perplexity=5),
-        "sliders": sliders(deep.model, exact(deep), many, positions=3),
+        "plane": map_latents(flat.model, exact(flat), x, size=4),
+        "pca": map_latents(deep.model, exact(deep), many, size=4),
+        "tsne": map_latents(deep.model, exact(deep), many, projection="tsne", perplexity=5),
+        "sliders": make_sliders(deep.model, exact(deep), many, positions=3),
     }
 
 
@@ -257,7 +257,7 @@ LABELS = ["a", "b", "c"] * 20
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("shape", [(2, 3), ()], ids=["pictures", "strips"])
 def test_a_page_has_what_its_script_needs_and_fetches_nothing(maps, kind, shape):
-    html = page("A <title>", [("One", widget(maps[kind], LABELS, shape))])
+    html = render_page("A <title>", [("One", render_widget(maps[kind], LABELS, shape))])
     found, (data,) = Tags(html), [json.loads(text) for text in Tags(html).data]
     sources = [value for name, value in found.values if name in ("src", "href")]
     assert not set(found.tags) & {"link", "iframe", "object", "embed", "base", "form"}
@@ -276,7 +276,8 @@ def test_a_page_has_what_its_script_needs_and_fetches_nothing(maps, kind, shape)
 
 def test_names_never_become_markup(maps):
     plain, hostile = (
-        Tags(page(text, [(text, widget(maps["plane"], [text, "b", "c"] * 20, (2, 3)))])) for text in ("a", HOSTILE)
+        Tags(render_page(text, [(text, render_widget(maps["plane"], [text, "b", "c"] * 20, (2, 3)))]))
+        for text in ("a", HOSTILE)
     )
     assert hostile.tags == plain.tags
     assert HOSTILE in hostile.text
@@ -284,7 +285,7 @@ def test_names_never_become_markup(maps):
 
 
 def test_codes_have_the_colour_of_their_class_and_their_ellipse(maps):
-    html = str(widget(maps["plane"], LABELS))
+    html = str(render_widget(maps["plane"], LABELS))
     data = json.loads(Tags(html).data[0])
     assert [name for name, _ in data["legend"]] == ["a", "b", "c"]
     assert [kind for *_, kind in data["codes"]] == [0, 1, 2] * 20
@@ -297,14 +298,14 @@ def test_codes_have_the_colour_of_their_class_and_their_ellipse(maps):
 
 def test_a_map_without_labels_or_with_too_many_has_one_colour(maps):
     for labels in (None, list(range(60))):
-        data = json.loads(Tags(str(widget(maps["plane"], labels))).data[0])
+        data = json.loads(Tags(str(render_widget(maps["plane"], labels))).data[0])
         assert (data["legend"], {kind for *_, kind in data["codes"]}) == ([], {0})
     assert class_names(np.arange(60)) == []
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_picture_shows_codes_and_grid(maps, kind):
-    figure = picture(maps[kind], LABELS, (2, 3))
+    figure = draw_latent_map(maps[kind], LABELS, (2, 3))
     assert sum(axis.axison for axis in figure.axes) == {"tsne": 1, "sliders": 3}.get(kind, 2)
     figure.canvas.draw()
     if kind in ("plane", "pca"):
@@ -318,7 +319,7 @@ def test_a_picture_shows_codes_and_grid(maps, kind):
 @pytest.mark.parametrize("count", [1, 2, 3])
 def test_maps_stand_side_by_side(dim, count):
     rng = np.random.default_rng(0)
-    figure = side_by_side(
+    figure = draw_latent_maps(
         {f"{HOSTILE} {n}": (rng.normal(size=(30, dim)), rng.normal(size=(20, dim))) for n in range(count)}, [0, 1] * 15
     )
     figure.canvas.draw()
@@ -333,8 +334,8 @@ def test_ellipses_have_their_class_colour_and_both_rings_a_name(maps):
     from matplotlib.colors import to_hex
     from matplotlib.patches import Ellipse
 
-    for labels, colours in ((LABELS, set(CLASSES[:3])), (None, {GREY})):
-        axis = picture(maps["plane"], labels).axes[0]
+    for labels, colours in ((LABELS, set(CLASS_COLOURS[:3])), (None, {GREY})):
+        axis = draw_latent_map(maps["plane"], labels).axes[0]
         drawn = [patch for patch in axis.patches if isinstance(patch, Ellipse)]
         assert {to_hex(patch.get_edgecolor()).upper() for patch in drawn} == colours
         assert len(drawn) == 30
@@ -350,7 +351,7 @@ def test_ellipses_have_their_class_colour_and_both_rings_a_name(maps):
     ],
 )
 def test_what_does_not_go_with_a_map_is_refused(maps, labels, shape, said):
-    for show in (widget, picture):
+    for show in (render_widget, draw_latent_map):
         with pytest.raises(UserError) as error:
             show(maps["plane"], labels, shape)
         assert said in str(error.value)

@@ -12,10 +12,10 @@ from torch import nn
 
 from pvae.applications import restoration
 from pvae.applications.restoration import denoise, impute
-from pvae.errors import Refused, UserError
-from pvae.generative.handlers import masked
+from pvae.errors import Incompatible, UserError
+from pvae.generative.handlers import mask_missing
 from pvae.generative.likelihoods import Bernoulli, Categorical, Gaussian, StudentT
-from pvae.generative.networks import MLP, Filled
+from pvae.generative.networks import MLP, ImputeMeans
 from pvae.generative.noise import FlipNoise, GaussianNoise
 from pvae.generative.priors import StandardNormal
 from pvae.generative.vae import VAE
@@ -28,7 +28,7 @@ INDEX = torch.arange(6)
 
 
 def amortized(family, columns=M):
-    """A guide that was never fitted: its lam is no more than a start."""
+    """A guide that was never fitted: its q_params is no more than a start."""
     with seeded(0):
         return Amortized(nn.Linear(columns, family.size), family)
 
@@ -279,11 +279,11 @@ def test_any_source_of_lam_and_a_program_trained_with_gaps(oracle, source):
     guide = SOURCES[source](oracle.model, D, M, 10)
     rows, index = x.where(there, torch.nan), torch.arange(10)
     exact = Conditional(oracle, x, there).mean.where(~there, x)
-    for program in (oracle.model, masked(oracle.model)):
+    for program in (oracle.model, mask_missing(oracle.model)):
         found = impute(program, guide, rows, index, K=500)
         assert (found.x - exact).abs().max() < 0.5
         assert (found.x - exact).square().mean() < 0.01
-    assert denoise(masked(oracle.model), guide, x, GaussianNoise(), index, K=5, steps=2).x.isfinite().all()
+    assert denoise(mask_missing(oracle.model), guide, x, GaussianNoise(), index, K=5, steps=2).x.isfinite().all()
 
 
 def test_an_encoder_made_for_gaps_sees_them_and_another_sees_means(oracle):
@@ -298,7 +298,7 @@ def test_an_encoder_made_for_gaps_sees_them_and_another_sees_means(oracle):
 
     x, there, means = oracle.sample(5), gaps(5), torch.arange(float(M))
     family = DiagonalNormal(D)
-    plain, made = Seeing(nn.Linear(M, family.size)), Seeing(Filled(nn.Linear(M, family.size), means))
+    plain, made = Seeing(nn.Linear(M, family.size)), Seeing(ImputeMeans(nn.Linear(M, family.size), means))
     for encoder, filling in ((plain, means), (made, torch.nan)):
         impute(oracle.model, Amortized(encoder, family), x, there=there, means=means, K=2, steps=1)
         away = encoder.seen[-1][~there[:-1]]
@@ -397,13 +397,17 @@ WRONG = {
     "support": (lambda: impute(binary(), GUIDE, HALF), UserError, "row 0, column 0 is 0.5, which is no value of"),
     "noisy support": (lambda: denoise(binary(), GUIDE, HALF, FlipNoise()), UserError, "is 0.5, which is no value of"),
     "infinite": (lambda: denoise(binary(), GUIDE, X / 0, NOISE), UserError, "row 0, column 0 is inf"),
-    "whole rows": (lambda: impute(Holder(whole), GUIDE, GAP), Refused, "scores whole rows"),
-    "whole noisy rows": (lambda: denoise(Holder(whole), GUIDE, X, NOISE), Refused, "scores whole rows"),
-    "other values": (lambda: impute(Holder(scaled), GUIDE, GAP), Refused, "not of the rows' own columns"),
-    "no variance": (lambda: denoise(heavy(), GUIDE, X, NOISE), Refused, "'x' is StudentT, which has no finite var"),
+    "whole rows": (lambda: impute(Holder(whole), GUIDE, GAP), Incompatible, "scores whole rows"),
+    "whole noisy rows": (lambda: denoise(Holder(whole), GUIDE, X, NOISE), Incompatible, "scores whole rows"),
+    "other values": (lambda: impute(Holder(scaled), GUIDE, GAP), Incompatible, "not of the rows' own columns"),
+    "no variance": (
+        lambda: denoise(heavy(), GUIDE, X, NOISE),
+        Incompatible,
+        "'x' is StudentT, which has no finite var",
+    ),
     "no bits": (
         lambda: denoise(VAE(nn.Linear(D, M), Gaussian(), StandardNormal(D)).model, GUIDE, X, FlipNoise()),
-        Refused,
+        Incompatible,
         "FlipNoise takes binary values",
     ),
 }

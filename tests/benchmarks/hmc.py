@@ -7,7 +7,7 @@ import time
 import torch
 
 from pvae.samplers import hmc
-from pvae.samplers.log_joint import Target
+from pvae.samplers.log_joint import LogJoint
 from tests.benchmarks.clock import medians
 from tests.benchmarks.ours import binary, program
 
@@ -17,15 +17,15 @@ LATENT, LEAPFROGS = 20, 10
 def leapfrogs(rows: int, chains: int, repeats: int = 15) -> tuple[float, float]:
     """Median CPU seconds of a leapfrog, recorded as in a long run, and of a bare pass from z to its gradient."""
     vae, _, _ = program(LATENT)
-    density, step = hmc.Graded(Target(vae.model, binary(rows))), torch.full((rows,), 0.01)
-    state = hmc.start(density, torch.randn(chains, rows, LATENT))
+    density, step = hmc.ValueAndGrad(LogJoint(vae.model, binary(rows))), torch.full((rows,), 0.01)
+    state = hmc.init(density, torch.randn(chains, rows, LATENT))
     toward = torch.randn(chains, rows, 784)
 
     def bare() -> None:
         z = torch.randn(chains, rows, LATENT, requires_grad=True)
         torch.autograd.grad(vae.decoder(z), z, toward)
 
-    jobs = {"bare": bare, "transition": lambda: hmc.transition(density, state, step, leapfrogs=LEAPFROGS, jitter=0.0)}
+    jobs = {"bare": bare, "transition": lambda: hmc.step(density, state, step, leapfrogs=LEAPFROGS, jitter=0.0)}
     found = medians(jobs, repeats, time.process_time)
     return found["transition"] / LEAPFROGS, found["bare"]
 

@@ -1,4 +1,4 @@
-"""pvae as it is measured: the same VAE, under one of ``fit``'s engines and one of the sources of lam."""
+"""pvae as it is measured: the same VAE, under one of ``fit``'s engines and one of the sources of q_params."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from pvae.generative.priors import StandardNormal
 from pvae.generative.vae import VAE
 from pvae.inference.families import DiagonalNormal
 from pvae.inference.guides import Amortized, Guide, PerDatapoint, SemiAmortized
-from pvae.inference.refinement import local_bound
-from pvae.runtime.torch_state import unchecked
+from pvae.inference.refinement import local_elbo
+from pvae.runtime.torch_state import no_validation
 from pvae.training.loop import Fit, fit
 from pvae.training.objectives import ELBO
 from pvae.training.optimizer import FusedAdam
@@ -46,7 +46,7 @@ def program(latent: int = LATENT, activation: str = "ReLU") -> tuple[VAE, Diagon
 
 def guide_of(source: str, vae: VAE, family: DiagonalNormal, encoder: MLP, rows: int) -> Guide:
     """The guide of a source by its name here."""
-    bound = local_bound(vae.model, family)
+    bound = local_elbo(vae.model, family)
     if source in LOCAL:
         return PerDatapoint(rows, family, bound=bound, local_steps=LOCAL[source])
     if source in REFINED:
@@ -61,7 +61,7 @@ def stepper(vae: VAE, guide: Guide, x: Tensor, rows: int) -> Callable[[], None]:
     generator = torch.Generator().manual_seed(0)
 
     def step() -> None:
-        with unchecked():
+        with no_validation():
             svi.step(x, torch.randint(rows, (len(x),), generator=generator))
 
     return step

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 from pvae.inference.guides import Amortized
-from pvae.runtime.torch_state import unchecked
-from pvae.training.engines import RecordedStep
+from pvae.runtime.torch_state import no_validation
+from pvae.training.engines import TracedStep
 from pvae.training.objectives import ELBO
 from pvae.training.optimizer import FusedAdam
 from tests.benchmarks.clock import medians
@@ -25,11 +25,11 @@ STEP, GATHER, GRADIENTS, ADAM = (
 PRODUCTS = "the bare matrix products"
 
 
-def compiled() -> RecordedStep:
+def compiled() -> TracedStep:
     vae, family, encoder = program(20)
     guide = Amortized(encoder, family)
-    made = RecordedStep(vae.model, guide, FusedAdam(vae, guide), ELBO(), compile=True)
-    with unchecked():
+    made = TracedStep(vae.model, guide, FusedAdam(vae, guide), ELBO(), compile=True)
+    with no_validation():
         made(rows := binarized(pictures(BATCH)), torch.arange(len(rows)))
     return made
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from pvae.data.loading import load
+from pvae.data.loading import load_data
 
 
 @cache
@@ -18,7 +18,7 @@ def mnist() -> tuple[Tensor, Tensor] | None:
     folder = Path(os.environ.get("PVAE_DATA") or Path.home() / ".cache" / "pvae")
     if not (folder / "MNIST" / "raw").is_dir():
         return None
-    found = load("mnist", binarize="levels", folder=folder)
+    found = load_data("mnist", binarize="levels", folder=folder)
     return found.train, found.test
 
 

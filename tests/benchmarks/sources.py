@@ -1,4 +1,4 @@
-"""What the sources of lam cost: steps of per-datapoint and semi-amortized guides beside the amortized one's."""
+"""What the sources of q_params cost: steps of per-datapoint and semi-amortized guides beside the amortized one's."""
 
 from __future__ import annotations
 

@@ -15,9 +15,9 @@ import torch
 from pyro.infer import SVI
 
 from pvae.data.dataset import Dataset
-from pvae.data.loading import load
+from pvae.data.loading import load_data
 from pvae.inference.guides import Amortized
-from pvae.runtime.torch_state import unchecked
+from pvae.runtime.torch_state import no_validation
 from pvae.training.objectives import ELBO
 from pvae.training.optimizer import FusedAdam
 from tests.benchmarks.clock import medians
@@ -41,7 +41,7 @@ def epoch(data: Dataset) -> Callable[[], None]:
     svi = SVI(vae.model, guide, FusedAdam(vae, guide), ELBO())
 
     def run() -> None:
-        with unchecked():
+        with no_validation():
             for x, index in data.batches(BATCH, 0, 0):
                 svi.step(x, index)
 
@@ -62,7 +62,7 @@ def rows() -> list[tuple[str, str, float, float | None]]:
     """Lines of the page of benchmarks."""
     with tempfile.TemporaryDirectory() as folder:
         path, kinds = saved(Path(folder)), {"memory": False, "disk": True}
-        data = {kind: load(path, test_size=TEST, stream=stream) for kind, stream in kinds.items()}
+        data = {kind: load_data(path, test_size=TEST, stream=stream) for kind, stream in kinds.items()}
         epochs = medians({kind: epoch(own) for kind, own in data.items()}, 7)
         alone = medians({kind: reading(own) for kind, own in data.items()}, 7)
     return [

@@ -20,13 +20,13 @@ import torch
 from torch import Tensor
 
 from pvae import applications
-from pvae.applications.classification import calibrated
+from pvae.applications.classification import fit_temperature
 from pvae.data.dataset import Dataset
-from pvae.diagnostics.latent_geometry import proximity
+from pvae.diagnostics.latent_geometry import measure_latent_geometry
 from pvae.generative.noise import GaussianNoise
 from pvae.recipes import recipe
-from pvae.recipes.build import Built, build
-from pvae.recipes.build import fitted as fit_recipe
+from pvae.recipes.build import Built, build_model
+from pvae.recipes.build import fit_recipe as fit_recipe
 from pvae.recipes.recipe import Recipe
 from pvae.runtime.files import write_text
 from pvae.runtime.torch_state import seeded
@@ -67,7 +67,7 @@ class Case:
 
     @cached_property
     def data(self) -> Dataset:
-        return recipe.load_data(recipe.resolve(self.own))
+        return recipe.load_recipe_data(recipe.resolve(self.own))
 
     @cached_property
     def train(self) -> Tensor:
@@ -95,7 +95,7 @@ class Case:
 def fitted(own: Recipe, data: Dataset) -> tuple[Built, float]:
     """A recipe's programs, fitted, and the seconds that it took."""
     own = recipe.resolve(own)
-    built = build(own, data)
+    built = build_model(own, data)
     return built, fit_recipe(own, built, data).seconds
 
 
@@ -136,7 +136,7 @@ def latent_space(case: Case) -> Table:
     }
     lines = []
     for name, built in (("VAE", case.vae), ("autoencoder", case.autoencoder)):
-        own = proximity(built.program.model, built.guide, case.x, case.train).figures()
+        own = measure_latent_geometry(built.program.model, built.guide, case.x, case.train).summary()
         lines.append([name, *(number(own[key]) for key in names)])
     note = (
         "Far is farther from every training row than 95% of the test rows' reconstructions are: 0.05 would be data's. "
@@ -211,17 +211,19 @@ def imputation(case: Case) -> Table:
 
 def anomaly(case: Case) -> Table:
     """Each label held out in turn: AUROC of test rows of that label among all."""
-    whole = recipe.load_data(recipe.resolve(replace(case.held_out, only=None)))
+    whole = recipe.load_recipe_data(recipe.resolve(replace(case.held_out, only=None)))
     assert whole.test_labels is not None
     kinds, found = whole.test_labels.unique().tolist(), dict[str, list[float]]()
     for kind in kinds:
         only = [other for other in kinds if other != kind]
         own = replace(case.held_out, only=only)
-        data = recipe.load_data(recipe.resolve(own))
+        data = recipe.load_recipe_data(recipe.resolve(own))
         built, _ = fitted(own, data)
         truth = whole.test_labels == kind
         train = data.fixed_train(len(data.train)).x
-        mine = applications.anomalies(built.program.model, built.guide, whole.test, reference=data.validation).scores
+        mine = applications.detect_anomalies(
+            built.program.model, built.guide, whole.test, reference=data.validation
+        ).scores
         named = {f"VAE, {name}": score for name, score in mine.items()}
         for name, score in (named | peers.anomaly_scores(train, whole.test, int(own.latent or 0))).items():
             found.setdefault(name, []).append(uses_auroc(score, truth))
@@ -244,22 +246,22 @@ def uses_auroc(score: Tensor, truth: Tensor) -> float:
 def classification(case: Case) -> Table:
     """A model for each class against classifiers."""
     own = case.classes
-    data = recipe.load_data(recipe.resolve(own))
+    data = recipe.load_recipe_data(recipe.resolve(own))
     assert data.train_labels is not None
     assert data.test_labels is not None
     assert data.validation_labels is not None
     kinds, models, took = data.train_labels.unique().tolist(), [], 0.0
     for kind in kinds:
         each = replace(own, only=[kind])
-        built, seconds = fitted(each, recipe.load_data(recipe.resolve(each)))
+        built, seconds = fitted(each, recipe.load_recipe_data(recipe.resolve(each)))
         models.append((built.program.model, built.guide))
         took += seconds
     held = applications.classify(models, data.validation[:2000], seed=1).log_evidence
-    temperature = calibrated(held, data.validation_labels[:2000]).mean
+    temperature = fit_temperature(held, data.validation_labels[:2000]).mean
     begin = time.perf_counter()
     found = applications.classify(models, data.test, temperature=temperature)
     asked = time.perf_counter() - begin
-    mine = found.figures(data.test_labels)
+    mine = found.summary(data.test_labels)
     name = f"a VAE for each class, calibrated at {temperature:.2g}"
     lines = [[name, percent(mine["accuracy"]), number(mine["log_loss"]), f"{took:.2g} s, {asked:.2g} s"]]
     train, labels = data.fixed_train(len(data.train)).x, data.train_labels

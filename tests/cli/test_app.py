@@ -643,7 +643,7 @@ def test_the_help_says_what_a_budget_holds(pvae):
 
 def test_the_help_says_how_a_diagnosis_grows(pvae):
     words = " ".join(pvae("diagnose --help").out.replace("│", " ").split())
-    quick, standard, thorough = (sum(plan.passes().values()) for plan in battery.PLANS.values())
+    quick, standard, thorough = (sum(plan.passes().values()) for plan in battery.DIAGNOSIS_BUDGETS.values())
     stated = [int(times) for times in re.findall(r"about (\d+) times", words)]
     assert stated == [10, 100]
     for times, cost in zip(stated, (standard, thorough), strict=True):
@@ -653,15 +653,15 @@ def test_the_help_says_how_a_diagnosis_grows(pvae):
 @pytest.fixture
 def quickly(monkeypatch):
     """Let a diagnosis at any budget take a second, and the page, which is looked at elsewhere, none."""
-    monkeypatch.setattr(html_report, "write", lambda folder: folder / "report.html")
+    monkeypatch.setattr(html_report, "write_report", lambda folder: folder / "report.html")
     monkeypatch.setattr(battery, "WARM_UP", 8)
     monkeypatch.setattr(ais, "SETTLE", 4)
     monkeypatch.setattr(ais, "LEAST", 8)
-    plan = battery.Plan(
+    plan = battery.DiagnosisBudget(
         rows=12, draws=30, steps=3, annealed=3, temperatures=4, chains=2, simulated=20, references=2, length=8
     )
-    for word in battery.PLANS:
-        monkeypatch.setitem(battery.PLANS, word, plan)
+    for word in battery.DIAGNOSIS_BUDGETS:
+        monkeypatch.setitem(battery.DIAGNOSIS_BUDGETS, word, plan)
         monkeypatch.setitem(BUDGETS, word, (20, Budget(30, 5)))
 
 
@@ -751,7 +751,7 @@ def test_divergence_names_epoch_and_site_and_keeps_the_last_good_checkpoint(pvae
     assert header["epoch"] == 1
     assert all(tensor.isfinite().all() for tensor in tensors.values())
     own = recipe.read(Path("run"))
-    assert len(run_folder.load(Path("run"), recipe.load_data(own)).fit.history) == 1
+    assert len(run_folder.load_fit(Path("run"), recipe.load_recipe_data(own)).fit.history) == 1
 
 
 def test_divergence_without_a_checkpoint_promises_none(pvae):

@@ -10,10 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from pyarrow import csv
-from test_opened import COMPARE, COUNTS, DIGITS, IMAGES, at, run_of
 
 from pvae.cli.run_commands import COMMANDS
 from pvae.experiments.use_results import FOLDER, VERBS
+from tests.experiments.test_opened_run import COMPARE, COUNTS, DIGITS, IMAGES, at, run_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:constrained_layout not applied")
 

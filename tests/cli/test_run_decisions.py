@@ -8,16 +8,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_opened import DIGITS, run_of, written
 
 from pvae.applications import classification
 from pvae.cli import run_anomalies, run_classification
 from pvae.cli.run_anomalies import anomalies, with_others
 from pvae.cli.run_classification import class_models, classify
-from pvae.cli.use_context import Asked
+from pvae.cli.use_context import UseContext
 from pvae.errors import UserError
 from pvae.experiments import sweep
-from pvae.experiments.opened_run import chosen, open_run
+from pvae.experiments.opened_run import open_run, select_rows
+from tests.experiments.test_opened_run import DIGITS, run_of, written
 
 pytestmark = pytest.mark.filterwarnings("ignore:constrained_layout not applied")
 
@@ -34,7 +34,7 @@ def opened(line):
 
 
 def asked(run, rows=None, **more):
-    return Asked(run, chosen(run) if rows is None else rows, **more)
+    return UseContext(run, select_rows(run) if rows is None else rows, **more)
 
 
 # Anomalies
@@ -98,7 +98,7 @@ def test_an_obvious_anomaly_is_found_in_a_file_whose_labels_say_which():
     rows = np.concatenate([normal, 1 - odd])
     path = written(run.folder.parent, "judged.npz", rows.astype("float32"), np.repeat([0, 1], 30))
     whole = replace(run, variant=run.variant._replace(recipe=replace(run.variant.recipe, only=None)))
-    made = anomalies(asked(whole, chosen(run, path)), K=4, chosen=["evidence"])
+    made = anomalies(asked(whole, select_rows(run, path)), K=4, chosen=["evidence"])
     assert made.arrays["anomalous"].tolist() == [False] * 30 + [True] * 30
     assert "against 116 held-out normal rows" in made.sentences[0]
     _, header, (line,) = made.tables[0]
@@ -113,7 +113,7 @@ def test_labels_given_count_as_anomalous():
     assert made.arrays["anomalous"].tolist() == expected.tolist()
     with pytest.raises(UserError, match="--anomalous: no row has label 11; there are"):
         anomalies(asked(run), named=["11"], K=2)
-    bare = chosen(run)._replace(labels=None)
+    bare = select_rows(run)._replace(labels=None)
     with pytest.raises(UserError, match="--anomalous: the test rows have no labels"):
         anomalies(asked(run, bare), named=["3"], K=2)
 
@@ -135,10 +135,10 @@ def compared(monkeypatch):
 
 WAYS = {
     "all": lambda run: with_others(run),
-    "test": chosen,
-    "some": lambda run: chosen(run, "test", "0:70"),
-    "train": lambda run: chosen(run, "train", "0:70"),
-    "validation": lambda run: chosen(run, "validation"),
+    "test": select_rows,
+    "some": lambda run: select_rows(run, "test", "0:70"),
+    "train": lambda run: select_rows(run, "train", "0:70"),
+    "validation": lambda run: select_rows(run, "validation"),
 }
 
 
@@ -190,7 +190,7 @@ def test_without_knowledge_nothing_is_judged():
     assert "anomalous" not in made.arrays
     assert made.tables[0][1] == ["score", "threshold", "flagged"]
     assert any("Which rows are anomalous is not known" in line for line in made.sentences)
-    rows = chosen(opened(ONLY))
+    rows = select_rows(opened(ONLY))
     made = anomalies(asked(opened(ONLY), rows), K=2, chosen=["elbo"])
     assert any("All rows are normal: no AUROC" in line for line in made.sentences)
 
@@ -230,7 +230,7 @@ def test_class_models_are_trained_once(classified, monkeypatch):
     def fail(*args, **kwargs):
         raise AssertionError("trained again")
 
-    monkeypatch.setattr(sweep, "train", fail)
+    monkeypatch.setattr(sweep, "train_sweep", fail)
     again, same = class_models(run, epochs=3)
     assert same.validation.equal(data.validation)
     for (model, guide), (other, other_guide) in zip(models, again, strict=True):
@@ -264,7 +264,7 @@ def test_classes_are_told_by_bayes_rule_on_the_evidence_of_each(classified):
     prior = torch.bincount(data.train_labels).double()
     found = classification.classify(models, run.data.test, prior=prior, K=4, seed=0)
     held = classification.classify(models, data.validation, prior=prior, K=4, seed=1).log_evidence
-    temperature = classification.calibrated(held, data.validation_labels, prior).mean
+    temperature = classification.fit_temperature(held, data.validation_labels, prior).mean
     np.testing.assert_allclose(probability, found.at(temperature).log_probabilities.exp(), rtol=1e-4, atol=1e-6)
     right = (predicted == run.data.test_labels.numpy()).mean()
     assert f"Accuracy {right:.2f}" in made.sentences[-1]
@@ -275,7 +275,7 @@ def test_classes_are_told_by_bayes_rule_on_the_evidence_of_each(classified):
 def test_labels_need_not_count_from_0_and_may_be_unknown(classified):
     run, (models, data), _ = classified
     shifted = replace(data, **{f"{part}_labels": getattr(data, f"{part}_labels") * 2 + 5 for part in PARTS})
-    rows = chosen(run)
+    rows = select_rows(run)
     base = classify(asked(run, rows._replace(labels=rows.labels * 2 + 5)), models, data=shifted, K=2)
     assert set(base.arrays["predicted"].tolist()) <= {5, 7, 9}
     bare = classify(asked(run, rows._replace(labels=None)), models, data=shifted, K=2)
@@ -290,14 +290,14 @@ PARTS = ("train", "validation", "test")
 
 def test_rows_that_are_judged_do_not_calibrate():
     run = opened(f"{LABELLED} --validation-size 0.1")
-    held = chosen(run, "validation")
+    held = select_rows(run, "validation")
     made = classify(asked(run, held), None, data=run.data, K=2)
     assert "at which 116 test rows have the smallest log loss" in made.sentences[0]
     swapped = replace(run.data, validation=run.data.test, validation_labels=run.data.test_labels)
     other = classify(asked(run, held._replace(where="rows of a file")), None, data=swapped, K=2)
     assert "at which 116 held-out training rows have" in other.sentences[0]
     np.testing.assert_array_equal(made.arrays["probability"], other.arrays["probability"])
-    fitted = classify(asked(run, chosen(run, "train", "0:50")), None, data=run.data, K=2)
+    fitted = classify(asked(run, select_rows(run, "train", "0:50")), None, data=run.data, K=2)
     assert any("Models were fitted to these rows or calibrated on them" in line for line in fitted.sentences)
     assert not any("Models were fitted" in line for line in made.sentences)
     with pytest.raises(UserError, match="classify calibrates on test rows of its classes, and there are none"):
@@ -328,12 +328,12 @@ def test_columns_of_kinds_without_training_rows_are_no_classes(tmp_path):
     made = classify(asked(run), None, data=class_models(run)[1], K=2)
     assert made.arrays["probability"].shape == (100, 3)
     assert set(made.arrays["predicted"].tolist()) <= {1, 2, 3}
-    again = classification.by_label(run.model, run.guide, run.data.test[:, :64], 4, K=2).log_evidence
+    again = classification.evidence_by_label(run.model, run.guide, run.data.test[:, :64], 4, K=2).log_evidence
     np.testing.assert_array_equal(made.arrays["log_evidence"], again[:, 1:].numpy())
 
 
 def test_a_program_that_takes_the_label_is_its_own_class_model(monkeypatch):
-    monkeypatch.setattr(sweep, "train", lambda *args, **kwargs: pytest.fail("nothing is to be trained"))
+    monkeypatch.setattr(sweep, "train_sweep", lambda *args, **kwargs: pytest.fail("nothing is to be trained"))
     run = opened(f"{LABELLED} --validation-size 0.1")
     models, data = class_models(run)
     assert models is None
@@ -341,7 +341,7 @@ def test_a_program_that_takes_the_label_is_its_own_class_model(monkeypatch):
     made = classify(asked(run), None, data=data, K=2)
     assert made.arrays["probability"].shape == (116, 3)
     # The label's columns, which hold the truth, are not looked at.
-    rows = chosen(run)
+    rows = select_rows(run)
     x = rows.x.clone()
     x[:, run.columns :] = x[:, run.columns :].roll(1, 1)
     again = classify(asked(run, rows._replace(x=x)), None, data=data, K=2)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from pyarrow import parquet
 
-from pvae.data.loading import load
+from pvae.data.loading import load_data
 from pvae.errors import UserError
 
 ROWS, COLUMNS = 24, 5
@@ -88,7 +88,7 @@ def mnist(**changed):
 @pytest.fixture
 def read(tmp_path):
     """Load what a maker makes."""
-    return lambda make, **options: load(make(tmp_path), folder=tmp_path, **options)
+    return lambda make, **options: load_data(make(tmp_path), folder=tmp_path, **options)
 
 
 @pytest.fixture
@@ -120,7 +120,7 @@ def stream():
     ids=str,
 )
 def test_splits_are_disjoint_and_cover_all_rows(path, sizes, counts):
-    data = load(path, **sizes)
+    data = load_data(path, **sizes)
     parts = (data.train, data.validation, data.test)
     assert tuple(map(len, parts)) == counts
     whole = torch.cat(parts)
@@ -133,7 +133,7 @@ def test_splits_depend_on_the_seed_alone(path):
     for seed in (0, 0, 1):
         torch.manual_seed(len(digests))
         before = stream()
-        digests.append(load(path, test_size=6, validation_size=3, seed=seed).digest)
+        digests.append(load_data(path, test_size=6, validation_size=3, seed=seed).digest)
         assert stream() == before
     assert digests[0] == digests[1] != digests[2]
 
@@ -141,7 +141,7 @@ def test_splits_depend_on_the_seed_alone(path):
 def test_labels_in_words_are_numbered_in_alphabetical_order(tmp_path):
     file = tmp_path / "rows.csv"
     file.write_text("0,label\n" + "".join(f"{row},{'dog' if row % 2 else 'cat'}\n" for row in range(20)))
-    data = load(str(file))
+    data = load_data(str(file))
     assert torch.equal(data.train_labels, (data.train[:, 0] % 2).long())
     assert torch.equal(data.test_labels, (data.test[:, 0] % 2).long())
 
@@ -149,37 +149,37 @@ def test_labels_in_words_are_numbered_in_alphabetical_order(tmp_path):
 def test_words_of_labels_are_kept_whatever_only_leaves(tmp_path):
     file = tmp_path / "rows.csv"
     file.write_text("0,label\n" + "".join(f"{row},{['dog', 'eel', 'cat'][row % 3]}\n" for row in range(30)))
-    data = load(str(file), only=[1, 2])
+    data = load_data(str(file), only=[1, 2])
     assert data.label_names == ("cat", "dog", "eel")
     assert data.kinds.tolist() == [1, 2]
-    assert load("digits").label_names is None
+    assert load_data("digits").label_names is None
 
 
 @pytest.mark.parametrize("part", ["train", "validation", "test"])
 def test_a_label_that_one_part_alone_has_is_a_kind_of_all(tmp_path, part):
     arrays = {f"x_{side}": X for side in ("train", "test")} | {f"y_{side}": 1 + Y % 2 for side in ("train", "test")}
-    row = rows_of(getattr(load(put("all.npz", arrays)(tmp_path), validation_size=0.25), part))[0]
+    row = rows_of(getattr(load_data(put("all.npz", arrays)(tmp_path), validation_size=0.25), part))[0]
     arrays["y_test" if part == "test" else "y_train"][row] = 0
-    data = load(put("rare.npz", arrays)(tmp_path), validation_size=0.25, with_labels=True)
+    data = load_data(put("rare.npz", arrays)(tmp_path), validation_size=0.25, with_labels=True)
     assert data.kinds.tolist() == [0, 1, 2]
     for rows, own in ((data.train, data.train_labels), (data.test, data.test_labels)):
         assert rows[:, COLUMNS:].argmax(1).equal(own)  # a label's column is its place among all kinds
-    assert load(put("bare.npy", X)(tmp_path)).kinds is None
+    assert load_data(put("bare.npy", X)(tmp_path)).kinds is None
 
 
 def test_labels_follow_their_rows(path):
-    data = load(path, test_size=6, validation_size=3)
+    data = load_data(path, test_size=6, validation_size=3)
     assert data.train_labels.equal(rows_of(data.train))
     assert data.test_labels.equal(rows_of(data.test))
 
 
 def test_own_test_rows_stay_as_they_are(own_test):
-    data = load(own_test)
+    data = load_data(own_test)
     assert data.train.equal(torch.from_numpy(X))
     assert data.test.equal(torch.from_numpy(X[::-2].copy()))
     assert data.train_labels.tolist() == Y.tolist()
     assert data.test_labels.tolist() == Y[::-2].tolist()
-    held = load(own_test, validation_size=4)
+    held = load_data(own_test, validation_size=4)
     assert (len(held.train), len(held.validation)) == (20, 4)
     assert held.test.equal(data.test)
     assert held.train_labels.equal(rows_of(held.train))
@@ -192,7 +192,7 @@ def test_rows_without_labels_have_none(read):
 
 @pytest.mark.parametrize("batch_size", [1, 5, 24, 100])
 def test_an_epoch_visits_every_row_once(own_test, batch_size):
-    data = load(own_test)
+    data = load_data(own_test)
     batches = list(data.batches(batch_size, seed=0, epoch=0))
     assert sorted(torch.cat([index for _, index in batches]).tolist()) == list(range(ROWS))
     assert all(x.equal(data.train[index]) for x, index in batches)
@@ -200,7 +200,7 @@ def test_an_epoch_visits_every_row_once(own_test, batch_size):
 
 
 def test_order_depends_on_seed_and_epoch_alone(own_test):
-    data = load(own_test)
+    data = load_data(own_test)
     orders = []
     for seed, epoch in [(0, 0), (0, 0), (0, 1), (1, 0), (1, 1)]:
         torch.manual_seed(len(orders))
@@ -213,7 +213,7 @@ def test_order_depends_on_seed_and_epoch_alone(own_test):
 
 @pytest.mark.parametrize("start", [0, 1, 3, 4, 5, 9])
 def test_start_skips_whole_batches(own_test, start):
-    data = load(own_test)
+    data = load_data(own_test)
     whole = [index.tolist() for _, index in data.batches(5, seed=3, epoch=2)]
     assert len(whole) == 5
     assert [index.tolist() for _, index in data.batches(5, seed=3, epoch=2, start=start)] == whole[start:]
@@ -230,7 +230,7 @@ def test_threshold_is_above_one_half(read):
 
 def test_dynamic_draws_differ_and_their_mean_is_the_intensity(own_test):
     # SE = sqrt(p (1 - p) / R) over R epochs, 0 where p is 0 or 1; for each entry and for the mean of all
-    data, R = load(own_test, binarize="dynamic"), 2000
+    data, R = load_data(own_test, binarize="dynamic"), 2000
     torch.manual_seed(0)
     drawn = torch.empty(R, ROWS, COLUMNS)
     for epoch in range(R):
@@ -249,7 +249,7 @@ def test_dynamic_held_out_rows_are_drawn_once(own_test):
     for seed in (0, 0, 1):
         torch.manual_seed(len(loads))
         before = stream()
-        loads.append(load(own_test, binarize="dynamic", validation_size=5, seed=seed))
+        loads.append(load_data(own_test, binarize="dynamic", validation_size=5, seed=seed))
         assert stream() == before
     assert all(data.test.equal(loads[0].test) for data in loads)
     assert loads[0].validation.equal(loads[1].validation)
@@ -265,7 +265,7 @@ def test_dynamic_held_out_rows_have_the_intensity_as_mean(read):
 
 @pytest.mark.parametrize("binarize", ["none", "threshold", "dynamic"])
 def test_evaluation_sees_the_same_training_rows_each_time(own_test, binarize):
-    data = load(own_test, binarize=binarize)
+    data = load_data(own_test, binarize=binarize)
     before = stream()
     first, again = data.fixed_train(10), data.fixed_train(10)
     assert stream() == before
@@ -279,17 +279,17 @@ def test_evaluation_sees_the_same_training_rows_each_time(own_test, binarize):
 
 def test_rows_at_positions_are_read_and_drawn_alone(tmp_path):
     file, which = put("rows.npy", X)(tmp_path), torch.tensor([7, 0, 7])
-    plain = [load(file, stream=on).fixed_train(which) for on in (False, True)]
-    drawn = [load(file, stream=on, binarize="dynamic").fixed_train(which) for on in (False, True)]
+    plain = [load_data(file, stream=on).fixed_train(which) for on in (False, True)]
+    drawn = [load_data(file, stream=on, binarize="dynamic").fixed_train(which) for on in (False, True)]
     assert plain[0].x.equal(plain[1].x)
-    assert plain[0].x.equal(load(file).train[which])
+    assert plain[0].x.equal(load_data(file).train[which])
     assert plain[0].index.equal(which)
     assert drawn[0].x.equal(drawn[1].x)
     assert set(drawn[0].x.unique().tolist()) <= {0.0, 1.0}
 
 
 def test_identity_and_digest_change_with_the_binarization(own_test):
-    found = [load(own_test, binarize=binarize) for binarize in ("none", "threshold", "dynamic", "none")]
+    found = [load_data(own_test, binarize=binarize) for binarize in ("none", "threshold", "dynamic", "none")]
     assert [data.identity for data in found] == ["own-none", "own-threshold", "own-dynamic", "own-none"]
     assert len({data.digest for data in found}) == 3
     assert found[0].digest == found[3].digest
@@ -308,11 +308,11 @@ def test_digest_changes_with_any_value(read, part):
     [("none", "from 0 to 1, taken as they are"), ("threshold", "0 or 1, binarized at 0.5"), ("dynamic", "afresh")],
 )
 def test_summary_is_one_line_of_sizes_and_binarization(own_test, binarize, how):
-    line = load(own_test, binarize=binarize).summary()
+    line = load_data(own_test, binarize=binarize).summary()
     assert line.startswith(f"own-{binarize}: 24 training + 12 test rows of 5 values, ")
     assert how in line
     assert "\n" not in line
-    assert "20 training + 4 validation + 12 test rows" in load(own_test, validation_size=4).summary()
+    assert "20 training + 4 validation + 12 test rows" in load_data(own_test, validation_size=4).summary()
 
 
 def test_shape_is_that_of_one_datapoint_and_rows_are_flat(read):
@@ -323,7 +323,7 @@ def test_shape_is_that_of_one_datapoint_and_rows_are_flat(read):
 
 
 def test_digits_are_at_hand():
-    data = load("digits")
+    data = load_data("digits")
     assert (data.train.shape, data.test.shape, data.shape) == ((1438, 64), (359, 64), (8, 8))
     assert (data.train.min(), data.train.max()) == (0, 1)
     assert sorted(data.train_labels.unique().tolist()) == list(range(10))
@@ -333,7 +333,7 @@ def test_digits_are_at_hand():
 def test_mnist_is_read_from_torchvisions_files(tmp_path, monkeypatch, by):
     mnist()(tmp_path)
     monkeypatch.setenv("PVAE_DATA", str(tmp_path if by == "environment" else tmp_path / "elsewhere"))
-    data = load("mnist", folder=tmp_path if by == "folder" else None)
+    data = load_data("mnist", folder=tmp_path if by == "folder" else None)
     assert (data.name, data.shape) == ("mnist", (4, 4))
     assert (data.train * 255).round().byte().equal(torch.from_numpy(IMAGES[:7]).flatten(1))
     assert (data.test * 255).round().byte().equal(torch.from_numpy(IMAGES[7:]).flatten(1))
@@ -348,7 +348,7 @@ REAL = os.environ.get("PVAE_DATA")
     not (REAL and (Path(REAL) / "MNIST" / "raw" / "train-images-idx3-ubyte").exists()), reason="no MNIST in PVAE_DATA"
 )
 def test_real_mnist_has_its_rows():
-    data = load("mnist", binarize="dynamic", validation_size=10_000)
+    data = load_data("mnist", binarize="dynamic", validation_size=10_000)
     assert (data.train.shape, data.validation.shape, data.test.shape) == ((50_000, 784), (10_000, 784), (10_000, 784))
     assert data.shape == (28, 28)
     assert (data.train.min(), data.train.max()) == (0, 1)

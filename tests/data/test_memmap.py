@@ -14,8 +14,8 @@ from torch import Tensor
 
 from pvae.data import dataset as data_module
 from pvae.data import memmap, sources
-from pvae.data.loading import load
-from pvae.data.memmap import AHEAD, Mapped
+from pvae.data.loading import load_data
+from pvae.data.memmap import AHEAD, MemmapRows
 from pvae.errors import UserError
 from pvae.runtime.torch_state import available_memory
 
@@ -53,12 +53,12 @@ def save(tmp_path):
 @pytest.fixture
 def streamed(save):
     """Bytes on disk, 40 of 60 rows to train on."""
-    return load(save(BYTES), test_size=20, stream=True)
+    return load_data(save(BYTES), test_size=20, stream=True)
 
 
 @pytest.fixture
 def small_pieces(monkeypatch):
-    monkeypatch.setattr(memmap, "PIECE", 4 * COLUMNS)
+    monkeypatch.setattr(memmap, "CHUNK_BYTES", 4 * COLUMNS)
 
 
 def readers():
@@ -68,9 +68,9 @@ def readers():
 @pytest.mark.parametrize(("values", "binarize"), CASES.values(), ids=CASES)
 def test_streamed_data_are_the_resident_data(save, small_pieces, values, binarize):
     options = {"binarize": binarize, "test_size": 9, "validation_size": 0.2, "seed": 3}
-    resident, streamed = (load(save(values), **options, stream=stream) for stream in (False, True))
+    resident, streamed = (load_data(save(values), **options, stream=stream) for stream in (False, True))
     assert isinstance(resident.train, Tensor)
-    assert isinstance(streamed.train, Mapped)
+    assert isinstance(streamed.train, MemmapRows)
     assert streamed.train[:].equal(resident.train)
     assert streamed.train[5:17].equal(resident.train[5:17])
     assert streamed.train.shape == tuple(resident.train.shape)
@@ -88,7 +88,7 @@ def test_streamed_data_are_the_resident_data(save, small_pieces, values, binariz
 def test_batches_and_the_random_stream_are_the_resident_ones(save, values, binarize, start):
     found = []
     for stream in (False, True):
-        data = load(save(values), binarize=binarize, test_size=9, stream=stream)
+        data = load_data(save(values), binarize=binarize, test_size=9, stream=stream)
         torch.manual_seed(0)
         found.append((list(data.batches(7, seed=1, epoch=4, start=start)), torch.get_rng_state()))
     (resident, here), (streamed, there) = found
@@ -110,7 +110,7 @@ def test_batches_reach_the_gpu(streamed):
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_pieces_are_all_rows_once(save, small_pieces, stream):
-    data = load(save(BYTES), test_size=20, stream=stream)
+    data = load_data(save(BYTES), test_size=20, stream=stream)
     pieces = list(data.pieces("train"))
     index = torch.cat([index for _, index in pieces])
     assert index.sort().values.tolist() == list(range(40))
@@ -119,7 +119,7 @@ def test_pieces_are_all_rows_once(save, small_pieces, stream):
 
 
 def test_pieces_on_disk_come_in_the_order_of_the_file(save, small_pieces):
-    data = load(save(np.arange(ROWS * COLUMNS).reshape(ROWS, COLUMNS)), stream=True)
+    data = load_data(save(np.arange(ROWS * COLUMNS).reshape(ROWS, COLUMNS)), stream=True)
     x = torch.cat([x for x, _ in data.pieces("train")])[:, 0]
     assert x.equal(x.sort().values)
 
@@ -127,19 +127,19 @@ def test_pieces_on_disk_come_in_the_order_of_the_file(save, small_pieces):
 def test_the_digest_changes_with_any_value_and_with_the_split(save):
     other = BYTES.copy()
     other[17, 3] ^= 1
-    found = {load(save(values), seed=seed, stream=True).digest for values in (BYTES, other) for seed in (0, 1)}
+    found = {load_data(save(values), seed=seed, stream=True).digest for values in (BYTES, other) for seed in (0, 1)}
     assert len(found) == 4
 
 
 def test_a_pass_for_the_digest_is_made_once_for_all_devices(streamed, monkeypatch):
     first = streamed.digest
-    monkeypatch.setattr(Mapped, "pieces", lambda self: pytest.fail("read again"))
+    monkeypatch.setattr(MemmapRows, "pieces", lambda self: pytest.fail("read again"))
     assert streamed.to(CPU).digest == streamed.digest == first
 
 
 def test_reading_is_ahead_by_a_bounded_number(streamed, monkeypatch):
-    done, fetch = [], Mapped._fetch
-    monkeypatch.setattr(Mapped, "_fetch", lambda self, index: (done.append(len(index)), fetch(self, index))[1])
+    done, fetch = [], MemmapRows._fetch
+    monkeypatch.setattr(MemmapRows, "_fetch", lambda self, index: (done.append(len(index)), fetch(self, index))[1])
     batches = streamed.batches(1, seed=0, epoch=0)
     for taken in (1, 2, 3):
         next(batches)
@@ -177,7 +177,7 @@ def touched(path):
 )
 def test_a_file_that_changes_under_training_is_told_of(save, change, words):
     path = save(BYTES)
-    data = load(path, stream=True)
+    data = load_data(path, stream=True)
     batches = data.batches(1, seed=0, epoch=0)
     next(batches)
     change(path)
@@ -189,9 +189,9 @@ def test_a_file_that_changes_under_training_is_told_of(save, change, words):
 
 def test_streaming_begins_at_half_of_the_memory_that_is_left(save, monkeypatch):
     path = save(BYTES)
-    for left, kind in ((8 * ROWS * COLUMNS, Tensor), (8 * ROWS * COLUMNS - 1, Mapped)):
+    for left, kind in ((8 * ROWS * COLUMNS, Tensor), (8 * ROWS * COLUMNS - 1, MemmapRows)):
         monkeypatch.setattr(data_module, "available_memory", lambda left=left: left)
-        assert isinstance(load(path).train, kind)
+        assert isinstance(load_data(path).train, kind)
 
 
 def test_memory_that_is_left_is_less_than_there_is():
@@ -200,10 +200,10 @@ def test_memory_that_is_left_is_less_than_there_is():
 
 def test_test_rows_unless_told_are_a_fifth_up_to_a_limit(save, monkeypatch):
     path = save(BYTES)
-    assert len(load(path, stream=True).test) == 12
+    assert len(load_data(path, stream=True).test) == 12
     monkeypatch.setattr(sources, "HELD_OUT", 5 * COLUMNS)
-    assert [len(load(path, stream=stream).test) for stream in (False, True)] == [5, 5]
-    assert len(load(path, stream=True, test_size=0.2).test) == 12
+    assert [len(load_data(path, stream=stream).test) for stream in (False, True)] == [5, 5]
+    assert len(load_data(path, stream=True, test_size=0.2).test) == 12
 
 
 def with_nan(row):
@@ -215,7 +215,7 @@ def with_nan(row):
 @pytest.mark.parametrize("row", [0, 5, ROWS - 1])
 def test_a_value_that_is_no_number_is_named_with_its_row(save, small_pieces, row):
     with pytest.raises(UserError, match=rf"rows.npy: row {row}, column 2 is nan; .*\(1 in rows "):
-        load(save(with_nan(row)), stream=True)
+        load_data(save(with_nan(row)), stream=True)
 
 
 # id: (values, options of load, words)
@@ -235,7 +235,7 @@ BAD = {
 def test_what_can_not_be_streamed_is_refused_in_one_line(save, values, options, words):
     path = save(values)
     with pytest.raises(UserError) as error:
-        load(path, **options, stream=True)
+        load_data(path, **options, stream=True)
     assert words in str(error.value)
     assert "\n" not in str(error.value)
 
@@ -244,29 +244,29 @@ def test_a_truncated_file_is_refused(save):
     path = save(BYTES)
     os.truncate(path, os.path.getsize(path) - 9)
     with pytest.raises(UserError, match=r"not a readable \.npy file"):
-        load(path, stream=True)
+        load_data(path, stream=True)
 
 
 def test_other_formats_are_not_streamed(tmp_path):
     (tmp_path / "rows.csv").write_text("1,2\n3,4\n5,6\n")
     for name in ("digits", str(tmp_path / "rows.csv")):
         with pytest.raises(UserError, match=r"only a \.npy file"):
-            load(name, stream=True)
+            load_data(name, stream=True)
 
 
 def test_held_out_rows_that_do_not_fit_are_refused(save, monkeypatch):
     monkeypatch.setattr(data_module, "available_memory", lambda: 4 * 40 * COLUMNS)
     path = save(BYTES)
-    assert len(load(path, test_size=20).test) == 20
+    assert len(load_data(path, test_size=20).test) == 20
     with pytest.raises(UserError, match=r"21 test and validation rows take .* --test-size and --validation-size"):
-        load(path, test_size=20, validation_size=1)
+        load_data(path, test_size=20, validation_size=1)
 
 
 MEMORY = """
 import sys
 from pathlib import Path
 import torch
-from pvae.data.dataset import load
+from pvae.data.loading import load_data
 
 def anonymous():
     lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()

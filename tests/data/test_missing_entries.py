@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from pvae.data.loading import load
+from pvae.data.loading import load_data
 from pvae.errors import UserError
-from pvae.experiments.arviz_export import load as exported
-from pvae.recipes.recipe import Recipe, load_data, resolve
+from pvae.experiments.arviz_export import load_idata as exported
+from pvae.recipes.recipe import Recipe, load_recipe_data, resolve
 from pvae.runtime.files import read_json
 
 X = np.linspace(0, 1, 60, dtype=np.float32).reshape(12, 5)
@@ -17,7 +17,7 @@ INFINITE = np.where(X[3, 1] == X, np.inf, HOLES)
 WHOLE = """
 import pyro, pyro.distributions as dist, torch
 from torch.distributions import constraints
-from pvae.runtime.torch_state import LocalModule, local_method
+from pvae.runtime.pyro_params import LocalModule, local_method
 class Whole(LocalModule):
     support = constraints.real
     def __init__(self, *, columns: int):
@@ -67,16 +67,16 @@ def test_wrong_uses_are_refused_in_one_line(pvae, tmp_path, arrays, flags, words
 def test_rows_on_disk_have_no_labels_to_choose(tmp_path):
     np.save(tmp_path / "rows.npy", X)
     with pytest.raises(UserError, match=r"--only takes labels, and a \.npy file has none"):
-        load(str(tmp_path / "rows.npy"), only=[1], stream=True)
+        load_data(str(tmp_path / "rows.npy"), only=[1], stream=True)
 
 
 def test_an_empty_choice_of_labels_is_refused():
     with pytest.raises(UserError, match=r"--only \[\]: no row has such a label; give some of 0, 1, 2, 3, 4, 5"):
-        load("digits", only=[])
+        load_data("digits", only=[])
 
 
 def test_a_comparison_is_trained_judged_and_reported(pvae, tmp_path):
-    digits = load("digits")
+    digits = load_data("digits")
     whole = torch.cat([digits.train, digits.test])[:300].numpy().reshape(-1, 8, 8)
     hidden = np.random.default_rng(0).random(whole.shape) < 0.3
     np.savez(tmp_path / "rows.npz", x=np.where(hidden, np.nan, whole), y=np.arange(300) % 3)
@@ -104,9 +104,9 @@ def test_what_is_there_is_what_the_complete_rows_have(tmp_path, binarize, stream
     np.save(tmp_path / "whole.npy", x)
     np.save(tmp_path / "holes.npy", np.where(np.isnan(HOLES), np.nan, x).astype(np.float64))
     options = {"binarize": binarize, "test_size": 3, "validation_size": 2}
-    whole, found = (load(str(tmp_path / f"{n}.npy"), missing=n == "holes", **options) for n in ("whole", "holes"))
+    whole, found = (load_data(str(tmp_path / f"{n}.npy"), missing=n == "holes", **options) for n in ("whole", "holes"))
     if stream:
-        resident, found = found, load(str(tmp_path / "holes.npy"), missing=True, stream=True, **options)
+        resident, found = found, load_data(str(tmp_path / "holes.npy"), missing=True, stream=True, **options)
         assert (found.digest, found.summary().split(",")[:3]) == (resident.digest, resident.summary().split(",")[:3])
         assert found.means.equal(resident.means)
     index = torch.arange(len(whole.train))
@@ -128,26 +128,29 @@ def test_what_is_there_is_what_the_complete_rows_have(tmp_path, binarize, stream
 
 def test_an_empty_cell_is_missing(tmp_path):
     (tmp_path / "rows.csv").write_text("a,b,label\n1,2,0\n,3,1\n4,,0\n5,6,1\n7,8,0\n")
-    data = load(str(tmp_path / "rows.csv"), missing=True, test_size=1)
+    data = load_data(str(tmp_path / "rows.csv"), missing=True, test_size=1)
     assert torch.cat([data.train, data.test]).isnan().sum() == 2
 
 
 @pytest.mark.parametrize("binarize", ["threshold", "dynamic"])
 def test_class_models_hold_out_the_same_rows(binarize):
     options = {"binarize": binarize, "validation_size": 100, "seed": 3}
-    whole = load("digits", **options)
+    whole = load_data("digits", **options)
     for part in ("train", "validation", "test"):
         labels = getattr(whole, f"{part}_labels")
         for only in ([3], [0, 7]):
-            own = load("digits", only=only, **options)
+            own = load_data("digits", only=only, **options)
             mine = torch.isin(labels, torch.tensor(only))
             assert getattr(own, part).equal(getattr(whole, part)[mine])
             assert getattr(own, f"{part}_labels").equal(labels[mine])
-    assert load("digits", binarize=binarize, only=[7, 0]).identity == f"digits-{binarize}-only-0,7"
-    assert load("digits", only=range(10), **options).digest == whole.digest
+    assert load_data("digits", binarize=binarize, only=[7, 0]).identity == f"digits-{binarize}-only-0,7"
+    assert load_data("digits", only=range(10), **options).digest == whole.digest
 
 
 def test_labels_to_choose_are_put_in_order():
     own = [resolve(Recipe(only=only)) for only in ([7, 0, 7], None)]
     assert own[0].only == [0, 7]
-    assert [len(load_data(each).train) for each in own] == [int((load("digits").train_labels % 7 == 0).sum()), 1438]
+    assert [len(load_recipe_data(each).train) for each in own] == [
+        int((load_data("digits").train_labels % 7 == 0).sum()),
+        1438,
+    ]

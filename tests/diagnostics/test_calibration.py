@@ -9,11 +9,11 @@ import torch
 from oracles import SOURCES, LinearGaussian
 from posteriors import MISSES, Exact, Gridded
 
-from pvae.diagnostics.calibration import Calibration, band, calibrate, distance
+from pvae.diagnostics.calibration import Calibration, calibrate, ecdf_band, ecdf_distance
 from pvae.errors import UserError
 from pvae.inference.families import Delta, Family
-from pvae.inference.guides import Amortized, Guide, Optimized
-from pvae.inference.latents import find_sites
+from pvae.inference.guides import Amortized, Guide, RefinedGuide
+from pvae.inference.latents import find_latent_sites
 from pvae.stats import uniform_p
 
 SHAPES = [(2, 1.0), (2, 100.0), (10, 1.0), (10, 100.0), pytest.param(50, 100.0, marks=pytest.mark.slow)]
@@ -31,7 +31,7 @@ def calibrated(oracle, like, scale=1.0, shift=0.0, **settings):
 
 
 def p(found):
-    return found.figures()["sbc_p"].mean, found.figures()["tarp_p"].mean
+    return found.summary()["sbc_p"].mean, found.summary()["tarp_p"].mean
 
 
 @pytest.mark.parametrize(("dim", "conditioning"), SHAPES)
@@ -80,8 +80,8 @@ def test_p_values_of_a_somewhat_narrow_one_are_not():
 
 def test_figures_of_a_missed_posterior_are_those_of_closed_forms():
     oracle, like = linear(2, 100.0)
-    narrow = calibrated(oracle, like, 0.5, rows=2000, draws=1000).figures()
-    moved = calibrated(oracle, like, 1.0, 0.5, rows=2000, draws=1000).figures()
+    narrow = calibrated(oracle, like, 0.5, rows=2000, draws=1000).summary()
+    moved = calibrated(oracle, like, 1.0, 0.5, rows=2000, draws=1000).summary()
     normal = torch.distributions.Normal(0.0, 1.0)
     for name, level in (("sbc_coverage_50", 0.5), ("sbc_coverage_90", 0.9)):
         share = 2 * normal.cdf(0.5 * normal.icdf(torch.tensor((1 + level) / 2))).item() - 1
@@ -93,10 +93,10 @@ def test_figures_of_a_missed_posterior_are_those_of_closed_forms():
 
 
 class LogGamma(Family):
-    """log s of s ~ Gamma(lam)."""
+    """log s of s ~ Gamma(q_params)."""
 
-    def forward(self, lam):
-        q = dist.Gamma(lam[..., :1], lam[..., 1:])
+    def forward(self, q_params):
+        q = dist.Gamma(q_params[..., :1], q_params[..., 1:])
         return dist.TransformedDistribution(q, torch.distributions.ExpTransform().inv).to_event(1)
 
 
@@ -119,7 +119,7 @@ def rates(x, index=None):
 
 def test_latents_with_bounds_are_ranked_as_the_real_numbers_behind_them():
     like = torch.ones(5, 3)
-    sites = find_sites(rates, like)
+    sites = find_latent_sites(rates, like)
     assert min(p(calibrate(rates, Rates(sites), like))) > 0.01
     assert p(calibrate(rates, Rates(sites, 1.5), like))[0] < 1e-3
 
@@ -130,7 +130,7 @@ def test_every_source_of_lam_is_judged_by_itself(source):
     torch.manual_seed(0)
     untrained = SOURCES[source](oracle.model, 2, 5, 10)
     settings = {"rows": 200, "draws": 50}
-    best = calibrate(oracle.model, Optimized(untrained, oracle.model, steps=100), like, **settings)
+    best = calibrate(oracle.model, RefinedGuide(untrained, oracle.model, steps=100), like, **settings)
     # Untrained networks are far off; a table's rows are fitted afresh, and the exact posterior is in the family.
     assert (p(calibrate(oracle.model, untrained, like, **settings))[0] < 1e-3) == (source != "PerDatapoint")
     assert p(best)[0] > 0.01
@@ -142,7 +142,7 @@ def test_ecdfs_leave_the_band_where_their_p_value_says_so(N, D):
     for seed in range(40):
         u = torch.rand(N, D, generator=torch.Generator().manual_seed(seed)) ** (1 + 0.3 * (seed % 3))
         found = Calibration(u, u[:, 0], u, u, torch.tensor(1))
-        outside.append(bool(distance(u).max() > band(N, D)))
+        outside.append(bool(ecdf_distance(u).max() > ecdf_band(N, D)))
         assert outside[-1] == bool(found.p_values().min() < 0.05)
     assert 0 < sum(outside) < 40
 
@@ -152,11 +152,11 @@ def test_a_distance_is_the_test_statistic_of_kolmogorov_and_smirnov():
 
     u = torch.rand(50, 3, dtype=torch.double, generator=torch.Generator().manual_seed(0))
     expected = torch.tensor([kstest(column, "uniform").statistic for column in u.T.numpy()])
-    torch.testing.assert_close(distance(u), expected)
+    torch.testing.assert_close(ecdf_distance(u), expected)
 
 
 def test_p_values_and_distances_have_no_error_and_all_else_has():
-    figures = calibrated(*linear(2, 3.0), rows=50).figures()
+    figures = calibrated(*linear(2, 3.0), rows=50).summary()
     assert {name for name, value in figures.items() if math.isnan(value.se)} == {
         "sbc_p",
         "sbc_distance",

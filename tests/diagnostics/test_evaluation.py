@@ -16,17 +16,17 @@ from pvae.diagnostics.evaluation import Budget, Evaluation, bounds, evaluate, re
 from pvae.errors import UserError
 from pvae.inference.families import Delta, DiagonalNormal, FullRankNormal
 from pvae.inference.guides import Amortized, Guide, PerDatapoint
-from pvae.inference.refinement import local_bound
+from pvae.inference.refinement import local_elbo
 from pvae.runtime import pyro_params, torch_state
-from pvae.runtime.result_cache import Ledger
+from pvae.runtime.result_cache import ResultCache
 from pvae.stats import mean_se
 
 B, LATENT, COLUMNS = 200, 2, 5
 BUDGET = Budget(K=1000, steps=200)
-# What the search for the best lam may leave at this budget, nats per row.
+# What the search for the best q_params may leave at this budget, nats per row.
 LEFT = 0.01
 
-# id: what is added to the best lam = (mu, log sigma)
+# id: what is added to the best q_params = (mu, log sigma)
 ASIDE = {
     "best": [0.0, 0.0, 0.0, 0.0],
     "shifted": [0.4, -0.3, 0.0, 0.0],
@@ -37,7 +37,7 @@ ASIDE = {
 
 
 class Beside(nn.Module):
-    """An encoder that misses the best lam of every row by the same step."""
+    """An encoder that misses the best q_params of every row by the same step."""
 
     def __init__(self, oracle, aside):
         super().__init__()
@@ -169,7 +169,7 @@ def equal(one, other):
 @pytest.mark.parametrize("training", [True, False])
 def test_a_seed_fixes_an_evaluation_and_the_stream_outside_goes_on(oracle, training):
     x, found = oracle.sample(10), []
-    guide = PerDatapoint(10, DiagonalNormal(LATENT), bound=local_bound(oracle.model, DiagonalNormal(LATENT)))
+    guide = PerDatapoint(10, DiagonalNormal(LATENT), bound=local_elbo(oracle.model, DiagonalNormal(LATENT)))
     for stream in (1, 2):
         torch.manual_seed(stream)
         before = torch.get_rng_state()
@@ -232,7 +232,7 @@ def test_more_draws_tighten_iwae_and_leave_the_elbo(oracle):
 def test_a_negative_gap_is_reported_as_it_is(monkeypatch):
     oracle = LinearGaussian(LATENT, COLUMNS)
     monkeypatch.setattr(
-        evaluation, "best", lambda model, guide, rows, K, steps: (rows.lam + 1, torch.zeros(len(rows.x)))
+        evaluation, "best", lambda model, guide, rows, K, steps: (rows.q_params + 1, torch.zeros(len(rows.x)))
     )
     found = evaluate(oracle.model, amortized(oracle, "best"), oracle.sample(20), budget=Budget(50, 1))
     assert (found.values["amortization_gap"] < -0.5).all()
@@ -323,19 +323,19 @@ def test_an_evaluation_goes_on_where_it_stopped(oracle, monkeypatch, tmp_path):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        evaluate(oracle.model, guide, x, budget=budget, ledger=Ledger(tmp_path, {}), prefix="test", progress=stop)
+        evaluate(oracle.model, guide, x, budget=budget, ledger=ResultCache(tmp_path, {}), prefix="test", progress=stop)
     names = ["test-000000-000004", "test-000004-000008"]
     assert sorted(path.stem for path in tmp_path.iterdir()) == names
     searched = []
     best = evaluation.best
     monkeypatch.setattr(evaluation, "best", lambda *args: searched.append(len(args[2].x)) or best(*args))
-    again = evaluate(oracle.model, guide, x, budget=budget, ledger=Ledger(tmp_path, {}), prefix="test")
+    again = evaluate(oracle.model, guide, x, budget=budget, ledger=ResultCache(tmp_path, {}), prefix="test")
     assert searched == [2]
     assert equal(whole, again)
 
 
 def test_rows_that_do_not_fit_are_halved(oracle, capsys):
-    torch_state.say_once.cache_clear()
+    torch_state.warn_once.cache_clear()
     x, guide, sizes = oracle.sample(100), amortized(oracle), []
 
     class Small(nn.Module):
@@ -351,7 +351,7 @@ def test_rows_that_do_not_fit_are_halved(oracle, capsys):
     assert abs(off.mean) < 4 * off.se
     said = capsys.readouterr().err.splitlines()
     assert said == ["the device is out of memory: going on with 25 instead of 250 rows at a time"]
-    torch_state.say_once.cache_clear()
+    torch_state.warn_once.cache_clear()
 
 
 # Refinement
@@ -410,7 +410,7 @@ def test_a_point_mass_has_its_joint_density_and_no_gaps(oracle):
 
 def test_training_rows_of_a_table_are_its_rows_and_new_rows_are_fitted(oracle):
     x, family = oracle.sample(B), DiagonalNormal(LATENT)
-    guide = PerDatapoint(B, family, bound=local_bound(oracle.model, family))
+    guide = PerDatapoint(B, family, bound=local_elbo(oracle.model, family))
     guide.table.copy_(oracle.best(x) + torch.tensor(ASIDE["far off"]))
     table = guide.table.clone()
     order = torch.randperm(B, generator=torch.Generator().manual_seed(0))[:50]

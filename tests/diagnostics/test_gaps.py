@@ -12,15 +12,15 @@ from pvae.diagnostics.evaluation import Budget, evaluate, family_gains
 from pvae.errors import UserError
 from pvae.inference.families import DiagonalNormal, Family, FlowFamily, FullRankNormal
 from pvae.inference.guides import Amortized
-from pvae.inference.latents import find_sites
-from pvae.samplers.gaussian_vi import best_normal
+from pvae.inference.latents import find_latent_sites
+from pvae.samplers.gaussian_vi import fit_gaussian
 from pvae.stats import mean_se
 
 LEFT = 0.01
 
 
 class Beside(nn.Module):
-    """An encoder that misses the best lam of every row by the same number in all entries."""
+    """An encoder that misses the best q_params of every row by the same number in all entries."""
 
     def __init__(self, oracle, aside=0.3):
         super().__init__()
@@ -39,7 +39,7 @@ def oracle():
     return LinearGaussian(2, 5)
 
 
-# Dimensions and conditioning: what the search leaves grows with the entries of lam, at 8 draws for each gradient.
+# Dimensions and conditioning: what the search leaves grows with the entries of q_params, at 8 draws for each gradient.
 
 
 @pytest.mark.parametrize(("dim", "left"), [(2, 0.01), (10, 0.03), (50, 0.12)])
@@ -74,7 +74,7 @@ def test_annealed_evidence_is_the_exact_one(start):
     assert -0.02 - 4 * off.se < off.mean < 4 * off.se
     assert 0.5 < found.values["ais_acceptance"].mean() < 0.85
     # Two draws of IWAE are far below: the evidence is the annealed one, and says so.
-    of = {"prior": "the prior", "guide": "the best lam of the family"}[start]
+    of = {"prior": "the prior", "guide": "the best q_params of the family"}[start]
     assert found.estimator == f"AIS over 100 temperatures of 8 chains from {of}"
     assert torch.equal(found.values["evidence"], found.values["ais"])
     both = found.values["approximation_gap"] + found.values["best_elbo"]
@@ -85,12 +85,12 @@ def test_the_higher_bound_is_the_evidence(oracle):
     x = oracle.sample(20)
     found = evaluate(oracle.model, amortized(oracle), x, budget=Budget(1000, 50, temperatures=2, chains=2))
     assert found.values["ais"].nanmean() < found.values["best_iwae"].mean() - 0.1
-    assert found.estimator == "IWAE-1000 from the best lam of the family"
+    assert found.estimator == "IWAE-1000 from the best q_params of the family"
     assert torch.equal(found.values["evidence"], found.values["best_iwae"])
 
 
 def test_rows_that_annealing_lost_have_their_other_bound(oracle, monkeypatch):
-    def lost(model, guide, lam, rows, plan):
+    def lost(model, guide, q_params, rows, plan):
         ais = oracle.evidence(rows.x).to(rows.x) + 1
         ais[:3] = torch.nan
         return {"ais": ais}
@@ -101,7 +101,7 @@ def test_rows_that_annealing_lost_have_their_other_bound(oracle, monkeypatch):
     assert torch.equal(found.values["evidence"][:3], found.values["best_iwae"][:3])
     assert found.estimator == (
         "AIS over 9 temperatures of 16 chains from the prior, "
-        "but IWAE-100 from the best lam of the family for 3 rows where every chain diverged"
+        "but IWAE-100 from the best q_params of the family for 3 rows where every chain diverged"
     )
 
 
@@ -199,7 +199,7 @@ class Two(nn.Module):
 def test_full_rank_holds_the_posterior_of_several_latents():
     torch.manual_seed(0)
     program, x = Two(), torch.randn(10, 3)
-    guide = Amortized(nn.Linear(3, 6), DiagonalNormal(3), sites=find_sites(program.model, x))
+    guide = Amortized(nn.Linear(3, 6), DiagonalNormal(3), sites=find_latent_sites(program.model, x))
     found = family_gains(program.model, guide, x, families={"F": FullRankNormal}, budget=Budget(500, 100))["F"]
     torch.testing.assert_close(found.elbo, program.evidence(x), atol=1e-3, rtol=0)
     assert found.gain.mean() > 0.3
@@ -207,7 +207,7 @@ def test_full_rank_holds_the_posterior_of_several_latents():
 
 def test_rows_whose_curvature_is_lost_keep_the_start_at_independent_normals(oracle, monkeypatch):
     x, families, budget = oracle.sample(5), {"F": FullRankNormal, "U": Unshaped}, Budget(200, 20)
-    monkeypatch.setattr(gaps, "best_normal", lambda target, *normals, seed: best_normal(lost, *normals, seed=seed))
+    monkeypatch.setattr(gaps, "best_normal", lambda target, *normals, seed: fit_gaussian(lost, *normals, seed=seed))
     found = family_gains(oracle.model, amortized(oracle), x, families=families, budget=budget)
     torch.testing.assert_close(found["F"].elbo, found["U"].elbo)
 

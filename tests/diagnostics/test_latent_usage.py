@@ -10,15 +10,15 @@ from oracles import LinearGaussian
 from torch import nn
 from torch.distributions import kl_divergence
 
-from pvae.diagnostics.latent_usage import _discrepancy, _holes, latent_health
+from pvae.diagnostics.latent_usage import _discrepancy, _holes, measure_latent_usage
 from pvae.errors import UserError
 from pvae.generative import priors
 from pvae.generative.likelihoods import Gaussian
 from pvae.generative.vae import VAE
 from pvae.inference.families import Delta, DiagonalNormal, FlowFamily, FullRankNormal, MixtureOfNormals
 from pvae.inference.guides import Amortized, PerDatapoint
-from pvae.inference.latents import find_sites
-from pvae.inference.refinement import local_bound
+from pvae.inference.latents import find_latent_sites
+from pvae.inference.refinement import local_elbo
 from pvae.runtime.pyro_params import LocalModule, local_method
 from pvae.runtime.torch_state import seeded
 from pvae.stats import uniform_p
@@ -27,7 +27,7 @@ D, M, N = 2, 5, 1500
 
 
 class Encoder(nn.Module):
-    """The exact posterior of a linear Gaussian as FullRankNormal's lam, its means moved and stretched."""
+    """The exact posterior of a linear Gaussian as FullRankNormal's q_params, its means moved and stretched."""
 
     def __init__(self, oracle, shift=0.0, stretch=1.0):
         super().__init__()
@@ -44,12 +44,12 @@ class Encoder(nn.Module):
 class Constant(nn.Module):
     """An encoder that says the same of every row."""
 
-    def __init__(self, lam):
+    def __init__(self, q_params):
         super().__init__()
-        self.lam = torch.as_tensor(lam)
+        self.q_params = torch.as_tensor(q_params)
 
     def forward(self, x):
-        return self.lam.expand(len(x), -1)
+        return self.q_params.expand(len(x), -1)
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +63,7 @@ def encoded(oracle, **own):
 
 @pytest.fixture(scope="module")
 def healthy(oracle):
-    return latent_health(oracle.model, encoded(oracle), oracle.sample(N))
+    return measure_latent_usage(oracle.model, encoded(oracle), oracle.sample(N))
 
 
 def near(estimate, exact, errors=5):
@@ -92,7 +92,7 @@ def test_total_kl_is_the_closed_form(oracle, healthy):
 
 def test_mutual_information_is_the_closed_form_and_nothing_is_left_of_the_kl(oracle, healthy):
     exact = torch.logdet(oracle.precision).item() / 2
-    figures = healthy.figures()
+    figures = healthy.summary()
     assert figures["mutual_information"].se < 0.04
     assert near(figures["mutual_information"], exact)
     assert near(figures["total_kl"], exact)
@@ -104,7 +104,7 @@ def test_encodings_of_the_programs_own_rows_fill_its_prior(healthy):
     assert healthy.mmd_p > 0.05
     assert (healthy.ks_p > 0.05).all()
     assert abs(healthy.mmd) < 4 * healthy.mmd_se
-    assert near(healthy.figures()["holes"], 0.01, errors=4)
+    assert near(healthy.summary()["holes"], 0.01, errors=4)
     assert healthy.active() == D
 
 
@@ -117,7 +117,9 @@ def test_draws_and_means_have_the_stated_shapes(healthy):
     assert healthy.codes.shape == healthy.prior.shape == (1000, D)
     assert healthy.means.shape == (N, D)
     assert all(isinstance(value, torch.Tensor) for value in vars(healthy).values())
-    few = latent_health(LinearGaussian(D, M).model, encoded(LinearGaussian(D, M)), LinearGaussian(D, M).sample(30))
+    few = measure_latent_usage(
+        LinearGaussian(D, M).model, encoded(LinearGaussian(D, M)), LinearGaussian(D, M).sample(30)
+    )
     assert few.codes.shape == (30, D)
 
 
@@ -130,17 +132,17 @@ OFF = {"shifted": ({"shift": 0.5}, 0.1), "stretched": ({"stretch": 1.5}, 0.03), 
 @pytest.mark.parametrize("name", OFF)
 def test_encodings_that_miss_the_prior_are_told(oracle, name):
     change, least = OFF[name]
-    found = latent_health(oracle.model, encoded(oracle, **change), oracle.sample(N))
+    found = measure_latent_usage(oracle.model, encoded(oracle, **change), oracle.sample(N))
     assert found.mmd_p < 0.01
     assert found.ks_p.min() < 0.001
-    marginal = found.figures()["marginal_kl"]
+    marginal = found.summary()["marginal_kl"]
     assert marginal.mean - 4 * marginal.se > 0
     assert marginal.mean > least
 
 
 def test_a_shift_of_one_dimension_is_found_in_that_dimension(oracle):
     guide = encoded(oracle, shift=torch.tensor([0.0, 0.5]))
-    found = latent_health(oracle.model, guide, oracle.sample(N))
+    found = measure_latent_usage(oracle.model, guide, oracle.sample(N))
     assert found.ks_p[1] < 1e-6
     assert found.ks_p[0] > 0.01
 
@@ -148,25 +150,25 @@ def test_a_shift_of_one_dimension_is_found_in_that_dimension(oracle):
 def test_two_clusters_leave_a_hole(oracle):
     class Apart(Encoder):
         def forward(self, x):
-            lam = super().forward(x)
-            return torch.cat([lam[:, :1] + 3 * lam[:, :1].sign(), lam[:, 1:]], -1)
+            q_params = super().forward(x)
+            return torch.cat([q_params[:, :1] + 3 * q_params[:, :1].sign(), q_params[:, 1:]], -1)
 
-    found = latent_health(oracle.model, Amortized(Apart(oracle), FullRankNormal(D)), oracle.sample(N))
+    found = measure_latent_usage(oracle.model, Amortized(Apart(oracle), FullRankNormal(D)), oracle.sample(N))
     assert found.holes - 5 * found.holes_se > 0.1
 
 
 def test_a_collapsed_guide_has_no_active_unit_and_no_information(oracle):
     guide = Amortized(Constant(torch.zeros(2 * D)), DiagonalNormal(D))
-    found = latent_health(oracle.model, guide, oracle.sample(300))
+    found = measure_latent_usage(oracle.model, guide, oracle.sample(300))
     assert found.active() == 0
-    assert found.figures()["active_units"].se < 0.01
+    assert found.summary()["active_units"].se < 0.01
     for value in (found.total_kl, found.mutual_information, found.marginal_kl, found.kl):
         assert value.abs().max() < 1e-5
     assert found.mmd_p > 0.01  # it fills the prior all the same
 
 
 def test_one_dimension_may_collapse_alone(oracle):
-    found = latent_health(oracle.model, encoded(oracle, stretch=torch.tensor([1.0, 0.0])), oracle.sample(300))
+    found = measure_latent_usage(oracle.model, encoded(oracle, stretch=torch.tensor([1.0, 0.0])), oracle.sample(300))
     assert found.active() == 1
     assert found.activity[1] < 1e-6
 
@@ -178,7 +180,7 @@ def test_information_is_never_above_the_logarithm_of_the_rows(oracle):
             return torch.cat([100 * mean, torch.full_like(mean, -5.0)], -1)
 
     guide = Amortized(Narrow(oracle), DiagonalNormal(D))
-    found = latent_health(oracle.model, guide, oracle.sample(50))
+    found = measure_latent_usage(oracle.model, guide, oracle.sample(50))
     assert found.mutual_information.item() == pytest.approx(math.log(50), abs=1e-3)
     assert found.saturated()
     assert found.total_kl > 100
@@ -193,14 +195,16 @@ def test_families_without_moments_in_closed_form_agree_with_normals(oracle, fami
 
     class Wide(nn.Module):
         def forward(self, x):
-            lam = oracle.best(x)
+            q_params = oracle.best(x)
             start = family.initial().expand(len(x), -1)
             return (
-                torch.cat([start[:, :1], lam], -1) if family.size == 2 * D + 1 else torch.cat([lam, start[:, 4:]], -1)
+                torch.cat([start[:, :1], q_params], -1)
+                if family.size == 2 * D + 1
+                else torch.cat([q_params, start[:, 4:]], -1)
             )
 
-    found = latent_health(oracle.model, Amortized(Wide(), family), x)
-    normal = latent_health(oracle.model, Amortized(Best(oracle), DiagonalNormal(D)), x)
+    found = measure_latent_usage(oracle.model, Amortized(Wide(), family), x)
+    normal = measure_latent_usage(oracle.model, Amortized(Best(oracle), DiagonalNormal(D)), x)
     # 100 draws for a variance: half its relative variance, 0.01, enters the KL; the flow starts near the identity.
     assert (found.kl - normal.kl).abs().max() < 0.05
     assert (found.activity - normal.activity).abs().max() < 0.03
@@ -227,9 +231,9 @@ def test_independent_priors_are_scored_as_they_are():
     u = torch.linspace(-8, 8, 200001, dtype=torch.double)
     q, p = dist.Normal(torch.tensor(0.3).double(), 0.5), dist.Laplace(torch.tensor(0.0).double(), 0.7)
     exact = torch.trapezoid(q.log_prob(u).exp() * (q.log_prob(u) - p.log_prob(u)), u)
-    lam = torch.tensor([0.3, 0.3, math.log(0.5), math.log(0.5)])
-    guide = Amortized(Constant(lam), DiagonalNormal(D))
-    found = latent_health(with_prior(priors.Laplace(D, scale=0.7)).model, guide, torch.zeros(500, M))
+    q_params = torch.tensor([0.3, 0.3, math.log(0.5), math.log(0.5)])
+    guide = Amortized(Constant(q_params), DiagonalNormal(D))
+    found = measure_latent_usage(with_prior(priors.Laplace(D, scale=0.7)).model, guide, torch.zeros(500, M))
     assert (found.kl.double() - exact).abs().max() < 5 * found.kl_se.max()
     assert found.kl_se.max() < 0.01
 
@@ -239,14 +243,14 @@ def test_other_priors_are_compared_by_the_moments_of_their_draws():
     with seeded(0):
         drawn = prior().sample((20000,))
     guide = Amortized(Constant(torch.zeros(2 * D)), DiagonalNormal(D))
-    found = latent_health(with_prior(prior).model, guide, torch.zeros(2000, M))
+    found = measure_latent_usage(with_prior(prior).model, guide, torch.zeros(2000, M))
     exact = kl_divergence(dist.Normal(torch.zeros(D), 1.0), dist.Normal(drawn.mean(0), drawn.std(0)))
     assert (found.kl - exact).abs().max() < 0.03  # 2000 draws tell a standard deviation to 0.016 of it
 
 
 def test_a_point_mass_has_encodings_but_no_kl(oracle):
     guide = Amortized(nn.Linear(M, D), Delta(D))
-    found = latent_health(oracle.model, guide, oracle.sample(100))
+    found = measure_latent_usage(oracle.model, guide, oracle.sample(100))
     for name in ("kl", "total_kl", "mutual_information", "marginal_kl"):
         assert getattr(found, name).isnan().all()
     assert not found.saturated()
@@ -269,9 +273,9 @@ class TwoSites(LocalModule):
 
 def test_bounded_latents_are_seen_as_the_real_vectors_behind_them():
     program, x = TwoSites(), torch.zeros(1000, M)
-    sites = find_sites(program.model, x)
-    lam = torch.tensor([0.0, 0.0, 0.0, 0.0, 0.0, math.log(0.5)])
-    found = latent_health(program.model, Amortized(Constant(lam), DiagonalNormal(3), sites=sites), x)
+    sites = find_latent_sites(program.model, x)
+    q_params = torch.tensor([0.0, 0.0, 0.0, 0.0, 0.0, math.log(0.5)])
+    found = measure_latent_usage(program.model, Amortized(Constant(q_params), DiagonalNormal(3), sites=sites), x)
     assert found.total_kl.abs() < 1e-4  # q is the prior
     assert found.kl.max() < 0.01
     assert found.mmd_p > 0.01
@@ -279,9 +283,9 @@ def test_bounded_latents_are_seen_as_the_real_vectors_behind_them():
 
 
 def test_rows_of_a_table_are_seen_by_their_index(oracle):
-    guide = PerDatapoint(40, DiagonalNormal(D), bound=local_bound(oracle.model, DiagonalNormal(D)))
+    guide = PerDatapoint(40, DiagonalNormal(D), bound=local_elbo(oracle.model, DiagonalNormal(D)))
     guide.table[:, 0] = torch.linspace(-2, 2, 40)
-    found = latent_health(oracle.model, guide, oracle.sample(40), torch.arange(40))
+    found = measure_latent_usage(oracle.model, guide, oracle.sample(40), torch.arange(40))
     assert torch.equal(found.means, guide.table[:, :D])
     assert found.active() == 1
 
@@ -321,7 +325,9 @@ def test_holes_are_one_in_a_hundred_where_there_are_none():
 
 @pytest.mark.slow
 def test_p_values_of_an_exact_posterior_are_uniform_over_repeats(oracle):
-    found = [latent_health(oracle.model, encoded(oracle), oracle.sample(200, seed=s), seed=s) for s in range(100)]
+    found = [
+        measure_latent_usage(oracle.model, encoded(oracle), oracle.sample(200, seed=s), seed=s) for s in range(100)
+    ]
     p = torch.stack([f.mmd_p for f in found]) - torch.rand(100, generator=torch.Generator().manual_seed(1)) / 501
     assert uniform_p(p.unsqueeze(-1)) > 0.01
     assert (torch.stack([f.ks_p.min() for f in found]) < 0.05).double().mean() < 0.12  # 0.05 +- 0.022
@@ -333,7 +339,7 @@ def test_health_repeats_and_leaves_the_random_stream_alone(oracle):
     x = oracle.sample(50)
     torch.manual_seed(7)
     before = torch.get_rng_state()
-    one, two, other = (latent_health(oracle.model, encoded(oracle), x, seed=seed) for seed in (0, 0, 1))
+    one, two, other = (measure_latent_usage(oracle.model, encoded(oracle), x, seed=seed) for seed in (0, 0, 1))
     assert torch.equal(before, torch.get_rng_state())
     for name, value in vars(one).items():
         assert torch.equal(value, getattr(two, name))
@@ -342,6 +348,6 @@ def test_health_repeats_and_leaves_the_random_stream_alone(oracle):
 
 def test_too_few_rows_or_draws_are_mistakes_of_the_user(oracle):
     with pytest.raises(UserError, match="1 is too few"):
-        latent_health(oracle.model, encoded(oracle), oracle.sample(1))
+        measure_latent_usage(oracle.model, encoded(oracle), oracle.sample(1))
     with pytest.raises(UserError, match="draws is 0"):
-        latent_health(oracle.model, encoded(oracle), oracle.sample(5), draws=0)
+        measure_latent_usage(oracle.model, encoded(oracle), oracle.sample(5), draws=0)

@@ -10,11 +10,11 @@ import torch
 from oracles import LinearGaussian
 from posteriors import MISSES, Exact, Gridded
 
-from pvae.diagnostics.mcmc_reference import _drawn, against_chains, compare, long_chains
+from pvae.diagnostics.mcmc_reference import _drawn, compare_with_chains, compare_with_mcmc, run_long_chains
 from pvae.errors import UserError
 from pvae.inference.families import Delta, DiagonalNormal
 from pvae.inference.guides import Amortized, Guide
-from pvae.samplers.ais import Annealed
+from pvae.samplers.ais import AISEstimate
 from pvae.stats import uniform_p
 
 ROWS = 10
@@ -26,7 +26,7 @@ SLOW = [(2, 1.0), (2, 100.0), (10, 1.0), (50, 1.0), (50, 100.0)]
 def linear(dim, conditioning, **settings):
     oracle = LinearGaussian(dim, dim + 3, conditioning=conditioning)
     x = oracle.sample(ROWS)
-    return (lambda *miss: Exact(oracle, *miss)), x, long_chains(oracle.model, x, **SHORT | settings)
+    return (lambda *miss: Exact(oracle, *miss)), x, run_long_chains(oracle.model, x, **SHORT | settings)
 
 
 def curved():
@@ -38,7 +38,7 @@ def curved():
         found.oracle = oracle
         return found
 
-    return guide, x, long_chains(oracle.model, x, **SHORT)
+    return guide, x, run_long_chains(oracle.model, x, **SHORT)
 
 
 @pytest.fixture(
@@ -63,7 +63,7 @@ def exact_moments(guide, x):
 
 def test_chains_are_sound_and_have_the_exact_means_and_standard_deviations(case):
     guide, x, chains = case
-    found = compare(chains, guide(), x)
+    found = compare_with_chains(chains, guide(), x)
     mean, sd = exact_moments(guide(), x)
     assert found.sound.all()
     assert ((found.mean - mean).abs() < 4.5 * found.sd / found.ess.sqrt()).all()  # 4.5 standard errors
@@ -73,7 +73,7 @@ def test_chains_are_sound_and_have_the_exact_means_and_standard_deviations(case)
 
 def test_an_exact_posterior_passes(case):
     guide, x, chains = case
-    figures = compare(chains, guide(), x).figures()
+    figures = compare_with_chains(chains, guide(), x).summary()
     assert figures["reference_p"].mean > 0.01
     assert figures["mean_error"].mean < 0.02  # a sampler's noise, 0.03, is taken off
     for name, value in (("sd_ratio", 1.0), ("coverage_50", 0.5), ("coverage_90", 0.9)):
@@ -84,7 +84,7 @@ def test_an_exact_posterior_passes(case):
 def test_a_missed_posterior_is_found_and_by_how_much(case, miss):
     guide, x, chains = case
     scale, shift = MISSES[miss]
-    figures = compare(chains, guide(scale, shift), x).figures()
+    figures = compare_with_chains(chains, guide(scale, shift), x).summary()
     assert figures["reference_p"].mean < 1e-3
     assert figures["mean_error"].mean == pytest.approx(shift, abs=0.03)  # standard error at most 0.007
     assert figures["sd_ratio"].mean == pytest.approx(scale, rel=0.02)  # standard error at most 0.4%
@@ -94,7 +94,7 @@ def test_a_missed_posterior_is_found_and_by_how_much(case, miss):
 @pytest.mark.parametrize("scale", [0.5, 2.0])
 def test_coverage_is_that_of_closed_forms(case, scale):
     guide, x, chains = case
-    figures = compare(chains, guide(scale), x).figures()
+    figures = compare_with_chains(chains, guide(scale), x).summary()
     normal = torch.distributions.Normal(0.0, 1.0)
     for name, level in (("coverage_50", 0.5), ("coverage_90", 0.9)):
         exact = 2 * normal.cdf(scale * normal.icdf(torch.tensor((1 + level) / 2))).item() - 1
@@ -106,10 +106,10 @@ def test_p_values_of_the_exact_posterior_are_uniform_themselves():
     # Rows have chains of their own: 500 rows are 100 repeats of 5.
     oracle = LinearGaussian(2, 5)
     x = oracle.sample(500)
-    chains = long_chains(oracle.model, x, **SHORT)
+    chains = run_long_chains(oracle.model, x, **SHORT)
 
     def repeats(scale):
-        found = compare(chains, Exact(oracle, scale), x)
+        found = compare_with_chains(chains, Exact(oracle, scale), x)
         return torch.stack([some(found, slice(i, None, 100)).p_values().flatten() for i in range(100)])
 
     assert (uniform_p(repeats(1.0)) > 0.01).all()
@@ -136,7 +136,7 @@ class Fixed(Guide):
 @pytest.fixture(scope="module")
 def folds():
     x = torch.tensor([[0.0], [6.0], [0.0]])
-    return against_chains(folded, Fixed(), x, draws=700, warm_up=200, temperatures=30)
+    return compare_with_mcmc(folded, Fixed(), x, draws=700, warm_up=200, temperatures=30)
 
 
 def some(found, rows):
@@ -147,7 +147,7 @@ def some(found, rows):
 def test_chains_that_are_stuck_in_different_modes_are_refused_and_no_figure_uses_them(folds):
     assert folds.sound.tolist() == [True, False, True]
     assert folds.r_hat[1] > 1.5
-    figures, alone = folds.figures(), some(folds, [0, 2]).figures()
+    figures, alone = folds.summary(), some(folds, [0, 2]).summary()
     assert figures["sound"].mean == pytest.approx(2 / 3)
     assert alone["sound"].mean == 1
     assert {n: v.mean for n, v in figures.items() if n != "sound"} == {
@@ -156,14 +156,14 @@ def test_chains_that_are_stuck_in_different_modes_are_refused_and_no_figure_uses
 
 
 def test_where_most_chains_are_refused_there_is_no_number(folds):
-    assert set(some(folds, [0, 1]).figures()) > {"sound"}
-    assert set(some(folds, [0, 1, 1]).figures()) == {"sound"}
+    assert set(some(folds, [0, 1]).summary()) > {"sound"}
+    assert set(some(folds, [0, 1, 1]).summary()) == {"sound"}
 
 
 def test_chains_that_are_too_short_are_refused():
     oracle = LinearGaussian(2, 5)
     x = oracle.sample(4)
-    found = against_chains(oracle.model, Exact(oracle), x, draws=30, warm_up=30, temperatures=10)
+    found = compare_with_mcmc(oracle.model, Exact(oracle), x, draws=30, warm_up=30, temperatures=10)
     assert not found.sound.any()
 
 
@@ -172,7 +172,7 @@ def test_chains_that_diverge_are_refused(case):
     guide, x, chains = case
     divergent = torch.zeros(ROWS)
     divergent[1] = 0.05
-    sound = compare(replace(chains, divergent=divergent), guide(), x).sound
+    sound = compare_with_chains(replace(chains, divergent=divergent), guide(), x).sound
     assert torch.equal(sound, divergent == 0)
 
 
@@ -180,7 +180,7 @@ def test_chains_start_at_different_particles_that_have_weight():
     position = torch.arange(12.0).view(12, 1, 1).expand(12, 3, 2)
     log_w = torch.full((12, 3), -1000.0)
     log_w[4:8], log_w[:, 2] = 0.0, math.nan
-    begin = _drawn(Annealed(log_w, position, log_w[0], log_w[0]), 4)
+    begin = _drawn(AISEstimate(log_w, position, log_w[0], log_w[0]), 4)
     assert begin.shape == (4, 3, 2)
     assert begin[:, :2].sort(0).values[:, 0, 0].tolist() == [4, 5, 6, 7]
     assert len(begin[:, 2, 0].unique()) == 4  # without weights any will do
@@ -191,7 +191,7 @@ def test_a_seed_fixes_all_and_the_stream_outside_goes_on():
     x, few = oracle.sample(3), {"draws": 10, "warm_up": 10, "temperatures": 5}
     before, seen = torch.get_rng_state(), []
     one, same, other = (
-        against_chains(oracle.model, Exact(oracle), x, seed=seed, progress=seen.append, **few) for seed in (3, 3, 4)
+        compare_with_mcmc(oracle.model, Exact(oracle), x, seed=seed, progress=seen.append, **few) for seed in (3, 3, 4)
     )
     assert torch.equal(torch.get_rng_state(), before)
     assert torch.equal(one.mean, same.mean)
@@ -206,10 +206,10 @@ def test_a_seed_fixes_all_and_the_stream_outside_goes_on():
 def test_counts_below_one_are_refused(name):
     oracle = LinearGaussian(2, 5)
     with pytest.raises(UserError, match=f"{name} is 0, but it must be at least 1"):
-        against_chains(oracle.model, Exact(oracle), oracle.sample(2), **{"draws": 5, "warm_up": 5, name: 0})
+        compare_with_mcmc(oracle.model, Exact(oracle), oracle.sample(2), **{"draws": 5, "warm_up": 5, name: 0})
 
 
 def test_a_point_mass_is_refused():
     oracle = LinearGaussian(2, 5)
     with pytest.raises(UserError, match="Delta is a point mass"):
-        against_chains(oracle.model, Amortized(torch.nn.Linear(5, 2), Delta(2)), oracle.sample(2))
+        compare_with_mcmc(oracle.model, Amortized(torch.nn.Linear(5, 2), Delta(2)), oracle.sample(2))

@@ -7,7 +7,7 @@ import torch
 from oracles import SOURCES, LinearGaussian
 from torch import nn
 
-from pvae.diagnostics.predictive_checks import STATISTICS, _kept, _p, predictive_checks
+from pvae.diagnostics.predictive_checks import STATISTICS, _kept, _p, run_predictive_checks
 from pvae.errors import UserError
 from pvae.generative.likelihoods import Bernoulli, Categorical
 from pvae.generative.priors import StandardNormal
@@ -22,7 +22,7 @@ D, M, N = 2, 6, 300
 
 
 class Exact(nn.Module):
-    """An encoder of the exact posterior of a linear Gaussian as FullRankNormal's lam."""
+    """An encoder of the exact posterior of a linear Gaussian as FullRankNormal's q_params."""
 
     def __init__(self, oracle):
         super().__init__()
@@ -46,7 +46,7 @@ def guide(oracle):
 
 
 def checked(oracle, guide, x, **own):
-    return predictive_checks(oracle.model, guide, x, **{"replicates": 100, "hidden": 0.0} | own)
+    return run_predictive_checks(oracle.model, guide, x, **{"replicates": 100, "hidden": 0.0} | own)
 
 
 def statistic(found, name):
@@ -95,7 +95,7 @@ def test_a_statistic_that_can_not_vary_tells_nothing():
     vae = VAE(nn.Linear(D, M), Bernoulli(), StandardNormal(D))
     family = DiagonalNormal(D)
     x = (torch.arange(40 * M) % 3 == 0).float().view(40, M)
-    found = predictive_checks(vae.model, Amortized(nn.Linear(M, 2 * D), family), x, replicates=20, hidden=0)
+    found = run_predictive_checks(vae.model, Amortized(nn.Linear(M, 2 * D), family), x, replicates=20, hidden=0)
     assert statistic(found, "largest value") == 0.5
 
 
@@ -147,7 +147,7 @@ def test_the_forecast_of_hidden_values_is_the_conditional_gaussian(scale):
         error = mean_se(scores.double() - exact / (M // 2))
         assert error.se < 0.004  # nats: the forecasts' own Monte Carlo error
         assert abs(error.mean) < 5 * error.se
-    gain = found.figures()["imputation_gain"]
+    gain = found.summary()["imputation_gain"]
     assert (gain.mean > 5 * gain.se) == (scale == 0.25)  # where noise drowns the latents, looking wins little
 
 
@@ -156,7 +156,7 @@ def test_forecasts_come_from_the_program_whatever_the_source_of_lam(oracle, sour
     x, index = oracle.sample(60), torch.arange(60)
     with seeded(3):
         guide = SOURCES[source](oracle.model, D, M, 60)
-    found = predictive_checks(oracle.model, guide, x, index, replicates=1, K=500)
+    found = run_predictive_checks(oracle.model, guide, x, index, replicates=1, K=500)
     exact = forecasts(oracle, x, hidden_by(x))[0] / (M // 2)
     error = mean_se(found.imputation.double() - exact)
     assert error.se < 0.01
@@ -176,7 +176,7 @@ def test_what_is_hidden_can_not_be_seen(oracle, guide):
 
 def test_a_program_whose_columns_are_confused_forecasts_worse_than_columns_alone(oracle, guide):
     x = oracle.sample(100).roll(1, 1) - oracle.bias.float().roll(1) + oracle.bias.float()
-    gain = checked(oracle, guide, x, replicates=1, hidden=0.5).figures()["imputation_gain"]
+    gain = checked(oracle, guide, x, replicates=1, hidden=0.5).summary()["imputation_gain"]
     assert gain.mean < -2 * gain.se
 
 
@@ -185,16 +185,16 @@ def test_levels_are_forecast_too():
         vae = VAE(nn.Linear(D, 4 * M), Categorical(levels=4), StandardNormal(D))
         guide = Amortized(nn.Linear(M, 2 * D), DiagonalNormal(D))
     x = (torch.arange(30 * M) % 4).float().view(30, M)
-    found = predictive_checks(vae.model, guide, x, replicates=5, K=200, steps=20)
+    found = run_predictive_checks(vae.model, guide, x, replicates=5, K=200, steps=20)
     assert (found.imputation < 0).all()
     assert (found.imputation_marginal < 0).all()
 
 
 def test_a_point_mass_is_checked_but_forecasts_nothing(oracle):
     guide = Amortized(nn.Linear(M, D), Delta(D))
-    found = predictive_checks(oracle.model, guide, oracle.sample(20), replicates=5)
+    found = run_predictive_checks(oracle.model, guide, oracle.sample(20), replicates=5)
     assert found.imputation.isnan().all()
-    assert "imputation" not in found.figures()
+    assert "imputation" not in found.summary()
     assert not found.pixel_p.isnan().any()
 
 
@@ -222,7 +222,7 @@ class Labelled(LocalModule):
 def test_programs_that_observe_a_part_of_the_row_are_checked(program):
     x = torch.randn(20, D + 2, generator=torch.Generator().manual_seed(0))
     guide = Amortized(nn.Linear(D + 2, 2 * D), DiagonalNormal(D))
-    found = predictive_checks(program().model, guide, x, replicates=5, K=50, steps=10)
+    found = run_predictive_checks(program().model, guide, x, replicates=5, K=50, steps=10)
     assert found.pixel_p.shape == (D,)
     assert found.imputation.isnan().all() == (program is Whole)
 
@@ -250,7 +250,7 @@ def test_numbers_out_of_range_are_mistakes_of_the_user(oracle, guide, own, messa
 
 
 def test_figures_are_of_every_statistic(oracle, guide):
-    found = checked(oracle, guide, oracle.sample(50), replicates=40, hidden=0.5, K=50, steps=5).figures()
+    found = checked(oracle, guide, oracle.sample(50), replicates=40, hidden=0.5, K=50, steps=5).summary()
     told = {"statistics_off", "columns_off", "imputation", "imputation_marginal", "imputation_gain"}
     assert {f"p of {name}" for name in STATISTICS} | told == set(found)
     p = found["p of mean"]

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from pvae.diagnostics.trust import DISTRUST, NAMES, REFINE, RULES, TRUST, UNKNOWN, USES, Rule, judge
+from pvae.diagnostics.trust import DISTRUST, NAMES, REFINE, RULES, TRUST, UNKNOWN, USES, Rule, assess_trust
 from pvae.stats import Estimate
 
 # Figures with which no rule fires.
@@ -68,7 +68,7 @@ def test_every_line_names_its_use_its_source_and_the_place_of_its_figure(rule):
 
 
 def test_sound_figures_are_trusted_for_every_use():
-    found = judge(figures(), figures())
+    found = assess_trust(figures(), figures())
     assert {v.use: v.level for v in found} == dict.fromkeys(USES, TRUST)
     assert all(not v.first and v.because[0].startswith("within limits") for v in found)
 
@@ -77,7 +77,7 @@ def test_sound_figures_are_trusted_for_every_use():
 def test_the_level_follows_from_what_refinement_leaves(rule):
     wrong, sound = figures(**beyond(rule)), figures()
     for refined, level in ((sound, REFINE), (wrong, DISTRUST), ({}, DISTRUST)):
-        found = {v.use: v for v in judge(wrong, refined)}
+        found = {v.use: v for v in assess_trust(wrong, refined)}
         assert found[rule.use].level == level
         assert found[rule.use].first
         assert all(found[use].level == TRUST for use in USES if use != rule.use)
@@ -97,27 +97,27 @@ def without(*names):
     ],
 )
 def test_a_use_that_was_not_looked_at_is_not_trusted(use, names):
-    levels = {v.use: v.level for v in judge(without(*names), without(*names))}
+    levels = {v.use: v.level for v in assess_trust(without(*names), without(*names))}
     assert levels[use] == UNKNOWN
     assert all(level == TRUST for other, level in levels.items() if other != use)
 
 
 def test_chains_that_disagree_are_no_ground_for_trust():
-    found = {v.use: v for v in judge(figures(sound=0.3), figures())}["posterior"]
+    found = {v.use: v for v in assess_trust(figures(sound=0.3), figures())}["posterior"]
     assert found.level == UNKNOWN
     assert "no number from long chains" in found.because[-1]
 
 
 def test_evidence_by_unreliable_weights_is_no_ground_for_trust():
     known = without("ais") | {"k_hat_above": Estimate(0.5, 0.01)}
-    found = {v.use: v for v in judge(known, known)}["bound"]
+    found = {v.use: v for v in assess_trust(known, known)}["bound"]
     assert found.level == UNKNOWN
     assert "--ais" in found.because[-1]
-    assert {v.use: v for v in judge(known | {"ais": figures()["ais"]}, known)}["bound"].level == TRUST
+    assert {v.use: v for v in assess_trust(known | {"ais": figures()["ais"]}, known)}["bound"].level == TRUST
 
 
 def test_refinement_that_spoils_something_else_is_no_cure():
-    found = judge(figures(sd_ratio=0.5), figures(mean_error=0.9))
+    found = assess_trust(figures(sd_ratio=0.5), figures(mean_error=0.9))
     posterior = {v.use: v for v in found}["posterior"]
     assert posterior.level == DISTRUST
     assert any("miss those of long HMC chains" in sentence for sentence in posterior.because)
@@ -125,21 +125,21 @@ def test_refinement_that_spoils_something_else_is_no_cure():
 
 @pytest.mark.parametrize("name", ["inference_gap", "evidence_width"])
 def test_a_gap_that_is_negative_by_noise_is_no_fault(name):
-    assert {v.level for v in judge(figures(**{name: -0.002}), figures())} == {TRUST}
+    assert {v.level for v in assess_trust(figures(**{name: -0.002}), figures())} == {TRUST}
 
 
 def test_no_advice_names_what_is_there():
     wrong = figures(inference_gap=4.0, k_hat_above=0.9, amortization_gap=2.0, approximation_gap=1.0)
-    said = " ".join(v.first for v in judge(wrong, wrong, source="SemiAmortized", family="FlowFamily"))
+    said = " ".join(v.first for v in assess_trust(wrong, wrong, source="SemiAmortized", family="FlowFamily"))
     assert "SemiAmortized" not in said
     wrong = figures(inference_gap=4.0, k_hat_above=0.9, amortization_gap=1.0, approximation_gap=2.0)
-    said = " ".join(v.first for v in judge(wrong, wrong, source="Amortized", family="FlowFamily"))
+    said = " ".join(v.first for v in assess_trust(wrong, wrong, source="Amortized", family="FlowFamily"))
     assert "FullRankNormal" in said
     assert "FlowFamily" not in said
 
 
 def test_sentences_give_the_figure_its_error_and_what_refinement_makes_of_it():
-    found = {v.use: v for v in judge(figures(mean_error=0.8), figures(mean_error=0.05))}
+    found = {v.use: v for v in assess_trust(figures(mean_error=0.8), figures(mean_error=0.05))}
     assert "0.800 ± 0.001" in found["posterior"].because[0]
     assert "after refinement 0.050 ± 0.001" in found["posterior"].because[0]
 
@@ -147,5 +147,5 @@ def test_sentences_give_the_figure_its_error_and_what_refinement_makes_of_it():
 @pytest.mark.parametrize(("encoder", "family"), [(0.2, 2.0), (2.0, 0.2), (2.0, 1.9)])
 def test_what_to_change_first_is_what_loses_more(encoder, family):
     wrong = figures(inference_gap=4.0, amortization_gap=encoder, approximation_gap=family)
-    first = next(v.first for v in judge(wrong, wrong) if v.use == "bound")
-    assert first.startswith("the source of lam" if encoder > family else "the family of q")
+    first = next(v.first for v in assess_trust(wrong, wrong) if v.use == "bound")
+    assert first.startswith("the source of q_params" if encoder > family else "the family of q")

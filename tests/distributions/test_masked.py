@@ -10,16 +10,16 @@ from pyro import poutine
 from torch import nn
 from torch.distributions import kl_divergence
 
-from pvae.distributions.masked import entries
+from pvae.distributions.masked import entry_log_prob
 from pvae.distributions.univariate import Categorical
-from pvae.errors import Refused, UserError
-from pvae.generative.handlers import Missing, masked
+from pvae.errors import Incompatible, UserError
+from pvae.generative.handlers import MaskMissing, mask_missing
 from pvae.generative.networks import MLP
 from pvae.generative.priors import StandardNormal
 from pvae.generative.vae import VAE
 from pvae.inference.families import DiagonalNormal, FullRankNormal
 from pvae.inference.importance import log_weights
-from pvae.inference.refinement import ascent, given, local_bound, local_optimum
+from pvae.inference.refinement import default_update_rule, fixed_guide, local_elbo, maximize_local_elbo
 from pvae.runtime.pyro_params import module_of
 from pvae.runtime.torch_state import seeded
 
@@ -47,8 +47,8 @@ def some(count=B, columns=COLUMNS):
 
 
 def posterior(count=B):
-    lam = torch.linspace(-1, 1, count * 2 * LATENT).view(count, -1)
-    return given(DiagonalNormal(LATENT), lam)
+    q_params = torch.linspace(-1, 1, count * 2 * LATENT).view(count, -1)
+    return fixed_guide(DiagonalNormal(LATENT), q_params)
 
 
 def by_hand(eta, likelihood, x, mask):
@@ -66,7 +66,7 @@ def likelihood(request):
 def test_the_entries_that_are_there_are_scored_and_no_others(likelihood):
     vae, x, mask = program(likelihood), rows(likelihood), some()
     with seeded(3):
-        found = log_weights(masked(vae.model, mask), posterior(), x, K=K, keep_latents=True)
+        found = log_weights(mask_missing(vae.model, mask), posterior(), x, K=K, keep_latents=True)
     with seeded(3):
         full = log_weights(vae.model, posterior(), x, K=K)
     exact = by_hand(vae.decoder(found.latents["z"]), likelihood, x, mask)
@@ -84,7 +84,7 @@ def test_what_stands_in_the_place_of_a_missing_entry_matters_to_no_value_and_no_
     def scored(x, mask):
         vae.zero_grad()
         with seeded(3):
-            found = log_weights(masked(vae.model, mask), posterior(), x, K=K).log_lik
+            found = log_weights(mask_missing(vae.model, mask), posterior(), x, K=K).log_lik
         found.sum().backward()
         return found.detach(), [p.grad for p in vae.parameters()]
 
@@ -108,14 +108,18 @@ def test_without_a_mask_a_nan_poisons_the_row():
 def test_entries_add_up_to_the_density_of_the_row(likelihood):
     fn, x = program(likelihood).likelihood, rows(likelihood)
     p = fn(torch.linspace(-1, 1, B * likelihood.params_per_value * COLUMNS).view(B, -1))
-    assert entries(p, x).shape == (B, COLUMNS)
-    assert torch.allclose(entries(p, x).sum(-1), p.log_prob(x), atol=1e-4)
-    assert entries(p, x.expand(K, B, -1)).shape == (K, B, COLUMNS)
+    assert entry_log_prob(p, x).shape == (B, COLUMNS)
+    assert torch.allclose(entry_log_prob(p, x).sum(-1), p.log_prob(x), atol=1e-4)
+    assert entry_log_prob(p, x.expand(K, B, -1)).shape == (K, B, COLUMNS)
 
 
 def test_a_program_that_misses_nothing_scores_as_itself_to_the_bit(likelihood):
     vae, x, found = program(likelihood), rows(likelihood), []
-    for model in (vae.model, masked(vae.model), masked(vae.model, torch.ones(B, COLUMNS, dtype=torch.bool))):
+    for model in (
+        vae.model,
+        mask_missing(vae.model),
+        mask_missing(vae.model, torch.ones(B, COLUMNS, dtype=torch.bool)),
+    ):
         vae.zero_grad()
         with seeded(3):
             log_lik = log_weights(model, posterior(), x, K=K).log_lik
@@ -123,12 +127,12 @@ def test_a_program_that_misses_nothing_scores_as_itself_to_the_bit(likelihood):
         found.append((log_lik.detach(), *(p.grad for p in vae.parameters())))
     assert all(map(torch.equal, found[0], found[1]))
     assert all(map(torch.equal, found[0], found[2]))
-    assert module_of(masked(vae.model)) is vae
+    assert module_of(mask_missing(vae.model)) is vae
 
 
 def test_draws_and_means_are_of_all_entries(likelihood):
     vae, x = program(likelihood), rows(likelihood)
-    fn = poutine.trace(masked(vae.model, some())).get_trace(x).nodes["x"]["fn"]
+    fn = poutine.trace(mask_missing(vae.model, some())).get_trace(x).nodes["x"]["fn"]
     assert fn.sample().shape == fn.mean.shape == x.shape
     assert fn.support.is_discrete == likelihood.support.is_discrete
     assert fn.expand((K, B)).sample().shape == (K, B, COLUMNS)
@@ -163,7 +167,7 @@ class Partly:
 
 def test_under_the_exact_posterior_of_what_is_there_every_weight_is_its_evidence():
     case = Partly()
-    w = log_weights(masked(case.oracle.model, case.mask), case.guide, case.x, K=10).log_w
+    w = log_weights(mask_missing(case.oracle.model, case.mask), case.guide, case.x, K=10).log_w
     assert (w - case.evidence()).abs().max() < 2e-4  # float32
     full = log_weights(case.oracle.model, case.guide, case.x, K=10).log_w
     assert (full - case.evidence()).abs().max() > 1
@@ -172,10 +176,12 @@ def test_under_the_exact_posterior_of_what_is_there_every_weight_is_its_evidence
 @pytest.mark.parametrize("nan", [True, False])
 def test_refinement_finds_the_posterior_of_the_entries_that_are_there(nan):
     case, family = Partly(), FullRankNormal(2)
-    program = masked(case.oracle.model, None if nan else case.mask)
+    program = mask_missing(case.oracle.model, None if nan else case.mask)
     x = torch.where(case.mask, case.x, torch.nan if nan else 0.0)
-    bound = local_bound(program, family)
-    found = local_optimum(bound, torch.zeros(len(x), family.size), x, steps=200, rule=ascent(family)).lam
+    bound = local_elbo(program, family)
+    found = maximize_local_elbo(
+        bound, torch.zeros(len(x), family.size), x, steps=200, rule=default_update_rule(family)
+    ).q_params
     q = dist.MultivariateNormal(family(found).mean.double(), scale_tril=family(found).scale_tril.double())
     lost = kl_divergence(q, case.posterior)
     assert lost.mean() < 0.02, lost  # nats; 5 numbers a row, each left with the noise of 8 draws a step
@@ -187,7 +193,7 @@ def test_other_supports_are_filled_with_a_possible_value():
     mask, x = torch.tensor([[True, False]]), torch.tensor([[2.0, torch.nan]])
     for fn in (dist.Gamma, dist.LogNormal):
         scale = torch.ones(1, 2, requires_grad=True)
-        with Missing(mask), poutine.trace() as seen:
+        with MaskMissing(mask), poutine.trace() as seen:
             pyro.sample("x", fn(torch.ones(1, 2), scale).to_event(1), obs=x)
         log_p = seen.trace.nodes["x"]["fn"].log_prob(x)
         log_p.sum().backward()
@@ -204,17 +210,17 @@ def test_a_site_that_scores_whole_rows_is_refused_by_name():
                 pyro.sample("pixels", dist.MultivariateNormal(z, torch.eye(2)), obs=x)
 
     x = torch.tensor([[1.0, torch.nan]])
-    with pytest.raises(Refused, match="'pixels' are missing, but its MultivariateNormal scores whole rows"):
-        masked(Whole())(x)
-    masked(Whole())(torch.ones(1, 2))  # nothing is missing, nothing is refused
-    with pytest.raises(Refused, match="scores whole rows"):
-        entries(dist.MultivariateNormal(torch.zeros(2), torch.eye(2)), torch.zeros(2))
+    with pytest.raises(Incompatible, match="'pixels' are missing, but its MultivariateNormal scores whole rows"):
+        mask_missing(Whole())(x)
+    mask_missing(Whole())(torch.ones(1, 2))  # nothing is missing, nothing is refused
+    with pytest.raises(Incompatible, match="scores whole rows"):
+        entry_log_prob(dist.MultivariateNormal(torch.zeros(2), torch.eye(2)), torch.zeros(2))
 
 
 def test_masks_that_do_not_fit_are_mistakes_of_the_user():
     vae, x = program(LIKELIHOODS["Gaussian"]()), torch.zeros(B, COLUMNS)
     with pytest.raises(UserError, match=r"mask is of shape \(4, 5\), but observed site 'x' has \(6, 5\)"):
-        masked(vae.model, some(4))(x)
+        mask_missing(vae.model, some(4))(x)
     with pytest.raises(UserError, match="must be bool"):
-        masked(vae.model, torch.ones(B, COLUMNS))
+        mask_missing(vae.model, torch.ones(B, COLUMNS))
     assert isinstance(LIKELIHOODS["Categorical"]()(torch.zeros(4 * COLUMNS)), Categorical)

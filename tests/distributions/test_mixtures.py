@@ -47,9 +47,9 @@ def test_mean_is_that_of_the_draws():
     assert ((draws.mean(0) - mixture.mean).abs() < 5 * draws.std(0) / math.sqrt(40_000)).all()
 
 
-def split(lam):
-    """lam [C (1 + 2 D)] as a mixture."""
-    logits, means, log_scales = lam.split([C, C * D, C * D])
+def split(q_params):
+    """q_params [C (1 + 2 D)] as a mixture."""
+    logits, means, log_scales = q_params.split([C, C * D, C * D])
     return ReparametrizedMixture(logits, means.view(C, D), log_scales.view(C, D).exp())
 
 
@@ -65,15 +65,15 @@ def vars_of(mixture):
     return mixture.log_weights, mixture.means, mixture.scales
 
 
-def levels(lam, z):
-    return [conditional(split(lam), z, d)(z[d]) for d in range(D)]
+def levels(q_params, z):
+    return [conditional(split(q_params), z, d)(z[d]) for d in range(D)]
 
 
-def inverted(lam, u):
-    """z(lam) at noise u by root finding, dimension by dimension."""
+def inverted(q_params, u):
+    """z(q_params) at noise u by root finding, dimension by dimension."""
     z = []
     for d in range(D):
-        below = conditional(split(lam), z, d)
+        below = conditional(split(q_params), z, d)
         z.append(brentq(lambda value, below=below, d=d: below(value) - u[d], -20, 20, xtol=1e-14, rtol=1e-14))
     return torch.tensor(z)
 
@@ -81,16 +81,16 @@ def inverted(lam, u):
 @pytest.mark.usefixtures("double")
 def test_a_draw_moves_as_the_inverse_distribution_functions_do():
     for seed in range(5):
-        lam = (0.7 * torch.randn(C * (1 + 2 * D))).requires_grad_()
-        direction = torch.randn_like(lam)
+        q_params = (0.7 * torch.randn(C * (1 + 2 * D))).requires_grad_()
+        direction = torch.randn_like(q_params)
         torch.manual_seed(seed)
-        z = split(lam).rsample()
-        u = levels(lam, z.detach().numpy())
+        z = split(q_params).rsample()
+        u = levels(q_params, z.detach().numpy())
         step = 1e-3
-        ahead, back = (inverted(lam.detach() + sign * step * direction, u) for sign in (1, -1))
+        ahead, back = (inverted(q_params.detach() + sign * step * direction, u) for sign in (1, -1))
         for d in range(D):
-            (slope,) = torch.autograd.grad(z[d], lam, create_graph=True)
-            (bend,) = torch.autograd.grad(slope @ direction, lam, retain_graph=True)
+            (slope,) = torch.autograd.grad(z[d], q_params, create_graph=True)
+            (bend,) = torch.autograd.grad(slope @ direction, q_params, retain_graph=True)
             along = ((ahead - back)[d] / (2 * step)).item()
             second = ((ahead + back - 2 * z.detach())[d] / step**2).item()
             assert (slope @ direction).item() == pytest.approx(along, rel=1e-4, abs=1e-5)

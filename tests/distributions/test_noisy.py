@@ -11,16 +11,16 @@ from pyro import poutine
 from torch import nn
 
 from pvae.distributions import noisy as noisy_module
-from pvae.distributions.noisy import Noisy, moments
-from pvae.errors import Refused, UserError
+from pvae.distributions.noisy import NoiseConvolution, entry_moments
+from pvae.errors import Incompatible, UserError
 from pvae.generative import noise
-from pvae.generative.handlers import Through, masked, noisy
+from pvae.generative.handlers import ObserveThroughNoise, mask_missing, with_noise
 from pvae.generative.noise import FlipNoise, GaussianNoise, make_noise
 from pvae.generative.priors import StandardNormal
 from pvae.generative.vae import VAE
 from pvae.inference.families import DiagonalNormal
 from pvae.inference.importance import log_weights
-from pvae.inference.refinement import given
+from pvae.inference.refinement import fixed_guide
 from pvae.runtime.pyro_params import module_of
 from pvae.runtime.torch_state import seeded
 
@@ -40,7 +40,7 @@ def p(request):
 
 def grid(fn, scale):
     """Points y far beyond where p(y|z) lies, [G, 1, 1], and their spacing."""
-    mean, variance = moments(fn)
+    mean, variance = entry_moments(fn)
     spread = 12 * (variance.max() + scale**2).sqrt().item()
     low, high = mean.min().item() - spread, mean.max().item() + spread
     return torch.linspace(low, high, 4001, dtype=torch.double).view(-1, 1, 1), (high - low) / 4000
@@ -48,9 +48,9 @@ def grid(fn, scale):
 
 @pytest.mark.parametrize("scale", [0.5, 3.0])
 def test_gaussian_noise_has_a_density_with_the_mean_and_variance_of_clean_and_noise_together(p, scale):
-    own, (y, step) = Noisy(p, GaussianNoise(scale=scale)), grid(p, scale)
+    own, (y, step) = NoiseConvolution(p, GaussianNoise(scale=scale)), grid(p, scale)
     density = own.log_prob(y).exp() * step
-    mean, variance = (values.double() for values in moments(p))
+    mean, variance = (values.double() for values in entry_moments(p))
     assert torch.allclose(density.sum(0), torch.ones(B, COLUMNS).double(), atol=1e-4)
     assert torch.allclose((density * y).sum(0), mean, rtol=1e-3, atol=1e-3)
     assert torch.allclose((density * (y - mean) ** 2).sum(0), variance + scale**2, rtol=2e-3)
@@ -63,12 +63,12 @@ EXACT = ["Bernoulli", "Gaussian(decoder)", "Categorical", "DiscretizedLogistic(m
 @pytest.mark.parametrize("name", EXACT)
 def test_exact_densities_and_clean_means_are_those_of_many_draws(name):
     fn, noise, draws = clean(LIKELIHOODS[name]()), GaussianNoise(scale=0.7), 40_000
-    y = moments(fn).mean + torch.linspace(-1, 1, B * COLUMNS).view(B, COLUMNS)
+    y = entry_moments(fn).mean + torch.linspace(-1, 1, B * COLUMNS).view(B, COLUMNS)
     with seeded(0):
         x = fn.sample((draws,))
     weights = noise(x).log_prob(y).exp()
     expected, se = weights.mean(0), weights.std(0) / draws**0.5
-    own = Noisy(fn, noise)
+    own = NoiseConvolution(fn, noise)
     assert ((own.log_prob(y).exp() - expected).abs() < 5 * se).all()
     mean, variance = own.clean_moments(y)
     share = weights / weights.sum(0)
@@ -76,7 +76,7 @@ def test_exact_densities_and_clean_means_are_those_of_many_draws(name):
     assert (((share * x).sum(0) - mean).abs() < 5 * error).all()
     off = (x - mean) ** 2 - variance
     assert ((share * off).sum(0).abs() < 5 * (share**2 * off**2).sum(0).sqrt()).all()
-    wrong = Noisy(fn, GaussianNoise(scale=1.0)).log_prob(y).exp()
+    wrong = NoiseConvolution(fn, GaussianNoise(scale=1.0)).log_prob(y).exp()
     assert ((wrong - expected).abs() > 5 * se).any()
 
 
@@ -87,7 +87,7 @@ def test_the_linear_estimate_is_unbiased_and_its_variance_right(name):
     with seeded(1):
         x = p.sample((draws,))
         y = noise.added(x)
-    mean, variance = Noisy(p, noise).clean_moments(y)
+    mean, variance = NoiseConvolution(p, noise).clean_moments(y)
     error = x - mean
     assert (error.mean(0).abs() < 5 * error.std(0) / draws**0.5).all()
     square = error**2 - variance
@@ -100,11 +100,11 @@ def test_clean_means_stay_where_x_may_be_and_are_y_without_noise(p):
         x = p.sample()
         y = GaussianNoise(scale=3.0).added(x)
     inside = noise.innermost(p.support)
-    found = Noisy(p, GaussianNoise(scale=3.0)).clean_moments(y)
-    assert torch.equal(noisy_module.bounded(p, found.mean), found.mean)
+    found = NoiseConvolution(p, GaussianNoise(scale=3.0)).clean_moments(y)
+    assert torch.equal(noisy_module.clamp_to_support(p, found.mean), found.mean)
     assert (found.variance >= 0).all()
     assert inside.is_discrete or inside.check(found.mean).all()
-    still = Noisy(p, GaussianNoise(scale=1e-4)).clean_moments(x)
+    still = NoiseConvolution(p, GaussianNoise(scale=1e-4)).clean_moments(x)
     assert torch.allclose(still.mean, x, atol=1e-4)
     assert (still.variance < 1e-7).all()
 
@@ -112,7 +112,7 @@ def test_clean_means_stay_where_x_may_be_and_are_y_without_noise(p):
 @pytest.mark.parametrize("rate", [0.1, 0.5, 0.9])
 def test_flipped_bits_by_hand(rate):
     logits = torch.linspace(-4, 4, COLUMNS)
-    own, one = Noisy(dist.Bernoulli(logits=logits).to_event(1), FlipNoise(rate=rate)), logits.sigmoid()
+    own, one = NoiseConvolution(dist.Bernoulli(logits=logits).to_event(1), FlipNoise(rate=rate)), logits.sigmoid()
     seen = one * (1 - rate) + (1 - one) * rate
     for y, p_y, was_one in ((1.0, seen, one * (1 - rate) / seen), (0.0, 1 - seen, one * rate / (1 - seen))):
         y = torch.full((COLUMNS,), y)
@@ -124,10 +124,12 @@ def test_flipped_bits_by_hand(rate):
 
 def test_any_function_to_a_distribution_of_y_is_a_noise():
     logits, y = torch.tensor([-1.0, 2.0]), torch.tensor([0.3, -1.5])
-    own = Noisy(dist.Bernoulli(logits=logits).to_event(1), lambda x: dist.Laplace(x, 2.0))
+    own = NoiseConvolution(dist.Bernoulli(logits=logits).to_event(1), lambda x: dist.Laplace(x, 2.0))
     one, zero = dist.Laplace(1.0, 2.0).log_prob(y).exp(), dist.Laplace(0.0, 2.0).log_prob(y).exp()
     assert torch.allclose(own.log_prob(y).exp(), logits.sigmoid() * one + (-logits).sigmoid() * zero)
-    counts = Noisy(dist.Poisson(torch.tensor([4.0])).to_event(1), dist.Poisson)  # y ~ Poisson(x): variances add, 4 + 4
+    counts = NoiseConvolution(
+        dist.Poisson(torch.tensor([4.0])).to_event(1), dist.Poisson
+    )  # y ~ Poisson(x): variances add, 4 + 4
     assert torch.allclose(counts.log_prob(torch.zeros(1)), dist.Normal(4.0, 8**0.5).log_prob(torch.zeros(1)))
 
 
@@ -142,17 +144,19 @@ def test_a_noisy_program_scores_what_is_seen_and_keeps_its_latents(p):
     with seeded(3):
         x = p.sample()
         y = noise.added(x)
-    guide = given(DiagonalNormal(LATENT), torch.zeros(B, 2 * LATENT))
+    guide = fixed_guide(DiagonalNormal(LATENT), torch.zeros(B, 2 * LATENT))
     with pyro.validation_enabled(False):
-        found = log_weights(noisy(program, noise), guide, y, K=3).log_lik
+        found = log_weights(with_noise(program, noise), guide, y, K=3).log_lik
         there = torch.rand(B, COLUMNS, generator=torch.Generator().manual_seed(0)) < 0.5
-        some = log_weights(masked(noisy(program, noise), there), guide, y.where(there, torch.nan), K=3).log_lik
-        same = log_weights(noisy(masked(program), noise), guide, y, K=3).log_lik
-    entries = Noisy(p, noise).log_prob(y)
+        some = log_weights(
+            mask_missing(with_noise(program, noise), there), guide, y.where(there, torch.nan), K=3
+        ).log_lik
+        same = log_weights(with_noise(mask_missing(program), noise), guide, y, K=3).log_lik
+    entries = NoiseConvolution(p, noise).log_prob(y)
     assert torch.allclose(found, entries.sum(-1).expand(3, B), atol=1e-4)
     assert torch.allclose(some, entries.where(there, 0).sum(-1).expand(3, B), atol=1e-4)
     assert torch.equal(same, found)
-    assert module_of(noisy(program, noise)) is program
+    assert module_of(with_noise(program, noise)) is program
 
 
 def test_only_the_named_site_is_noisy_and_plates_of_draws_go_through():
@@ -162,7 +166,7 @@ def test_only_the_named_site_is_noisy_and_plates_of_draws_go_through():
                 pyro.sample(name, dist.Normal(torch.zeros(2), 1.0).to_event(1), obs=x)
 
     with pyro.plate("samples", 3, dim=-2):
-        nodes = poutine.trace(noisy(program, GaussianNoise(scale=1.0), "x")).get_trace(torch.zeros(4, 2)).nodes
+        nodes = poutine.trace(with_noise(program, GaussianNoise(scale=1.0), "x")).get_trace(torch.zeros(4, 2)).nodes
     assert nodes["w"]["fn"].log_prob(torch.zeros(2))[0, 0].item() == pytest.approx(-math.log(2 * math.pi))
     assert nodes["x"]["fn"].batch_shape == (3, 4)
     assert nodes["x"]["fn"].log_prob(torch.zeros(2))[0, 0].item() == pytest.approx(-math.log(4 * math.pi))
@@ -172,7 +176,7 @@ def test_gradients_are_those_of_the_sum_by_hand():
     logits = torch.tensor([0.3, -2.0], requires_grad=True)
     y = torch.tensor([0.2, 0.9])
     (found,) = torch.autograd.grad(
-        Noisy(dist.Bernoulli(logits=logits).to_event(1), GaussianNoise(scale=0.5)).log_prob(y).sum(), logits
+        NoiseConvolution(dist.Bernoulli(logits=logits).to_event(1), GaussianNoise(scale=0.5)).log_prob(y).sum(), logits
     )
     one, zero = (dist.Normal(k, 0.5).log_prob(y).exp() for k in (1.0, 0.0))
     p = logits.sigmoid()
@@ -223,11 +227,11 @@ def test_every_word_makes_its_noise_and_nothing_else_has_one():
 def test_flips_are_for_bits(name):
     likelihood = LIKELIHOODS[name]()
     vae = VAE(nn.Linear(LATENT, likelihood.params_per_value * COLUMNS), likelihood, StandardNormal(LATENT))
-    with pytest.raises(Refused, match="FlipNoise takes binary values, but observed site 'x' is"):
-        noisy(vae.model, FlipNoise())(torch.zeros(B, COLUMNS))
+    with pytest.raises(Incompatible, match="FlipNoise takes binary values, but observed site 'x' is"):
+        with_noise(vae.model, FlipNoise())(torch.zeros(B, COLUMNS))
 
 
 def test_a_site_that_scores_whole_rows_is_refused_by_name():
-    refused = pytest.raises(Refused, match="noise on observed site 'x': its MultivariateNormal scores whole rows")
-    with refused, Through(GaussianNoise()):
+    refused = pytest.raises(Incompatible, match="noise on observed site 'x': its MultivariateNormal scores whole rows")
+    with refused, ObserveThroughNoise(GaussianNoise()):
         pyro.sample("x", dist.MultivariateNormal(torch.zeros(2), torch.eye(2)), obs=torch.zeros(2))

@@ -17,12 +17,12 @@ from torch import nn
 from pvae.diagnostics.evaluation import Budget
 from pvae.errors import UserError
 from pvae.experiments import arviz_export
-from pvae.experiments.arviz_export import Draws, drawn, load, save, tree
-from pvae.experiments.compare import Job, compare
+from pvae.experiments.arviz_export import Draws, draw_for_export, load_idata, save_idata, to_datatree
+from pvae.experiments.compare import RunOptions, compare
 from pvae.inference.families import DiagonalNormal, FullRankNormal
 from pvae.inference.guides import Amortized
 from pvae.inference.importance import LogWeights
-from pvae.inference.latents import find_sites
+from pvae.inference.latents import find_latent_sites
 from pvae.recipes.recipe import Recipe, read
 
 K, M, B, C, S, P, D, TRAIN = 4, 3, 3, 5, 6, 2, 2, 7
@@ -72,7 +72,7 @@ def by_hand():
 
 @pytest.fixture
 def found(by_hand):
-    return tree(*by_hand, ATTRIBUTES)
+    return to_datatree(*by_hand, ATTRIBUTES)
 
 
 def test_groups_dimensions_and_coordinates_are_those_of_the_layout(found):
@@ -132,7 +132,7 @@ def test_attributes_are_numbers_text_or_json(found):
 
 def test_without_labels_there_is_no_constant_data(by_hand):
     variants, x, _ = by_hand
-    assert set(tree(variants, x, None, {}).children) == LAYOUT.keys() - {"constant_data"}
+    assert set(to_datatree(variants, x, None, {}).children) == LAYOUT.keys() - {"constant_data"}
 
 
 @pytest.mark.parametrize(
@@ -157,7 +157,7 @@ def test_whole_numbers_are_kept_small_and_others_as_they_are(values, kind):
 def test_columns_that_the_program_is_given_stand_apart_from_those_it_draws(by_hand):
     variants, x, labels = by_hand
     given = torch.eye(B)
-    found = tree(variants, torch.cat([x, given], 1), labels, {})
+    found = to_datatree(variants, torch.cat([x, given], 1), labels, {})
     np.testing.assert_array_equal(found["observed_data/x"], x)
     np.testing.assert_array_equal(found["constant_data/given"], given)
 
@@ -167,13 +167,13 @@ def test_draws_of_x_are_cut_to_first_rows_where_they_would_not_fit(by_hand, monk
     x = torch.rand(40, C)
     many = {name: replace(own, x=torch.rand(M, 40, C), x_mean=x) for name, own in variants.items()}
     monkeypatch.setattr(arviz_export, "BYTES", {"f": 30 * M * 2 * C * 4})
-    found = tree(many, x, None, {})["posterior_predictive"]
+    found = to_datatree(many, x, None, {})["posterior_predictive"]
     assert found.sizes["row"] == 30
     assert found.attrs["rows"] == "the first 30 of 40"
     np.testing.assert_array_equal(found["x"].sel(variant="Amortized")[0], many["Amortized"].x[:, :30])
     monkeypatch.setattr(arviz_export, "BYTES", {"f": 1})
     assert (
-        tree(many, x, None, {})["posterior_predictive"].sizes["row"] == arviz_export.X_DRAWS
+        to_datatree(many, x, None, {})["posterior_predictive"].sizes["row"] == arviz_export.X_DRAWS
     )  # those that are pictured
 
 
@@ -186,9 +186,9 @@ def test_a_file_of_binarized_images_takes_some_megabytes(by_hand, tmp_path):
     one = replace(variants["Amortized"], x=x.float(), x_mean=odds.sigmoid(), values={}, **prior)
     latents = {"z": torch.randn(arviz_export.MOST, 300, 20)}
     three = dict.fromkeys("abc", replace(one, weights=replace(one.weights, latents=latents), prior={}))
-    found = tree(three, x[0].float(), None, {})
+    found = to_datatree(three, x[0].float(), None, {})
     assert found["posterior_predictive"].sizes["row"] == 300
-    save(found, tmp_path)
+    save_idata(found, tmp_path)
     assert (tmp_path / arviz_export.FILE).stat().st_size < 16e6
 
 
@@ -221,7 +221,7 @@ def standardized(found, mean, variance):
 def test_draws_of_x_follow_the_posterior_predictive_distribution_of_their_row():
     model = LinearGaussian()
     guide, x = exact(model)
-    found = drawn(model.model, guide, x).x
+    found = draw_for_export(model.model, guide, x).x
     assert found.shape == (arviz_export.X_DRAWS, 1000, 5)
     mean = model.mean(x) @ model.weight.T + model.bias
     variance = (model.weight @ model.covariance @ model.weight.T).diag() + model.scale**2
@@ -232,7 +232,7 @@ def test_draws_of_x_follow_the_posterior_predictive_distribution_of_their_row():
 def test_draws_of_x_from_the_prior_stand_beside_their_latents():
     model = LinearGaussian()
     guide, x = exact(model, 50)
-    found = drawn(model.model, guide, x)
+    found = draw_for_export(model.model, guide, x)
     z = found.prior["z"].double()
     assert z.shape == (arviz_export.PRIOR_DRAWS, 2)
     assert (z.mean(0).abs() < 5 / len(z) ** 0.5).all()
@@ -254,8 +254,10 @@ def two_sites(x, index=None):
 def test_a_program_of_several_sites_has_each_under_its_name():
     x = torch.randn(30, 4)
     family = DiagonalNormal(7)
-    found = drawn(two_sites, Amortized(nn.Linear(4, family.size), family, sites=find_sites(two_sites, x)), x)
-    made = tree({"one": found}, x, None, {})
+    found = draw_for_export(
+        two_sites, Amortized(nn.Linear(4, family.size), family, sites=find_latent_sites(two_sites, x)), x
+    )
+    made = to_datatree({"one": found}, x, None, {})
     row = ("chain", "draw", "variant", "row")
     assert {n: v.dims for n, v in made["posterior"].data_vars.items()} == {"s": row, "w": (*row, "w_dim", "w_dim1")}
     assert made["prior"].sizes == {"chain": 1, "draw": arviz_export.PRIOR_DRAWS, "variant": 1, "w_dim": 2, "w_dim1": 3}
@@ -266,12 +268,12 @@ def test_drawing_leaves_the_random_stream_alone_and_is_fixed_by_its_seed():
     model = LinearGaussian()
     guide, x = exact(model, 10)
     torch.manual_seed(0)
-    first = drawn(model.model, guide, x, seed=1)
+    first = draw_for_export(model.model, guide, x, seed=1)
     after = torch.rand(1)
     torch.manual_seed(0)
     assert after == torch.rand(1)
-    assert first.x.equal(drawn(model.model, guide, x, seed=1).x)
-    assert not first.x.equal(drawn(model.model, guide, x, seed=2).x)
+    assert first.x.equal(draw_for_export(model.model, guide, x, seed=1).x)
+    assert not first.x.equal(draw_for_export(model.model, guide, x, seed=2).x)
 
 
 # A run's file, and ArviZ on it
@@ -284,13 +286,13 @@ def run(tmp_path_factory):
     random = np.random.default_rng(0)
     np.savez(folder / "data.npz", x=(random.random((60, 6)) < 0.4).astype("float32"), y=np.arange(60) % 3)
     own = Recipe(str(folder / "data.npz"), epochs=1, network={"type": "MLP", "hidden": [4]}, guide="Amortized", seed=4)
-    job = Job(folder / "run", device="cpu", rows=8, budget=Budget(K=20, steps=3))
+    job = RunOptions(folder / "run", device="cpu", rows=8, budget=Budget(K=20, steps=3))
     compare(own, job, vary={"latent": [2, 3]})
     return folder / "run"
 
 
 def test_a_runs_file_says_what_made_it(run):
-    found = load(run)
+    found = load_idata(run)
     parts = {name: json.loads(found.attrs[name]) for name in ("recipe", "variants", "versions", "estimators", "shape")}
     names = found["posterior"]["variant"].to_numpy().tolist()
     assert list(parts["variants"]) == names
@@ -306,7 +308,7 @@ def test_a_runs_file_says_what_made_it(run):
 
 
 def test_latents_that_a_variant_lacks_are_nan_in_posterior_and_prior(run):
-    found = load(run)
+    found = load_idata(run)
     for group in ("posterior", "prior"):
         small, large = (found[group]["z"].isel(variant=i) for i in (0, 1))
         assert small.isel(z_dim=2).isnull().all()
@@ -315,7 +317,7 @@ def test_latents_that_a_variant_lacks_are_nan_in_posterior_and_prior(run):
 
 
 def test_labels_are_those_of_the_rows(run):
-    found = load(run)
+    found = load_idata(run)
     assert found["constant_data"]["label"].dims == ("row",)
     assert found["constant_data"].sizes == {"row": 8}
     assert set(found["constant_data/label"].to_numpy()) <= {0, 1, 2}
@@ -325,7 +327,7 @@ def test_arviz_takes_a_runs_file(run):
     import arviz_base
     import arviz_stats
 
-    one = load(run).isel(variant=1)
+    one = load_idata(run).isel(variant=1)
     assert arviz_base.extract(one, group="posterior").sizes == {"row": 8, "z_dim": 3, "sample": arviz_export.MOST}
     summary = arviz_stats.summary(one.sel(row=0), round_to="none")
     mean = one["posterior/z"].sel(row=0).mean(("chain", "draw"))
@@ -334,8 +336,8 @@ def test_arviz_takes_a_runs_file(run):
 
 def test_a_point_mass_has_a_file_too(run, tmp_path):
     own = Recipe(str(run.parent / "data.npz"), epochs=1, latent=2, family="Delta")
-    compare(own, Job(tmp_path / "run", rows=5, budget=Budget(K=5, steps=1)), vary={"guide": ["Amortized"]})
-    found = load(tmp_path / "run")
+    compare(own, RunOptions(tmp_path / "run", rows=5, budget=Budget(K=5, steps=1)), vary={"guide": ["Amortized"]})
+    found = load_idata(tmp_path / "run")
     assert (found["posterior/z"].std("draw") < 1e-6).all()
     assert set(found["sample_stats"].data_vars) & {"elbo"} == set()
     assert "log_joint" in found["test"]
@@ -347,7 +349,7 @@ def loo_of(scale):
 
     model = LinearGaussian(scale=scale)
     guide, x = exact(model, 200)
-    made = tree({"one": drawn(model.model, guide, x)}, x, None, {}).isel(variant=0)
+    made = to_datatree({"one": draw_for_export(model.model, guide, x)}, x, None, {}).isel(variant=0)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         found = arviz_stats.loo(made, pointwise=True)
@@ -375,8 +377,8 @@ def test_loo_meets_the_evidence_where_a_row_says_little_of_its_latents():
 
 
 def test_a_tree_comes_back_as_it_was_saved(found, tmp_path):
-    save(found, tmp_path)
-    assert load(tmp_path).identical(found)
+    save_idata(found, tmp_path)
+    assert load_idata(tmp_path).identical(found)
     with xr.open_datatree(tmp_path / arviz_export.FILE) as opened:
         assert opened.identical(found)
     assert [path.name for path in tmp_path.iterdir()] == [arviz_export.FILE]
@@ -385,15 +387,15 @@ def test_a_tree_comes_back_as_it_was_saved(found, tmp_path):
 def test_equal_runs_have_equal_files(by_hand, tmp_path):
     saved = []
     for _ in range(2):
-        save(tree(*by_hand, ATTRIBUTES), tmp_path)
+        save_idata(to_datatree(*by_hand, ATTRIBUTES), tmp_path)
         saved.append((tmp_path / arviz_export.FILE).read_bytes())
     assert saved[0] == saved[1]
 
 
 def test_a_loaded_tree_lets_go_of_its_file(found, tmp_path):
     found["constant_data/prior"] = found["constant_data/label"]  # named as a group is
-    save(found, tmp_path)
-    loaded = load(tmp_path)
+    save_idata(found, tmp_path)
+    loaded = load_idata(tmp_path)
     (tmp_path / arviz_export.FILE).unlink()
     assert loaded.identical(found)
 
@@ -402,10 +404,10 @@ def test_a_loaded_tree_lets_go_of_its_file(found, tmp_path):
 def test_a_missing_or_truncated_file_is_refused_in_one_line(found, tmp_path, keep):
     path = tmp_path / arviz_export.FILE
     if keep is not None:
-        save(found, tmp_path)
+        save_idata(found, tmp_path)
         os.truncate(path, int(keep * path.stat().st_size))
     with pytest.raises(UserError) as error:
-        load(tmp_path)
+        load_idata(tmp_path)
     message = str(error.value)
     assert arviz_export.FILE in message
     assert f"pvae evaluate {tmp_path} writes it" in message
@@ -417,11 +419,11 @@ def test_a_missing_or_truncated_file_is_refused_in_one_line(found, tmp_path, kee
 def test_a_file_of_another_kind_is_refused(tmp_path, content):
     (tmp_path / arviz_export.FILE).write_bytes(content)
     with pytest.raises(UserError, match="can't be read"):
-        load(tmp_path)
+        load_idata(tmp_path)
 
 
 def test_a_save_that_fails_leaves_the_old_file(found, tmp_path, monkeypatch):
-    save(found, tmp_path)
+    save_idata(found, tmp_path)
     before = (tmp_path / arviz_export.FILE).read_bytes()
 
     def full(self, path, **options):
@@ -430,5 +432,5 @@ def test_a_save_that_fails_leaves_the_old_file(found, tmp_path, monkeypatch):
 
     monkeypatch.setattr(xr.DataTree, "to_netcdf", full)
     with pytest.raises(UserError, match="No space left on device"):
-        save(found, tmp_path)
+        save_idata(found, tmp_path)
     assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [(arviz_export.FILE, before)]

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from pvae.diagnostics import battery
-from pvae.diagnostics.battery import PLANS, Plan
+from pvae.diagnostics.battery import DIAGNOSIS_BUDGETS, DiagnosisBudget
 from pvae.diagnostics.evaluation import Budget
 from pvae.diagnostics.trust import USES
 from pvae.errors import UserError
@@ -16,7 +16,9 @@ from pvae.experiments import compare, diagnosis
 from pvae.runtime.files import write_json
 from pvae.samplers import ais
 
-SMALL = Plan(rows=12, draws=30, steps=3, annealed=3, temperatures=4, chains=2, simulated=20, references=2, length=8)
+SMALL = DiagnosisBudget(
+    rows=12, draws=30, steps=3, annealed=3, temperatures=4, chains=2, simulated=20, references=2, length=8
+)
 JOB = {"rows": 6, "budget": Budget(6, 2)}
 
 
@@ -27,7 +29,7 @@ def run(tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("runs") / "run"
     recipe = Recipe(epochs=1, latent=2, network={"type": "MLP", "hidden": [8]})
-    results = compare.compare(recipe, compare.Job(folder, **JOB), vary={"family": ["DiagonalNormal", "Delta"]})
+    results = compare.compare(recipe, compare.RunOptions(folder, **JOB), vary={"family": ["DiagonalNormal", "Delta"]})
     return folder, results
 
 
@@ -40,8 +42,8 @@ def short_warm_up(monkeypatch):
 
 def diagnosed(run, plan=SMALL, only=(), say=lambda line: None):
     folder, results = run
-    job = compare.Job(folder, **JOB, say=say)
-    return diagnosis.diagnose(compare.load(job), results, job, plan, only)
+    job = compare.RunOptions(folder, **JOB, say=say)
+    return diagnosis.diagnose_run(compare.load_variants(job), results, job, plan, only)
 
 
 def test_every_stage_is_made_and_judged(run):
@@ -60,7 +62,7 @@ def test_every_stage_is_made_and_judged(run):
     # A point mass has no weights, no bound and no spread: only its codes and its model are looked at.
     assert set(diagnosis.parts(run[0], point)) == {"rows", "health", "predictive"}
     assert not {"k_hat_above", "sbc_p", "inference_gap"} & set(point["figures"])
-    assert diagnosis.load(run[0])["variants"][0]["figures"].keys() == good["figures"].keys()
+    assert diagnosis.load_diagnosis(run[0])["variants"][0]["figures"].keys() == good["figures"].keys()
 
 
 def test_what_is_finished_is_not_made_again(run, monkeypatch):
@@ -128,27 +130,27 @@ def test_an_unknown_variant_is_a_mistake_of_the_user(run):
 def test_a_diagnosis_of_another_version_is_refused(run, tmp_path):
     write_json(tmp_path / "diagnosis.json", {"schema": 0})
     with pytest.raises(UserError, match="another version"):
-        diagnosis.load(tmp_path)
-    assert diagnosis.load(tmp_path / "nothing") == {}
+        diagnosis.load_diagnosis(tmp_path)
+    assert diagnosis.load_diagnosis(tmp_path / "nothing") == {}
 
 
 def test_results_of_other_fits_are_not_current(run):
     folder, _ = run
-    entries = compare.load(compare.Job(folder, **JOB))
-    assert compare.current(folder, entries) == json.loads((folder / "results.json").read_text())
+    entries = compare.load_variants(compare.RunOptions(folder, **JOB))
+    assert compare.current_results(folder, entries) == json.loads((folder / "results.json").read_text())
     with torch.no_grad():
         next(entries[0].variants[0].built.program.parameters()).add_(1)
-    assert compare.current(folder, entries) == {}
+    assert compare.current_results(folder, entries) == {}
 
 
-@pytest.mark.parametrize("name", PLANS)
+@pytest.mark.parametrize("name", DIAGNOSIS_BUDGETS)
 def test_plans_grow_in_every_number_and_in_cost(name):
-    order = list(PLANS)
+    order = list(DIAGNOSIS_BUDGETS)
     if order.index(name):
-        less, more = PLANS[order[order.index(name) - 1]], PLANS[name]
+        less, more = DIAGNOSIS_BUDGETS[order[order.index(name) - 1]], DIAGNOSIS_BUDGETS[name]
         assert all(vars(less)[field] <= vars(more)[field] for field in vars(more))
         assert sum(less.passes().values()) < sum(more.passes().values())
-    assert all(math.isfinite(cost) and cost > 0 for cost in PLANS[name].passes().values())
+    assert all(math.isfinite(cost) and cost > 0 for cost in DIAGNOSIS_BUDGETS[name].passes().values())
 
 
 def test_pages_show_the_diagnosis_of_these_fits_alone(run):
@@ -156,11 +158,11 @@ def test_pages_show_the_diagnosis_of_these_fits_alone(run):
 
     folder, _ = run
     diagnosed(run)
-    page = html_report.write(folder).read_text()
+    page = html_report.write_report(folder).read_text()
     assert page.count("Diagnosis of ") == 2
     assert "Calibration, simulated rows" in page
     there = json.loads((folder / "diagnosis.json").read_text())
     for own in there["variants"]:
         own["fitted"] = "0" * 16
     write_json(folder / "diagnosis.json", there)
-    assert "Diagnosis of " not in html_report.write(folder).read_text()
+    assert "Diagnosis of " not in html_report.write_report(folder).read_text()

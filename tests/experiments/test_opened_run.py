@@ -18,10 +18,10 @@ import torch
 from sklearn.datasets import load_digits
 
 from pvae.cli.app import main
-from pvae.data.loading import load
+from pvae.data.loading import load_data
 from pvae.errors import UserError
 from pvae.experiments import opened_run
-from pvae.experiments.opened_run import chosen, open_run, positions
+from pvae.experiments.opened_run import open_run, parse_positions, select_rows
 
 SMALL = "--epochs 1 --hidden 16 --latent 2"
 FIT = f"fit {SMALL}"
@@ -116,7 +116,7 @@ def test_code_that_a_run_names_runs_only_where_it_is_trusted(labelled):
 
 
 def test_words_stand_for_parts_of_the_data(run):
-    test, train = chosen(run), chosen(run, "train")
+    test, train = select_rows(run), select_rows(run, "train")
     assert test.x.equal(run.data.test)
     assert test.labels.equal(run.data.test_labels)
     assert test.index is None
@@ -125,11 +125,11 @@ def test_words_stand_for_parts_of_the_data(run):
     assert (test.where, train.where) == ("test rows", "training rows")
     assert test.from_run
     with pytest.raises(UserError, match="the run has no validation rows; name others, or a file"):
-        chosen(run, "validation")
+        select_rows(run, "validation")
 
 
 def test_a_selection_takes_labels_index_and_places_along(run):
-    whole, part = chosen(run, "train"), chosen(run, "train", "5,0:2")
+    whole, part = select_rows(run, "train"), select_rows(run, "train", "5,0:2")
     which = [5, 0, 1]
     assert part.x.equal(whole.x[which])
     assert part.labels.equal(whole.labels[which])
@@ -150,7 +150,7 @@ def test_a_selection_takes_labels_index_and_places_along(run):
     ],
 )
 def test_positions_are_those_that_are_named(select, found):
-    assert positions(select, 10, "rows") == found
+    assert parse_positions(select, 10, "rows") == found
 
 
 @pytest.mark.parametrize(
@@ -173,14 +173,14 @@ def test_positions_are_those_that_are_named(select, found):
 )
 def test_positions_that_are_none_are_refused(select, words):
     with pytest.raises(UserError) as error:
-        positions(select, 10, "rows")
+        parse_positions(select, 10, "rows")
     assert words in str(error.value)
 
 
 @pytest.mark.parametrize("source", ["tset", "tests", "nothing", ""])
 def test_an_unknown_word_is_no_file(run, source):
     with pytest.raises(UserError, match=f"there are no rows '{source}'.*known: test, train, validation"):
-        chosen(run, source)
+        select_rows(run, source)
 
 
 class Unread:
@@ -196,18 +196,18 @@ class Unread:
 
 def test_of_rows_on_disk_those_selected_alone_are_read(counts, monkeypatch):
     np.save(place() / "many.npy", np.tile(COUNTS, (50, 1)))
-    streamed = load(str(place() / "many.npy"), stream=True)
+    streamed = load_data(str(place() / "many.npy"), stream=True)
     own, read = replace(counts, data=streamed), streamed.train.values
     streamed.train.values = Unread(read, 3)
-    found = chosen(own, "train", "5,0:2")
+    found = select_rows(own, "train", "5,0:2")
     assert found.index.tolist() == found.place.tolist() == [5, 0, 1]
     assert found.x.equal(torch.from_numpy(read[streamed.train.rows[[5, 0, 1]]]))
     streamed.train.values = read
-    assert chosen(own, "train").x.equal(streamed.train.resident())
+    assert select_rows(own, "train").x.equal(streamed.train.resident())
     monkeypatch.setattr(opened_run, "available_memory", lambda: 2000 * 6 * 4.0)
     with pytest.raises(UserError, match=r"2400 training rows take .*; name fewer, as --select 0:1000"):
-        chosen(own, "train")
-    assert len(chosen(own, "train", "0:1000").x) == 1000
+        select_rows(own, "train")
+    assert len(select_rows(own, "train", "0:1000").x) == 1000
 
 
 # Files
@@ -230,31 +230,31 @@ def written(folder, name, x, labels=None):
 @pytest.mark.parametrize("name", ["rows.npy", "rows.npz", "rows.csv", "rows.parquet"])
 @pytest.mark.parametrize("shape", [(12, 64), (12, 8, 8)], ids=["flat", "images"])
 def test_a_file_holds_the_same_rows_in_every_format(run, name, shape, tmp_path):
-    found = chosen(run, written(tmp_path, name, IMAGES.reshape(shape)))
+    found = select_rows(run, written(tmp_path, name, IMAGES.reshape(shape)))
     assert found.x.equal(torch.from_numpy(IMAGES.reshape(12, 64) > 0.5).float())  # binarized as the run's rows were
     assert (found.index, found.where, found.place.tolist()) == (None, f"rows of {name}", list(range(12)))
     assert found.labels is None
     assert not found.from_run
-    part = chosen(run, written(tmp_path, name, IMAGES.reshape(shape)), "3,1")
+    part = select_rows(run, written(tmp_path, name, IMAGES.reshape(shape)), "3,1")
     assert part.x.equal(found.x[[3, 1]])
 
 
 @pytest.mark.parametrize("name", ["rows.npz", "rows.csv", "rows.parquet"])
 def test_a_file_brings_its_labels(run, name, tmp_path):
-    found = chosen(run, written(tmp_path, name, IMAGES, DIGITS.target[:12]))
+    found = select_rows(run, written(tmp_path, name, IMAGES, DIGITS.target[:12]))
     assert found.labels.tolist() == DIGITS.target[:12].tolist()
 
 
 @pytest.mark.parametrize("dtype", ["float64", "float16", "int64", "uint8", "bool"])
 def test_numbers_of_any_type_are_rows(run, dtype, tmp_path):
-    found = chosen(run, written(tmp_path, "rows.npy", (IMAGES > 0.5).astype(dtype)))
+    found = select_rows(run, written(tmp_path, "rows.npy", (IMAGES > 0.5).astype(dtype)))
     assert found.x.dtype == torch.float32
     assert found.x.equal(torch.from_numpy(IMAGES.reshape(12, 64) > 0.5).float())
 
 
 def test_one_row_may_stand_alone(run, tmp_path):
-    assert chosen(run, written(tmp_path, "one.npy", IMAGES[0].reshape(64))).x.shape == (1, 64)
-    assert chosen(run, written(tmp_path, "one.npy", IMAGES[:1])).x.shape == (1, 64)
+    assert select_rows(run, written(tmp_path, "one.npy", IMAGES[0].reshape(64))).x.shape == (1, 64)
+    assert select_rows(run, written(tmp_path, "one.npy", IMAGES[:1])).x.shape == (1, 64)
 
 
 def at(x, row, column, value):
@@ -278,7 +278,7 @@ def at(x, row, column, value):
 )
 def test_rows_that_do_not_fit_the_run_are_refused_with_their_place(run, x, words, tmp_path):
     with pytest.raises(UserError) as error:
-        chosen(run, written(tmp_path, "rows.npy", x))
+        select_rows(run, written(tmp_path, "rows.npy", x))
     assert words in str(error.value)
 
 
@@ -294,25 +294,25 @@ def test_files_that_are_none_are_refused(run, tmp_path):
         ("rows.txt", "unknown format '.txt'"),
     ):
         with pytest.raises(UserError, match=words):
-            chosen(run, str(tmp_path / name))
+            select_rows(run, str(tmp_path / name))
 
 
 def test_values_outside_the_likelihoods_support_are_refused_but_not_where_they_may_be_noisy(counts, tmp_path):
     path = written(tmp_path, "counts.npy", at(COUNTS[:4], 1, 2, 0.5))
     with pytest.raises(UserError) as error:
-        chosen(counts, path)
+        select_rows(counts, path)
     assert "row 1, column 2 is 0.5, outside the support of the run's likelihood Poisson" in str(error.value)
-    assert chosen(counts, path, raw=True).x[1, 2] == 0.5
-    assert chosen(counts, written(tmp_path, "fine.npy", COUNTS[:4])).x.equal(torch.from_numpy(COUNTS[:4]))
+    assert select_rows(counts, path, raw=True).x[1, 2] == 0.5
+    assert select_rows(counts, written(tmp_path, "fine.npy", COUNTS[:4])).x.equal(torch.from_numpy(COUNTS[:4]))
 
 
 def test_missing_entries_pass_only_where_they_are_expected(run, counts, tmp_path):
     path = written(tmp_path, "gaps.npy", at(IMAGES, 2, 5, np.nan))
-    found = chosen(run, path, missing=True)
+    found = select_rows(run, path, missing=True)
     assert found.x.isnan().nonzero().tolist() == [[2, 5]]
     assert found.x[2, :5].equal(torch.from_numpy(IMAGES[2].flat[:5] > 0.5).float())
     with pytest.raises(UserError, match="row 1, column 2 is nan"):
-        chosen(counts, written(tmp_path, "raw.npy", at(COUNTS[:4], 1, 2, np.nan)), raw=True)
+        select_rows(counts, written(tmp_path, "raw.npy", at(COUNTS[:4], 1, 2, np.nan)), raw=True)
 
 
 def test_words_for_labels_are_numbered_as_the_runs_are(tmp_path):
@@ -320,17 +320,17 @@ def test_words_for_labels_are_numbered_as_the_runs_are(tmp_path):
     rows = (DIGITS.images[:90] / 16).reshape(90, 64)
     path = written(tmp_path, "named.csv", rows, names)
     run = open_run(run_of(f"fit {SMALL} --data {path} --binarize threshold"))
-    found = chosen(run, path)
+    found = select_rows(run, path)
     assert found.labels.tolist() == [["ant", "bird", "cat"].index(name) for name in names]
-    few = chosen(run, written(tmp_path, "few.csv", rows[:4], ["cat", "bird", "bird", "cat"]))
+    few = select_rows(run, written(tmp_path, "few.csv", rows[:4], ["cat", "bird", "bird", "cat"]))
     assert few.labels.tolist() == [2, 1, 1, 2]
     with pytest.raises(UserError, match=r"the run's data have no label 'dog'.*known: ant, bird, cat"):
-        chosen(run, written(tmp_path, "other.csv", rows[:2], ["ant", "dog"]))
+        select_rows(run, written(tmp_path, "other.csv", rows[:2], ["ant", "dog"]))
 
 
 def test_words_are_no_labels_of_a_run_of_numbers(run, tmp_path):
     with pytest.raises(UserError, match="its labels are words, but the run's are not; give numbers, or none"):
-        chosen(run, written(tmp_path, "named.csv", IMAGES, ["ant"] * 12))
+        select_rows(run, written(tmp_path, "named.csv", IMAGES, ["ant"] * 12))
 
 
 def test_columns_of_labels_are_those_of_all_parts_of_the_data(tmp_path):
@@ -341,25 +341,25 @@ def test_columns_of_labels_are_those_of_all_parts_of_the_data(tmp_path):
     run = open_run(
         run_of(f"fit {SMALL} --trust --program {program}:ConditionalVAE --data {tmp_path}/rare.npz"), trust=True
     )
-    found = chosen(run, written(tmp_path, "rows.npz", x[60:], y[60:]))
+    found = select_rows(run, written(tmp_path, "rows.npz", x[60:], y[60:]))
     assert found.x[:, 64:].equal(run.data.test[:, 64:])
     assert found.x[:, 64:].argmax(1).tolist() == y[60:].tolist()
 
 
 def test_labels_become_columns_where_the_program_takes_them(labelled, tmp_path):
-    found = chosen(labelled, written(tmp_path, "rows.csv", IMAGES, DIGITS.target[:12]))
+    found = select_rows(labelled, written(tmp_path, "rows.csv", IMAGES, DIGITS.target[:12]))
     assert labelled.columns == 64
     assert found.x.shape == (12, 74)
     assert found.x[:, 64:].argmax(1).tolist() == DIGITS.target[:12].tolist()
-    assert chosen(labelled).x.shape[1] == 74
+    assert select_rows(labelled).x.shape[1] == 74
     with pytest.raises(UserError, match="the run's program takes labels, and the file has none; add a column 'label'"):
-        chosen(labelled, written(tmp_path, "bare.npy", IMAGES))
+        select_rows(labelled, written(tmp_path, "bare.npy", IMAGES))
     with pytest.raises(UserError, match="it has a label that the run's data do not have; known are"):
-        chosen(labelled, written(tmp_path, "strange.csv", IMAGES, [11] * 12))
+        select_rows(labelled, written(tmp_path, "strange.csv", IMAGES, [11] * 12))
 
 
 def test_the_module_lists_the_words_that_it_knows():
-    assert tuple(opened_run.WORDS) == ("test", "train", "validation")
+    assert tuple(opened_run.SPLIT_LABELS) == ("test", "train", "validation")
 
 
 def test_columns_are_known_by_their_names(tmp_path):
@@ -372,7 +372,7 @@ def test_columns_are_known_by_their_names(tmp_path):
         path.write_text("\n".join(lines))
         return path
 
-    data = load(str(table("rows.csv", (0, 1, 2))))
+    data = load_data(str(table("rows.csv", (0, 1, 2))))
     run = replace(open_run(run_of(FIT)), data=data)
     assert data.columns == ("a", "b", "c")
     for path in (table("turned.csv", (2, 0, 1)), table("wider.csv", (0, 1, 2), more=("sd_a", "row"))):

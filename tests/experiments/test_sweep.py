@@ -18,7 +18,7 @@ import torch
 from pvae.diagnostics.evaluation import Budget
 from pvae.errors import UserError
 from pvae.experiments import arviz_export, compare, sweep
-from pvae.experiments.compare import Job
+from pvae.experiments.compare import RunOptions
 from pvae.recipes import recipe
 from pvae.recipes.recipe import Recipe
 from pvae.recipes.registry import KINDS
@@ -45,7 +45,7 @@ def small(**changes):
 
 def ran(folder, vary, *, jobs=1, resume=False, **changes):
     """Results of a comparison by the Python API."""
-    job = Job(Path(folder), device="cpu", rows=5, budget=Budget(5, 5), jobs=jobs)
+    job = RunOptions(Path(folder), device="cpu", rows=5, budget=Budget(5, 5), jobs=jobs)
     return compare.compare(small(**changes), job, vary=vary, resume=resume)
 
 
@@ -76,7 +76,7 @@ def same_tensors(one, other):
     ],
 )
 def test_an_axis_is_a_name_and_values(words, name, values):
-    assert sweep.axis(words) == (name, values)
+    assert sweep.parse_axis(words) == (name, values)
 
 
 @pytest.mark.parametrize(
@@ -93,13 +93,13 @@ def test_an_axis_is_a_name_and_values(words, name, values):
 )
 def test_a_mistaken_axis_is_refused(words, said):
     with pytest.raises(UserError) as error:
-        sweep.axis(words)
+        sweep.parse_axis(words)
     assert said in str(error.value)
 
 
 def test_cells_are_the_product_of_the_axes_the_last_fastest():
     axes = {"prior": ["StandardNormal", "StudentT(df=3.0)"], "latent": [2, 3]}
-    found = sweep.cells(small(), axes)
+    found = sweep.sweep_points(small(), axes)
     assert [cell.name for cell in found] == [
         "StandardNormal / latent 2",
         "StandardNormal / latent 3",
@@ -115,25 +115,25 @@ def test_cells_are_the_product_of_the_axes_the_last_fastest():
 
 
 def test_seeds_repeat_a_variant_on_the_same_rows():
-    found = sweep.cells(small(), {"prior": ["StandardNormal", "StudentT"], "seed": [4, 5]})
+    found = sweep.sweep_points(small(), {"prior": ["StandardNormal", "StudentT"], "seed": [4, 5]})
     assert [cell.name for cell in found] == ["StandardNormal"] * 2 + ["StudentT"] * 2
     assert [cell.place for cell in found] == [
         f"{name},seed={seed}" for name in ("StandardNormal", "StudentT") for seed in (4, 5)
     ]
     assert [(cell.recipe.seed, cell.recipe.split_seed) for cell in found] == [(4, 4), (5, 4)] * 2
-    shelf = sweep.Shelf()
+    shelf = sweep.DatasetCache()
     assert len({id(shelf[cell.recipe]) for cell in found}) == 1
-    assert {c.recipe.split_seed for c in sweep.cells(small(split_seed=7), {"seed": [4, 5]})} == {7}
-    assert {c.recipe.split_seed for c in sweep.cells(small(), {"split_seed": [1, 2], "seed": [4, 5]})} == {1, 2}
+    assert {c.recipe.split_seed for c in sweep.sweep_points(small(split_seed=7), {"seed": [4, 5]})} == {7}
+    assert {c.recipe.split_seed for c in sweep.sweep_points(small(), {"split_seed": [1, 2], "seed": [4, 5]})} == {1, 2}
 
 
 def test_a_grid_of_seeds_alone_is_named_after_its_guide():
-    assert [c.name for c in sweep.cells(small(guide="PerDatapoint"), {"seed": [0, 1]})] == ["PerDatapoint"] * 2
+    assert [c.name for c in sweep.sweep_points(small(guide="PerDatapoint"), {"seed": [0, 1]})] == ["PerDatapoint"] * 2
 
 
 def test_two_variants_of_one_name_are_refused():
     with pytest.raises(UserError, match="two variants have the same name"):
-        sweep.cells(small(), {"prior": ["StandardNormal", {"type": "StandardNormal"}]})
+        sweep.sweep_points(small(), {"prior": ["StandardNormal", {"type": "StandardNormal"}]})
 
 
 # Training
@@ -255,8 +255,10 @@ def test_mean_and_error_over_seeds_are_those_of_the_seeds_means(kept):
             assert quantity["mean"] == pytest.approx((one + other) / 2, abs=1e-6)
             assert quantity["se"] == pytest.approx(abs(one - other) / 2, abs=1e-6)  # s / sqrt(2)
     for seed in (0, 1):
-        job = Job(Path(shutil.copytree(kept / f"StudentT,seed={seed}", f"run-{seed}")), rows=5, budget=Budget(5, 5))
-        (row,) = compare.judge(compare.load(job), job)["groups"][0]["rows"]
+        job = RunOptions(
+            Path(shutil.copytree(kept / f"StudentT,seed={seed}", f"run-{seed}")), rows=5, budget=Budget(5, 5)
+        )
+        (row,) = compare.evaluate_variants(compare.load_variants(job), job)["groups"][0]["rows"]
         elbo = group["rows"][1]["test"]["elbo"]
         assert row["test"]["elbo"]["mean"] == pytest.approx(elbo["by_seed"][seed], abs=1e-6)
     assert "over 2 seeds" in " ".join(group["verdicts"])
@@ -318,7 +320,7 @@ def test_nats_that_cannot_be_compared_stand_in_groups(data, axes, groups, reason
     assert "The variants stand in 2 groups, because nats of different data, of different binarizations" in page
     assert all(words in page for words in reason)
     for number, names in enumerate(groups, 1):
-        assert arviz_export.load(Path("run"), number)["posterior"].variant.to_numpy().tolist() == names
+        assert arviz_export.load_idata(Path("run"), number)["posterior"].variant.to_numpy().tolist() == names
         words = " ".join(found["groups"][number - 1]["verdicts"])
         assert not any(name in words for other in groups if other != names for name in other)
 
@@ -326,7 +328,7 @@ def test_nats_that_cannot_be_compared_stand_in_groups(data, axes, groups, reason
 def test_variants_of_different_latents_are_exported_together():
     found = ran("run", {"latent": [2, 3]})
     assert [row["latent"] for row in found["groups"][0]["rows"]] == [2, 3]
-    z = arviz_export.load(Path("run"))["posterior/z"]
+    z = arviz_export.load_idata(Path("run"))["posterior/z"]
     missing = z.isnull().any(("chain", "draw", "row"))
     assert missing.sel(variant="latent 2").to_numpy().tolist() == [False, False, True]
     assert not missing.sel(variant="latent 3").any()
@@ -443,7 +445,7 @@ import pyro.distributions as dist
 import torch
 from torch import nn
 
-from pvae.runtime.torch_state import LocalModule, local_method
+from pvae.runtime.pyro_params import LocalModule, local_method
 
 
 class Rates(LocalModule):
@@ -476,7 +478,7 @@ def test_a_program_of_bounded_latents_is_compared_by_all_sources(pvae):
     assert done.status == 0, done.err
     (group,) = read("run")["groups"]
     assert (group["data"]["base_measure"], {row["latent"] for row in group["rows"]}) == ("mass", {3})
-    drawn = arviz_export.load(Path("run"))["posterior"]
+    drawn = arviz_export.load_idata(Path("run"))["posterior"]
     assert (drawn["size"].to_numpy() > 0).all()
     assert torch.as_tensor(drawn["share"].to_numpy()).sum(-1).allclose(torch.ones(()))
     done = pvae("check --data counts.npy --program mine.py:Kinds")

@@ -12,7 +12,16 @@ from pyarrow import csv
 
 from pvae.errors import UserError
 from pvae.experiments import use_results
-from pvae.experiments.use_results import FOLDER, KINDS, VERBS, Use, check_outputs, keep, kept, save
+from pvae.experiments.use_results import (
+    FOLDER,
+    KINDS,
+    VERBS,
+    UseResult,
+    check_outputs,
+    load_from_run,
+    save_in_run,
+    write_outputs,
+)
 
 RANDOM = np.random.default_rng(0)
 ARRAYS = {
@@ -33,7 +42,7 @@ def figure():
 
 @pytest.fixture
 def use():
-    return Use("map", dict(ARRAYS), ["Said <so>."], [("Title", ["a"], [["1"]])], figure(), "<html>moved</html>")
+    return UseResult("map", dict(ARRAYS), ["Said <so>."], [("Title", ["a"], [["1"]])], figure(), "<html>moved</html>")
 
 
 @pytest.fixture(autouse=True)
@@ -51,7 +60,7 @@ def files(folder):
 
 def test_every_format_reads_back_as_what_was_written(use, workplace):
     paths = [workplace / f"deep/out{kind}" for kind in KINDS]
-    save(use, *paths)
+    write_outputs(use, *paths)
     assert files(workplace) == sorted(f"deep/out{kind}" for kind in KINDS)  # and no temporary ones
     with np.load(workplace / "deep/out.npz", allow_pickle=False) as archive:
         assert archive.files == list(ARRAYS)
@@ -63,7 +72,7 @@ def test_every_format_reads_back_as_what_was_written(use, workplace):
 
 
 def test_a_table_has_a_column_for_each_number_of_a_row(use, workplace):
-    save(use, workplace / "out.csv")
+    write_outputs(use, workplace / "out.csv")
     table = csv.read_csv(workplace / "out.csv")
     assert table.column_names == ["x0", "x1", "x2", "row", "flagged"]
     columns = [table.column(f"x{k}").to_numpy() for k in range(3)]
@@ -74,18 +83,18 @@ def test_a_table_has_a_column_for_each_number_of_a_row(use, workplace):
 
 def test_what_is_not_about_rows_is_no_column_though_it_is_as_long(use, workplace):
     use.arrays["prior"] = ARRAYS["prior"][:5]
-    save(use, workplace / "one.csv")
+    write_outputs(use, workplace / "one.csv")
     assert "prior0" in csv.read_csv(workplace / "one.csv").column_names
     use.aside = {"prior"}
-    save(use, workplace / "other.csv")
+    write_outputs(use, workplace / "other.csv")
     assert csv.read_csv(workplace / "other.csv").column_names == ["x0", "x1", "x2", "row", "flagged"]
 
 
 @pytest.mark.parametrize(("kind", "what"), [(".png", "picture"), (".html", "page")])
 def test_what_there_is_not_can_not_be_written_and_nothing_else_is(kind, what, workplace):
-    bare = Use("encode", dict(ARRAYS))
+    bare = UseResult("encode", dict(ARRAYS))
     with pytest.raises(UserError, match=f"there is no {what} of encode; write .npz, .npy or .csv"):
-        save(bare, workplace / "out.npz", workplace / f"out{kind}")
+        write_outputs(bare, workplace / "out.npz", workplace / f"out{kind}")
     assert files(workplace) == []
 
 
@@ -130,7 +139,7 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_beside_it(kind, use, wor
     monkeypatch.setattr(use_results, "_write_csv", broken)
     monkeypatch.setattr(Figure, "savefig", lambda self, file, **options: broken(file))
     with pytest.raises(UserError, match=rf"can't write .*out\{kind}: No space left on device"):
-        save(use, path)
+        write_outputs(use, path)
     assert path.read_text() == "old"
     assert files(workplace) == [f"out{kind}"]
 
@@ -138,17 +147,17 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_beside_it(kind, use, wor
 def test_a_folder_that_is_a_file_is_named(use, workplace):
     (workplace / "file").write_text("")
     with pytest.raises(UserError, match=r"can't write .*file/out.npz"):
-        save(use, workplace / "file/out.npz")
+        write_outputs(use, workplace / "file/out.npz")
 
 
 # Kept in a run's folder
 
 
 def test_a_use_is_kept_and_told_with_its_picture(use, workplace):
-    paths = keep(use, workplace, ABOUT)
+    paths = save_in_run(use, workplace, ABOUT)
     assert [path.name for path in paths] == ["map.npz", "map.png", "map.html"]
     assert files(workplace) == [f"{FOLDER}/map{kind}" for kind in (".html", ".json", ".npz", ".png")]
-    (told,) = kept(workplace, ["abc"])
+    (told,) = load_from_run(workplace, ["abc"])
     assert {name: told[name] for name in ABOUT} == ABOUT
     assert told["sentences"] == ["Said <so>."]
     assert told["tables"] == [["Title", ["a"], [["1"]]]]
@@ -158,28 +167,32 @@ def test_a_use_is_kept_and_told_with_its_picture(use, workplace):
 
 
 def test_a_later_use_takes_the_place_of_the_last_of_its_verb(use, workplace):
-    keep(use, workplace, ABOUT)
-    assert [path.name for path in keep(Use("map", {"x": np.zeros(2)}, ["Bare."]), workplace, ABOUT)] == ["map.npz"]
+    save_in_run(use, workplace, ABOUT)
+    assert [path.name for path in save_in_run(UseResult("map", {"x": np.zeros(2)}, ["Bare."]), workplace, ABOUT)] == [
+        "map.npz"
+    ]
     assert files(workplace) == [f"{FOLDER}/map.json", f"{FOLDER}/map.npz"]
-    (told,) = kept(workplace, ["abc"])
+    (told,) = load_from_run(workplace, ["abc"])
     assert (told["sentences"], told["picture"]) == (["Bare."], None)
 
 
 def test_uses_of_earlier_fits_are_left_out_and_the_rest_is_in_the_pages_order(workplace):
     for verb in reversed(VERBS):
-        keep(Use(verb, {"x": np.zeros(2)}), workplace, ABOUT | {"fitted": "old" if verb == "encode" else "abc"})
-    assert [told["verb"] for told in kept(workplace, {"abc"})] == [verb for verb in VERBS if verb != "encode"]
-    assert [told["verb"] for told in kept(workplace, {"old", "xyz"})] == ["encode"]
-    assert kept(workplace, []) == kept(workplace / "nothing", ["abc"]) == []
+        save_in_run(
+            UseResult(verb, {"x": np.zeros(2)}), workplace, ABOUT | {"fitted": "old" if verb == "encode" else "abc"}
+        )
+    assert [told["verb"] for told in load_from_run(workplace, {"abc"})] == [verb for verb in VERBS if verb != "encode"]
+    assert [told["verb"] for told in load_from_run(workplace, {"old", "xyz"})] == ["encode"]
+    assert load_from_run(workplace, []) == load_from_run(workplace / "nothing", ["abc"]) == []
 
 
 def test_a_broken_file_says_which_command_writes_it_anew(use, workplace):
-    keep(use, workplace, ABOUT)
+    save_in_run(use, workplace, ABOUT)
     (workplace / FOLDER / "map.json").write_text("{")
     with pytest.raises(UserError, match=r"pvae map .* writes it anew"):
-        kept(workplace, ["abc"])
+        load_from_run(workplace, ["abc"])
 
 
 def test_numbers_that_json_has_not_become_null(workplace):
-    keep(Use("encode", {"x": np.zeros(2)}), workplace, ABOUT | {"rate": float("nan")})
+    save_in_run(UseResult("encode", {"x": np.zeros(2)}), workplace, ABOUT | {"rate": float("nan")})
     assert json.loads((workplace / FOLDER / "encode.json").read_text())["rate"] is None

@@ -8,7 +8,7 @@ from torch import nn
 
 from pvae.errors import UserError
 from pvae.generative import networks
-from pvae.generative.networks import MLP, Conv, ResidualMLP, Standardized
+from pvae.generative.networks import MLP, Conv, ResidualMLP, Standardize
 
 LATENT, PARAMETERS = 2, 3  # D, and P parameters of each value
 
@@ -181,9 +181,9 @@ def test_bad_option_is_named(build, words):
 
 def test_standardized_rows_are_in_standard_units_and_an_odd_value_does_not_swamp_them():
     rows = torch.randn(500, 3) * torch.tensor([2.0, 300.0, 0.0]) + torch.tensor([-5.0, 1e3, 7.0])
-    seen = Standardized(nn.Identity(), rows)(rows)
+    seen = Standardize(nn.Identity(), rows)(rows)
     torch.testing.assert_close(seen.mean(0), torch.zeros(3), atol=1e-9, rtol=0)
     assert seen.std(0, correction=0)[1].item() == pytest.approx(1)
     assert seen[:, 2].eq(0).all()
     odd = torch.tensor([[-5.0, 1e3, 8.0]])
-    assert Standardized(nn.Identity(), rows)(odd)[0, 2] < 0.1  # a column that never varied
+    assert Standardize(nn.Identity(), rows)(odd)[0, 2] < 0.1  # a column that never varied

@@ -1,4 +1,4 @@
-"""Guides: three sources of lam, each with its own memory, all within reach of the best diagonal Gaussian."""
+"""Guides: three sources of q_params, each with its own memory, all within reach of the best diagonal Gaussian."""
 
 import math
 
@@ -17,7 +17,7 @@ from pvae.generative.vae import VAE
 from pvae.inference.families import Delta, DiagonalNormal
 from pvae.inference.guides import Amortized, PerDatapoint, SemiAmortized
 from pvae.inference.importance import log_weights
-from pvae.inference.refinement import given, local_bound, local_optimum, refine
+from pvae.inference.refinement import fixed_guide, local_elbo, maximize_local_elbo, refine
 from pvae.runtime.torch_state import seeded
 from pvae.training.loop import fit
 from pvae.training.optimizer import FusedAdam
@@ -31,9 +31,9 @@ def oracle():
     return LinearGaussian(2, 5)
 
 
-def shortfall(oracle, lam, x):
-    """Nats by which lam misses the best diagonal Gaussian, [B]."""
-    return oracle.elbo(oracle.best(x), x) - oracle.elbo(lam, x)
+def shortfall(oracle, q_params, x):
+    """Nats by which q_params misses the best diagonal Gaussian, [B]."""
+    return oracle.elbo(oracle.best(x), x) - oracle.elbo(q_params, x)
 
 
 def svi(model, guide, learning_rate=0.01):
@@ -63,9 +63,9 @@ def test_pyros_own_svi_trains(source):
     def missing():
         with torch.no_grad(), seeded(1):
             guide.eval()
-            lam = guide.params(x, index)
+            q_params = guide.params(x, index)
             guide.train()
-        return shortfall(oracle, lam, x).mean().item()
+        return shortfall(oracle, q_params, x).mean().item()
 
     start = missing()
     for _ in range(60):
@@ -121,7 +121,7 @@ def test_refinement_wins_on_the_network_it_starts_from(oracle):
     x = oracle.sample(100)
     torch.manual_seed(0)
     plain = Amortized(nn.Linear(5, 4), FAMILY)
-    refined = SemiAmortized(plain.encoder, FAMILY, 20, bound=local_bound(oracle.model, FAMILY), draws=16)
+    refined = SemiAmortized(plain.encoder, FAMILY, 20, bound=local_elbo(oracle.model, FAMILY), draws=16)
     with torch.no_grad():
         before, after = (shortfall(oracle, guide.params(x), x) for guide in (plain, refined))
     assert (after < before).float().mean() > 0.95
@@ -132,7 +132,7 @@ def test_without_unrolling_gradients_pass_straight_through():
     oracle = LinearGaussian(2, 5).requires_grad_()
     x = oracle.sample(6)
     torch.manual_seed(0)
-    encoder, bound = nn.Linear(5, 4), local_bound(oracle.model, FAMILY)
+    encoder, bound = nn.Linear(5, 4), local_elbo(oracle.model, FAMILY)
     own = [*encoder.parameters(), *oracle.parameters()]
 
     def gradients(unroll):
@@ -143,9 +143,9 @@ def test_without_unrolling_gradients_pass_straight_through():
     straight, rule = gradients(unroll=False)
     with seeded(1):
         start = encoder(x)
-        lam = refine(lambda lam: bound(lam, x, None, 2), start, 3, rule=rule).lam.requires_grad_()
-        value = log_weights(oracle.model, given(FAMILY, lam), x).log_w.sum()
-    by_lam, *by_decoder = torch.autograd.grad(value, [lam, *oracle.parameters()])
+        q_params = refine(lambda q_params: bound(q_params, x, None, 2), start, 3, rule=rule).q_params.requires_grad_()
+        value = log_weights(oracle.model, fixed_guide(FAMILY, q_params), x).log_w.sum()
+    by_lam, *by_decoder = torch.autograd.grad(value, [q_params, *oracle.parameters()])
     expected = [*torch.autograd.grad(start, list(encoder.parameters()), by_lam), *by_decoder]
     for one, other in zip(straight, expected, strict=True):
         torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
@@ -160,7 +160,7 @@ def test_rows_outside_the_batch_keep_their_bits():
     oracle = LinearGaussian(2, 5).requires_grad_()
     x, visits = oracle.sample(10), torch.zeros(10, dtype=torch.int32)
     torch.manual_seed(0)
-    guide = PerDatapoint(10, FAMILY, bound=local_bound(oracle.model, FAMILY), local_steps=4)
+    guide = PerDatapoint(10, FAMILY, bound=local_elbo(oracle.model, FAMILY), local_steps=4)
     loop = svi(oracle, guide)
     for index in map(torch.tensor, ([0, 1, 2], [2, 7], [9, 0, 2, 4], [2])):
         before = {name: getattr(guide, name).clone() for name in MEMORY}
@@ -177,7 +177,7 @@ def test_rows_outside_the_batch_keep_their_bits():
 
 def test_a_row_does_not_know_with_whom_it_was_visited(oracle):
     family, x = Delta(2), oracle.sample(8)  # no draws: the bound has no noise
-    bound = local_bound(oracle.model, family)
+    bound = local_elbo(oracle.model, family)
 
     def visited(*batches):
         guide = PerDatapoint(8, family, bound=bound, local_steps=4)
@@ -191,15 +191,15 @@ def test_a_row_does_not_know_with_whom_it_was_visited(oracle):
     for name in MEMORY:
         torch.testing.assert_close(getattr(one, name)[0], getattr(other, name)[0], atol=1e-6, rtol=1e-6)
     # The steps at a visit and the joint one after them are steps of one refinement.
-    whole = refine(lambda lam: bound(lam, x[:1]), family.initial().expand(1, -1), 12, rule=one.rule)
-    torch.testing.assert_close(one.table[:1], whole.lam, atol=1e-6, rtol=1e-6)
+    whole = refine(lambda q_params: bound(q_params, x[:1]), family.initial().expand(1, -1), 12, rule=one.rule)
+    torch.testing.assert_close(one.table[:1], whole.q_params, atol=1e-6, rtol=1e-6)
     torch.testing.assert_close(one.second[:1], whole.state.second, atol=1e-6, rtol=1e-6)
     assert one.row_steps.tolist() == [12, 12, 4, 4, 4, 0, 0, 0]
 
 
 def test_rows_stand_still_without_training(oracle):
     x, index = oracle.sample(4), torch.tensor([3, 1, 0, 2])
-    guide = PerDatapoint(4, FAMILY, bound=local_bound(oracle.model, FAMILY))
+    guide = PerDatapoint(4, FAMILY, bound=local_elbo(oracle.model, FAMILY))
     guide.table.copy_(torch.arange(16.0).view(4, 4))
     with torch.no_grad():
         assert torch.equal(guide.params(x, index), guide.table[index])
@@ -213,25 +213,25 @@ def test_rows_stand_still_without_training(oracle):
 @pytest.mark.parametrize("training", [True, False])
 def test_new_rows_are_fitted_and_leave_no_trace(oracle, training):
     x = oracle.sample(50, seed=1)
-    guide = PerDatapoint(10, FAMILY, bound=local_bound(oracle.model, FAMILY)).train(training)
+    guide = PerDatapoint(10, FAMILY, bound=local_elbo(oracle.model, FAMILY)).train(training)
     before = {name: getattr(guide, name).clone() for name in MEMORY}
     stream = torch.get_rng_state()
-    lam = guide.params(x)
+    q_params = guide.params(x)
     assert torch.equal(torch.get_rng_state(), stream)
     assert all(torch.equal(getattr(guide, name), before[name]) for name in MEMORY)
-    assert shortfall(oracle, lam, x).mean() < 0.02
-    assert torch.equal(lam, guide.params(x))
+    assert shortfall(oracle, q_params, x).mean() < 0.02
+    assert torch.equal(q_params, guide.params(x))
     guide.step_rows()
     assert all(torch.equal(getattr(guide, name), before[name]) for name in MEMORY)
 
 
 def test_gap_of_a_local_optimum_covers_what_is_left(oracle):
-    x, bound = oracle.sample(50, seed=2), local_bound(oracle.model, FAMILY)
+    x, bound = oracle.sample(50, seed=2), local_elbo(oracle.model, FAMILY)
     gaps, left = [], []
     for steps in (20, 50, 200):
-        found = local_optimum(bound, FAMILY.initial().expand(50, -1), x, steps=steps, tolerance=0.0)
+        found = maximize_local_elbo(bound, FAMILY.initial().expand(50, -1), x, steps=steps, tolerance=0.0)
         gaps.append(found.gap.mean().item())
-        left.append(shortfall(oracle, found.lam, x).mean().item())
+        left.append(shortfall(oracle, found.q_params, x).mean().item())
     assert gaps == sorted(gaps, reverse=True)
     assert left == sorted(left, reverse=True)
     assert all(gap > rest for gap, rest in zip(gaps[:2], left[:2], strict=True))
@@ -242,7 +242,7 @@ def test_gap_of_a_local_optimum_covers_what_is_left(oracle):
 @pytest.mark.parametrize("name", ["steps", "draws", "learning_rate"])
 def test_semi_amortized_refuses_what_is_not_positive(oracle, name, wrong):
     with pytest.raises(UserError, match=f"SemiAmortized: {name} is {wrong}, but it must be positive"):
-        SemiAmortized(nn.Linear(5, 4), FAMILY, bound=local_bound(oracle.model, FAMILY), **{name: wrong})
+        SemiAmortized(nn.Linear(5, 4), FAMILY, bound=local_elbo(oracle.model, FAMILY), **{name: wrong})
 
 
 @pytest.mark.parametrize("wrong", [0, -1, math.nan, math.inf])

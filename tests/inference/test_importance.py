@@ -13,8 +13,8 @@ from torch.distributions import Gamma, LogNormal, Normal
 from pvae.errors import UserError
 from pvae.inference import importance
 from pvae.inference.families import DiagonalNormal
-from pvae.inference.importance import elbo, log_weights, stream
-from pvae.inference.refinement import given
+from pvae.inference.importance import elbo, iter_log_weights, log_weights
+from pvae.inference.refinement import fixed_guide
 from pvae.runtime import torch_state
 from pvae.runtime.torch_state import seeded
 from pvae.stats import log_mean_exp
@@ -26,9 +26,9 @@ def oracle():
 
 
 def diagonal(oracle, x, *, widen=0.0):
-    """The best diagonal guide, its standard deviations times exp(widen), and its lam."""
-    lam = oracle.best(x) + widen * torch.tensor([0.0, 1.0]).repeat_interleave(2)
-    return given(DiagonalNormal(2), lam), lam
+    """The best diagonal guide, its standard deviations times exp(widen), and its q_params."""
+    q_params = oracle.best(x) + widen * torch.tensor([0.0, 1.0]).repeat_interleave(2)
+    return fixed_guide(DiagonalNormal(2), q_params), q_params
 
 
 def test_weights_under_the_exact_posterior_are_the_evidence(oracle):
@@ -41,21 +41,21 @@ def test_weights_under_the_exact_posterior_are_the_evidence(oracle):
 
 def test_mean_weight_is_the_elbo_for_every_datapoint(oracle):
     x, K = oracle.sample(20), 4000
-    guide, lam = diagonal(oracle, x, widen=0.2)
+    guide, q_params = diagonal(oracle, x, widen=0.2)
     torch.manual_seed(1)
     log_w = log_weights(oracle.model, guide, x, K=K).log_w.double()
     # Standard error of each mean: s / sqrt(K), about 0.015 nats.
-    assert ((log_w.mean(0) - oracle.elbo(lam, x)).abs() < 5 * log_w.std(0) / K**0.5).all()
+    assert ((log_w.mean(0) - oracle.elbo(q_params, x)).abs() < 5 * log_w.std(0) / K**0.5).all()
 
 
 def test_iwae_converges_to_the_evidence_from_below(oracle):
     x, K = oracle.sample(20), 2**15
-    guide, lam = diagonal(oracle, x, widen=0.3)
+    guide, q_params = diagonal(oracle, x, widen=0.3)
     with torch.no_grad(), seeded(2):
         log_w = log_weights(oracle.model, guide, x, K=K).log_w.double()
     w = (log_w - oracle.evidence(x)).exp()
     second, third = ((w - 1) ** 2).mean().item(), ((w - 1) ** 3).mean().item()
-    shortfalls = {1: (oracle.evidence(x) - oracle.elbo(lam, x)).mean().item()}
+    shortfalls = {1: (oracle.evidence(x) - oracle.elbo(q_params, x)).mean().item()}
     # Beyond k = 1 by the delta method, to the second order in 1 / k.
     shortfalls |= {k: second / (2 * k) + (0.75 * second**2 - third / 3) / k**2 for k in (8, 32, 128)}
     assert list(shortfalls.values()) == sorted(shortfalls.values(), reverse=True)
@@ -68,7 +68,7 @@ def test_iwae_converges_to_the_evidence_from_below(oracle):
 
 def test_no_pass_is_larger_than_a_chunk(oracle):
     x, K, rows = oracle.sample(100), 1_000, []
-    guide, lam = diagonal(oracle, x)
+    guide, q_params = diagonal(oracle, x)
 
     def spy(x, index=None):
         trace = poutine.trace(oracle.model).get_trace(x, index)
@@ -82,7 +82,7 @@ def test_no_pass_is_larger_than_a_chunk(oracle):
     assert found.latents == {}
     log_w = found.log_w.double()
     # Standard errors: s / sqrt(K), about 0.006 nats.
-    assert ((log_w.mean(0) - oracle.elbo(lam, x)).abs() < 5 * log_w.std(0) / K**0.5).all()
+    assert ((log_w.mean(0) - oracle.elbo(q_params, x)).abs() < 5 * log_w.std(0) / K**0.5).all()
 
 
 def test_chunks_change_nothing_in_distribution(oracle, monkeypatch):
@@ -105,10 +105,10 @@ def test_chunks_change_nothing_in_distribution(oracle, monkeypatch):
 def test_kept_draws_are_those_that_were_scored(oracle, K, monkeypatch):
     monkeypatch.setattr(importance, "ROWS_PER_PASS", 40)
     x = oracle.sample(20)
-    guide, lam = diagonal(oracle, x)
+    guide, q_params = diagonal(oracle, x)
     found = log_weights(oracle.model, guide, x, K=K, keep_latents=True)
     z = found.latents["z"]
-    mu, log_sigma = lam.chunk(2, -1)
+    mu, log_sigma = q_params.chunk(2, -1)
     assert z.shape == (K, 20, 2)
     torch.testing.assert_close(found.log_prior, Normal(0.0, 1.0).log_prob(z).sum(-1))
     torch.testing.assert_close(found.log_q, Normal(mu, log_sigma.exp()).log_prob(z).sum(-1))
@@ -226,12 +226,12 @@ def test_kept_draws_have_one_shape_whatever_the_nesting_and_the_chunks(monkeypat
 def test_gradients_of_the_bound_are_those_of_the_closed_form(oracle):
     x, K = oracle.sample(10), 2000
     oracle.decoder.requires_grad_()
-    lam = (oracle.best(x).detach() + 0.3).requires_grad_()
-    exact = torch.autograd.grad(oracle.elbo(lam, x).sum(), [lam, oracle.decoder.bias])
+    q_params = (oracle.best(x).detach() + 0.3).requires_grad_()
+    exact = torch.autograd.grad(oracle.elbo(q_params, x).sum(), [q_params, oracle.decoder.bias])
     torch.manual_seed(10)
-    log_w = log_weights(oracle.model, given(DiagonalNormal(2), lam), x, K=K).log_w
+    log_w = log_weights(oracle.model, fixed_guide(DiagonalNormal(2), q_params), x, K=K).log_w
     batches = log_w.view(20, -1, 10).mean(1).sum(-1)
-    gradients = [torch.autograd.grad(b, [lam, oracle.decoder.bias], retain_graph=True) for b in batches]
+    gradients = [torch.autograd.grad(b, [q_params, oracle.decoder.bias], retain_graph=True) for b in batches]
     found = [torch.stack(g) for g in zip(*gradients, strict=True)]
     for one, by_batch in zip(exact, found, strict=True):
         # Standard error over 20 independent batches of draws; 5 of them with 19 degrees of freedom for 45 entries.
@@ -282,7 +282,7 @@ def test_a_stream_is_the_log_weights_in_chunks(oracle, monkeypatch):
     with seeded(11):
         whole = log_weights(oracle.model, guide, x, K=20)
     with seeded(11):
-        parts = [w for (w,) in stream(oracle.model, [guide], x, K=20)]
+        parts = [w for (w,) in iter_log_weights(oracle.model, [guide], x, K=20)]
     assert [len(part.log_q) for part in parts] == [7, 7, 6]
     for name in ("log_lik", "log_prior", "log_q"):
         assert torch.equal(torch.cat([getattr(part, name) for part in parts]), getattr(whole, name))
@@ -291,14 +291,14 @@ def test_a_stream_is_the_log_weights_in_chunks(oracle, monkeypatch):
 def test_guides_of_one_stream_see_the_same_noise(oracle, monkeypatch):
     monkeypatch.setattr(importance, "ROWS_PER_PASS", 70)
     x = oracle.sample(10)
-    (one, lam), (two, wide) = diagonal(oracle, x), diagonal(oracle, x, widen=0.4)
+    (one, q_params), (two, wide) = diagonal(oracle, x), diagonal(oracle, x, widen=0.4)
     with seeded(12):
-        both = list(stream(oracle.model, [one, two], x, K=20, keep_latents=True))
+        both = list(iter_log_weights(oracle.model, [one, two], x, K=20, keep_latents=True))
     with seeded(12):
-        alone = list(stream(oracle.model, [one], x, K=20, keep_latents=True))
+        alone = list(iter_log_weights(oracle.model, [one], x, K=20, keep_latents=True))
     for (a, b), (c,) in zip(both, alone, strict=True):
         assert torch.equal(a.latents["z"], c.latents["z"])  # company changes nothing
-        noise = [(w.latents["z"] - own[:, :2]) / own[:, 2:].exp() for w, own in ((a, lam), (b, wide))]
+        noise = [(w.latents["z"] - own[:, :2]) / own[:, 2:].exp() for w, own in ((a, q_params), (b, wide))]
         torch.testing.assert_close(*noise, atol=1e-5, rtol=1e-5)
 
 
@@ -317,21 +317,21 @@ class Small:
 
 @pytest.fixture
 def silent():
-    torch_state.say_once.cache_clear()
+    torch_state.warn_once.cache_clear()
     yield
-    torch_state.say_once.cache_clear()
+    torch_state.warn_once.cache_clear()
 
 
 def test_a_pass_that_is_too_large_is_halved_and_told_once(oracle, silent, capsys):
     x, K = oracle.sample(10), 4000
-    guide, lam = diagonal(oracle, x)
+    guide, q_params = diagonal(oracle, x)
     small = Small(oracle.model, 300)
     for seed in (13, 14):
         with torch.no_grad(), seeded(seed):
             log_w = log_weights(small, guide, x, K=K).log_w.double()
         assert log_w.shape == (K, 10)
         assert len(log_w.unique(dim=0)) == K
-        assert ((log_w.mean(0) - oracle.elbo(lam, x)).abs() < 5 * log_w.std(0) / K**0.5).all()
+        assert ((log_w.mean(0) - oracle.elbo(q_params, x)).abs() < 5 * log_w.std(0) / K**0.5).all()
     # 409 draws of 10 rows, then 204, 102, 51 and 25
     assert [size for size in small.passes if size > 300][:4] == [4090, 2040, 1020, 510]
     line = "the device is out of memory: going on with 25 instead of 409 draws for each row at a time\n"
@@ -358,7 +358,7 @@ def test_what_a_failed_pass_drew_is_drawn_again():
         return drawn
 
     with seeded(15):
-        halved = list(torch_state.in_pieces(compute, 2, 2, "numbers"))
+        halved = list(torch_state.halve_on_oom(compute, 2, 2, "numbers"))
     with seeded(15):
         expected = [torch.rand(4)[:1], torch.rand(4)[1:2]]
     assert all(torch.equal(a, b) for a, b in zip(halved, expected, strict=True))

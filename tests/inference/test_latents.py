@@ -17,8 +17,8 @@ from pvae.generative.vae import VAE
 from pvae.inference.families import DiagonalNormal, FullRankNormal
 from pvae.inference.guides import Amortized
 from pvae.inference.importance import log_weights, random_sites
-from pvae.inference.latents import Site, Sites, base_measure, find_sites, vector
-from pvae.inference.refinement import given, local_bound, local_optimum
+from pvae.inference.latents import LatentSites, Site, base_measure, find_latent_sites, real_vector_latent
+from pvae.inference.refinement import fixed_guide, local_elbo, maximize_local_elbo
 from pvae.runtime.torch_state import seeded
 from pvae.stats import log_mean_exp, log_mean_exp_se
 
@@ -52,20 +52,20 @@ def program(**latents):
 
 @pytest.mark.parametrize(("prior", "shape", "free"), LATENTS.values(), ids=LATENTS)
 def test_a_latent_is_found_with_its_shape_and_the_real_numbers_behind_it(prior, shape, free):
-    found = find_sites(program(w=prior), ROWS)
+    found = find_latent_sites(program(w=prior), ROWS)
     assert [(site.name, site.shape) for site in found.sites] == [("w", shape)]
     assert found.dim == free
 
 
 def test_several_latents_lie_end_to_end_in_the_programs_order():
-    found = find_sites(program(**{name.replace(" ", "_"): prior for name, (prior, *_) in LATENTS.items()}), ROWS)
+    found = find_latent_sites(program(**{name.replace(" ", "_"): prior for name, (prior, *_) in LATENTS.items()}), ROWS)
     assert [site.shape for site in found.sites] == [shape for _, shape, _ in LATENTS.values()]
     assert found.dim == sum(free for *_, free in LATENTS.values())
 
 
 def test_a_search_leaves_the_stream_outside_alone_and_takes_a_single_row():
     before = torch.get_rng_state()
-    assert find_sites(program(z=LATENTS["normal vector"][0]), ROWS[:1]) == vector(3)
+    assert find_latent_sites(program(z=LATENTS["normal vector"][0]), ROWS[:1]) == real_vector_latent(3)
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -86,10 +86,10 @@ def log_volume(transform, free):
 @pytest.mark.parametrize(("prior", "shape", "free"), LATENTS.values(), ids=LATENTS)
 def test_density_of_a_draw_is_that_of_the_change_of_variables(prior, shape, free):
     K, B, model = 3, len(ROWS), program(other=LATENTS["LogNormal"][0], w=prior)
-    sites, family = find_sites(model, ROWS), DiagonalNormal(1 + free)
+    sites, family = find_latent_sites(model, ROWS), DiagonalNormal(1 + free)
     with seeded(1):
-        lam = 0.5 * torch.randn(B, family.size)
-        w = log_weights(model, given(family, lam, sites), ROWS.double(), K=K, keep_latents=True)
+        q_params = 0.5 * torch.randn(B, family.size)
+        w = log_weights(model, fixed_guide(family, q_params, sites), ROWS.double(), K=K, keep_latents=True)
     assert w.latents.keys() == {"other", "w"}
     assert w.latents["w"].shape == (K, B, *shape)
     transform, expected = biject_to(prior().support), torch.zeros(K, B)
@@ -98,7 +98,7 @@ def test_density_of_a_draw_is_that_of_the_change_of_variables(prior, shape, free
             other, value = w.latents["other"][k, b], w.latents["w"][k, b]
             u = transform.inv(value)
             whole = torch.cat([other.log().view(1), u.reshape(-1)])
-            expected[k, b] = family(lam[b]).log_prob(whole) - other.log() - log_volume(transform, u)
+            expected[k, b] = family(q_params[b]).log_prob(whole) - other.log() - log_volume(transform, u)
     torch.testing.assert_close(w.log_q, expected)
     other = dist.LogNormal(0.3, 0.5).log_prob(w.latents["other"])
     torch.testing.assert_close(w.log_prior, prior().log_prob(w.latents["w"]) + other)
@@ -106,7 +106,7 @@ def test_density_of_a_draw_is_that_of_the_change_of_variables(prior, shape, free
 
 def test_one_real_vector_is_drawn_by_its_own_name_alone():
     family = DiagonalNormal(3)
-    trace = pyro.poutine.trace(given(family, torch.zeros(4, family.size))).get_trace(ROWS)
+    trace = pyro.poutine.trace(fixed_guide(family, torch.zeros(4, family.size))).get_trace(ROWS)
     assert [name for name, site in trace.nodes.items() if site["type"] == "sample"] == ["data", "z"]
 
 
@@ -139,12 +139,12 @@ def counts_evidence(x):
 @pytest.mark.parametrize("family", [DiagonalNormal(3), FullRankNormal(3)], ids=lambda family: type(family).__name__)
 def test_weights_of_bounded_latents_average_to_the_evidence(family):
     x = torch.tensor([[0.0, 1.0, 0.0], [2.0, 3.0, 4.0], [0.0, 0.0, 0.0], [9.0, 1.0, 2.0]])
-    sites = find_sites(counts, x)
+    sites = find_latent_sites(counts, x)
     assert sites.dim == 3
-    lam = family.initial().to(x).expand(len(x), -1)
-    lam = local_optimum(local_bound(counts, family, sites), lam, x, steps=100).lam.detach()
+    q_params = family.initial().to(x).expand(len(x), -1)
+    q_params = maximize_local_elbo(local_elbo(counts, family, sites), q_params, x, steps=100).q_params.detach()
     with seeded(2):
-        log_w = log_weights(counts, given(family, lam, sites), x, K=20_000).log_w
+        log_w = log_weights(counts, fixed_guide(family, q_params, sites), x, K=20_000).log_w
     evidence = counts_evidence(x)
     assert ((log_mean_exp(log_w) - evidence).abs() < 4.5 * log_mean_exp_se(log_w)).all()  # 4.5 standard errors
     assert (log_w.mean(0) < evidence).all()
@@ -211,7 +211,7 @@ UNSOUND = {
 @pytest.mark.parametrize(("model", "words"), UNSOUND.values(), ids=UNSOUND)
 def test_a_program_that_is_not_of_the_form_is_refused_in_one_line(model, words):
     with pytest.raises(UserError) as error:
-        find_sites(model, ROWS)
+        find_latent_sites(model, ROWS)
     assert words in str(error.value)
     assert "\n" not in str(error.value)
 
@@ -225,11 +225,11 @@ def test_a_latent_that_comes_and_goes_is_refused():
             pyro.sample("x", dist.Normal(torch.zeros_like(x), 1.0).to_event(1), obs=x)
 
     with pytest.raises(UserError, match=r"latent 'more' changes from run to run \(\(\), then None\)"):
-        find_sites(model, ROWS)
+        find_latent_sites(model, ROWS)
 
 
 def test_a_guide_refuses_a_family_of_another_size():
-    sites = Sites((Site("z", (3,), constraints.real_vector), Site("s", (), constraints.positive)))
+    sites = LatentSites((Site("z", (3,), constraints.real_vector), Site("s", (), constraints.positive)))
     family = DiagonalNormal(3)
     with pytest.raises(UserError, match="the family has 3 dimensions, but the program's latents have 4"):
         Amortized(MLP(3, family.size), family, sites=sites)
@@ -269,10 +269,10 @@ def test_bounds_given_by_row_do_not_make_rows_dimensions(latent, shape):
             pyro.sample("x", dist.Poisson(s.sum(-1) if shape else s), obs=x[:, 0])
 
     x = torch.ones(7, 1)
-    sites = find_sites(model, x)
+    sites = find_latent_sites(model, x)
     assert (sites.sites[0].shape, sites.dim) == (shape, 4 if shape else 1)
     q = DiagonalNormal(sites.dim)
-    assert log_weights(model, given(q, torch.zeros(7, q.size), sites), x, K=3).log_w.isfinite().all()
+    assert log_weights(model, fixed_guide(q, torch.zeros(7, q.size), sites), x, K=3).log_w.isfinite().all()
 
 
 def test_bounds_that_differ_by_row_are_refused():
@@ -282,14 +282,14 @@ def test_bounds_that_differ_by_row_are_refused():
             pyro.sample("x", dist.Poisson(s), obs=x[:, 0])
 
     with pytest.raises(UserError, match="the support of latent 's' is not the same everywhere"):
-        find_sites(model, torch.ones(3, 1))
+        find_latent_sites(model, torch.ones(3, 1))
 
 
 @pytest.mark.parametrize("prior", [priors.StandardNormal(3), priors.GaussianMixture(3), priors.FlowPrior(3)], ids=str)
 def test_one_real_vector_is_drawn_as_itself(prior):
     """Not through an auxiliary site, which has no closed forms and costs a copy."""
     vae = VAE(MLP(3, 4, hidden=[5]), Bernoulli(), prior)
-    sites = find_sites(vae.model, torch.zeros(4, 4))
+    sites = find_latent_sites(vae.model, torch.zeros(4, 4))
     assert sites.sites[0].plain
     guide = Amortized(MLP(4, 6, hidden=[5]), DiagonalNormal(3), sites=sites)
     assert set(dict(random_sites(poutine.trace(guide).get_trace(torch.zeros(4, 4))))) == {"z"}

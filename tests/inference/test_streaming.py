@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from pvae.inference.importance import LogWeights
-from pvae.inference.streaming import Moments, Tally
+from pvae.inference.streaming import RunningMoments, StreamingWeights
 from pvae.stats import effective_sample_size, k_hat, log_mean_exp, log_mean_exp_se
 
 K, B = 1000, 6
@@ -21,7 +21,7 @@ def weights(count=K, spread=1.5, seed=0):
 
 
 def tallied(w, sizes):
-    found, start = Tally(len(w.log_w)), 0
+    found, start = StreamingWeights(len(w.log_w)), 0
     for size in sizes:
         part = slice(start, start + size)
         found.add(LogWeights(w.log_lik[part], w.log_prior[part], w.log_q[part]))
@@ -61,7 +61,7 @@ def test_draws_of_no_weight_count_and_carry_none():
 
 def test_a_row_of_no_weight_at_all_has_no_evidence():
     lost = torch.full((30, 2), -math.inf)
-    found = Tally(30)
+    found = StreamingWeights(30)
     found.add(LogWeights(lost, torch.zeros(30, 2), torch.zeros(30, 2)))
     assert (found.iwae == -math.inf).all()
     assert found.k_hat.isnan().all()
@@ -85,7 +85,7 @@ def test_results_are_of_the_weights_type_and_totals_in_double():
 
 def test_moments_of_nearly_equal_values_keep_their_digits():
     values = 1e6 + torch.randn(1000, 2, generator=torch.Generator().manual_seed(0), dtype=torch.double) / 1e3
-    found = Moments()
+    found = RunningMoments()
     for part in values.split(13):
         found.add(part)
     torch.testing.assert_close(found.se, values.std(0) / 1000**0.5, rtol=1e-6, atol=0)
@@ -106,7 +106,7 @@ class Largest(TorchDispatchMode):
 def test_memory_grows_with_the_tail_alone():
     most = {}
     for count in (1000, 100_000):
-        found = Tally(count)
+        found = StreamingWeights(count)
         with Largest() as seen:
             for seed in range(count // 500):
                 found.add(weights(500, seed=seed))

@@ -10,13 +10,13 @@ import pytest
 import torch
 
 from pvae.data.dataset import Dataset
-from pvae.errors import Refused, UserError
+from pvae.errors import Incompatible, UserError
 from pvae.experiments import compare
-from pvae.generative.networks import Standardized
+from pvae.generative.networks import Standardize
 from pvae.recipes import registry
-from pvae.recipes.build import build
-from pvae.recipes.recipe import Recipe, load_data, open_file, read, record, resolve, words, write
-from pvae.recipes.registry import KINDS, find, make, table
+from pvae.recipes.build import build_model
+from pvae.recipes.recipe import Recipe, load_recipe_data, open_file, read, record, resolve, words, write
+from pvae.recipes.registry import KINDS, as_table, find_class, make
 from pvae.runtime.torch_state import seeded
 
 COLUMNS, ROWS = 6, 10
@@ -47,7 +47,7 @@ def built(**changes):
     """Program and guide of a small recipe."""
     small = {"latent": 2, "network": {"type": "MLP", "hidden": [8, 4]}}
     own = resolve(Recipe(**small | changes))
-    return build(own, rows(own.name("likelihood") == "Bernoulli"))
+    return build_model(own, rows(own.name("likelihood") == "Bernoulli"))
 
 
 # Filling in
@@ -60,7 +60,7 @@ def test_resolving_leaves_nothing_open(own):
     assert set(open_still) <= {"test_size", "only", "patience"}
     for kind in KINDS:
         component = getattr(full, kind)
-        takes = set(registry._arguments(find(kind, component["type"]))) - set(registry.SUPPLIED[kind])
+        takes = set(registry._arguments(find_class(kind, component["type"]))) - set(registry.SUPPLIED[kind])
         assert set(component) == {"type", *takes}
 
 
@@ -74,7 +74,7 @@ def test_resolving_keeps_what_was_said(own):
     full = resolve(own)
     for name, value in vars(own).items():
         if name in KINDS:
-            said = {k: list(v) if isinstance(v, tuple) else v for k, v in table(value).items()}
+            said = {k: list(v) if isinstance(v, tuple) else v for k, v in as_table(value).items()}
             assert getattr(full, name) == getattr(full, name) | said
         elif value is not None:
             assert getattr(full, name) == value
@@ -197,7 +197,7 @@ def test_arguments_reach_their_components():
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_unknown_component_is_answered_with_the_nearest(kind):
     name = KINDS[kind].__all__[0]
-    for call in (find, make):
+    for call in (find_class, make):
         with pytest.raises(UserError, match=f"unknown {kind} '{name[:-1]}'; did you mean '{name}'"):
             call(kind, name[:-1])
 
@@ -329,9 +329,9 @@ def test_files_are_looked_for_beside_the_recipe_first(tmp_path, monkeypatch):
     ],
 )
 def test_a_word_and_its_table_are_one_component(word, component):
-    assert registry.parse(word) == table(word) == component
+    assert registry.parse(word) == as_table(word) == component
     assert registry.label(component) == registry.label(word) == word
-    assert registry.split(f"{word}, {word},A") == [word, word, "A"]
+    assert registry.split_words(f"{word}, {word},A") == [word, word, "A"]
 
 
 def test_a_label_leaves_out_defaults_and_folders():
@@ -353,7 +353,9 @@ from pathlib import Path
 
 from torch import nn
 
-from pvae import families, generative, guides, likelihoods, objectives, priors
+from pvae import families, likelihoods, objectives, priors
+from pvae.generative import vae as generative
+from pvae.inference import guides
 
 Path(__file__).with_name("mark").touch()
 
@@ -433,7 +435,7 @@ def test_own_code_runs_where_it_is_named_and_in_a_run_only_with_trust(mine, pvae
     assert (done.status, done.err.count("\n")) == (2, 1)
     assert f"{kind} is code in {mine / 'mine.py'}, which runs only if you give --trust" in done.err
     assert not (mine / "mark").exists()
-    (found,) = compare.load(compare.Job(mine / "run", trust=True))
+    (found,) = compare.load_variants(compare.RunOptions(mine / "run", trust=True))
     assert found.variants[0].recipe.name(kind) == CLASSES[kind]
     assert (mine / "mark").exists()
 
@@ -503,7 +505,7 @@ def test_own_code_that_does_not_go_is_refused_in_one_line(mine, kind, name, said
     (mine / "broken.py").write_text("1 / 0\n")
     (mine / "syntax.py").write_text("class Wide(\n")
     with pytest.raises(UserError) as error:
-        build(resolve(Recipe(latent=2, **{kind: name})), rows())
+        build_model(resolve(Recipe(latent=2, **{kind: name})), rows())
     assert said in str(error.value)
     assert "\n" not in str(error.value)
 
@@ -511,10 +513,10 @@ def test_own_code_that_does_not_go_is_refused_in_one_line(mine, kind, name, said
 @pytest.mark.parametrize(("factor", "standardized"), [(1.0, False), (16.0, True)])
 def test_an_encoder_sees_intensities_as_they_are_and_other_units_standardized(factor, standardized):
     own = resolve(Recipe(likelihood="Gaussian", binarize="none", network={"type": "MLP", "hidden": [4]}))
-    data = load_data(own)
+    data = load_recipe_data(own)
     scaled = replace(data, train=factor * data.train, test=factor * data.test)
-    guide = build(own, scaled).guide
-    assert isinstance(guide.encoder, Standardized) == standardized
+    guide = build_model(own, scaled).guide
+    assert isinstance(guide.encoder, Standardize) == standardized
     if standardized:
         names = guide.state_dict()
         assert {"encoder.mean", "encoder.scale"} <= set(names)
@@ -553,7 +555,7 @@ def test_arguments_that_may_be_none_are_left_out_of_the_file(tmp_path):
 def test_vamp_prior_is_refused_where_z_is_not_the_only_latent(tmp_path):
     (tmp_path / "own.py").write_text(
         "import pyro, pyro.distributions as dist\n"
-        "from pvae.runtime.torch_state import LocalModule, local_method\n"
+        "from pvae.runtime.pyro_params import LocalModule, local_method\n"
         "class Two(LocalModule):\n"
         "    def __init__(self, *, prior, likelihood, decoder) -> None:\n"
         "        super().__init__()\n"
@@ -566,16 +568,16 @@ def test_vamp_prior_is_refused_where_z_is_not_the_only_latent(tmp_path):
         "            pyro.sample('x', self.likelihood(s[..., None] * self.decoder(z)), obs=x)\n"
     )
     own = resolve(Recipe(program=f"{tmp_path / 'own.py'}:Two", prior="VampPrior(pseudo_inputs=3)", latent=2))
-    with pytest.raises(Refused, match="needs z to be the program's only latent"):
-        build(own, load_data(own))
-    build(replace(own, prior="StandardNormal"), load_data(own))
+    with pytest.raises(Incompatible, match="needs z to be the program's only latent"):
+        build_model(own, load_recipe_data(own))
+    build_model(replace(own, prior="StandardNormal"), load_recipe_data(own))
 
 
 def test_a_users_file_runs_once_until_it_changes(tmp_path):
     path = tmp_path / "own.py"
     path.write_text("from pvae.generative.priors import StandardNormal\nclass Mine(StandardNormal): pass\n")
     word = f"{path}:Mine"
-    first = find("prior", word)
-    assert find("prior", word) is first
+    first = find_class("prior", word)
+    assert find_class("prior", word) is first
     path.write_text("from pvae.generative.priors import StandardNormal\nclass Mine(StandardNormal):\n    new = True\n")
-    assert find("prior", word).new
+    assert find_class("prior", word).new

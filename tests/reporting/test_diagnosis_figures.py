@@ -12,10 +12,10 @@ import torch
 
 from pvae.diagnostics.battery import Bounds, Rows, Weights
 from pvae.diagnostics.calibration import Calibration
-from pvae.diagnostics.latent_usage import Health
-from pvae.diagnostics.mcmc_reference import Reference
-from pvae.diagnostics.predictive_checks import STATISTICS, Predictive
-from pvae.reporting.diagnosis_figures import CAPTIONS, panels
+from pvae.diagnostics.latent_usage import LatentUsage
+from pvae.diagnostics.mcmc_reference import MCMCReference
+from pvae.diagnostics.predictive_checks import STATISTICS, PredictiveChecks
+from pvae.reporting.diagnosis_figures import CAPTIONS, draw_diagnosis
 from pvae.reporting.latent_figures import aggregate
 
 GAPS = {"inference": (3.1, 2.9, 3.4), "approximation": (0.9, 0.8, 1.0), "amortization": (2.2, 2.0, 2.5)}
@@ -38,33 +38,33 @@ def _calibration(N: int, D: int, narrow: float) -> Calibration:
     return Calibration(ranks, torch.rand(N) ** narrow, z, torch.rand(N, D), torch.tensor(100))
 
 
-def _reference(B: int, D: int, narrow: float) -> Reference:
+def _reference(B: int, D: int, narrow: float) -> MCMCReference:
     mean, sd = torch.randn(B, D), 0.1 + 0.5 * torch.rand(B, D)
     ours = mean + 0.3 * sd * torch.randn(B, D)
     small, one = torch.full((B, D), 0.01), torch.ones(B, D)
     cover = (0.5 * narrow + 0.02 * torch.randn(B, D)).clamp(0, 1), (0.9 * narrow + 0.02 * torch.randn(B, D)).clamp(0, 1)
     sound = torch.arange(B) % 7 > 0
     rates = (torch.full((B,), 0.65), torch.zeros(B), sound, torch.tensor(8), torch.tensor(500))
-    return Reference(mean, sd, ours, sd * narrow, small, small, *cover, one, 900 * one, *rates)
+    return MCMCReference(mean, sd, ours, sd * narrow, small, small, *cover, one, 900 * one, *rates)
 
 
-def _health(B: int, D: int) -> Health:
+def _health(B: int, D: int) -> LatentUsage:
     decay = torch.exp(-torch.arange(D) / max(D / 5, 1.0))
     one, codes = torch.tensor(0.5), torch.randn(B, D) * (0.7 + 0.3 * torch.rand(D)) + 0.4 * torch.randn(D)
     kl = (2.5 * decay)[torch.randperm(D)]
     numbers = [one] * 9
-    return Health(
+    return LatentUsage(
         kl, 0.05 * kl, 0.4 * kl**2, *numbers, torch.rand(D), torch.rand(D), one, one, codes, torch.randn(B, D), codes
     )
 
 
-def _predictive(columns: int) -> Predictive:
+def _predictive(columns: int) -> PredictiveChecks:
     S = len(STATISTICS)
     replicated = torch.randn(200, S) * 0.01 + torch.linspace(0.1, 0.6, S)
     replicated[:, 4] = 1.0  # the largest of binary values
     observed = replicated.mean(0) + 0.01 * torch.randn(S)
     observed[4] = 1.0
-    return Predictive(torch.rand(columns), torch.rand(S), observed, replicated, torch.zeros(3), torch.zeros(3))
+    return PredictiveChecks(torch.rand(columns), torch.rand(S), observed, replicated, torch.zeros(3), torch.zeros(3))
 
 
 def _found(D: int, B: int, shape: tuple[int, ...], labelled: bool) -> dict[str, Any]:
@@ -99,7 +99,7 @@ def small() -> dict[str, Any]:
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_every_panel_is_drawn_from_every_kind_of_run(setting: str) -> None:
     D, B, shape, labelled = SETTINGS[setting]
-    drawn = panels(_found(D, B, shape, labelled), shape)
+    drawn = draw_diagnosis(_found(D, B, shape, labelled), shape)
     assert list(drawn) == list(CAPTIONS)
     for address in drawn.values():
         start = b"\x89PNG" if address.startswith("data:image/png;base64,") else b"<?xml"
@@ -108,7 +108,7 @@ def test_every_panel_is_drawn_from_every_kind_of_run(setting: str) -> None:
 
 
 def test_a_panel_whose_part_is_absent_is_left_out(small: dict[str, Any]) -> None:
-    assert panels({}, (5,)) == {}
+    assert draw_diagnosis({}, (5,)) == {}
     drawn_from = {
         "gaps": ("gaps",),
         "k_hat": ("weights-guide", "weights-best"),
@@ -121,47 +121,47 @@ def test_a_panel_whose_part_is_absent_is_left_out(small: dict[str, Any]) -> None
     }
     assert drawn_from.keys() == CAPTIONS.keys()
     for part in ("rows", *{p for parts in drawn_from.values() for p in parts}):
-        drawn = panels({part: small[part]}, (5,))
+        drawn = draw_diagnosis({part: small[part]}, (5,))
         assert set(drawn) == {name for name, parts in drawn_from.items() if part in parts}
 
 
 def test_chains_of_which_none_is_sound_make_no_picture(small: dict[str, Any]) -> None:
     bad = {who: replace(small[who], sound=torch.zeros(20, dtype=torch.bool)) for who in ("reference-guide",)}
-    assert panels(bad, (5,)) == {}
-    assert set(panels({"reference-guide": small["reference-guide"]}, (5,))) == {"reference"}
+    assert draw_diagnosis(bad, (5,)) == {}
+    assert set(draw_diagnosis({"reference-guide": small["reference-guide"]}, (5,))) == {"reference"}
 
 
 def test_numbers_that_are_not_finite_are_borne(small: dict[str, Any]) -> None:
     alike = replace(small["weights-guide"], k_hat=torch.full((20,), -torch.inf))
-    assert set(panels({"weights-guide": alike}, (5,))) == {"k_hat"}
+    assert set(draw_diagnosis({"weights-guide": alike}, (5,))) == {"k_hat"}
     mixed = replace(alike, k_hat=torch.tensor([torch.inf, torch.nan, -torch.inf, 0.3]).repeat(5))
-    assert set(panels({"weights-guide": mixed, "rows": small["rows"]}, (5,))) == {"k_hat"}
+    assert set(draw_diagnosis({"weights-guide": mixed, "rows": small["rows"]}, (5,))) == {"k_hat"}
     unknown = replace(alike, k_hat=torch.full((20,), torch.nan))
-    assert panels({"weights-guide": unknown}, (5,)) == {}
+    assert draw_diagnosis({"weights-guide": unknown}, (5,)) == {}
     point = replace(small["health"], kl=torch.full((2,), torch.nan), kl_se=torch.full((2,), torch.nan))
-    assert set(panels({"health": point}, (5,))) == {"kl", "aggregate"}
-    assert panels({"gaps": {"inference": (1.0, math.nan, 2.0)}}, (5,)) == {}
+    assert set(draw_diagnosis({"health": point}, (5,))) == {"kl", "aggregate"}
+    assert draw_diagnosis({"gaps": {"inference": (1.0, math.nan, 2.0)}}, (5,)) == {}
 
 
 def test_empty_parts_make_no_picture() -> None:
     none = torch.empty(0)
     empty = Calibration(torch.empty(0, 2), none, torch.empty(0, 2), torch.empty(0, 2), torch.tensor(100))
     found = {"sandwich": Bounds(none, none), "calibration-guide": empty, "weights-guide": Weights(*[none] * 4)}
-    assert panels(found | {"gaps": {}}, (5,)) == {}
+    assert draw_diagnosis(found | {"gaps": {}}, (5,)) == {}
 
 
 def test_a_single_row_is_drawn(small: dict[str, Any]) -> None:
     one = Weights(*[torch.tensor([0.4])] * 4)
     found = {"weights-guide": one, "sandwich": Bounds(torch.tensor([-3.0]), torch.tensor([-2.0]))}
     found |= {"calibration-guide": _calibration(1, 2, 1.0), "reference-guide": _reference(2, 1, 1.0)}
-    assert set(panels(found, (5,))) == {"k_hat", "sandwich", "calibration", "reference"}
+    assert set(draw_diagnosis(found, (5,))) == {"k_hat", "sandwich", "calibration", "reference"}
 
 
 def test_the_same_arrays_make_the_same_bytes(small: dict[str, Any]) -> None:
-    again = panels(small | {"sandwich": replace(small["sandwich"], upper=small["sandwich"].upper + 1)}, (5,))
-    first = panels(small, (5,))
+    again = draw_diagnosis(small | {"sandwich": replace(small["sandwich"], upper=small["sandwich"].upper + 1)}, (5,))
+    first = draw_diagnosis(small, (5,))
     assert {name for name, address in first.items() if again[name] != address} == {"sandwich"}
-    assert panels({"sandwich": small["sandwich"]}, (5,))["sandwich"] == first["sandwich"]
+    assert draw_diagnosis({"sandwich": small["sandwich"]}, (5,))["sandwich"] == first["sandwich"]
 
 
 def test_names_are_drawn_as_they_are_written() -> None:
@@ -171,7 +171,7 @@ def test_names_are_drawn_as_they_are_written() -> None:
         r"$\frac{$ & _^": (2.0, 1.5, 2.5),
         "x.py:Mine would win": (0, 0, 0),
     }
-    picture = _content(panels({"gaps": wild}, (5,))["gaps"])
+    picture = _content(draw_diagnosis({"gaps": wild}, (5,))["gaps"])
     assert b"<script>" not in picture
     assert not any("<" in caption or "$" in caption for caption in CAPTIONS.values())
 

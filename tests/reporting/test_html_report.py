@@ -17,12 +17,12 @@ import torch
 
 from pvae.diagnostics.evaluation import Budget, Evaluation, RefinementCurve
 from pvae.errors import UserError
-from pvae.experiments.compare import SOURCES, Job, compare
-from pvae.experiments.conclusions import Judged, SameDecoder, _clear, verdicts
+from pvae.experiments.compare import INFERENCE_METHODS, RunOptions, compare
+from pvae.experiments.conclusions import EvaluatedVariant, SameDecoder, _clear, draw_conclusions
 from pvae.recipes.recipe import Recipe
 from pvae.reporting import html_report
-from pvae.reporting.comparison_figures import digits_of
-from pvae.reporting.tables import tables
+from pvae.reporting.style import image_shape
+from pvae.reporting.tables import comparison_tables
 from pvae.runtime.files import read_json
 from pvae.stats import Estimate, number
 
@@ -35,9 +35,9 @@ VECTORS = np.random.default_rng(1).normal(size=(40, 7)).astype("float32")
 # id: (rows, changes of the recipe, sources, figures)
 ALWAYS = {"curves", "maps", "pictures", "prior"}
 RUNS = {
-    "images": (IMAGES, {}, SOURCES, ALWAYS | {"gaps", "refinement", "scatter"}),
+    "images": (IMAGES, {}, INFERENCE_METHODS, ALWAYS | {"gaps", "refinement", "scatter"}),
     "vectors": (VECTORS, {"likelihood": "Gaussian"}, ("PerDatapoint",), ALWAYS | {"gaps"}),
-    "point mass": (VECTORS, {"likelihood": "Gaussian", "family": "Delta"}, SOURCES[:2], ALWAYS),
+    "point mass": (VECTORS, {"likelihood": "Gaussian", "family": "Delta"}, INFERENCE_METHODS[:2], ALWAYS),
     "untrained": (IMAGES, {"epochs": 0}, ("SemiAmortized",), ALWAYS | {"gaps"}),
     "validated": (IMAGES, {"validation_size": 5, "patience": 1}, ("SemiAmortized",), ALWAYS | {"gaps"}),
 }
@@ -51,7 +51,7 @@ def compared(folder, name):
     small = {"epochs": 2, "latent": 2, "network": {"type": "MLP", "hidden": [4]}}
     compare(
         Recipe(str(path), **small | changes),
-        Job(folder / "run", device="cpu", rows=6, budget=Budget(6, 4)),
+        RunOptions(folder / "run", device="cpu", rows=6, budget=Budget(6, 4)),
         vary={"guide": sources},
     )
     return folder / "run"
@@ -82,7 +82,7 @@ def words(text):
 def page(request, tmp_path_factory):
     """Name of a run, its results, its page."""
     folder = compared(tmp_path_factory.mktemp("run"), request.param)
-    assert html_report.write(folder) == folder / "report.html"
+    assert html_report.write_report(folder) == folder / "report.html"
     return request.param, read_json(folder / "results.json", ""), Page((folder / "report.html").read_text())
 
 
@@ -134,7 +134,7 @@ def test_the_page_says_all_that_the_results_say(page):
     (group,) = results["groups"]
     for sentence in group["verdicts"]:
         assert words(sentence) in text
-    for table in tables(group).values():
+    for table in comparison_tables(group).values():
         assert table.title in text
         for line in (table.header, *table.rows):
             assert all(words(cell) in text for cell in line)
@@ -165,28 +165,28 @@ def test_text_never_becomes_markup(page):
 
 
 def test_a_page_written_twice_is_the_same(folder):
-    one, two = (html_report.write(folder).read_bytes() for _ in range(2))
+    one, two = (html_report.write_report(folder).read_bytes() for _ in range(2))
     assert one == two
 
 
 def test_rows_that_are_no_images_have_room(folder):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        html_report.write(folder)
+        html_report.write_report(folder)
 
 
 def test_a_single_epoch_has_a_curve(tmp_path):
     np.save(tmp_path / "rows.npy", IMAGES)
     recipe = Recipe(str(tmp_path / "rows.npy"), epochs=1, latent=2)
-    compare(recipe, Job(tmp_path / "run", rows=6, budget=Budget(6, 4)), vary={"guide": ["Amortized"]})
-    html_report.write(tmp_path / "run")
+    compare(recipe, RunOptions(tmp_path / "run", rows=6, budget=Budget(6, 4)), vary={"guide": ["Amortized"]})
+    html_report.write_report(tmp_path / "run")
 
 
 def test_a_single_test_row_has_a_page(tmp_path):
     np.save(tmp_path / "rows.npy", IMAGES)
     recipe = Recipe(str(tmp_path / "rows.npy"), epochs=2, latent=2, test_size=1)
-    compare(recipe, Job(tmp_path / "run", rows=6, budget=Budget(6, 4)), vary={"guide": ["Amortized"]})
-    assert "±" not in Page(html_report.write(tmp_path / "run").read_text()).text.split("test rows")[0]
+    compare(recipe, RunOptions(tmp_path / "run", rows=6, budget=Budget(6, 4)), vary={"guide": ["Amortized"]})
+    assert "±" not in Page(html_report.write_report(tmp_path / "run").read_text()).text.split("test rows")[0]
 
 
 @pytest.mark.parametrize(
@@ -212,7 +212,7 @@ def test_results_that_cannot_be_shown_are_refused_and_the_old_page_stays(folder,
     if content is not None:
         (run / "results.json").write_bytes(content.encode("latin-1"))
     with pytest.raises(UserError) as error:
-        html_report.write(run)
+        html_report.write_report(run)
     assert said.format(run) in str(error.value)
     assert "\n" not in str(error.value)
     assert (run / "report.html").read_text() == "old"
@@ -222,7 +222,7 @@ def test_results_without_their_draws_are_refused(folder, tmp_path):
     run = Path(shutil.copytree(folder, tmp_path / "run"))
     (run / "idata.nc").unlink()
     with pytest.raises(UserError, match=r"has no idata\.nc; pvae evaluate"):
-        html_report.write(run)
+        html_report.write_report(run)
 
 
 def test_results_are_strict_json(page):
@@ -232,7 +232,7 @@ def test_results_are_strict_json(page):
 
 @pytest.mark.parametrize(("shape", "drawn"), [((8, 8), (8, 8)), ((3, 4), (3, 4)), ((7,), (1, 7)), ((2, 3, 4), (1, 24))])
 def test_a_row_is_drawn_as_its_image_or_as_a_strip(shape, drawn):
-    assert digits_of(shape) == drawn
+    assert image_shape(shape) == drawn
 
 
 # Numbers and tables
@@ -264,7 +264,7 @@ def test_tables_name_their_draws_and_mark_what_is_missing():
         return {"name": name, "seeds": [0], "test": known, "train": known} | cost
 
     rows = [row("A", elbo=-2.0, iwae=-1.0), row("B", elbo=None, log_joint=-3.0)]
-    test, train, cost = tables({"rows": rows}).values()
+    test, train, cost = comparison_tables({"rows": rows}).values()
     assert test.header == train.header == ["variant", "log p(x, z)", "ELBO", "IWAE-7"]
     assert test.rows == [["A", "–", "-2.00 ± 0.10", "-1.00 ± 0.10"], ["B", "-3.00 ± 0.10", "–", "–"]]
     assert cost.rows[0][1:] == ["1,234,567", "0", "4", "2.0", "0.5", "0.5"]
@@ -295,16 +295,16 @@ def judged(guide="Amortized", *, sign=1, split=None, **means):
         mine = usual | means if split in (None, here) else usual
         return Evaluation({name: around(mean, sign) for name, mean in mine.items()}, 100, 1.0)
 
-    return Judged(guide, 2.0, values("train"), values("test"), source=guide)
+    return EvaluatedVariant(guide, 2.0, values("train"), values("test"), source=guide)
 
 
 def point_mass(guide="Amortized"):
     found = Evaluation({"log_joint": around(-5.0), "reconstruction": around(-4.0)}, 100, 1.0)
-    return Judged(guide, 2.0, found, found, source=guide)
+    return EvaluatedVariant(guide, 2.0, found, found, source=guide)
 
 
 def said(*own, same=(), curve=None, **options):
-    return verdicts(list(own), list(same), curve, **options)
+    return draw_conclusions(list(own), list(same), curve, **options)
 
 
 PER_ROW = judged("PerDatapoint")
@@ -327,7 +327,7 @@ RULES = {
         [judged(amortization_gap=-0.04)],
     ),
     "search at work": (
-        "The search for the best lam of Amortized on test rows had not come to rest",
+        "The search for the best q_params of Amortized on test rows had not come to rest",
         [judged(split="test", optimization_gap=0.04)],
         [judged(split="test", optimization_gap=0.02)],
     ),
@@ -401,7 +401,7 @@ RULES = {
 def test_a_sentence_is_said_where_it_holds_and_only_there(text, fires, silent):
     for arguments, expected in ((fires, True), (silent, False)):
         options = {name: value for a in arguments if isinstance(a, dict) for name, value in a.items()}
-        sentences = said(*(a for a in arguments if isinstance(a, Judged)), **options)
+        sentences = said(*(a for a in arguments if isinstance(a, EvaluatedVariant)), **options)
         assert any(text in sentence for sentence in sentences) == expected, sentences
 
 

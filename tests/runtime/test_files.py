@@ -10,7 +10,7 @@ from pyarrow import parquet
 
 from pvae.data.readers import read_table
 from pvae.errors import UserError
-from pvae.runtime.files import read_json, replacing, write_json, write_text
+from pvae.runtime.files import atomic_replace, read_json, write_json, write_text
 
 X = np.random.default_rng(0).normal(size=(6, 3))
 Y = np.arange(6) % 4
@@ -76,7 +76,7 @@ def test_replacing_puts_the_new_file_in_place(tmp_path, old):
     path = tmp_path / "file.txt"
     if old:
         path.write_text(old)
-    with replacing(path) as temporary:
+    with atomic_replace(path) as temporary:
         temporary.write_text("new")
         assert (path.read_text() if path.exists() else None) == old
     assert path.read_text() == "new"
@@ -85,7 +85,7 @@ def test_replacing_puts_the_new_file_in_place(tmp_path, old):
 
 def break_off(path, error):
     """Write half of a file."""
-    with replacing(path) as temporary:
+    with atomic_replace(path) as temporary:
         temporary.write_text("half")
         raise error
 

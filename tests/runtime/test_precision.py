@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from pvae.errors import UserError
-from pvae.runtime.precision import PRECISIONS, products
+from pvae.runtime.precision import PRECISIONS, matmul_precision
 from tests.training.test_engines import trained
 
 CPU = torch.device("cpu")
@@ -16,7 +16,7 @@ def test_layers_multiply_bfloat16_and_give_float32():
     exact = nn.functional.linear(
         x.bfloat16().double(), layer.weight.bfloat16().double(), layer.bias.bfloat16().double()
     )
-    with products("bf16", CPU):
+    with matmul_precision("bf16", CPU):
         found = layer(x)
     assert found.dtype == torch.float32
     # The result is rounded to 8 bits of mantissa, half a unit up or down.
@@ -26,7 +26,7 @@ def test_layers_multiply_bfloat16_and_give_float32():
 
 def test_gradients_are_float32_and_go_through_the_same_products():
     x, layer = torch.randn(64, 50, generator=torch.Generator().manual_seed(0)), nn.Linear(50, 20)
-    with products("bf16", CPU):
+    with matmul_precision("bf16", CPU):
         layer(x).sum().backward()
     assert layer.weight.grad.dtype == torch.float32
     expected = x.bfloat16().float().sum(0).expand(20, -1)
@@ -36,7 +36,7 @@ def test_gradients_are_float32_and_go_through_the_same_products():
 def test_all_else_keeps_its_bits():
     x = torch.randn(8, 8, generator=torch.Generator().manual_seed(0))
     plain = x @ x, x.exp(), torch.distributions.Normal(x, 1.0).log_prob(x + 1)
-    with products("bf16", CPU):
+    with matmul_precision("bf16", CPU):
         assert all(
             a.equal(b)
             for a, b in zip(plain, (x @ x, x.exp(), torch.distributions.Normal(x, 1.0).log_prob(x + 1)), strict=True)

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from pvae.runtime.torch_state import seeded
-from pvae.runtime.tracing import Recorded, Repeated, Unrecordable, record
+from pvae.runtime.tracing import AutoTraced, TracedFunction, TraceError, trace_function
 
 
 def noisy(network):
@@ -31,7 +31,7 @@ def same(found, expected):
 def test_replays_are_the_function_to_the_bit_while_parameters_move():
     net, x = network(), torch.randn(5, 3, generator=torch.Generator().manual_seed(1))
     function, torch_stream = noisy(net), torch.get_rng_state()
-    recorded = Recorded(function, net)
+    recorded = TracedFunction(function, net)
     for step in range(4):
         with seeded(step):
             found, after = recorded(x + step), torch.rand(1)
@@ -48,7 +48,7 @@ def test_replays_are_the_function_to_the_bit_while_parameters_move():
 
 def test_other_shapes_and_strides_are_recorded_too():
     function = lambda x: (x.view(-1).cumsum(0) if x.is_contiguous() else x.flatten() * 2,)  # noqa: E731
-    recorded, x = Recorded(function), torch.arange(6.0).view(2, 3)
+    recorded, x = TracedFunction(function), torch.arange(6.0).view(2, 3)
     for inputs in (x, x.mT, x[:, :2], x, x.mT.contiguous()):
         assert recorded(inputs)[0].equal(function(inputs)[0])
 
@@ -57,7 +57,7 @@ def test_recording_leaves_buffers_and_the_stream_where_they_were():
     norm = nn.BatchNorm1d(3)
     x = torch.randn(8, 3, generator=torch.Generator().manual_seed(0))
     with seeded(3):
-        graph = record(lambda x: (norm(x) + torch.randn(3),), [*norm.parameters(), *norm.buffers()], [x])
+        graph = trace_function(lambda x: (norm(x) + torch.randn(3),), [*norm.parameters(), *norm.buffers()], [x])
         assert norm.running_mean.equal(torch.zeros(3))
         assert norm.num_batches_tracked == 0
         drawn = torch.rand(1)
@@ -70,15 +70,17 @@ def test_recording_leaves_buffers_and_the_stream_where_they_were():
 
 def test_masks_give_shapes_and_values_do_not():
     mask = torch.tensor([True, False, True])
-    assert record(lambda x: (x[:, mask.nonzero().squeeze(1)],), [], [torch.ones(2, 3)])(torch.eye(3))[0].shape == (3, 2)
-    with pytest.raises(Unrecordable, match="depends on values"):
-        record(lambda x: (x[x > 0],), [], [torch.ones(2)])
-    with pytest.raises(Unrecordable, match="value out of a tracing tensor"):
-        record(lambda x: (x if x.sum() > 0 else -x,), [], [torch.ones(2)])
+    assert trace_function(lambda x: (x[:, mask.nonzero().squeeze(1)],), [], [torch.ones(2, 3)])(torch.eye(3))[
+        0
+    ].shape == (3, 2)
+    with pytest.raises(TraceError, match="depends on values"):
+        trace_function(lambda x: (x[x > 0],), [], [torch.ones(2)])
+    with pytest.raises(TraceError, match="value out of a tracing tensor"):
+        trace_function(lambda x: (x if x.sum() > 0 else -x,), [], [torch.ones(2)])
 
 
 def test_shapes_that_take_turns_are_each_tried_on_their_own():
-    repeated = Repeated(lambda x: (x.view(len(x) // 2, 2).sum(0),), after=1)
+    repeated = AutoTraced(lambda x: (x.view(len(x) // 2, 2).sum(0),), after=1)
     for k in range(12):
         x = torch.arange(4.0 + 2 * (k % 2)) + k
         assert repeated(x)[0].equal(x.view(-1, 2).sum(0))
@@ -87,8 +89,8 @@ def test_shapes_that_take_turns_are_each_tried_on_their_own():
 
 def test_values_that_leave_for_numpy_are_noticed():
     for out in (lambda x: x.numpy().sum(), lambda x: x.tolist()[0], lambda x: np.asarray(x).sum()):
-        with pytest.raises(Unrecordable, match="reads a tensor's values"):
-            record(lambda x, out=out: (x * float(out(x)),), [], [torch.ones(2)])
+        with pytest.raises(TraceError, match="reads a tensor's values"):
+            trace_function(lambda x, out=out: (x * float(out(x)),), [], [torch.ones(2)])
 
 
 @pytest.mark.parametrize("breaks", [False, True])
@@ -99,7 +101,7 @@ def test_what_is_repeated_is_recorded_only_if_it_can_be(breaks):
         calls.append(1)
         return (x * (2.0 if not breaks or x.sum() > 0 else 3.0),)
 
-    repeated = Repeated(function, after=2)
+    repeated = AutoTraced(function, after=2)
     for k in range(10):
         assert repeated(torch.full((2,), float(k)))[0].equal(torch.full((2,), 2.0 * k))
     assert (len(calls) < 10) is not breaks
@@ -112,19 +114,19 @@ def test_a_recording_that_gives_other_values_is_not_used():
         state["calls"] += 1
         return (x * state["calls"],)
 
-    repeated = Repeated(changing, after=2)
-    assert Repeated(lambda x: (x,), after=0)(torch.ones(1))[0] == 1
+    repeated = AutoTraced(changing, after=2)
+    assert AutoTraced(lambda x: (x,), after=0)(torch.ones(1))[0] == 1
     found = [repeated(torch.ones(1))[0].item() for _ in range(6)]
     assert found == sorted(set(found))
 
 
 def test_what_is_repeated_is_compiled_when_that_would_have_paid(monkeypatch):
     asked = []
-    monkeypatch.setattr("pvae.runtime.tracing.compiled", lambda graph, inputs: asked.append(len(calls)) or graph)
+    monkeypatch.setattr("pvae.runtime.tracing.compile_graph", lambda graph, inputs: asked.append(len(calls)) or graph)
     monkeypatch.setattr("pvae.runtime.tracing.COMPILING", 1e-5)
     monkeypatch.setattr("pvae.runtime.tracing.COMPILING_EACH", 0.0)
     calls = []
-    repeated = Repeated(lambda x: (2 * x + torch.rand(2),), after=3)
+    repeated = AutoTraced(lambda x: (2 * x + torch.rand(2),), after=3)
     with seeded(0):
         found = []
         for k in range(12):
@@ -139,7 +141,7 @@ def test_what_is_repeated_is_compiled_when_that_would_have_paid(monkeypatch):
 @pytest.mark.slow
 def test_compiled_recordings_round_differently_and_draw_alike():
     net, x = network().double(), torch.randn(5, 3, generator=torch.Generator().manual_seed(1)).double()
-    recorded = Recorded(noisy(net), net, compile=True)
+    recorded = TracedFunction(noisy(net), net, compile=True)
     for step in range(3):
         with seeded(step):
             found = recorded(x + step)

@@ -5,18 +5,18 @@ import math
 import pytest
 import torch
 from oracles import Curved, LinearGaussian
-from test_sites import counts, counts_evidence
 
 from pvae.errors import UserError
 from pvae.inference.families import Delta, DiagonalNormal, FullRankNormal
 from pvae.inference.guides import Amortized
 from pvae.inference.importance import log_weights
-from pvae.inference.latents import vector
-from pvae.inference.refinement import given
+from pvae.inference.latents import real_vector_latent
+from pvae.inference.refinement import fixed_guide
 from pvae.samplers import ais, hmc
-from pvae.samplers.ais import anneal, sandwich, schedule
-from pvae.samplers.log_joint import Target, simulate
+from pvae.samplers.ais import anneal, inverse_temperatures, sandwich
+from pvae.samplers.log_joint import LogJoint, simulate_joint
 from pvae.stats import log_mean_exp, log_mean_exp_se
+from tests.inference.test_latents import counts, counts_evidence
 
 pytestmark = pytest.mark.usefixtures("double")
 
@@ -46,11 +46,11 @@ def above(errors):
 
 def linear(dim, conditioning, scale):
     oracle = LinearGaussian(dim, dim + 3, conditioning=conditioning, scale=scale)
-    return oracle, *simulate(oracle.model, torch.zeros(ROWS, dim + 3), seed=3)
+    return oracle, *simulate_joint(oracle.model, torch.zeros(ROWS, dim + 3), seed=3)
 
 
 def wide(oracle, x):
-    """The lam of normals with the posterior's mean and 1.3 times its covariance."""
+    """The q_params of normals with the posterior's mean and 1.3 times its covariance."""
     root = torch.linalg.cholesky(1.3 * oracle.covariance)
     rows, columns = torch.tril_indices(*root.shape, -1)
     return torch.cat([oracle.mean(x), torch.cat([root.diag().log(), root[rows, columns]]).expand(len(x), -1)], -1)
@@ -60,7 +60,7 @@ def wide(oracle, x):
 def test_iwae_weights_average_to_the_evidence(dim, conditioning, scale, temperatures):
     oracle, _, x = linear(dim, conditioning, scale)
     torch.manual_seed(1)
-    w = log_weights(oracle.model, given(FullRankNormal(dim), wide(oracle, x)), x, K=2000).log_w
+    w = log_weights(oracle.model, fixed_guide(FullRankNormal(dim), wide(oracle, x)), x, K=2000).log_w
     assert abs(off((w - oracle.evidence(x)).exp())) < 4  # standard errors
     assert ((log_mean_exp(w) - oracle.evidence(x)).abs() < 4.5 * log_mean_exp_se(w)).all()
 
@@ -68,7 +68,7 @@ def test_iwae_weights_average_to_the_evidence(dim, conditioning, scale, temperat
 @each_case
 def test_annealed_weights_from_the_prior_average_to_the_evidence(dim, conditioning, scale, temperatures):
     oracle, _, x = linear(dim, conditioning, scale)
-    found = anneal(Target(oracle.model, x), chains=8, temperatures=temperatures, seed=1)
+    found = anneal(LogJoint(oracle.model, x), chains=8, temperatures=temperatures, seed=1)
     assert abs(off((found.log_w - oracle.evidence(x)).exp())) < 4  # standard errors
     assert above(found.evidence - oracle.evidence(x)) < 4  # a lower bound in expectation
     assert found.divergent.max() < 0.2
@@ -77,16 +77,16 @@ def test_annealed_weights_from_the_prior_average_to_the_evidence(dim, conditioni
 @each_case
 def test_annealed_weights_from_a_guide_average_to_the_evidence(dim, conditioning, scale, temperatures):
     oracle, _, x = linear(dim, conditioning, scale)
-    lam = oracle.best(x) + 0.3 * torch.randn(len(x), 2 * dim, generator=torch.Generator().manual_seed(0))
-    start = DiagonalNormal(dim), lam
-    found = anneal(Target(oracle.model, x), *start, chains=8, temperatures=temperatures, seed=1)
+    q_params = oracle.best(x) + 0.3 * torch.randn(len(x), 2 * dim, generator=torch.Generator().manual_seed(0))
+    start = DiagonalNormal(dim), q_params
+    found = anneal(LogJoint(oracle.model, x), *start, chains=8, temperatures=temperatures, seed=1)
     assert abs(off((found.log_w - oracle.evidence(x)).exp())) < 4  # standard errors
 
 
 @each_case
 def test_reverse_weights_average_to_one_over_the_evidence(dim, conditioning, scale, temperatures):
     oracle, u, x = linear(dim, conditioning, scale)
-    found = anneal(Target(oracle.model, x), chains=8, temperatures=temperatures, start_from=u, seed=1)
+    found = anneal(LogJoint(oracle.model, x), chains=8, temperatures=temperatures, start_from=u, seed=1)
     assert abs(off((found.log_w + oracle.evidence(x)).exp())) < 4  # standard errors
     assert above(found.evidence - oracle.evidence(x)) > -4  # an upper bound in expectation
 
@@ -96,7 +96,7 @@ def test_reverse_weights_average_to_one_over_the_evidence(dim, conditioning, sca
 def test_every_schedule_is_unbiased(name, reverse):
     oracle, u, x = linear(2, 3.0, 0.5)
     begin, sign = (u, 1) if reverse else (None, -1)
-    found = anneal(Target(oracle.model, x), chains=8, temperatures=50, schedule=name, start_from=begin, seed=1)
+    found = anneal(LogJoint(oracle.model, x), chains=8, temperatures=50, schedule=name, start_from=begin, seed=1)
     assert abs(off((found.log_w + sign * oracle.evidence(x)).exp())) < 4  # standard errors
 
 
@@ -104,8 +104,8 @@ FAULTS = {
     "kinetic energy counted twice": lambda patch: patch.setattr(hmc, "_kinetic", lambda p: (p**2).sum(-1)),
     "a temperature's weight left out": lambda patch: patch.setattr(
         ais,
-        "_heated",
-        lambda path, state, beta, log_w, own=ais._heated: (
+        "_reweight",
+        lambda path, state, beta, log_w, own=ais._reweight: (
             own(path, state, beta, log_w) if beta < 0.9 else (log_w, own(path, state, beta, log_w)[1])
         ),
     ),
@@ -117,14 +117,14 @@ FAULTS = {
 def test_a_broken_sampler_misses_the_evidence(reverse, fault, monkeypatch):
     fault(monkeypatch)
     oracle, u, x = linear(2, 3.0, 0.5)
-    found = anneal(Target(oracle.model, x), chains=24, temperatures=50, start_from=u if reverse else None, seed=1)
+    found = anneal(LogJoint(oracle.model, x), chains=24, temperatures=50, start_from=u if reverse else None, seed=1)
     assert abs(above(found.evidence - oracle.evidence(x))) > 8  # standard errors
 
 
 def test_more_temperatures_leave_a_smaller_error():
     oracle, _, x = linear(5, 3.0, 0.3)
     errors = [
-        (anneal(Target(oracle.model, x), chains=4, temperatures=T, seed=1).evidence - oracle.evidence(x)).abs().mean()
+        (anneal(LogJoint(oracle.model, x), chains=4, temperatures=T, seed=1).evidence - oracle.evidence(x)).abs().mean()
         for T in (4, 20, 100)
     ]
     assert errors[0] > 2 * errors[1] > 4 * errors[2]
@@ -132,7 +132,7 @@ def test_more_temperatures_leave_a_smaller_error():
 
 def test_a_single_temperature_is_importance_sampling_from_the_prior():
     oracle, _, x = linear(2, 3.0, 0.5)
-    target = Target(oracle.model, x)
+    target = LogJoint(oracle.model, x)
     found = anneal(target, chains=8, temperatures=1, seed=1)
     torch.testing.assert_close(found.log_w, target.parts(found.position)[0])
     assert found.acceptance.isnan().all()
@@ -140,7 +140,7 @@ def test_a_single_temperature_is_importance_sampling_from_the_prior():
 
 def test_an_exact_guide_leaves_nothing_to_anneal():
     oracle, _, x = linear(3, 1.0, 0.5)
-    found = anneal(Target(oracle.model, x), DiagonalNormal(3), oracle.best(x), chains=4, temperatures=5, seed=1)
+    found = anneal(LogJoint(oracle.model, x), DiagonalNormal(3), oracle.best(x), chains=4, temperatures=5, seed=1)
     torch.testing.assert_close(
         found.log_w, oracle.evidence(x).expand(4, -1), rtol=0, atol=1e-5
     )  # W is rotated in float32
@@ -149,15 +149,15 @@ def test_an_exact_guide_leaves_nothing_to_anneal():
 
 def test_bounded_latents_have_their_evidence():
     x = torch.tensor([[0.0, 1.0, 0.0], [2.0, 3.0, 4.0], [0.0, 0.0, 0.0], [9.0, 1.0, 2.0]]).repeat(10, 1)
-    found = anneal(Target(counts, x), chains=8, temperatures=60, seed=1)
+    found = anneal(LogJoint(counts, x), chains=8, temperatures=60, seed=1)
     assert abs(off((found.log_w - counts_evidence(x)).exp())) < 4  # standard errors
 
 
 def test_step_sizes_meet_their_acceptance_for_every_datapoint():
     """Rows whose posteriors differ much in width: a step of all would suit none."""
     x = torch.tensor([[0.0, 1.0, 0.0], [20.0, 30.0, 4.0], [90.0, 100.0, 200.0], [0.0, 0.0, 0.0]])
-    found = anneal(Target(counts, x), chains=16, temperatures=100, seed=1)
-    assert ((found.acceptance - hmc.TARGET).abs() < 0.1).all()
+    found = anneal(LogJoint(counts, x), chains=16, temperatures=100, seed=1)
+    assert ((found.acceptance - hmc.TARGET_ACCEPT).abs() < 0.1).all()
 
 
 # Both directions
@@ -170,7 +170,7 @@ def curved():
 
 def test_evidence_is_what_quadrature_finds():
     oracle, x = curved()
-    found = anneal(Target(oracle.model, x), chains=8, temperatures=60, seed=1)
+    found = anneal(LogJoint(oracle.model, x), chains=8, temperatures=60, seed=1)
     assert abs(off((found.log_w - oracle.evidence(x)).exp())) < 4  # standard errors
 
 
@@ -230,17 +230,17 @@ def test_the_sandwich_holds_the_evidence_in_95_of_100_repeats(oracle, temperatur
 @pytest.mark.parametrize("name", ["linear", "sigmoid", "geometric"])
 @pytest.mark.parametrize("temperatures", [1, 2, 7, 100])
 def test_a_schedule_rises_from_zero_to_one(name, temperatures):
-    betas = schedule(name, temperatures)
+    betas = inverse_temperatures(name, temperatures)
     assert len(betas) == temperatures + 1
     assert (betas[0], betas[-1]) == (0, 1)
     assert (betas.diff() > 0).all()
 
 
 def test_a_sigmoid_schedule_is_dense_at_both_ends_and_a_geometric_one_at_the_start():
-    steps = schedule("sigmoid", 10).diff()
+    steps = inverse_temperatures("sigmoid", 10).diff()
     assert steps[0] < steps[5] / 5 > steps[-1]
     torch.testing.assert_close(steps, steps.flip(0))
-    ratios = schedule("geometric", 10)[1:]
+    ratios = inverse_temperatures("geometric", 10)[1:]
     torch.testing.assert_close(ratios[1:] / ratios[:-1], torch.full((9,), 1e4 ** (1 / 9)))
 
 
@@ -252,32 +252,32 @@ def test_a_sigmoid_schedule_is_dense_at_both_ends_and_a_geometric_one_at_the_sta
 def test_counts_below_one_are_refused(name, value):
     oracle, x = curved()
     with pytest.raises(UserError, match=f"{name} is {value}, but it must be at least 1"):
-        anneal(Target(oracle.model, x), **{name: value})
+        anneal(LogJoint(oracle.model, x), **{name: value})
 
 
 def test_a_schedule_that_does_not_exist_is_refused():
     oracle, x = curved()
     with pytest.raises(UserError, match="unknown schedule 'sigmoidal'; did you mean 'sigmoid'"):
-        anneal(Target(oracle.model, x), schedule="sigmoidal")
+        anneal(LogJoint(oracle.model, x), schedule="sigmoidal")
 
 
 def test_a_path_can_not_start_from_a_point():
     oracle, x = curved()
     with pytest.raises(UserError, match="Delta is a point mass"):
-        anneal(Target(oracle.model, x), Delta(2), torch.zeros(ROWS, 2), temperatures=5)
+        anneal(LogJoint(oracle.model, x), Delta(2), torch.zeros(ROWS, 2), temperatures=5)
 
 
 def test_a_model_that_is_nowhere_finite_is_refused_and_gives_no_number():
     oracle, x = curved()
     oracle.decoder[0].weight.fill_(math.nan)
     with pytest.raises(UserError, match="HMC diverges everywhere, so there is no number to give"):
-        anneal(Target(oracle.model, x, sites=vector(2)), temperatures=5)
+        anneal(LogJoint(oracle.model, x, sites=real_vector_latent(2)), temperatures=5)
 
 
 def test_a_datapoint_that_diverges_everywhere_gives_no_number_and_the_others_theirs():
     oracle, _, x = linear(2, 3.0, 0.5)
     x[1] = math.nan
-    found = anneal(Target(oracle.model, x), chains=8, temperatures=50, seed=1)
+    found = anneal(LogJoint(oracle.model, x), chains=8, temperatures=50, seed=1)
     assert found.evidence.isnan().nonzero().flatten().tolist() == [1]
     assert (found.divergent == 1).nonzero().flatten().tolist() == [1]
 
@@ -285,7 +285,7 @@ def test_a_datapoint_that_diverges_everywhere_gives_no_number_and_the_others_the
 def test_the_seed_fixes_the_weights_and_the_stream_outside_is_left_alone():
     oracle, x = curved()
     before = torch.get_rng_state()
-    once, again, other = (anneal(Target(oracle.model, x), chains=2, temperatures=5, seed=s).log_w for s in (1, 1, 2))
+    once, again, other = (anneal(LogJoint(oracle.model, x), chains=2, temperatures=5, seed=s).log_w for s in (1, 1, 2))
     assert torch.equal(once, again)
     assert not torch.equal(once, other)
     assert torch.equal(torch.get_rng_state(), before)
@@ -294,9 +294,9 @@ def test_the_seed_fixes_the_weights_and_the_stream_outside_is_left_alone():
 def test_many_datapoints_go_in_pieces(monkeypatch):
     monkeypatch.setattr(ais, "ROWS_PER_PASS", {True: 100})
     oracle, _, x = linear(2, 3.0, 0.5)
-    seen, own = [], Target.parts
-    monkeypatch.setattr(Target, "parts", lambda self, u: seen.append(u.shape[0] * u.shape[1]) or own(self, u))
-    found = anneal(Target(oracle.model, x), chains=8, temperatures=30, seed=1)
+    seen, own = [], LogJoint.parts
+    monkeypatch.setattr(LogJoint, "parts", lambda self, u: seen.append(u.shape[0] * u.shape[1]) or own(self, u))
+    found = anneal(LogJoint(oracle.model, x), chains=8, temperatures=30, seed=1)
     assert 96 in seen
     assert max(seen) <= 100
     assert found.log_w.shape == (8, ROWS)
@@ -305,15 +305,15 @@ def test_many_datapoints_go_in_pieces(monkeypatch):
 
 def test_a_device_without_memory_gets_smaller_pieces_and_the_evidence_stays(monkeypatch, capsys):
     oracle, _, x = linear(2, 3.0, 0.5)
-    own = Target.parts
+    own = LogJoint.parts
 
     def parts(self, u):
         if u.shape[1] > 15:
             raise torch.OutOfMemoryError
         return own(self, u)
 
-    monkeypatch.setattr(Target, "parts", parts)
-    found = anneal(Target(oracle.model, x), chains=8, temperatures=30, seed=1)
+    monkeypatch.setattr(LogJoint, "parts", parts)
+    found = anneal(LogJoint(oracle.model, x), chains=8, temperatures=30, seed=1)
     assert abs(off((found.log_w - oracle.evidence(x)).exp())) < 4  # standard errors
     assert "going on with 10 instead of" in capsys.readouterr().err
 

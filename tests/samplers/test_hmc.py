@@ -8,7 +8,7 @@ from oracles import Curved, LinearGaussian
 
 from pvae.errors import UserError
 from pvae.samplers import hmc
-from pvae.samplers.log_joint import Target, simulate
+from pvae.samplers.log_joint import LogJoint, simulate_joint
 from pvae.stats import chain_ess, r_hat
 
 pytestmark = pytest.mark.usefixtures("double")
@@ -32,18 +32,18 @@ def whitened(oracle, x, u):
 
 def moved(density, u, step, transitions=20, leapfrogs=5):
     """Where single chains [N, D] stand after some transitions."""
-    state = hmc.start(density, u.unsqueeze(0))
+    state = hmc.init(density, u.unsqueeze(0))
     for _ in range(transitions):
-        state = hmc.transition(density, state, torch.full((len(u),), step), leapfrogs=leapfrogs).state
+        state = hmc.step(density, state, torch.full((len(u),), step), leapfrogs=leapfrogs).state
     return state.position[0]
 
 
 def off_linear():
     """How many standard errors the moments of whitened draws are off after transitions from exact posterior draws."""
     oracle, N = LinearGaussian(2, 5, scale=1.0), 4000
-    u, x = simulate(oracle.model, torch.zeros(N, 5), seed=1)
+    u, x = simulate_joint(oracle.model, torch.zeros(N, 5), seed=1)
     torch.manual_seed(2)
-    white = whitened(oracle, x, moved(Target(oracle.model, x), u, 1.1))
+    white = whitened(oracle, x, moved(LogJoint(oracle.model, x), u, 1.1))
     mean, square = white.mean(0) * N**0.5, ((white**2).mean(0) - 1) * (N / 2) ** 0.5
     return torch.cat([mean, square]).abs().max().item()
 
@@ -51,11 +51,11 @@ def off_linear():
 def off_curved():
     """The same on the posterior that quadrature knows; errors from the spread over rows."""
     oracle, N = Curved().double(), 2000
-    u, x = simulate(oracle.model, torch.zeros(N, 8), seed=1)
+    u, x = simulate_joint(oracle.model, torch.zeros(N, 8), seed=1)
     torch.manual_seed(2)
     kinds, which = x.unique(dim=0, return_inverse=True)
     mean, sd = (moment[which] for moment in oracle.moments(kinds))
-    white = (moved(Target(oracle.model, x), u, 0.7) - mean) / sd
+    white = (moved(LogJoint(oracle.model, x), u, 0.7) - mean) / sd
     both = torch.cat([white, white**2 - 1], -1)
     return (both.mean(0) / both.std(0) * N**0.5).abs().max().item()
 
@@ -101,14 +101,14 @@ def test_chains_from_far_off_find_the_posterior(dim, conditioning):
     assert (((draws.mean((0, 1)) - oracle.mean(x)) / sd).abs() < 4.5 * errors).all()  # 4.5 standard errors
     spread = ((draws - oracle.mean(x)) / sd) ** 2
     assert ((spread.mean((0, 1)) - 1).abs() < 4.5 * 2**0.5 * chain_ess(spread).rsqrt()).all()
-    assert (chains.acceptance - hmc.TARGET).abs().max() < 0.15
+    assert (chains.acceptance - hmc.TARGET_ACCEPT).abs().max() < 0.15
     assert (chains.divergent == 0).all()
 
 
 def test_chains_find_the_moments_that_quadrature_knows():
     oracle = Curved().double()
     x = oracle.sample(4, seed=1)
-    target = Target(oracle.model, x)
+    target = LogJoint(oracle.model, x)
     draws = hmc.sample(target, target.prior(32), draws=100, warm_up=100, thin=2, seed=1).draws
     mean, sd = oracle.moments(x)
     off = (draws.mean((0, 1)) - mean) / sd * chain_ess(draws).sqrt()
@@ -119,15 +119,15 @@ def test_chains_find_the_moments_that_quadrature_knows():
 def test_the_scale_of_every_dimension_of_every_datapoint_is_learned():
     chains = hmc.sample(normal, torch.randn(16, 2, 3), draws=50, warm_up=300, seed=1)
     assert ((chains.scale / SCALES).log().abs() < 0.25).all()
-    assert (chains.acceptance - hmc.TARGET).abs().max() < 0.15
+    assert (chains.acceptance - hmc.TARGET_ACCEPT).abs().max() < 0.15
 
 
 def test_a_step_is_in_units_of_the_scale():
     u = torch.randn(4, 2, 3)
     torch.manual_seed(0)
-    there = hmc.transition(normal, hmc.start(normal, u * SCALES), torch.ones(2), scale=SCALES).state.position
+    there = hmc.step(normal, hmc.init(normal, u * SCALES), torch.ones(2), scale=SCALES).state.position
     torch.manual_seed(0)
-    unit = hmc.transition(lambda u: normal(u * SCALES), hmc.start(lambda u: normal(u * SCALES), u), torch.ones(2))
+    unit = hmc.step(lambda u: normal(u * SCALES), hmc.init(lambda u: normal(u * SCALES), u), torch.ones(2))
     torch.testing.assert_close(there, unit.state.position * SCALES)
 
 
@@ -141,7 +141,7 @@ def test_datapoints_do_not_see_each_other():
         def density(u, factor=factor):
             return normal(u) * torch.tensor([factor, 1.0])
 
-        ends.append(hmc.transition(density, hmc.start(density, u), step).state.position[:, 1])
+        ends.append(hmc.step(density, hmc.init(density, u), step).state.position[:, 1])
     assert torch.equal(*ends)
 
 
@@ -150,7 +150,7 @@ def test_energy_errors_vanish_with_the_square_of_the_step():
     for leapfrogs in (8, 16):
         torch.manual_seed(0)
         step = torch.full((2,), 1 / leapfrogs)
-        move = hmc.transition(normal, hmc.start(normal, u), step, leapfrogs=leapfrogs, scale=SCALES, jitter=0.0)
+        move = hmc.step(normal, hmc.init(normal, u), step, leapfrogs=leapfrogs, scale=SCALES, jitter=0.0)
         errors.append((1 - move.acceptance).mean().item())
     assert errors[0] / errors[1] == pytest.approx(4, rel=0.1)
 
@@ -162,7 +162,7 @@ def test_a_leapfrog_costs_one_gradient():
         calls.append(len(u))
         return normal(u)
 
-    hmc.transition(density, hmc.start(density, torch.randn(4, 2, 3)), torch.ones(2), leapfrogs=7, jitter=0.0)
+    hmc.step(density, hmc.init(density, torch.randn(4, 2, 3)), torch.ones(2), leapfrogs=7, jitter=0.0)
     assert calls == [4] * 8  # one at the start, then one each
 
 
@@ -172,8 +172,8 @@ def test_parts_are_mixed_by_their_powers():
 
     u = torch.randn(4, 2, 3)
     state, mixed = (
-        hmc.start(parts, u, torch.tensor([0.5, 2.0])),
-        hmc.start(lambda u: 0.5 * parts(u)[0] + 2 * parts(u)[1], u),
+        hmc.init(parts, u, torch.tensor([0.5, 2.0])),
+        hmc.init(lambda u: 0.5 * parts(u)[0] + 2 * parts(u)[1], u),
     )
     torch.testing.assert_close(state.log_p, mixed.log_p)
     torch.testing.assert_close(state.gradient, mixed.gradient)
@@ -183,7 +183,7 @@ def test_a_part_without_power_may_be_infinite():
     def parts(u):
         return normal(u), (u * 0).sum(-1) - torch.inf
 
-    state = hmc.start(parts, torch.randn(4, 2, 3), torch.tensor([1.0, 0.0]))
+    state = hmc.init(parts, torch.randn(4, 2, 3), torch.tensor([1.0, 0.0]))
     assert state.log_p.isfinite().all()
     assert state.gradient.isfinite().all()
 
@@ -192,7 +192,7 @@ def test_a_part_without_power_may_be_infinite():
 
 
 def test_trajectories_that_leave_their_level_set_are_counted():
-    move = hmc.transition(normal, hmc.start(normal, SCALES * torch.randn(50, 2, 3)), torch.tensor([5.0, 0.05]))
+    move = hmc.step(normal, hmc.init(normal, SCALES * torch.randn(50, 2, 3)), torch.tensor([5.0, 0.05]))
     assert move.divergent.double().mean(0).tolist() == [1.0, 0.0]
     assert (move.acceptance[:, 0] == 0).all()
 
@@ -243,7 +243,7 @@ def test_pyros_nuts_finds_the_same_moments():
 
     oracle = Curved().double()
     x = oracle.sample(2, seed=1)
-    target = Target(oracle.model, x)
+    target = LogJoint(oracle.model, x)
     ours = hmc.sample(target, target.prior(8), draws=500, warm_up=300, thin=2, seed=1).draws
     for row in range(len(x)):
         own = target.rows(slice(row, row + 1))

@@ -8,7 +8,6 @@ import pytest
 import torch
 from oracles import LinearGaussian
 from test_programs import PROGRAMS, rows
-from test_sites import counts
 from torch import nn
 from torch.distributions import constraints
 
@@ -16,8 +15,9 @@ from pvae.errors import UserError
 from pvae.generative.likelihoods import Bernoulli
 from pvae.generative.priors import StandardNormal
 from pvae.generative.vae import VAE
-from pvae.inference.latents import Site, Sites, find_sites
-from pvae.samplers.log_joint import Target, free, simulate
+from pvae.inference.latents import LatentSites, Site, find_latent_sites
+from pvae.samplers.log_joint import LogJoint, simulate_joint, unconstrain
+from tests.inference.test_latents import counts
 
 each_program = pytest.mark.parametrize("make", PROGRAMS.values(), ids=PROGRAMS)
 pytestmark = pytest.mark.usefixtures("double")
@@ -27,15 +27,15 @@ pytestmark = pytest.mark.usefixtures("double")
 def test_a_target_is_the_joint_density_written_by_hand(chains):
     oracle = LinearGaussian(2, 5)
     x, u = oracle.sample(4), torch.randn(chains, 4, 2)
-    log_lik, log_prior = Target(oracle.model, x).parts(u)
+    log_lik, log_prior = LogJoint(oracle.model, x).parts(u)
     torch.testing.assert_close(log_lik, dist.Normal(oracle.decoder(u), oracle.scale).log_prob(x).sum(-1))
     torch.testing.assert_close(log_prior, dist.Normal(0.0, 1.0).log_prob(u).sum(-1))
-    torch.testing.assert_close(Target(oracle.model, x)(u), log_lik + log_prior)
+    torch.testing.assert_close(LogJoint(oracle.model, x)(u), log_lik + log_prior)
 
 
 def test_bounded_latents_bring_the_volume_of_their_change_of_variables():
     x, u = torch.tensor([[0.0, 1.0, 0.0], [2.0, 3.0, 4.0]]), torch.randn(4, 2, 3)
-    log_lik, log_prior = Target(counts, x).parts(u)
+    log_lik, log_prior = LogJoint(counts, x).parts(u)
     rate, share = u[..., :1].exp(), dist.transforms.StickBreakingTransform()(u[..., 1:])
     torch.testing.assert_close(log_lik, dist.Poisson(rate * share).log_prob(x).sum(-1))
     volume = dist.transforms.StickBreakingTransform().log_abs_det_jacobian(u[..., 1:], share) + u[..., 0]
@@ -53,7 +53,7 @@ def positive(x, index=None):
 
 
 def test_the_prior_of_u_integrates_to_one_and_is_what_its_draws_have():
-    target, line = Target(positive, torch.ones(1, 1)), torch.linspace(-25, 5, 6001)
+    target, line = LogJoint(positive, torch.ones(1, 1)), torch.linspace(-25, 5, 6001)
     density = target.parts(line.view(-1, 1, 1))[1].exp()
     assert abs((density.sum() * (line[1] - line[0])).item() - 1) < 1e-6
     torch.manual_seed(0)
@@ -65,7 +65,7 @@ def test_the_prior_of_u_integrates_to_one_and_is_what_its_draws_have():
 @each_program
 def test_every_program_has_a_target_whose_prior_draws_it_scores(make):
     program = make()
-    target = Target(program.model, rows(program))
+    target = LogJoint(program.model, rows(program))
     u = target.prior(3)
     assert u.shape == (3, len(target.x), target.latents.dim)
     assert target(u).isfinite().all()
@@ -74,21 +74,21 @@ def test_every_program_has_a_target_whose_prior_draws_it_scores(make):
 @each_program
 def test_one_chain_is_scored_as_one_of_many(make):
     program = make()
-    target = Target(program.model, rows(program))
+    target = LogJoint(program.model, rows(program))
     u = target.prior(3)
     torch.testing.assert_close(target(u)[1:2], target(u[1:2]))
 
 
 def test_some_rows_of_a_target_are_scored_as_among_all():
     oracle = LinearGaussian(2, 5)
-    target, u = Target(oracle.model, oracle.sample(6), torch.arange(6)), torch.randn(3, 6, 2)
+    target, u = LogJoint(oracle.model, oracle.sample(6), torch.arange(6)), torch.randn(3, 6, 2)
     part = target.rows(slice(2, 4))
     torch.testing.assert_close(part(u[:, 2:4]), target(u)[:, 2:4])
     assert part.index.tolist() == [2, 3]
 
 
 def test_free_is_the_inverse_of_drawing_at_u():
-    sites = Sites(
+    sites = LatentSites(
         (
             Site("s", (), constraints.positive),
             Site("m", (2, 3), constraints.independent(constraints.real, 2)),
@@ -103,26 +103,26 @@ def test_free_is_the_inverse_of_drawing_at_u():
             sites.sample(dist.Delta(u, event_dim=1))
 
     trace = pyro.poutine.trace(guide).get_trace()
-    torch.testing.assert_close(free(sites, {s.name: trace.nodes[s.name]["value"] for s in sites.sites}), u)
+    torch.testing.assert_close(unconstrain(sites, {s.name: trace.nodes[s.name]["value"] for s in sites.sites}), u)
 
 
 def test_gradients_leave_the_programs_parameters_as_they_are():
     vae = VAE(nn.Linear(2, 5), Bernoulli(), StandardNormal(2))
-    target, u = Target(vae.model, torch.zeros(3, 5)), torch.zeros(4, 3, 2, requires_grad=True)
+    target, u = LogJoint(vae.model, torch.zeros(3, 5)), torch.zeros(4, 3, 2, requires_grad=True)
     torch.autograd.grad(target(u).sum(), u)
     assert all(p.grad is None and p.requires_grad for p in vae.parameters())
 
 
 def test_dropout_is_off():
     vae = VAE(nn.Sequential(nn.Dropout(0.5), nn.Linear(2, 5)), Bernoulli(), StandardNormal(2))
-    target, u = Target(vae.train().model, torch.zeros(3, 5)), torch.ones(4, 3, 2)
+    target, u = LogJoint(vae.train().model, torch.zeros(3, 5)), torch.ones(4, 3, 2)
     assert torch.equal(target(u), target(u))
     assert not vae.training
 
 
 def test_a_point_too_far_off_to_score_is_no_error():
     u = torch.tensor([1e300, torch.inf, torch.nan]).view(3, 1, 1).expand(3, 2, 1)
-    assert not Target(positive, torch.ones(2, 1))(u).isfinite().any()
+    assert not LogJoint(positive, torch.ones(2, 1))(u).isfinite().any()
 
 
 # Simulation
@@ -130,7 +130,7 @@ def test_a_point_too_far_off_to_score_is_no_error():
 
 def test_simulated_rows_and_latents_have_the_joint_law():
     oracle, N = LinearGaussian(2, 5), 4000
-    u, x = simulate(oracle.model, torch.zeros(N, 5), seed=1)
+    u, x = simulate_joint(oracle.model, torch.zeros(N, 5), seed=1)
     apart = (u - oracle.mean(x)) @ torch.linalg.cholesky(oracle.precision)  # standard normal if u is a posterior draw
     assert (apart.mean(0).abs() < 4.5 / N**0.5).all()  # 4.5 standard errors, here and below
     assert ((apart.T @ apart / N - torch.eye(2)).abs() < 4.5 * (2 / N) ** 0.5).all()
@@ -142,15 +142,15 @@ def test_simulated_rows_and_latents_have_the_joint_law():
 def test_every_program_simulates_rows_that_it_scores(make):
     program = make()
     like = rows(program)
-    u, x = simulate(program.model, like)
+    u, x = simulate_joint(program.model, like)
     assert x.shape == like.shape
-    assert Target(program.model, x)(u.unsqueeze(0)).isfinite().all()
+    assert LogJoint(program.model, x)(u.unsqueeze(0)).isfinite().all()
 
 
 def test_what_a_program_does_not_observe_of_its_rows_is_kept():
     program = PROGRAMS["conditional"]()
     like = rows(program)
-    x = simulate(program.model, like, seed=3).x
+    x = simulate_joint(program.model, like, seed=3).x
     assert torch.equal(x[:, 5:], like[:, 5:])
     assert not torch.equal(x[:, :5], like[:, :5])
 
@@ -164,7 +164,7 @@ def test_values_go_back_to_the_places_that_a_program_observes():
             )
             pyro.sample("first", dist.Normal(z - 100, 1e-3), obs=x[:, 0])
 
-    u, x = simulate(model, torch.zeros(4, 5))
+    u, x = simulate_joint(model, torch.zeros(4, 5))
     assert torch.equal(x[:, [2, 4]], torch.zeros(4, 2))
     torch.testing.assert_close(
         x[:, [0, 1, 3]] - u, torch.tensor([[-100.0, 100.0, 100.0]]).expand(4, 3), atol=0.01, rtol=0
@@ -178,13 +178,13 @@ def test_rows_that_are_changed_before_they_are_observed_can_not_be_simulated():
             pyro.sample("x", dist.Normal(z, 1.0).to_event(1), obs=(x[:, :2] + 0.5).log())
 
     with pytest.raises(UserError, match=r"what the program observes \(x\) is not a part of its rows of shape \(3,\)"):
-        simulate(model, torch.ones(4, 3))
+        simulate_joint(model, torch.ones(4, 3))
 
 
 def test_the_seed_fixes_a_simulation_and_the_stream_outside_is_left_alone():
     model, like, before = LinearGaussian(2, 5).model, torch.zeros(3, 5), torch.get_rng_state()
-    once, again, other = (simulate(model, like, seed=seed).x for seed in (1, 1, 2))
+    once, again, other = (simulate_joint(model, like, seed=seed).x for seed in (1, 1, 2))
     assert torch.equal(once, again)
     assert not torch.equal(once, other)
     assert torch.equal(torch.get_rng_state(), before)
-    assert simulate(model, like, find_sites(model, like), seed=1).x.equal(once)
+    assert simulate_joint(model, like, find_latent_sites(model, like), seed=1).x.equal(once)

@@ -19,7 +19,7 @@ from torch import nn
 
 from pvae.cli import app
 from pvae.data.dataset import Dataset
-from pvae.data.memmap import Mapped
+from pvae.data.memmap import MemmapRows
 from pvae.diagnostics.evaluation import bounds
 from pvae.errors import UserError
 from pvae.experiments import run_folder
@@ -29,15 +29,16 @@ from pvae.generative.priors import StandardNormal
 from pvae.generative.vae import VAE
 from pvae.inference.families import Delta, DiagonalNormal
 from pvae.inference.guides import Amortized, PerDatapoint
-from pvae.inference.refinement import local_bound
+from pvae.inference.refinement import local_elbo
 from pvae.recipes import recipe
 from pvae.runtime import distributed
 from pvae.runtime.pyro_params import local_method
+from pvae.runtime.signals import TrainingInterrupt
 from pvae.runtime.torch_state import RandomState, seeded
-from pvae.runtime.torchrun import Elsewhere, Place
+from pvae.runtime.torchrun import PeerFailed, RankInfo
 from pvae.stats import number
 from pvae.training import checkpoints, data_parallel, loop
-from pvae.training.loop import Interrupted, fit
+from pvae.training.loop import fit
 from pvae.training.objectives import ELBO
 from pvae.training.optimizer import FusedAdam
 from pvae.training.support import check_support
@@ -47,7 +48,7 @@ SHARDS = [range(12), range(12, 25)]  # of two processes: 3 batches of 4 each, th
 NAMED = {
     "Amortized": SOURCES["Amortized"],
     "PerDatapoint": lambda model, D, M, N: PerDatapoint(
-        N, DiagonalNormal(D), bound=local_bound(model, DiagonalNormal(D)), local_steps=2
+        N, DiagonalNormal(D), bound=local_elbo(model, DiagonalNormal(D)), local_steps=2
     ),
     "Delta": lambda model, D, M, N: Amortized(nn.Linear(M, D), Delta(D)),
 }
@@ -83,7 +84,7 @@ def modules(source, rows=ROWS):
 
 def trained(source, folder, data=None, *, event=None, **options):
     """A fit of the rows that this process owns, kept in a folder."""
-    vae, guide = modules(source, len(distributed.share(ROWS)))
+    vae, guide = modules(source, len(distributed.shard(ROWS)))
     if event:
         vae.at, vae.event = event
     given = {"epochs": EPOCHS, "batch_size": BATCH, "learning_rate": 0.01, "seed": SEED, "engine": "pyro"} | options
@@ -97,7 +98,7 @@ def trained(source, folder, data=None, *, event=None, **options):
 
 def child(folder):
     """All that two processes are to do, in one of them."""
-    distributed.join()
+    distributed.init_process_group()
     told = {"sent": [], "size": sum(p.numel() for m in modules("PerDatapoint") for p in m.parameters())}
     add = data_parallel._add
     data_parallel._add = lambda state, bucket: (told["sent"].append(bucket.buffer().nbytes), add(state, bucket))[1]
@@ -114,7 +115,9 @@ def child(folder):
     trained("PerDatapoint", folder / "stopped", resume=True)
     told["broken"] = broken(folder)
     told["full"] = full(folder / "full")
-    data_parallel._add = lambda state, bucket: add(state, bucket).then(lambda done: done.value() / distributed.world())
+    data_parallel._add = lambda state, bucket: add(state, bucket).then(
+        lambda done: done.value() / distributed.world_size()
+    )
     trained("Amortized", folder / "mean")
     data_parallel._add = add
     told["lines"] = [command(line, folder) for line in LINES]
@@ -124,7 +127,7 @@ def child(folder):
 def stopped(folder):
     """How a training ends in which the second process alone is sent a signal, in its second step."""
     event = (1 + 2 + 1, lambda: signal.raise_signal(signal.SIGTERM)) if distributed.rank() else None
-    with pytest.raises(Interrupted) as stop:
+    with pytest.raises(TrainingInterrupt) as stop:
         trained("PerDatapoint", folder, event=event)
     return str(stop.value)
 
@@ -135,7 +138,7 @@ def broken(folder):
     def spoil():
         raise data_parallel.NonFinite("the log-density of site 'x' is not finite")
 
-    with pytest.raises((UserError, Elsewhere)) as error:
+    with pytest.raises((UserError, PeerFailed)) as error:
         trained("Amortized", folder / "broken", event=(4, spoil) if distributed.rank() else None)
     return [type(error.value).__name__, str(error.value)]
 
@@ -149,7 +152,7 @@ def full(folder):
     trained("Amortized", folder, epochs=1)
     write = checkpoints.write_part
     checkpoints.write_part = refuse if distributed.rank() else write
-    with pytest.raises((UserError, Elsewhere)) as error:
+    with pytest.raises((UserError, PeerFailed)) as error:
         trained("Amortized", folder, resume=True)
     checkpoints.write_part = write
     return [type(error.value).__name__, str(error.value)]
@@ -175,7 +178,7 @@ import sys
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
-import test_distributed
+import tests.training.test_data_parallel as test_distributed
 test_distributed.child(Path(sys.argv[1]))
 """
 
@@ -194,7 +197,7 @@ def two(tmp_path_factory):
     started = [
         subprocess.Popen(
             [sys.executable, "-c", CHILD, str(folder)],
-            cwd=Path(__file__).parents[1],
+            cwd=Path(__file__).parents[2],
             env=os.environ | given | {"RANK": rank, "LOCAL_RANK": rank},
             stderr=subprocess.PIPE,
             text=True,
@@ -341,8 +344,8 @@ def test_the_command_line_speaks_once(two):
 def test_their_run_is_loaded_and_judged_by_one(two):
     folder = two[0] / "run"
     own = recipe.read(folder)
-    data = recipe.load_data(own)
-    model, guide = (loaded := run_folder.load(folder, data).built).program.model, loaded.guide
+    data = recipe.load_recipe_data(own)
+    model, guide = (loaded := run_folder.load_fit(folder, data).built).program.model, loaded.guide
     found = bounds(model, guide, data.test, K=10, seed=own.seed).summary()["elbo"]
     assert f"test ELBO {number(found)} nats over 12 rows" in two[1][0]["lines"][1][1]
     places = torch.arange(48)
@@ -354,7 +357,7 @@ def test_their_run_is_loaded_and_judged_by_one(two):
 
 
 def place(monkeypatch, rank, world):
-    monkeypatch.setitem(distributed._state, "here", Place(rank, world, rank))
+    monkeypatch.setitem(distributed._state, "here", RankInfo(rank, world, rank))
 
 
 @pytest.mark.parametrize(("rows", "world", "own"), [(25, 2, 4), (24, 2, 4), (7, 3, 1), (10, 4, 5), (3, 3, 8)])
@@ -374,26 +377,28 @@ def test_shards_and_their_batches_hold_each_row_once_in_as_many_steps(rows, worl
 
 def test_a_shard_on_disk_reads_its_own_rows(tmp_path, monkeypatch):
     np.save(tmp_path / "x.npy", np.arange(40, dtype=np.float32).reshape(10, 4))
-    train = Mapped(tmp_path / "x.npy", np.array([3, 1, 4, 5, 9, 2, 6]))
+    train = MemmapRows(tmp_path / "x.npy", np.array([3, 1, 4, 5, 9, 2, 6]))
     whole = Dataset("x", train, torch.zeros(0, 4), torch.zeros(0, 4), (4,))
     place(monkeypatch, 1, 2)
-    monkeypatch.setattr(Mapped, "_read", lambda self, places: torch.tensor(places))
+    monkeypatch.setattr(MemmapRows, "_read", lambda self, places: torch.tensor(places))
     shard = whole.shard()
     assert sorted(torch.cat([x for x, _ in shard.batches(2, 0, 0)]).tolist()) == [2, 5, 6, 9]
 
 
 def test_streams_are_each_process_s_own_and_one_alone_has_the_seed(monkeypatch):
-    found = {distributed.stream(SEED)}
+    found = {distributed.rank_seed(SEED)}
     assert found == {SEED}
     for rank in range(4):
         place(monkeypatch, rank, 4)
-        found.add(distributed.stream(SEED))
+        found.add(distributed.rank_seed(SEED))
     assert len(found) == 5
 
 
 def parted(folder, tensors, mark, rows=7):
     """A checkpoint of three processes, but for the file that names its parts."""
-    parts = [checkpoints.Part(f"checkpoint.{mark}-{a}.safetensors", a, b) for a, b in ((0, 2), (2, 4), (4, rows))]
+    parts = [
+        checkpoints.CheckpointShard(f"checkpoint.{mark}-{a}.safetensors", a, b) for a, b in ((0, 2), (2, 4), (4, rows))
+    ]
     for part in parts:
         stream = {"random.cpu": torch.full((2,), part.start)}
         checkpoints.write_part(folder, part, {n: t[part.start : part.stop] for n, t in tensors.items()} | stream)

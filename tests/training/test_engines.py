@@ -14,15 +14,15 @@ from pvae.generative import likelihoods, networks, priors
 from pvae.generative.vae import VAE
 from pvae.inference import families, guides
 from pvae.inference.guides import Amortized, PerDatapoint
-from pvae.recipes.build import build
+from pvae.recipes.build import build_model
 from pvae.recipes.recipe import Recipe, resolve
 from pvae.runtime.pyro_params import LocalModule, local_method
-from pvae.runtime.torch_state import seeded, unchecked
-from pvae.runtime.tracing import Unrecordable
+from pvae.runtime.torch_state import no_validation, seeded
+from pvae.runtime.tracing import TraceError
 from pvae.training import cuda_graph, engines, loop, objectives
-from pvae.training.engines import PyroStep, RecordedStep
+from pvae.training.engines import PyroStep, TracedStep
 from pvae.training.loop import fit
-from pvae.training.objectives import NonFinite
+from pvae.training.objectives import NonFiniteLoss
 from pvae.training.optimizer import FusedAdam
 from tests.test_product import COLUMNS, LATENT, ROWS, data_for, reason_for, small
 
@@ -61,10 +61,10 @@ def steps(case, engine, dtype=torch.float64, count=3, **options):
     changes = {kind: component(name) for kind, name in ({"network": "MLP"} | case).items()}
     own = resolve(Recipe(data="x.csv", latent=LATENT, **changes))
     data = data_for(getattr(likelihoods, case.get("likelihood", "Bernoulli"))())
-    program, guide, objective = build(own, data)
+    program, guide, objective = build_model(own, data)
     optimizer = Seen(program.to(dtype).train(), guide.to(dtype).train(), learning_rate=1e-3)
     losses = []
-    with seeded(0), unchecked():
+    with seeded(0), no_validation():
         step = engine(program.model, guide, optimizer, objective, **options)
         for epoch in range(count):
             objective.weight = guide.kl_weight = objective.weight_at(epoch)
@@ -84,7 +84,7 @@ def close(found, expected, relative):
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(case.values()))
 def test_a_replayed_step_is_pyros(case):
-    losses, gradients, rows = steps(case, RecordedStep)
+    losses, gradients, rows = steps(case, TracedStep)
     expected = steps(case, PyroStep)
     assert losses == pytest.approx(expected[0], rel=1e-12)
     assert len(set(losses)) == len(losses)
@@ -94,7 +94,7 @@ def test_a_replayed_step_is_pyros(case):
 
 @pytest.mark.parametrize("guide", guides.__all__)
 def test_a_replayed_step_is_pyros_in_float32(guide):
-    losses, gradients, rows = steps({"guide": guide}, RecordedStep, torch.float32)
+    losses, gradients, rows = steps({"guide": guide}, TracedStep, torch.float32)
     expected = steps({"guide": guide}, PyroStep, torch.float32)
     assert losses == pytest.approx(expected[0], rel=1e-6)
     close(gradients, expected[1], 1e-5)
@@ -117,7 +117,7 @@ def test_a_compiled_step_is_pyros_but_for_rounding(case):
     if reason_for(case):
         pytest.skip("does not go together")
     for dtype, relative in ((torch.float64, 1e-10), (torch.float32, 1e-5)):
-        losses, gradients, rows = steps(case, RecordedStep, dtype, compile=True)
+        losses, gradients, rows = steps(case, TracedStep, dtype, compile=True)
         expected = steps(case, PyroStep, dtype)
         assert losses == pytest.approx(expected[0], rel=relative)
         close(gradients[: len(gradients) // 3], expected[1][: len(gradients) // 3], relative)
@@ -128,13 +128,13 @@ def test_a_loss_that_is_not_finite_moves_nothing():
     vae = VAE(nn.Linear(2, 3), likelihoods.Bernoulli(), priors.StandardNormal(2))
     guide = Amortized(nn.Linear(3, 4), families.DiagonalNormal(2))
     optimizer = FusedAdam(vae, guide)
-    step = RecordedStep(vae.model, guide, optimizer, objectives.ELBO())
+    step = TracedStep(vae.model, guide, optimizer, objectives.ELBO())
     x, index = torch.ones(4, 3), torch.arange(4)
-    with unchecked():
+    with no_validation():
         step(x, index)
         names = {id(p): str(place) for place, p in enumerate(optimizer.parameters)}
         before = [t.detach().clone() for t in (*optimizer.parameters, *optimizer.state_tensors(names).values())]
-        with pytest.raises(NonFinite):
+        with pytest.raises(NonFiniteLoss):
             step(x * math.nan, index)
     after = [*optimizer.parameters, *optimizer.state_tensors(names).values()]
     assert all(a.equal(b) for a, b in zip(before, after, strict=True))
@@ -172,11 +172,11 @@ def test_a_captured_step_makes_the_steps_in_their_order(objective, monkeypatch):
         return lambda: replays.append(1) or function()
 
     def everywhere(choice, engine, data, size):
-        return choice._replace(step=cuda_graph.CapturedStep(choice.step, data, size))
+        return choice._replace(step=cuda_graph.CudaGraphStep(choice.step, data, size))
 
     expected = trained("traced", epochs=4, objective=objective)[1]
-    monkeypatch.setattr(cuda_graph, "capture", capture)
-    monkeypatch.setattr(cuda_graph, "beside", lambda function: function())
+    monkeypatch.setattr(cuda_graph, "capture_graph", capture)
+    monkeypatch.setattr(cuda_graph, "on_side_stream", lambda function: function())
     monkeypatch.setattr(loop, "captured", everywhere)
     found = trained("traced", epochs=4, objective=objective)[1]
     assert all(a.equal(b) for a, b in zip(found, expected, strict=True))
@@ -200,13 +200,13 @@ def test_the_report_says_which_engine_and_why(capsys):
 @pytest.mark.parametrize(("count", "name"), [(199, "pyro"), (200, "traced"), (100_000, "compiled")])
 def test_auto_weighs_what_it_costs_against_what_it_saves(count, name, monkeypatch):
     asked = []
-    monkeypatch.setattr("pvae.runtime.tracing.compiled", lambda graph, inputs: asked.append(1) or graph)
+    monkeypatch.setattr("pvae.runtime.tracing.compile_graph", lambda graph, inputs: asked.append(1) or graph)
     assert trained("auto", epochs=0)[0].engine == ""
     vae = VAE(nn.Linear(2, 3), likelihoods.Bernoulli(), priors.StandardNormal(2))
     guide = Amortized(nn.Linear(3, 4), families.DiagonalNormal(2))
     parts = (vae.model, guide, FusedAdam(vae, guide), objectives.ELBO())
     batch = (torch.ones(4, 3), torch.arange(4))
-    assert engines.choose("auto", parts, (batch, batch), count).name == name
+    assert engines.choose_engine("auto", parts, (batch, batch), count).name == name
     assert bool(asked) is (name == "compiled")
 
 
@@ -353,9 +353,9 @@ def test_latents_without_reparametrization_go_by_pyro():
 
 def test_without_a_compiler_the_recording_is_replayed(monkeypatch):
     def none(graph, inputs):
-        raise Unrecordable("InvalidCxxCompiler: no C++ compiler")
+        raise TraceError("InvalidCxxCompiler: no C++ compiler")
 
-    monkeypatch.setattr("pvae.runtime.tracing.compiled", none)
+    monkeypatch.setattr("pvae.runtime.tracing.compile_graph", none)
     report, found = trained("compiled")
     assert report.engine == "traced: the step can't be compiled (InvalidCxxCompiler: no C++ compiler)"
     assert all(a.equal(b) for a, b in zip(found, trained("pyro")[1], strict=True))

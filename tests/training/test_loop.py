@@ -24,13 +24,14 @@ from pvae.generative.likelihoods import Bernoulli
 from pvae.generative.networks import MLP
 from pvae.generative.priors import StandardNormal
 from pvae.generative.vae import VAE
-from pvae.inference.families import DiagonalNormal, scale_of
+from pvae.inference.families import DiagonalNormal, positive_scale
 from pvae.inference.guides import Amortized
 from pvae.inference.importance import log_weights
 from pvae.runtime.pyro_params import local_method
+from pvae.runtime.signals import TrainingInterrupt
 from pvae.runtime.torch_state import seeded
 from pvae.training import checkpoints, loop
-from pvae.training.loop import Interrupted, fit
+from pvae.training.loop import fit
 from pvae.training.objectives import ELBO
 from pvae.training.optimizer import FusedAdam
 
@@ -189,7 +190,7 @@ class Plain(PyroModule):
     def forward(self, x, index=None):
         with pyro.plate("data", len(x), dim=-1):
             mean, log_scale = self.encoder(x).chunk(2, -1)
-            pyro.sample("z", dist.Normal(mean, scale_of(log_scale)).to_event(1))
+            pyro.sample("z", dist.Normal(mean, positive_scale(log_scale)).to_event(1))
 
 
 def test_a_plain_pyro_guide_trains_alike_and_leaves_nothing_in_pyros_store():
@@ -274,7 +275,7 @@ import os, signal, sys
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
-import test_training
+import tests.training.test_loop as test_training
 test_training.training.CHECKPOINT_SECONDS = 0
 test_training.die(sys.argv[1], Path(sys.argv[2]), sys.argv[3])
 """
@@ -317,14 +318,14 @@ def check_the_rest(source, folder, batch):
 @pytest.mark.parametrize(("source", "how"), [*((source, "SIGKILL") for source in SOURCES), ("Amortized", "saving")])
 def test_a_killed_process_is_gone_on_with_bit_for_bit(source, how, tmp_path):
     child = [sys.executable, "-c", CHILD, source, str(tmp_path), how]
-    done = subprocess.run(child, cwd=Path(__file__).parents[1], capture_output=True, text=True, timeout=60)
+    done = subprocess.run(child, cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=60)
     assert done.returncode == -signal.SIGKILL, done.stderr
     check_the_rest(source, tmp_path, batch=0)
 
 
 @pytest.mark.parametrize(("source", "how"), [("SemiAmortized", "SIGINT"), ("PerDatapoint", "SIGTERM")])
 def test_a_stopped_training_is_gone_on_with_bit_for_bit(source, how, tmp_path):
-    with pytest.raises(Interrupted, match=f"stopped in epoch 3 by {how}; saved in") as stop:
+    with pytest.raises(TrainingInterrupt, match=f"stopped in epoch 3 by {how}; saved in") as stop:
         die(source, tmp_path, how)
     assert stop.value.signal == signal.Signals[how]
     check_the_rest(source, tmp_path, batch=2)
@@ -337,7 +338,7 @@ def test_signals_have_their_usual_effect_after_training():
     assert [signal.getsignal(number) for number in numbers] == usual
     vae, guide = modules()
     vae.at, vae.event = 3, lambda: signal.raise_signal(signal.SIGINT)
-    with pytest.raises(Interrupted, match="stopped in epoch 1 by SIGINT; nothing was kept") as stop:
+    with pytest.raises(TrainingInterrupt, match="stopped in epoch 1 by SIGINT; nothing was kept") as stop:
         fit(vae.model, guide, tiny(), epochs=2, batch_size=BATCH)
     assert stop.value.signal == signal.SIGINT
     assert [signal.getsignal(number) for number in numbers] == usual

@@ -7,21 +7,21 @@ from cases import COLUMNS, LATENT, LIKELIHOODS
 from oracles import LinearGaussian
 
 from pvae.data.dataset import Dataset
-from pvae.data.loading import load
-from pvae.diagnostics.predictive_checks import STATISTICS, predictive_checks
+from pvae.data.loading import load_data
+from pvae.diagnostics.predictive_checks import STATISTICS, run_predictive_checks
 from pvae.errors import UserError
-from pvae.generative.handlers import masked
-from pvae.generative.networks import MLP, Filled
+from pvae.generative.handlers import mask_missing
+from pvae.generative.networks import MLP, ImputeMeans
 from pvae.generative.priors import StandardNormal, VampPrior
 from pvae.generative.vae import VAE
 from pvae.inference.families import DiagonalNormal
 from pvae.inference.guides import Amortized, PerDatapoint
 from pvae.inference.importance import log_weights
-from pvae.inference.refinement import given, local_bound
-from pvae.recipes.build import build
+from pvae.inference.refinement import fixed_guide, local_elbo
+from pvae.recipes.build import build_model
 from pvae.recipes.recipe import Recipe, resolve
 from pvae.runtime.torch_state import seeded
-from pvae.samplers.log_joint import simulate
+from pvae.samplers.log_joint import simulate_joint
 from pvae.training.loop import fit
 from pvae.training.objectives import ELBO, IWAE, AnalyticKL, DReG, StickingTheLanding
 from pvae.training.support import check_support
@@ -66,7 +66,7 @@ def program(likelihood):
 def amortized(means):
     with seeded(0):
         family = DiagonalNormal(LATENT)
-        return Amortized(Filled(MLP(COLUMNS, family.size, hidden=[4]), means), family)
+        return Amortized(ImputeMeans(MLP(COLUMNS, family.size, hidden=[4]), means), family)
 
 
 @pytest.fixture(params=LIKELIHOODS)
@@ -86,16 +86,16 @@ class Partly:
         self.there = ~self.x.isnan()
 
     def best(self):
-        """The best diagonal lam [B, 4] for the entries that are there: the posterior's mean, 1 / L_ii."""
+        """The best diagonal q_params [B, 4] for the entries that are there: the posterior's mean, 1 / L_ii."""
         inside = self.oracle.weight * self.there.double().unsqueeze(-1)
         precision = torch.eye(2).double() + inside.mT @ inside / self.oracle.scale**2
         residual = torch.where(self.there, self.x.double() - self.oracle.bias, 0).unsqueeze(-1)
         mean = torch.linalg.solve(precision, inside.mT @ residual / self.oracle.scale**2).squeeze(-1)
         return torch.cat([mean, -precision.diagonal(dim1=1, dim2=2).log() / 2], -1)
 
-    def elbo(self, lam):
-        """The ELBO [B] of the entries that are there, of diagonal Gaussians lam [B, 4]."""
-        mu, log_sigma = lam.double().chunk(2, -1)
+    def elbo(self, q_params):
+        """The ELBO [B] of the entries that are there, of diagonal Gaussians q_params [B, 4]."""
+        mu, log_sigma = q_params.double().chunk(2, -1)
         variance, scale = (2 * log_sigma).exp(), self.oracle.scale
         residual = self.x.double().nan_to_num() - mu @ self.oracle.weight.T - self.oracle.bias
         spread = residual**2 + variance @ (self.oracle.weight**2).T
@@ -108,24 +108,26 @@ def test_the_gradient_of_training_is_that_of_the_elbo_of_what_is_there():
     case, family = Partly(), DiagonalNormal(2)
     case.oracle.requires_grad_(True)
     parameters = [*case.oracle.decoder.parameters(), case.oracle.likelihood.log_scale]
-    lam = (case.best().detach().float() + 0.2).requires_grad_()
-    exact = torch.autograd.grad(-case.elbo(lam).sum(), [*parameters, lam])
-    model, found = masked(case.oracle.model), []
+    q_params = (case.best().detach().float() + 0.2).requires_grad_()
+    exact = torch.autograd.grad(-case.elbo(q_params).sum(), [*parameters, q_params])
+    model, found = mask_missing(case.oracle.model), []
     with seeded(1):
         for _ in range(200):
-            loss = ELBO(K=8).differentiable_loss(model, given(family, lam), case.x)
-            found.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss, [*parameters, lam])]))
+            loss = ELBO(K=8).differentiable_loss(model, fixed_guide(family, q_params), case.x)
+            found.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss, [*parameters, q_params])]))
     mean, se = torch.stack(found).mean(0), torch.stack(found).std(0) / len(found) ** 0.5
     whole = torch.cat([g.flatten() for g in exact])
     assert ((mean - whole).abs() <= 5 * se + 1e-4 * whole.abs()).all()
-    as_zeros = torch.autograd.grad(-case.oracle.elbo(lam, case.x.nan_to_num()).sum(), lam)[0].flatten()
-    assert ((mean - whole)[-lam.numel() :].abs() < 0.1 * (as_zeros - whole[-lam.numel() :]).abs()).float().mean() > 0.5
+    as_zeros = torch.autograd.grad(-case.oracle.elbo(q_params, case.x.nan_to_num()).sum(), q_params)[0].flatten()
+    assert (
+        (mean - whole)[-q_params.numel() :].abs() < 0.1 * (as_zeros - whole[-q_params.numel() :]).abs()
+    ).float().mean() > 0.5
 
 
 def test_rows_of_parameters_climb_to_the_best_lam_of_what_is_there():
     case, family = Partly(), DiagonalNormal(2)
-    model = masked(case.oracle.model)
-    guide = PerDatapoint(len(case.x), family, bound=local_bound(model, family), local_learning_rate=0.05)
+    model = mask_missing(case.oracle.model)
+    guide = PerDatapoint(len(case.x), family, bound=local_elbo(model, family), local_learning_rate=0.05)
     fit(model, guide, case.x, epochs=50, batch_size=40, engine="traced")
     lost = case.elbo(case.best()) - case.elbo(guide.table)
     assert (lost > -1e-6).all()
@@ -140,7 +142,7 @@ def test_a_decoder_output_of_a_missing_entry_has_no_gradient(likelihood):
     vae, x, seen = program(likelihood), holed(rows(likelihood)), []
     vae.decoder.register_forward_hook(lambda module, given, eta: eta.retain_grad() or seen.append(eta))
     with seeded(2):
-        ELBO(K=3).loss_and_grads(masked(vae.model), amortized(x.nanmean(0)), x)
+        ELBO(K=3).loss_and_grads(mask_missing(vae.model), amortized(x.nanmean(0)), x)
     (eta,) = seen
     slope = eta.grad.unflatten(-1, (likelihood.params_per_value, COLUMNS)).abs().sum(-2)
     missing = x.isnan().expand(3, -1, -1)
@@ -154,12 +156,12 @@ def test_no_value_in_the_place_of_a_missing_entry_changes_a_loss_or_a_gradient(k
     vae, x = program(LIKELIHOODS[kind]()), holed(rows(LIKELIHOODS[kind]()))
     there, family, found = ~x.isnan(), DiagonalNormal(LATENT), []
     for value, mask in ((torch.nan, None), (torch.nan, there), (0.0, there), (7.0, there)):
-        lam = torch.linspace(-1, 1, len(x) * family.size).view(len(x), -1).requires_grad_()
+        q_params = torch.linspace(-1, 1, len(x) * family.size).view(len(x), -1).requires_grad_()
         with seeded(3):
             loss = objective().differentiable_loss(
-                masked(vae.model, mask), given(family, lam), torch.where(there, x, value)
+                mask_missing(vae.model, mask), fixed_guide(family, q_params), torch.where(there, x, value)
             )
-        found.append((loss.detach(), *torch.autograd.grad(loss, [lam, *vae.parameters()])))
+        found.append((loss.detach(), *torch.autograd.grad(loss, [q_params, *vae.parameters()])))
     for other in found[1:]:
         assert all(map(torch.equal, found[0], other))
     assert all(values.isfinite().all() for values in found[0])
@@ -172,7 +174,7 @@ def test_an_encoder_sees_missing_entries_as_the_values_they_are_filled_with(obje
     for own, mask in ((x, None), (torch.where(there, x, x.nanmean(0)), there)):
         guide.zero_grad()
         with seeded(3):
-            loss = objective().loss_and_grads(masked(vae.model, mask), guide, own)
+            loss = objective().loss_and_grads(mask_missing(vae.model, mask), guide, own)
         found.append((torch.tensor(loss), *(p.grad for p in guide.parameters())))
     assert all(map(torch.equal, *found))
 
@@ -184,7 +186,7 @@ def built(guide, x, missing, **changes):
     data = dataset(x) if missing else Dataset("rows", x, x[:0], x[:4], tuple(x.shape[1:]))
     small = {"latent": 2, "network": {"type": "MLP", "hidden": [8]}, "guide": guide, "missing": missing}
     own = resolve(Recipe(**small | changes))
-    return build(own, data), data
+    return build_model(own, data), data
 
 
 @pytest.mark.parametrize("likelihood", ["Bernoulli", "Gaussian"])
@@ -218,8 +220,8 @@ def test_every_likelihood_takes_finite_steps_and_can_be_recorded(likelihood):
     vae, guide = program(likelihood), amortized(x.nanmean(0))
     before = [p.clone() for p in vae.decoder.parameters()]
     data = dataset(x)
-    check_support(masked(vae.model), data)
-    report = fit(masked(vae.model), guide, data, epochs=1, batch_size=12, engine="traced")
+    check_support(mask_missing(vae.model), data)
+    report = fit(mask_missing(vae.model), guide, data, epochs=1, batch_size=12, engine="traced")
     assert report.engine.startswith("traced:")
     assert all(p.isfinite().all() for p in (*vae.parameters(), *guide.parameters()))
     assert not any(map(torch.equal, before, vae.decoder.parameters()))
@@ -239,7 +241,7 @@ def test_what_starts_from_rows_sees_them_filled():
 
 def test_values_outside_the_support_are_refused_where_they_are_there():
     x = holed(rows(LIKELIHOODS["Bernoulli"]()))
-    model = masked(program(LIKELIHOODS["Bernoulli"]()).model)
+    model = mask_missing(program(LIKELIHOODS["Bernoulli"]()).model)
     check_support(model, dataset(x))
     x[0, 2] = 0.5
     with pytest.raises(UserError, match=r"train row 0, column 2 is 0.5, outside the support of site 'x' \(Bernoulli"):
@@ -247,10 +249,10 @@ def test_values_outside_the_support_are_refused_where_they_are_there():
 
 
 def test_a_model_of_half_missing_digits_imputes_better_than_the_columns_means():
-    digits = load("digits", binarize="threshold")
+    digits = load_data("digits", binarize="threshold")
     train = holed(digits.train)
     data = Dataset("digits", train, train[:0], digits.test, (8, 8), "threshold", means=train.nanmean(0))
-    own = build(resolve(Recipe(missing=True, seed=1)), data)
+    own = build_model(resolve(Recipe(missing=True, seed=1)), data)
     fit(own.program.model, own.guide, data, epochs=20, learning_rate=2e-3, objective=own.objective, engine="traced")
     test = holed(digits.test, seed=5)
     hidden = test.isnan()
@@ -268,7 +270,7 @@ def test_a_model_of_half_missing_digits_imputes_better_than_the_columns_means():
 
 def test_simulated_rows_miss_what_the_rows_miss():
     x = holed(rows(LIKELIHOODS["Gaussian"]()))
-    found = simulate(masked(program(LIKELIHOODS["Gaussian"]()).model), x)
+    found = simulate_joint(mask_missing(program(LIKELIHOODS["Gaussian"]()).model), x)
     assert found.x.isnan().equal(x.isnan())
     assert not (found.x == x).any()
 
@@ -280,9 +282,9 @@ def test_replicates_miss_what_the_data_miss():
         oracle.decoder.bias[0] += 3
     x = oracle.sample(200)
     x[:180, 0] = torch.nan
-    model, family = masked(oracle.model), DiagonalNormal(2)
-    guide = PerDatapoint(200, family, bound=local_bound(model, family))
-    found = predictive_checks(model, guide, x, replicates=100, hidden=0.3, K=50, steps=50)
+    model, family = mask_missing(oracle.model), DiagonalNormal(2)
+    guide = PerDatapoint(200, family, bound=local_elbo(model, family))
+    found = run_predictive_checks(model, guide, x, replicates=100, hidden=0.3, K=50, steps=50)
     names = list(STATISTICS)
     assert found.observed[names.index("mean")].item() == pytest.approx(x.nanmean().item(), abs=1e-5)
     assert found.observed[names.index("largest value")] == x[~x.isnan()].max()
@@ -297,8 +299,8 @@ def test_a_row_without_any_entry_has_nothing_to_impute():
     oracle, family = LinearGaussian(2, COLUMNS), DiagonalNormal(2)
     x = holed(oracle.sample(30))
     x[3] = torch.nan
-    model = masked(oracle.model)
-    guide = PerDatapoint(30, family, bound=local_bound(model, family))
-    found = predictive_checks(model, guide, x, replicates=20, K=50, steps=50)
+    model = mask_missing(oracle.model)
+    guide = PerDatapoint(30, family, bound=local_elbo(model, family))
+    found = run_predictive_checks(model, guide, x, replicates=20, K=50, steps=50)
     assert found.imputation.isnan().equal(x.isnan().all(1))
-    assert all(np.isfinite(value.mean) for value in found.figures().values())
+    assert all(np.isfinite(value.mean) for value in found.summary().values())

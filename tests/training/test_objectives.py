@@ -12,7 +12,7 @@ from pyro.infer import SVI, TraceMeanField_ELBO
 from torch import nn
 from torch.distributions import constraints
 
-from pvae.errors import Refused, UserError
+from pvae.errors import Incompatible, UserError
 from pvae.generative.likelihoods import Bernoulli
 from pvae.generative.networks import MLP
 from pvae.generative.priors import StandardNormal
@@ -20,12 +20,12 @@ from pvae.generative.vae import VAE
 from pvae.inference.families import Delta, DiagonalNormal, FullRankNormal, MixtureOfNormals
 from pvae.inference.guides import Amortized, Guide, PerDatapoint
 from pvae.inference.importance import log_weights
-from pvae.inference.latents import Site, Sites
-from pvae.inference.refinement import given, local_bound
+from pvae.inference.latents import LatentSites, Site
+from pvae.inference.refinement import fixed_guide, local_elbo
 from pvae.runtime.pyro_params import LocalModule
 from pvae.training import objectives
 from pvae.training.loop import fit
-from pvae.training.objectives import ELBO, IWAE, AnalyticKL, DReG, NonFinite, Renyi, StickingTheLanding
+from pvae.training.objectives import ELBO, IWAE, AnalyticKL, DReG, NonFiniteLoss, Renyi, StickingTheLanding
 from pvae.training.optimizer import FusedAdam
 
 DIM, COLUMNS, ROWS, COPIES = 2, 4, 3, 4000
@@ -35,14 +35,14 @@ every = pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
 
 
 class Fixed(Guide):
-    """A guide whose lam [B, P] is its parameter; COPIES of each row share one."""
+    """A guide whose q_params [B, P] is its parameter; COPIES of each row share one."""
 
-    def __init__(self, lam, family):
+    def __init__(self, q_params, family):
         super().__init__(family)
-        self.lam = nn.Parameter(lam.clone())
+        self.q_params = nn.Parameter(q_params.clone())
 
     def params(self, x, index=None):
-        return self.lam.repeat(len(x) // len(self.lam), 1)
+        return self.q_params.repeat(len(x) // len(self.q_params), 1)
 
 
 @pytest.fixture(autouse=True)
@@ -94,7 +94,7 @@ def test_bounds_rise_with_k_to_the_evidence(oracle):
     x = oracle.sample(ROWS)
     guide = off(oracle, x)
     found = [mean_se(bound(o, oracle, guide, x)) for o in (ELBO(), IWAE(K=5), IWAE(K=50))]
-    exact = [oracle.elbo(guide.lam, x), None, None, oracle.evidence(x)]
+    exact = [oracle.elbo(guide.q_params, x), None, None, oracle.evidence(x)]
     assert ((found[0][0] - exact[0]).abs() <= 5 * found[0][1]).all()
     for (low, se), (high, other) in zip(found, [*found[1:], (exact[3], torch.zeros(ROWS))], strict=True):
         assert (low <= high + 4 * (se**2 + other**2).sqrt()).all()
@@ -114,13 +114,13 @@ def test_every_bound_is_tight_at_the_exact_posterior(kind, oracle):
 
 
 def exact(oracle, x):
-    """lam of FullRankNormal at the exact posterior, [B, P]."""
+    """q_params of FullRankNormal at the exact posterior, [B, P]."""
     root = torch.linalg.cholesky(oracle.covariance)
     lower = root[*torch.tril_indices(DIM, DIM, -1)]
-    lam = torch.cat([oracle.mean(x), root.diag().log().expand(len(x), -1), lower.expand(len(x), -1)], 1)
-    q = FullRankNormal(DIM)(lam)
+    q_params = torch.cat([oracle.mean(x), root.diag().log().expand(len(x), -1), lower.expand(len(x), -1)], 1)
+    q = FullRankNormal(DIM)(q_params)
     torch.testing.assert_close(q.covariance_matrix[0], oracle.covariance)
-    return lam
+    return q_params
 
 
 def test_k_draws_average_the_elbo_and_exponents_interpolate(oracle):
@@ -151,7 +151,7 @@ def test_analytic_kl_is_pyros_and_less_noisy(oracle):
         values.append(objective.loss(oracle.model, guide, x))
     assert values[0] == pytest.approx(values[1])
     mean, se = mean_se(bound(AnalyticKL(), oracle, guide, x))
-    assert ((mean - oracle.elbo(guide.lam, x)).abs() <= 5 * se).all()
+    assert ((mean - oracle.elbo(guide.q_params, x)).abs() <= 5 * se).all()
 
 
 def test_analytic_kl_knows_correlated_normals_and_refuses_mixtures(oracle):
@@ -159,7 +159,7 @@ def test_analytic_kl_knows_correlated_normals_and_refuses_mixtures(oracle):
     correlated = Fixed(exact(oracle, x), FullRankNormal(DIM))
     assert math.isfinite(AnalyticKL().loss(oracle.model, correlated, x))
     mixture = MixtureOfNormals(DIM)
-    with pytest.raises(Refused, match="no closed form for"):
+    with pytest.raises(Incompatible, match="no closed form for"):
         AnalyticKL().loss(oracle.model, Fixed(mixture.initial().expand(ROWS, -1), mixture), x)
 
 
@@ -176,8 +176,8 @@ def test_mean_gradient_is_that_of_the_exact_elbo(objective, of, oracle):
     x = oracle.sample(ROWS)
     guide = off(oracle, x)
     oracle.decoder.weight.requires_grad_()
-    parameter = guide.lam if of == "guide" else oracle.decoder.weight
-    (expected,) = torch.autograd.grad(oracle.elbo(guide.lam, x).sum(), parameter)
+    parameter = guide.q_params if of == "guide" else oracle.decoder.weight
+    (expected,) = torch.autograd.grad(oracle.elbo(guide.q_params, x).sum(), parameter)
     agree(gradients(objective, oracle, guide, x, parameter), expected.flatten())
 
 
@@ -187,7 +187,7 @@ def test_dreg_is_iwae_in_mean_and_less_noisy_for_the_guide(beta, of, oracle):
     x = oracle.sample(ROWS)
     guide = off(oracle, x)
     oracle.decoder.weight.requires_grad_()
-    parameter = guide.lam if of == "guide" else oracle.decoder.weight
+    parameter = guide.q_params if of == "guide" else oracle.decoder.weight
     one, other = (
         gradients(kind(K=16, kl_weight=beta), oracle, guide, x, parameter, repeats=300, copies=120)
         for kind in (IWAE, DReG)
@@ -205,7 +205,7 @@ def test_dreg_keeps_its_signal_at_large_k(oracle):
     ratios = {}
     for kind in (IWAE, DReG):
         for K in (4, 64):
-            mean, se = mean_se(gradients(kind(K=K), oracle, guide, x, guide.lam, repeats=100, copies=10))
+            mean, se = mean_se(gradients(kind(K=K), oracle, guide, x, guide.q_params, repeats=100, copies=10))
             ratios[kind, K] = (mean.norm() / se.norm()).item()
     assert ratios[DReG, 64] > 2 * ratios[IWAE, 64]
     assert ratios[DReG, 64] > ratios[DReG, 4]
@@ -215,9 +215,9 @@ def test_dreg_keeps_its_signal_at_large_k(oracle):
 def test_path_gradient_is_zero_at_the_exact_posterior(kind, oracle):
     x = oracle.sample(ROWS)
     guide = Fixed(exact(oracle, x), FullRankNormal(DIM))
-    landed = gradients(kind(K=3), oracle, guide, x, guide.lam, repeats=3, copies=2)
+    landed = gradients(kind(K=3), oracle, guide, x, guide.q_params, repeats=3, copies=2)
     torch.testing.assert_close(landed, torch.zeros_like(landed), atol=1e-10, rtol=0)
-    others = gradients(ELBO(K=3), oracle, guide, x, guide.lam, repeats=3, copies=2)
+    others = gradients(ELBO(K=3), oracle, guide, x, guide.q_params, repeats=3, copies=2)
     assert others.abs().max() > 0.1
 
 
@@ -248,18 +248,18 @@ def test_gradient_is_the_values_own_under_fixed_noise(objective, oracle):
     x = oracle.sample(ROWS)
     guide = off(oracle, x)
 
-    def value(lam):
+    def value(q_params):
         torch.manual_seed(1)
-        return objective.differentiable_loss(oracle.model, given(DiagonalNormal(DIM), lam), x)
+        return objective.differentiable_loss(oracle.model, fixed_guide(DiagonalNormal(DIM), q_params), x)
 
-    assert torch.autograd.gradcheck(value, (guide.lam,))
+    assert torch.autograd.gradcheck(value, (guide.q_params,))
 
 
 # Weights
 
 
-def kl(lam):
-    mean, log_scale = lam.chunk(2, -1)
+def kl(q_params):
+    mean, log_scale = q_params.chunk(2, -1)
     return ((2 * log_scale).exp() + mean**2 - 1 - 2 * log_scale).sum(-1) / 2
 
 
@@ -269,10 +269,10 @@ def test_kl_weight_weighs_the_kl_alone(kind, beta, oracle):
     x = oracle.sample(ROWS)
     guide = off(oracle, x)
     mean, se = mean_se(bound(kind(kl_weight=beta), oracle, guide, x))
-    expected = oracle.elbo(guide.lam, x) + (1 - beta) * kl(guide.lam)
+    expected = oracle.elbo(guide.q_params, x) + (1 - beta) * kl(guide.q_params)
     assert ((mean - expected).abs() <= 5 * se).all()
-    (slope,) = torch.autograd.grad(expected.sum(), guide.lam)
-    agree(gradients(kind(kl_weight=beta), oracle, guide, x, guide.lam), slope.flatten())
+    (slope,) = torch.autograd.grad(expected.sum(), guide.q_params)
+    agree(gradients(kind(kl_weight=beta), oracle, guide, x, guide.q_params), slope.flatten())
 
 
 @every
@@ -301,7 +301,7 @@ def train_with(objective, source=Amortized, epochs=1, family=DiagonalNormal):
     vae = VAE(MLP(DIM, COLUMNS, hidden=[4]), Bernoulli(), StandardNormal(DIM))
     q = family(DIM)
     if source is PerDatapoint:
-        guide = PerDatapoint(12, q, bound=local_bound(vae.model, q))
+        guide = PerDatapoint(12, q, bound=local_elbo(vae.model, q))
     else:
         guide = Amortized(MLP(COLUMNS, q.size, hidden=[4]), q)
     report = fit(vae.model, guide, binary(), epochs=epochs, batch_size=5, objective=objective)
@@ -332,12 +332,12 @@ def test_training_moves_the_warm_up_and_the_rows_own_bound():
 def test_free_bits_cost_nothing_below_and_nothing_else_above(kind, oracle):
     x = oracle.sample(200)
     guide = off(oracle, x)
-    level = kl(guide.lam).mean().item()
+    level = kl(guide.q_params).mean().item()
 
     def found(free_bits):
         torch.manual_seed(4)
         loss = kind(K=2, free_bits=free_bits).differentiable_loss(oracle.model, guide, x)
-        return loss, torch.autograd.grad(loss, guide.lam)[0]
+        return loss, torch.autograd.grad(loss, guide.q_params)[0]
 
     plain, few, many, more = found(0.0), found(0.01 * level), found(50 * level), found(60 * level)
     assert few[0].item() == pytest.approx(plain[0].item())
@@ -393,7 +393,7 @@ def test_runs_in_pyros_svi(kind, source):
 @pytest.mark.parametrize("family", [DiagonalNormal, Delta, FullRankNormal, MixtureOfNormals])
 def test_every_family_goes_with_every_objective_or_is_refused(kind, family):
     if kind is AnalyticKL and family is MixtureOfNormals:
-        with pytest.raises(Refused):
+        with pytest.raises(Incompatible):
             train_with(kind(), family=family)
         return
     vae, guide = train_with(kind(K=2), family=family)
@@ -445,9 +445,9 @@ def test_a_density_that_is_not_finite_stops_before_a_gradient(kind, oracle):
     x = oracle.sample(ROWS)
     guide = off(oracle, x)
     x[0, 0] = math.nan
-    with pyro.validation_enabled(False), pytest.raises(NonFinite, match="not finite"):
+    with pyro.validation_enabled(False), pytest.raises(NonFiniteLoss, match="not finite"):
         kind(K=2).loss_and_grads(oracle.model, guide, x)
-    assert guide.lam.grad is None
+    assert guide.q_params.grad is None
 
 
 @every
@@ -502,7 +502,7 @@ class Ladder(LocalModule):
 )
 def test_chains_of_draws_that_would_bias_an_estimator_are_refused(objective, words):
     ladder = Ladder()
-    with pytest.raises(Refused, match=words):
+    with pytest.raises(Incompatible, match=words):
         objective.loss_and_grads(ladder.model, ladder, torch.ones(3, 1))
     assert math.isfinite(IWAE().loss_and_grads(ladder.model, ladder, torch.ones(3, 1)))
 
@@ -530,7 +530,7 @@ def test_modules_that_are_not_pyros_are_trained(kind):
 
 
 def test_dreg_leaves_a_point_mass_over_a_bounded_latent_its_gradient():
-    sites = Sites((Site("s", (), constraints.positive),))
+    sites = LatentSites((Site("s", (), constraints.positive),))
 
     def model(x, index=None):
         with pyro.plate("data", len(x), dim=-1):
@@ -539,9 +539,11 @@ def test_dreg_leaves_a_point_mass_over_a_bounded_latent_its_gradient():
 
     found = []
     for objective in (ELBO(), DReG(K=5), IWAE(K=5)):
-        lam = torch.full((3, 1), 0.2, requires_grad=True)
-        loss = objective.differentiable_loss(model, given(Delta(1), lam, sites), torch.tensor([[1.0], [2.0], [5.0]]))
-        found.append(torch.autograd.grad(loss, lam)[0])
+        q_params = torch.full((3, 1), 0.2, requires_grad=True)
+        loss = objective.differentiable_loss(
+            model, fixed_guide(Delta(1), q_params, sites), torch.tensor([[1.0], [2.0], [5.0]])
+        )
+        found.append(torch.autograd.grad(loss, q_params)[0])
     torch.testing.assert_close(found[1], found[0])
     torch.testing.assert_close(found[2], found[0])
 

@@ -1,0 +1,32 @@
+from .calibration import Calibration, calibrate
+from .evaluation import Budget, Evaluation, RefinementCurve, bounds, evaluate, family_gains, refinement_curve
+from .latent_geometry import LatentGeometry, measure_latent_geometry
+from .latent_usage import LatentUsage, measure_latent_usage
+from .mcmc_reference import MCMCReference, compare_with_chains, compare_with_mcmc, run_long_chains
+from .predictive_checks import PredictiveChecks, run_predictive_checks
+from .trust import RULES, TrustVerdict, assess_trust
+
+__all__ = [
+    "Budget",
+    "Calibration",
+    "Evaluation",
+    "LatentGeometry",
+    "LatentUsage",
+    "MCMCReference",
+    "PredictiveChecks",
+    "RULES",
+    "RefinementCurve",
+    "TrustVerdict",
+    "assess_trust",
+    "bounds",
+    "calibrate",
+    "compare_with_chains",
+    "compare_with_mcmc",
+    "evaluate",
+    "family_gains",
+    "measure_latent_geometry",
+    "measure_latent_usage",
+    "refinement_curve",
+    "run_long_chains",
+    "run_predictive_checks",
+]

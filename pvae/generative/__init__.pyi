@@ -1,0 +1,15 @@
+from . import likelihoods, networks, noise, priors
+from .handlers import MaskMissing, ObserveThroughNoise, mask_missing, with_noise
+from .vae import VAE
+
+__all__ = [
+    "MaskMissing",
+    "ObserveThroughNoise",
+    "VAE",
+    "likelihoods",
+    "mask_missing",
+    "networks",
+    "noise",
+    "priors",
+    "with_noise",
+]

@@ -1,0 +1,4 @@
+from .html_report import write_report
+from .tables import comparison_tables, diagnosis_tables
+
+__all__ = ["comparison_tables", "diagnosis_tables", "write_report"]
