@@ -287,7 +287,7 @@ def test_ctrl_c_stops_a_grid_too(monkeypatch):
     def stopped(*args, **options):
         raise TrainingInterrupt("stopped in epoch 1", 2)
 
-    monkeypatch.setattr(interface, "fitted", stopped)
+    monkeypatch.setattr(interface, "fit_recipe", stopped)
     with pytest.raises(KeyboardInterrupt, match="epoch 1"):
         GridSearchCV(small(), {"n_components": [1]}, cv=2).fit(X)
 

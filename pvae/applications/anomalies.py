@@ -162,7 +162,7 @@ def detect_anomalies(
 
     Raises:
         UserError: an unknown score, a rate outside (0, 1), or a reference of too few rows for it.
-        Refused: the guide has none of the scores.
+        Incompatible: the guide has none of the scores.
 
     Sources: Nalisnick, Matsukawa, Teh, Lakshminarayanan (2019), *Detecting Out-of-Distribution Inputs to Deep
     Generative Models Using Typicality*, arXiv:1906.02994; Sun, Ming, Zhu, Li (2022), *Out-of-Distribution Detection

@@ -120,7 +120,7 @@ def classify(
 
     Raises:
         UserError: fewer than two classes, a prior that does not fit, or a temperature that is not positive.
-        Refused: a guide of point masses, which has no evidence.
+        Incompatible: a guide of point masses, which has no evidence.
 
     Source: Ng and Jordan (2002), *On Discriminative vs. Generative Classifiers*, NeurIPS 14.
     """

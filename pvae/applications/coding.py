@@ -172,7 +172,7 @@ def sample(
 
     Raises:
         UserError: a negative temperature.
-        Refused: a latent whose distribution has no scale to be multiplied.
+        Incompatible: a latent whose distribution has no scale to be multiplied.
 
     Source: Kingma and Dhariwal (2018), *Glow*, arXiv:1807.03039, section 6.
     """
@@ -281,7 +281,7 @@ def augment(
 
     Raises:
         UserError: no new rows, or a negative spread.
-        Refused: a spread under a point mass, which has none.
+        Incompatible: a spread under a point mass, which has none.
     """
     positive("augment", per_row=per_row)
     if not 0 <= spread < math.inf:

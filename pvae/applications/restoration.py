@@ -102,7 +102,7 @@ def impute(
     Raises:
         UserError: counts below 1, a mask or means of another shape, a label that is missing, or a value that is there
             and outside the support.
-        Refused: the program scores whole rows, or observes something else than the rows' columns.
+        Incompatible: the program scores whole rows, or observes something else than the rows' columns.
 
     Source: Mattei and Frellsen (2019), *MIWAE: Deep Generative Modelling and Imputation of Incomplete Data Sets*,
     arXiv:1812.02633.
@@ -162,7 +162,7 @@ def denoise(
 
     Raises:
         UserError: counts below 1, or values that the noise can't have left.
-        Refused: the program scores whole rows or observes something else than the rows' columns, the noise does not
+        Incompatible: the program scores whole rows or observes something else than the rows' columns, the noise does not
             take its values, or p(x|z) has no finite variance.
     """
     positive("denoise", K=K, steps=steps)

@@ -22,7 +22,7 @@ def entry_log_prob(fn: Any, value: Tensor) -> Tensor:
         value: x, [..., *event].
 
     Raises:
-        Refused: the entries do not factorize.
+        Incompatible: the entries do not factorize.
 
     >>> entry_log_prob(dist.Bernoulli(logits=torch.zeros(3)).to_event(1), torch.ones(2, 3)).shape
     torch.Size([2, 3])

@@ -35,7 +35,8 @@ class NoiseConvolution(dist.TorchDistribution):
         clean: p(x|z) with event shape [*event], whose entries are independent.
         noise: p(y|x).
 
-    >>> p = NoiseConvolution(dist.Normal(torch.zeros(2), 1.0).to_event(1), GaussianNoise(scale=1.0))
+    >>> import pvae
+    >>> p = NoiseConvolution(dist.Normal(torch.zeros(2), 1.0).to_event(1), pvae.noise.GaussianNoise(scale=1.0))
     >>> p.clean_moments(torch.tensor([0.0, 3.0])).mean
     tensor([0.0000, 1.5000])
     """

@@ -32,7 +32,7 @@ class MaskMissing(Messenger):
     (B, then B again) take the mask repeated.
 
     Raises:
-        Refused: entries are missing at an observed site that scores whole rows.
+        Incompatible: entries are missing at an observed site that scores whole rows.
         UserError: the mask is not of truth values, or does not fit the observed site.
 
     >>> import pyro
@@ -107,9 +107,10 @@ class ObserveThroughNoise(Messenger):
         name: of the site that is noisy; None for all that are observed.
 
     Raises:
-        Refused: a site that scores whole rows, or whose values the noise does not take.
+        Incompatible: a site that scores whole rows, or whose values the noise does not take.
 
     >>> import pyro
+    >>> from pvae.generative.noise import FlipNoise
     >>> with ObserveThroughNoise(FlipNoise(rate=0.5)), pyro.poutine.trace() as seen:
     ...     _ = pyro.sample("x", dist.Bernoulli(torch.tensor([0.9])).to_event(1), obs=torch.ones(1))
     >>> seen.trace.nodes["x"]["fn"].log_prob(torch.ones(1)).exp()

@@ -83,7 +83,7 @@ def check_recipe(own: Recipe, data: Dataset) -> Built:
 
     Raises:
         UserError: a component, the budget, data outside the support.
-        Refused: components that do not go together.
+        Incompatible: components that do not go together.
     """
     check_budget(data, own.epochs or 0, own.batch_size, own.learning_rate or 0.0, own.patience)
     built = build_model(own, data)

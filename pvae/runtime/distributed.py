@@ -114,7 +114,7 @@ def fail_together() -> Iterator[None]:
     """Run a block that all processes run, and let it fail for all if it fails for one.
 
     Raises:
-        Elsewhere: it has failed in another process; of several the one of the lowest rank tells its error.
+        PeerFailed: it has failed in another process; of several the one of the lowest rank tells its error.
     """
     failed: Exception | None = None
     try:

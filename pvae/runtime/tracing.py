@@ -62,7 +62,7 @@ def trace_function(function: Function, state: Sequence[Tensor], inputs: Sequence
     The function is run for real, but the state and the random stream stay where they were.
 
     Raises:
-        Unrecordable: it looks at values, or does what the tracer does not know.
+        TraceError: it looks at values, or does what the tracer does not know.
 
     >>> weight = torch.ones(2)
     >>> graph = trace_function(lambda x: ((weight * x).sum(),), [weight], [torch.ones(2)])
@@ -180,7 +180,7 @@ def compile_graph(graph: GraphModule, inputs: Sequence[Tensor]) -> Function:
     """The graph as Inductor compiles it for inputs of these shapes; the graph is used up.
 
     Raises:
-        Unrecordable: there is no C++ compiler, or the graph has what it can't compile.
+        TraceError: there is no C++ compiler, or the graph has what it can't compile.
     """
     import torch._inductor as inductor
 
@@ -224,7 +224,7 @@ class TracedFunction:
     compiled ones round differently.
 
     Raises:
-        Unrecordable: when it is called, see `trace_function` and `compile_graph`.
+        TraceError: when it is called, see `trace_function` and `compile_graph`.
 
     >>> double = TracedFunction(lambda x: (2 * x,))
     >>> double(torch.ones(2))[0]

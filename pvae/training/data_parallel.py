@@ -76,7 +76,7 @@ class DataParallelStep:
         signal: one that some process was sent, once all know of it, at the end of the same step; else 0.
 
     Raises:
-        NonFinite: when it is called; in processes whose own loss is finite `PeerFailed`.
+        NonFiniteLoss: when it is called; in processes whose own loss is finite `PeerFailed`.
     """
 
     def __init__(

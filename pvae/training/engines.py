@@ -51,7 +51,7 @@ class TracedStep:
         compile: compile what is recorded.
 
     Raises:
-        Unrecordable: when it is called, see `TracedFunction`.
+        TraceError: when it is called, see `TracedFunction`.
     """
 
     def __init__(
@@ -129,7 +129,7 @@ class TracedStep:
         """Compare with the loss that Pyro takes on these rows, from the same draws.
 
         Raises:
-            Unrecordable: they differ: the program does what its trace on other rows did not show.
+            TraceError: they differ: the program does what its trace on other rows did not show.
         """
         buffers = [b for module in self.modules for b in module.buffers()]
         with restore_state(buffers):

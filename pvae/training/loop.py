@@ -97,7 +97,7 @@ def fit(
     Raises:
         UserError: a budget out of range, data outside the support, a checkpoint that doesn't fit, or a log-density
             that turns NaN (names epoch and site; the last good checkpoint stays).
-        Interrupted: Ctrl-C or SIGTERM, after saving.
+        TrainingInterrupt: Ctrl-C or SIGTERM, after saving.
     """
     if isinstance(data, Tensor):
         data = Dataset("data", data, data[:0], data[:0], tuple(data.shape[1:]))

@@ -245,7 +245,7 @@ def test_evidence_that_tells_less_than_the_prior_has_no_temperature():
 )
 def test_labels_that_do_not_fit_are_mistakes_of_the_user(labels, said):
     found = of(torch.eye(CLASSES))
-    for judge in (found.figures, found.confusion, lambda y: fit_temperature(found.log_evidence, y)):
+    for judge in (found.summary, found.confusion, lambda y: fit_temperature(found.log_evidence, y)):
         with pytest.raises(UserError, match=said):
             judge(labels)
 

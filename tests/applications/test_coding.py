@@ -20,7 +20,7 @@ from pvae.distributions import flows
 from pvae.errors import Incompatible, UserError
 from pvae.generative.likelihoods import Gaussian
 from pvae.generative.vae import VAE
-from pvae.inference import posterior
+from pvae.inference import batching
 from pvae.inference.families import Delta, DiagonalNormal
 from pvae.inference.guides import Amortized
 from pvae.inference.latents import find_latent_sites
@@ -446,7 +446,7 @@ def test_new_rows_stand_beside_the_row_they_were_made_around_across_batches():
 def test_many_new_rows_are_decoded_in_parts(oracle, monkeypatch):
     x, guide, seen = oracle.sample(3), amortized(oracle), []
     whole = augment(oracle.model, guide, x, per_row=50)
-    monkeypatch.setattr(posterior, "ROWS_PER_PASS", 20)
+    monkeypatch.setattr(batching, "ROWS_PER_PASS", 20)
     decoded = coding.decoded
     monkeypatch.setattr(
         coding, "decoded", lambda model, sites, z, x: seen.append(len(z)) or decoded(model, sites, z, x)

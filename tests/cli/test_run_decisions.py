@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from pvae.applications import classification
-from pvae.cli import run_anomalies, run_classification
+from pvae.cli import run_anomalies
 from pvae.cli.run_anomalies import anomalies, with_others
 from pvae.cli.run_classification import class_models, classify
 from pvae.cli.use_context import UseContext
@@ -128,8 +128,8 @@ def compared(monkeypatch):
         seen[:] = [{row.tobytes(): labels[row.tobytes()] for row in rows.numpy()} for rows in (x, reference)]
         return own(model, guide, x, *args, reference=reference, **kwargs)
 
-    own = run_classification.uses.anomalies
-    monkeypatch.setattr(run_classification.uses, "anomalies", spy)
+    own = run_anomalies.applications.detect_anomalies
+    monkeypatch.setattr(run_anomalies.applications, "detect_anomalies", spy)
     return seen
 
 

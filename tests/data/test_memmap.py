@@ -12,8 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pvae.data import dataset as data_module
-from pvae.data import memmap, sources
+from pvae.data import loading, memmap, sources
 from pvae.data.loading import load_data
 from pvae.data.memmap import AHEAD, MemmapRows
 from pvae.errors import UserError
@@ -190,7 +189,7 @@ def test_a_file_that_changes_under_training_is_told_of(save, change, words):
 def test_streaming_begins_at_half_of_the_memory_that_is_left(save, monkeypatch):
     path = save(BYTES)
     for left, kind in ((8 * ROWS * COLUMNS, Tensor), (8 * ROWS * COLUMNS - 1, MemmapRows)):
-        monkeypatch.setattr(data_module, "available_memory", lambda left=left: left)
+        monkeypatch.setattr(loading, "available_memory", lambda left=left: left)
         assert isinstance(load_data(path).train, kind)
 
 
@@ -255,7 +254,7 @@ def test_other_formats_are_not_streamed(tmp_path):
 
 
 def test_held_out_rows_that_do_not_fit_are_refused(save, monkeypatch):
-    monkeypatch.setattr(data_module, "available_memory", lambda: 4 * 40 * COLUMNS)
+    monkeypatch.setattr(loading, "available_memory", lambda: 4 * 40 * COLUMNS)
     path = save(BYTES)
     assert len(load_data(path, test_size=20).test) == 20
     with pytest.raises(UserError, match=r"21 test and validation rows take .* --test-size and --validation-size"):
@@ -274,7 +273,7 @@ def anonymous():
 
 torch.set_num_threads(1)
 before, most = anonymous(), 0
-data = load(sys.argv[1], test_size=1000, stream=True)
+data = load_data(sys.argv[1], test_size=1000, stream=True)
 for number, (x, index) in enumerate(data.batches(256, 0, 0)):
     if number % 50 == 0:
         most = max(most, anonymous())

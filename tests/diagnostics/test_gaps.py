@@ -95,7 +95,7 @@ def test_rows_that_annealing_lost_have_their_other_bound(oracle, monkeypatch):
         ais[:3] = torch.nan
         return {"ais": ais}
 
-    monkeypatch.setattr(evaluation, "annealed", lost)
+    monkeypatch.setattr(evaluation, "anneal_evidence", lost)
     found = evaluate(oracle.model, amortized(oracle), oracle.sample(20), budget=Budget(100, 5, temperatures=9))
     assert torch.equal(found.values["evidence"][3:], found.values["ais"][3:])
     assert torch.equal(found.values["evidence"][:3], found.values["best_iwae"][:3])
@@ -207,7 +207,7 @@ def test_full_rank_holds_the_posterior_of_several_latents():
 
 def test_rows_whose_curvature_is_lost_keep_the_start_at_independent_normals(oracle, monkeypatch):
     x, families, budget = oracle.sample(5), {"F": FullRankNormal, "U": Unshaped}, Budget(200, 20)
-    monkeypatch.setattr(gaps, "best_normal", lambda target, *normals, seed: fit_gaussian(lost, *normals, seed=seed))
+    monkeypatch.setattr(gaps, "fit_gaussian", lambda target, *normals, seed: fit_gaussian(lost, *normals, seed=seed))
     found = family_gains(oracle.model, amortized(oracle), x, families=families, budget=budget)
     torch.testing.assert_close(found["F"].elbo, found["U"].elbo)
 

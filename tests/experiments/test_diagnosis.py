@@ -71,7 +71,15 @@ def test_what_is_finished_is_not_made_again(run, monkeypatch):
     def no(*args, **kwargs):
         raise AssertionError("made again")
 
-    for stage in ("sandwich", "long_chains", "compare", "latent_health", "predictive_checks", "calibrate", "bounds"):
+    for stage in (
+        "sandwich",
+        "run_long_chains",
+        "compare_with_chains",
+        "measure_latent_usage",
+        "run_predictive_checks",
+        "calibrate",
+        "bounds",
+    ):
         monkeypatch.setattr(battery, stage, no)
     after = diagnosed(run)
     for one, other in zip(before["variants"], after["variants"], strict=True):

@@ -231,7 +231,7 @@ def test_a_row_that_is_too_much_alone_is_an_error(oracle):
 
 
 def test_chunks_cover_all_draws_and_repeat_rows_as_often(monkeypatch):
-    monkeypatch.setattr(posterior, "ROWS_PER_PASS", 20)
+    monkeypatch.setattr(batching, "ROWS_PER_PASS", 20)
     assert [(part.start, part.stop) for part in draw_chunks(7, 10)] == [(0, 2), (2, 4), (4, 6), (6, 7)]
     assert [(part.start, part.stop) for part in draw_chunks(2, 100)] == [(0, 1), (1, 2)]
     assert [(part.start, part.stop) for part in draw_chunks(3, 2, together=4)] == [(0, 2), (2, 3)]
@@ -332,7 +332,7 @@ def test_weighing_in_pieces_is_weighing(oracle, guide, monkeypatch):
             return importance_draws(oracle.model, guide, guide.params(x), x, K=20)
 
     whole = found()
-    monkeypatch.setattr(posterior, "ROWS_PER_PASS", 15)
+    monkeypatch.setattr(batching, "ROWS_PER_PASS", 15)
     torch.testing.assert_close(found(), whole)
 
 
@@ -375,6 +375,6 @@ def test_an_offer_takes_the_place_of_a_start_that_is_nan(oracle, guide, monkeypa
         return lambda q_params, *rest: exact(q_params, *rest).where((q_params != family.initial()).any(1), torch.nan)
 
     x = oracle.sample(4)
-    monkeypatch.setattr(posterior, "local_bound", bound)
+    monkeypatch.setattr(posterior, "local_elbo", bound)
     with no_validation():
         torch.testing.assert_close(refit(oracle.model, guide, x, offers=[x], steps=0), guide.params(x))

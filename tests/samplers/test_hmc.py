@@ -34,7 +34,7 @@ def moved(density, u, step, transitions=20, leapfrogs=5):
     """Where single chains [N, D] stand after some transitions."""
     state = hmc.init(density, u.unsqueeze(0))
     for _ in range(transitions):
-        state = hmc.step(density, state, torch.full((len(u),), step), leapfrogs=leapfrogs).state
+        state = hmc.transition(density, state, torch.full((len(u),), step), leapfrogs=leapfrogs).state
     return state.position[0]
 
 
@@ -125,9 +125,9 @@ def test_the_scale_of_every_dimension_of_every_datapoint_is_learned():
 def test_a_step_is_in_units_of_the_scale():
     u = torch.randn(4, 2, 3)
     torch.manual_seed(0)
-    there = hmc.step(normal, hmc.init(normal, u * SCALES), torch.ones(2), scale=SCALES).state.position
+    there = hmc.transition(normal, hmc.init(normal, u * SCALES), torch.ones(2), scale=SCALES).state.position
     torch.manual_seed(0)
-    unit = hmc.step(lambda u: normal(u * SCALES), hmc.init(lambda u: normal(u * SCALES), u), torch.ones(2))
+    unit = hmc.transition(lambda u: normal(u * SCALES), hmc.init(lambda u: normal(u * SCALES), u), torch.ones(2))
     torch.testing.assert_close(there, unit.state.position * SCALES)
 
 
@@ -141,7 +141,7 @@ def test_datapoints_do_not_see_each_other():
         def density(u, factor=factor):
             return normal(u) * torch.tensor([factor, 1.0])
 
-        ends.append(hmc.step(density, hmc.init(density, u), step).state.position[:, 1])
+        ends.append(hmc.transition(density, hmc.init(density, u), step).state.position[:, 1])
     assert torch.equal(*ends)
 
 
@@ -150,7 +150,7 @@ def test_energy_errors_vanish_with_the_square_of_the_step():
     for leapfrogs in (8, 16):
         torch.manual_seed(0)
         step = torch.full((2,), 1 / leapfrogs)
-        move = hmc.step(normal, hmc.init(normal, u), step, leapfrogs=leapfrogs, scale=SCALES, jitter=0.0)
+        move = hmc.transition(normal, hmc.init(normal, u), step, leapfrogs=leapfrogs, scale=SCALES, jitter=0.0)
         errors.append((1 - move.acceptance).mean().item())
     assert errors[0] / errors[1] == pytest.approx(4, rel=0.1)
 
@@ -162,7 +162,7 @@ def test_a_leapfrog_costs_one_gradient():
         calls.append(len(u))
         return normal(u)
 
-    hmc.step(density, hmc.init(density, torch.randn(4, 2, 3)), torch.ones(2), leapfrogs=7, jitter=0.0)
+    hmc.transition(density, hmc.init(density, torch.randn(4, 2, 3)), torch.ones(2), leapfrogs=7, jitter=0.0)
     assert calls == [4] * 8  # one at the start, then one each
 
 
@@ -192,7 +192,7 @@ def test_a_part_without_power_may_be_infinite():
 
 
 def test_trajectories_that_leave_their_level_set_are_counted():
-    move = hmc.step(normal, hmc.init(normal, SCALES * torch.randn(50, 2, 3)), torch.tensor([5.0, 0.05]))
+    move = hmc.transition(normal, hmc.init(normal, SCALES * torch.randn(50, 2, 3)), torch.tensor([5.0, 0.05]))
     assert move.divergent.double().mean(0).tolist() == [1.0, 0.0]
     assert (move.acceptance[:, 0] == 0).all()
 

@@ -178,6 +178,7 @@ import sys
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
+sys.path.append("tests")
 import tests.training.test_data_parallel as test_distributed
 test_distributed.child(Path(sys.argv[1]))
 """

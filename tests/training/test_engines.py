@@ -177,7 +177,7 @@ def test_a_captured_step_makes_the_steps_in_their_order(objective, monkeypatch):
     expected = trained("traced", epochs=4, objective=objective)[1]
     monkeypatch.setattr(cuda_graph, "capture_graph", capture)
     monkeypatch.setattr(cuda_graph, "on_side_stream", lambda function: function())
-    monkeypatch.setattr(loop, "captured", everywhere)
+    monkeypatch.setattr(loop, "with_cuda_graph", everywhere)
     found = trained("traced", epochs=4, objective=objective)[1]
     assert all(a.equal(b) for a, b in zip(found, expected, strict=True))
     # 50 rows are 3 batches of 16 and one of 2.

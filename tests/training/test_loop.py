@@ -275,8 +275,9 @@ import os, signal, sys
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
+sys.path.append("tests")
 import tests.training.test_loop as test_training
-test_training.training.CHECKPOINT_SECONDS = 0
+test_training.loop.CHECKPOINT_SECONDS = 0
 test_training.die(sys.argv[1], Path(sys.argv[2]), sys.argv[3])
 """
 
