@@ -15,9 +15,8 @@ from pvae.diagnostics.evaluation import bounds
 from pvae.generative.likelihoods import Likelihood
 from pvae.generative.priors import Prior
 from pvae.inference.families import Family, positive_scale
-from pvae.recipes.build import build_model
+from pvae.recipes.build import build_model, fit_recipe
 from pvae.recipes.recipe import Recipe, load_recipe_data, resolve
-from pvae.training.loop import fit
 
 
 class Geometric(Likelihood):
@@ -67,8 +66,7 @@ if __name__ == "__main__":
     )
     data = load_recipe_data(recipe)
     print(data.summary())
-    program, guide, objective = build_model(recipe, data)
-    fit(program.model, guide, data, epochs=recipe.epochs, learning_rate=recipe.learning_rate, objective=objective)
-    found = bounds(program.model, guide, data.test, K=100).summary()
+    fitted = fit_recipe(build_model(recipe, data), data)
+    found = bounds(fitted.model, fitted.guide, data.test, K=100).summary()
     print(f"test IWAE-100: {found['iwae'].mean:.2f} ± {found['iwae'].se:.2f} nats of mass per row")
-    print(f"share of the spike: {program.prior.logits.softmax(-1)[0].item():.2f}")
+    print(f"share of the spike: {fitted.program.prior.logits.softmax(-1)[0].item():.2f}")

@@ -14,14 +14,13 @@ from pvae.generative.priors import StandardNormal
 from pvae.generative.vae import VAE
 from pvae.inference.families import DiagonalNormal
 from pvae.inference.guides import PerDatapoint
-from pvae.inference.refinement import local_elbo
 from pvae.training.optimizer import FusedAdam
 
 steps = int(sys.argv[1]) if len(sys.argv) > 1 else 500
 data = load_data("digits")
 vae = VAE(MLP(4, 64, hidden=[64]), Gaussian(scale=0.3), StandardNormal(4))
 family = DiagonalNormal(4)
-guide = PerDatapoint(len(data.train), family, bound=local_elbo(vae.model, family))
+guide = PerDatapoint(len(data.train), family, model=vae.model)
 
 # FusedAdam lets the visited rows of the guide take their step after the decoder's.
 svi = SVI(vae.model, guide, FusedAdam(vae, guide, learning_rate=2e-3), Trace_ELBO())

@@ -15,7 +15,6 @@ from pvae.generative.priors import StandardNormal
 from pvae.generative.vae import VAE
 from pvae.inference.families import DiagonalNormal
 from pvae.inference.guides import Amortized, PerDatapoint, SemiAmortized
-from pvae.inference.refinement import local_elbo
 from pvae.training.loop import fit
 
 epochs = int(sys.argv[1]) if len(sys.argv) > 1 else 30
@@ -33,12 +32,12 @@ def amortized(vae, family):
 
 
 def per_datapoint(vae, family):
-    return PerDatapoint(len(data.train), family, bound=local_elbo(vae.model, family))
+    return PerDatapoint(len(data.train), family, model=vae.model)
 
 
 def semi_amortized(vae, family):
     encoder = MLP(64, family.size, hidden=[128])
-    return SemiAmortized(encoder, family, steps=5, bound=local_elbo(vae.model, family))
+    return SemiAmortized(encoder, family, steps=5, model=vae.model)
 
 
 for source in (amortized, per_datapoint, semi_amortized):

@@ -24,11 +24,10 @@ from pvae.data.preprocessing import check_values
 from pvae.errors import Incompatible, UserError, positive
 from pvae.inference.batching import RowBatch, map_batches
 from pvae.inference.families import Delta
-from pvae.inference.guides import Guide
 from pvae.inference.importance import ROWS_PER_PASS, log_weights
 from pvae.inference.latents import find_latent_sites
 from pvae.inference.posterior import posterior_moments
-from pvae.inference.refinement import fixed_guide, local_elbo
+from pvae.inference.refinement import fixed_guide
 from pvae.recipes import registry
 from pvae.recipes.build import build_model, fit_recipe
 from pvae.recipes.recipe import Recipe, check_value, resolve
@@ -150,10 +149,10 @@ class VAE(ClassNamePrefixFeaturesOutMixin, TransformerMixin, DensityMixin, BaseE
             whole = _dataset(X, self.shape, self.missing)
             data = whole if recipe.patience is None else _held_out(whole, self.validation_fraction, recipe.seed)
             built = build_model(recipe, data)
-            _check_values(built.program.model, whole)
-            found = fit_recipe(recipe, built, data, device=self.device, progress=bool(self.verbose))
+            _check_values(built.model, whole)
+            found = fit_recipe(built, data, device=self.device, progress=bool(self.verbose))
         self.model_, self.guide_, self.recipe_ = built.program.cpu().double(), built.guide.cpu().double(), recipe
-        self.history_, self.n_iter_ = found.history, len(found.history)
+        self.history_, self.n_iter_ = found.fit.history, len(found.fit.history)
         self._tie()
         return self
 
@@ -217,8 +216,6 @@ class VAE(ClassNamePrefixFeaturesOutMixin, TransformerMixin, DensityMixin, BaseE
         """Let guide and prior know of each other's parts in a way that can be pickled, and without the rows."""
         guide: Any = self.guide_
         guide.sites = find_latent_sites(self.model_.model, torch.zeros(2, self.n_features_in_, dtype=torch.double))
-        if getattr(guide, "bound", None) is not None:
-            guide.bound = partial(_bound, self.model_, guide)
         if hasattr(self.model_.prior, "posterior"):
             self.model_.prior.posterior = partial(_encoded, guide)
 
@@ -266,11 +263,6 @@ class VAE(ClassNamePrefixFeaturesOutMixin, TransformerMixin, DensityMixin, BaseE
             found = log_weights(self.model_.model, at, rows.x.repeat(len(some), 1)).log_w
             joint.append(found.view(some.shape[:2]))
         return (torch.cat(joint) - q.log_prob(z)).logsumexp(0) - math.log(len(z))
-
-
-def _bound(program: Any, guide: Guide, *args: Any, **options: Any) -> Tensor:
-    """Each row's own bound; unlike what `local_elbo` returns, this can be pickled."""
-    return local_elbo(program.model, guide.family, guide.sites)(*args, **options)
 
 
 def _encoded(guide: Any, x: Tensor) -> Any:

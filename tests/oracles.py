@@ -15,7 +15,6 @@ from pvae.generative.priors import StandardNormal
 from pvae.generative.vae import VAE
 from pvae.inference.families import DiagonalNormal
 from pvae.inference.guides import Amortized, Guide, PerDatapoint, SemiAmortized
-from pvae.inference.refinement import local_elbo
 from pvae.runtime.pyro_params import Program
 
 __all__ = ["SOURCES", "Curved", "LinearGaussian"]
@@ -28,13 +27,11 @@ SOURCES: dict[str, Callable[[Program, int, int, int], Guide]] = {
         nn.Linear(M, 2 * D),
         DiagonalNormal(D),
         steps=3,
-        bound=local_elbo(model, DiagonalNormal(D)),
+        model=model,
         draws=16,
         learning_rate=0.1,
     ),
-    "PerDatapoint": lambda model, D, M, N: PerDatapoint(
-        N, DiagonalNormal(D), bound=local_elbo(model, DiagonalNormal(D)), local_learning_rate=0.05
-    ),
+    "PerDatapoint": lambda model, D, M, N: PerDatapoint(N, DiagonalNormal(D), model=model, local_learning_rate=0.05),
 }
 
 

@@ -63,7 +63,7 @@ def train(changes, steps=2):
         Recipe(data="x.csv", latent=LATENT, **{k: small(v) for k, v in ({"network": "MLP"} | changes).items()})
     )
     built = build_model(own, data_for(getattr(likelihoods, changes.get("likelihood", "Bernoulli"))()))
-    program, guide, objective = built
+    program, guide, objective = built.program, built.guide, built.objective
     data = data_for(program.likelihood)
     losses, index = [], torch.arange(ROWS)
 

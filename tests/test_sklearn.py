@@ -82,9 +82,7 @@ def test_the_fit_is_the_cores():
     fitted = small(max_iter=3, batch_size=16).fit(X)
     rows = torch.tensor(X, dtype=torch.float32)
     built = build_model(fitted.recipe_, Dataset("X", rows, rows[:0], rows[:0], (5,)))
-    found = loop.fit(
-        built.program.model, built.guide, rows, epochs=3, batch_size=16, seed=fitted.recipe_.seed, engine="pyro"
-    )
+    found = loop.fit(built.model, built.guide, rows, epochs=3, batch_size=16, seed=fitted.recipe_.seed, engine="pyro")
     assert [row["objective"] for row in fitted.history_] == [row["objective"] for row in found.history]
     for own, core in ((fitted.model_, built.program), (fitted.guide_, built.guide)):
         for name, tensor in core.state_dict().items():

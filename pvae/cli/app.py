@@ -152,8 +152,7 @@ def fit(
     distributed.destroy_process_group()
     if rank_info().rank > 0:
         return
-    program, posterior, _ = variant.built
-    found = bounds(program.model, posterior, dataset.test.to(where), K=10, seed=own.seed).summary()
+    found = bounds(variant.model, variant.guide, dataset.test.to(where), K=10, seed=own.seed).summary()
     name = "elbo" if "elbo" in found else "log_joint"
     epochs = len(variant.fit.history)
     typer.echo(

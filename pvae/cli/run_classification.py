@@ -21,6 +21,7 @@ from pvae.experiments import run_folder, sweep
 from pvae.experiments.opened_run import SPLIT_LABELS, Run
 from pvae.experiments.use_results import UseResult
 from pvae.recipes import recipe
+from pvae.recipes.build import FittedModel
 from pvae.reporting.application_figures import draw_confusion_matrix, draw_strips
 from pvae.runtime.progress import progress_bar
 from pvae.runtime.signals import TrainingInterrupt
@@ -175,7 +176,7 @@ def class_models(
     except TrainingInterrupt as error:
         words = f"stopped; what is trained is kept in {folder}; the same command goes on"
         raise TrainingInterrupt(words, error.signal) from None
-    return [(each.built.program.model, each.built.guide) for each in found], data
+    return [(each.model, each.guide) for each in found], data
 
 
 def _trained(
@@ -185,7 +186,7 @@ def _trained(
     run: Run,
     data_folder: str | Path | None,
     progress: bool,
-) -> list[run_folder.Variant]:
+) -> list[FittedModel]:
     """Class models, trained as far as they are not yet."""
     with progress_bar("classes", len(cells), wanted=progress) as show:
         begun = iter(range(len(cells)))
@@ -199,7 +200,7 @@ def _trained(
 
 def _fitted(
     cells: Sequence[sweep.SweepPoint], folder: Path, shelf: sweep.DatasetCache, device: str
-) -> list[run_folder.Variant]:
+) -> list[FittedModel]:
     """The class models of a folder, if all of them are trained to their end."""
     places = [folder / cell.place for cell in cells]
     if not all(

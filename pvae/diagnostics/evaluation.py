@@ -23,7 +23,7 @@ from pvae.diagnostics.gaps import (
 from pvae.errors import AllChainsDiverged, UserError, nearest
 from pvae.inference.families import Family
 from pvae.inference.guides import Guide
-from pvae.inference.refinement import REFINE_DRAWS, default_update_rule, local_elbo, maximize_local_elbo, refine
+from pvae.inference.refinement import REFINE_DRAWS, LocalELBO, default_update_rule, maximize_local_elbo, refine
 from pvae.inference.streaming import MIN_DRAWS_FOR_K_HAT, StreamingWeights
 from pvae.runtime.pyro_params import Program, module_of
 from pvae.runtime.result_cache import ResultCache
@@ -244,7 +244,7 @@ def refinement_curve(
     seed: int = 0,
 ) -> RefinementCurve:
     """The ELBO of the guide's q_params after so many refinement steps, under noise common to all of them."""
-    bound, rule = local_elbo(model, guide.family, guide.sites), default_update_rule(guide.family)
+    bound, rule = LocalELBO(model, guide.family, guide.sites), default_update_rule(guide.family)
     curves, seconds = [], 0.0
     with no_validation():
         for rows in _Job(model, guide, x, index, seed).batches():

@@ -16,12 +16,12 @@ from pvae.inference.importance import iter_log_weights
 from pvae.inference.latents import LatentSites
 from pvae.inference.refinement import (
     REFINE_DRAWS,
+    LocalELBO,
     NaturalAscent,
     RowAdam,
     UpdateRule,
     default_update_rule,
     fixed_guide,
-    local_elbo,
     maximize_local_elbo,
 )
 from pvae.inference.streaming import RunningMoments, StreamingWeights
@@ -186,7 +186,7 @@ def _searched(
     known: Sequence[Tensor],
 ) -> tuple[Tensor, Tensor]:
     """The best of the searches' ends and of the q_params that are known, [B, P], and the least that a search may leave."""
-    bound = local_elbo(model, family, sites)
+    bound = LocalELBO(model, family, sites)
     with no_validation():  # a row of many entries that its steps throw out has its best look before that
         found = [
             maximize_local_elbo(bound, start, rows.x, rows.index, steps=steps, rule=rule, seed=rows.seed)
@@ -227,7 +227,7 @@ def _fitted_together(
     learning_rate: float = 0.01,
 ) -> Tensor:
     """q_params [B, P] after so many steps of Adam on it and on the parameters that the rows share, which are moved too."""
-    q_params, bound = nn.Parameter(start.clone()), local_elbo(model, family, sites)
+    q_params, bound = nn.Parameter(start.clone()), LocalELBO(model, family, sites)
     shared = [p for p in family.parameters() if p.requires_grad]
     optimizer = torch.optim.Adam([q_params, *shared], lr=learning_rate)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(steps, 1))

@@ -20,12 +20,13 @@ from pvae.errors import UserError
 from pvae.experiments import arviz_export, run_folder, sweep
 from pvae.experiments.conclusions import EvaluatedVariant, SameDecoder
 from pvae.experiments.results import SCHEMA, Group, collect_results
-from pvae.experiments.run_folder import CACHE_DIRS, Variant, folder_name
+from pvae.experiments.run_folder import CACHE_DIRS, folder_name
 from pvae.experiments.sweep import DatasetCache, SweepPoint, Workers
 from pvae.inference.families import Family
 from pvae.inference.latents import base_measure
-from pvae.inference.refinement import CHECK_STEPS, local_elbo
+from pvae.inference.refinement import CHECK_STEPS
 from pvae.recipes import preflight, recipe, registry
+from pvae.recipes.build import FittedModel
 from pvae.recipes.recipe import Recipe
 from pvae.recipes.registry import KINDS
 from pvae.runtime.files import read_json, write_json
@@ -76,7 +77,7 @@ class TrainedVariant(NamedTuple):
     """A variant as it was trained, once for each seed, and its data."""
 
     name: str
-    variants: list[Variant]
+    variants: list[FittedModel]
     data: Dataset
 
 
@@ -184,7 +185,7 @@ def _results(folder: Path) -> dict[str, Any]:
     return {}
 
 
-def _entries(wanted: list[SweepPoint], variants: list[Variant], shelf: DatasetCache) -> list[TrainedVariant]:
+def _entries(wanted: list[SweepPoint], variants: list[FittedModel], shelf: DatasetCache) -> list[TrainedVariant]:
     found: dict[str, TrainedVariant] = {}
     for cell, variant in zip(wanted, variants, strict=True):
         found.setdefault(cell.name, TrainedVariant(cell.name, [], shelf[cell.recipe])).variants.append(variant)
@@ -219,7 +220,7 @@ def _groups(entries: list[TrainedVariant], job: RunOptions) -> list[list[Trained
     found: dict[tuple[str, ...], list[TrainedVariant]] = {}
     for entry in entries:
         rows = entry.data.train[:2].to(pick_device(job.device))
-        measure = base_measure(entry.variants[0].built.program.model, rows)
+        measure = base_measure(entry.variants[0].model, rows)
         found.setdefault((entry.data.identity, entry.data.digest, measure), []).append(entry)
     return list(found.values())
 
@@ -228,11 +229,11 @@ def _group(entries: list[TrainedVariant], job: RunOptions) -> Group:
     data = entries[0].data.to(pick_device(job.device))
     splits = {"train": data.fixed_train(job.rows), "test": Batch(data.test[: job.rows], torch.empty(0))}
     judged = [_judged(entry, splits, job) for entry in entries]
-    measure = base_measure(entries[0].variants[0].built.program.model, data.train[:2])
+    measure = base_measure(entries[0].variants[0].model, data.train[:2])
     spaces = {entry.name: _latent_space(entry.variants[0], splits["test"].x, data) for entry in entries}
     group = Group(data, measure, splits["test"], [e.variants for e in entries], judged, spaces)
     base = next((e.variants[0] for e in entries if _source(e) == "Amortized"), None)
-    if base is None or not _differ_in_guide_alone(entries) or base.built.guide.family.point_mass:
+    if base is None or not _differ_in_guide_alone(entries) or base.guide.family.point_mass:
         return group
     job.say("evaluating every source on the amortized variant's decoder")
     test, seed = splits["test"].x, base.recipe.seed
@@ -241,16 +242,15 @@ def _group(entries: list[TrainedVariant], job: RunOptions) -> Group:
     missing = {source: source for source in INFERENCE_METHODS[1:] if source not in map(_source, entries)}
     return group._replace(
         same=_same_decoder(base, {"Amortized": base.recipe.guide} | chosen | missing, test, job.budget.K),
-        curve=refinement_curve(base.built.program.model, base.built.guide, test, steps=steps, seed=seed),
+        curve=refinement_curve(base.model, base.guide, test, steps=steps, seed=seed),
     )
 
 
-def _latent_space(variant: Variant, x: Tensor, data: Dataset) -> dict[str, Estimate]:
+def _latent_space(variant: FittedModel, x: Tensor, data: Dataset) -> dict[str, Estimate]:
     """How near in latent space is near in the data, by the test rows x; nothing where there is one alone."""
     if len(x) < 2:
         return {}
-    program, guide, _ = variant.built
-    return measure_latent_geometry(program.model, guide, x, data.sample, seed=variant.recipe.seed).summary()
+    return measure_latent_geometry(variant.model, variant.guide, x, data.sample, seed=variant.recipe.seed).summary()
 
 
 def _source(entry: TrainedVariant) -> str:
@@ -275,12 +275,12 @@ def _judged(entry: TrainedVariant, splits: dict[str, Batch], job: RunOptions) ->
 
         budget = replace(job.budget, families={word: _maker(word) for word in job.families})
         for variant in entry.variants:
-            own, (program, guide, _) = variant.recipe, variant.built
+            own = variant.recipe
             ledger = _ledger(entry, variant, job)
             values: dict[str, Any] = {
                 split: evaluate(
-                    program.model,
-                    guide,
+                    variant.model,
+                    variant.guide,
                     x,
                     index if split == "train" else None,
                     budget=budget,
@@ -303,7 +303,7 @@ def _maker(word: str) -> Callable[[int], Family]:
     return lambda dim: registry.make("family", component, dim=dim)
 
 
-def _ledger(entry: TrainedVariant, variant: Variant, job: RunOptions) -> ResultCache:
+def _ledger(entry: TrainedVariant, variant: FittedModel, job: RunOptions) -> ResultCache:
     """Where finished parts of a fit's evaluation are kept, under all that they depend on."""
     key = {
         "fitted": run_folder.fingerprint(variant),
@@ -316,11 +316,10 @@ def _ledger(entry: TrainedVariant, variant: Variant, job: RunOptions) -> ResultC
     return ResultCache(job.folder / CACHE_DIRS[0] / folder_name(entry.name), key)
 
 
-def _same_decoder(base: Variant, chosen: Mapping[str, Any], x: Tensor, K: int) -> list[SameDecoder]:
+def _same_decoder(base: FittedModel, chosen: Mapping[str, Any], x: Tensor, K: int) -> list[SameDecoder]:
     """Each source's q_params for the test rows on the amortized decoder, semi-amortized steps from its encoder's q_params."""
-    model, own, found = base.built.program.model, base.built.guide, []
-    bound = local_elbo(model, own.family, own.sites)
-    supplied = {"encoder": own.encoder, "family": own.family, "num_data": 1, "bound": bound, "sites": own.sites}
+    model, own, found = base.model, base.guide, []
+    supplied = {"encoder": own.encoder, "family": own.family, "num_data": 1, "model": model, "sites": own.sites}
     for name, component in chosen.items():
         guide = registry.make("guide", component, **supplied).to(x.device).eval()
         start = time.perf_counter()
@@ -332,8 +331,9 @@ def _same_decoder(base: Variant, chosen: Mapping[str, Any], x: Tensor, K: int) -
     return found
 
 
-def _draws(variant: Variant, judged: EvaluatedVariant, x: Tensor) -> arviz_export.Draws:
+def _draws(variant: FittedModel, judged: EvaluatedVariant, x: Tensor) -> arviz_export.Draws:
     """What the export and the page show of a variant, for the test rows x."""
-    program, guide, _ = variant.built
     values = {split: {n: v.cpu() for n, v in getattr(judged, split).values.items()} for split in ("train", "test")}
-    return replace(arviz_export.draw_for_export(program.model, guide, x, seed=variant.recipe.seed), values=values)
+    return replace(
+        arviz_export.draw_for_export(variant.model, variant.guide, x, seed=variant.recipe.seed), values=values
+    )

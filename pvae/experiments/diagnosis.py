@@ -126,11 +126,10 @@ def select_variants(entries: Sequence[TrainedVariant], only: Sequence[str]) -> l
 
 def _subject(entry: TrainedVariant, job: RunOptions, plan: DiagnosisBudget) -> Subject:
     variant, device = entry.variants[0], pick_device(job.device)
-    program, guide = variant.built.program, variant.built.guide
     x = entry.data.test[: plan.rows].to(device)
-    best = RefinedGuide(guide, program.model, steps=plan.steps).to(device).eval()
+    best = RefinedGuide(variant.guide, variant.model, steps=plan.steps).to(device).eval()
     labels = torch.empty(0) if entry.data.test_labels is None else entry.data.test_labels[: plan.rows]
-    return Subject(entry.name, program.model, guide, best, x, labels, variant.recipe.seed)
+    return Subject(entry.name, variant.model, variant.guide, best, x, labels, variant.recipe.seed)
 
 
 def _ledger(entry: TrainedVariant, job: RunOptions, plan: DiagnosisBudget) -> ResultCache:

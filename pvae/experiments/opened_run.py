@@ -18,10 +18,10 @@ from pvae.data.readers import read_table
 from pvae.distributions.supports import base_constraint
 from pvae.errors import UserError, nearest
 from pvae.experiments import run_folder, sweep
-from pvae.experiments.run_folder import Variant
 from pvae.inference.guides import Guide
 from pvae.inference.latents import observed_site
 from pvae.recipes import recipe
+from pvae.recipes.build import FittedModel
 from pvae.runtime.pyro_params import Program
 from pvae.runtime.torch_state import available_memory, seeded
 from pvae.training import checkpoints
@@ -45,7 +45,7 @@ class Run:
 
     folder: Path
     name: str
-    variant: Variant
+    variant: FittedModel
     data: Dataset
     others: Sequence[str] = ()
     device: str = "auto"
@@ -53,12 +53,12 @@ class Run:
     @property
     def model(self) -> Program:
         """The generative program."""
-        return self.variant.built.program.model
+        return self.variant.model
 
     @property
     def guide(self) -> Guide:
         """Its guide."""
-        return self.variant.built.guide
+        return self.variant.guide
 
     def label_name(self, label: float) -> str:
         """A label as the run's data write it: a word, or a number."""
@@ -257,7 +257,7 @@ def _order(path: Path, names: Sequence[str], there: list[str]) -> list[int]:
 
 def _check_support(opened: Run, x: Tensor, path: Path) -> None:
     with torch.no_grad(), seeded(0):
-        like = opened.data.train[:1].to(next(opened.variant.built.program.parameters()).device)
+        like = opened.data.train[:1].to(next(opened.variant.program.parameters()).device)
         fn = observed_site(opened.model, like)["fn"]
     outside = (~base_constraint(fn.support).check(x) & ~x.isnan()).nonzero()
     if len(outside):

@@ -16,8 +16,8 @@ from pvae.data.dataset import Batch, Dataset
 from pvae.diagnostics.evaluation import Evaluation, RefinementCurve
 from pvae.experiments import run_folder
 from pvae.experiments.conclusions import EvaluatedVariant, SameDecoder, draw_conclusions
-from pvae.experiments.run_folder import Variant
 from pvae.recipes import registry
+from pvae.recipes.build import FittedModel
 from pvae.recipes.recipe import Recipe
 from pvae.stats import UNRELIABLE, Estimate, mean_se
 
@@ -32,7 +32,7 @@ class Group(NamedTuple):
     data: Dataset
     base_measure: str
     test: Batch
-    variants: list[list[Variant]]
+    variants: list[list[FittedModel]]
     judged: list[EvaluatedVariant]
     spaces: Mapping[str, Mapping[str, Estimate]] = {}
     same: Sequence[SameDecoder] = ()
@@ -107,7 +107,7 @@ def _group(group: Group) -> dict[str, Any]:
 SPLITS = ("train", "test")
 
 
-def _row(variants: list[Variant], judged: EvaluatedVariant) -> dict[str, Any]:
+def _row(variants: list[FittedModel], judged: EvaluatedVariant) -> dict[str, Any]:
     first, own = variants[0], variants[0].recipe
     every = [judged, *judged.further]
     row = {
@@ -115,7 +115,7 @@ def _row(variants: list[Variant], judged: EvaluatedVariant) -> dict[str, Any]:
         "guide": judged.source.rpartition(":")[2],
         "settings": {name: value for name, value in registry.as_table(own.guide).items() if name != "type"},
         **{word: own.name(word) for word in WORDS},
-        "latent": first.built.guide.sites.dim,
+        "latent": first.guide.sites.dim,
         "parameters": run_folder.count_parameters(first),
         "epochs": len(first.fit.history),
         "seconds": sum(v.fit.seconds for v in variants) / len(variants),

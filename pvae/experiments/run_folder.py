@@ -7,16 +7,16 @@ import json
 import re
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
 from pvae.data.dataset import Dataset
 from pvae.errors import UserError
 from pvae.recipes import recipe, registry
-from pvae.recipes.build import Built, build_model, fit_recipe
+from pvae.recipes.build import FittedModel, build_model, fit_recipe
 from pvae.recipes.recipe import Recipe
 from pvae.runtime.torch_state import pick_device
 from pvae.training import checkpoints
@@ -35,14 +35,6 @@ FILES = (
 # Folders of finished parts, which a longer job goes on from, and of what the run was used for.
 CLASS_MODELS_DIR = "classes"
 CACHE_DIRS = ("evaluation", "diagnosis", "uses", CLASS_MODELS_DIR)
-
-
-class Variant(NamedTuple):
-    """A fitted recipe: its program and guide, and how the fit went."""
-
-    recipe: Recipe
-    built: Built
-    fit: Fit
 
 
 def prepare_folder(
@@ -106,15 +98,13 @@ def _clear(folder: Path) -> None:
 
 def train_in_folder(
     own: Recipe, data: Dataset, folder: Path, *, device: str = "auto", resume: bool = False, progress: bool = False
-) -> Variant:
+) -> FittedModel:
     """Fit a resolved recipe in its prepared folder."""
-    built = build_model(own, data)
-    there = resume and (folder / checkpoints.FILE).is_file()
-    report = fit_recipe(own, built, data, device=device, folder=folder, resume=there, progress=progress)
-    return Variant(own, built, report)
+    resumed = resume and (folder / checkpoints.FILE).is_file()
+    return fit_recipe(build_model(own, data), data, device=device, folder=folder, resume=resumed, progress=progress)
 
 
-def load_fit(folder: Path, data: Dataset, *, device: str = "auto", trust: bool = False) -> Variant:
+def load_fit(folder: Path, data: Dataset, *, device: str = "auto", trust: bool = False) -> FittedModel:
     """The fitted variant of a run folder.
 
     Arguments:
@@ -129,13 +119,13 @@ def load_fit(folder: Path, data: Dataset, *, device: str = "auto", trust: bool =
         raise UserError(f"{folder} was fitted to other rows than {data.identity} has now; fit it anew")
     built = build_model(own, data)
     tensors = checkpoints.best_params(tensors) or tensors
-    for kind, module in (("model", built.program), ("guide", built.guide)):
+    for kind, module in built.modules.items():
         checkpoints.load_module(module, kind, tensors, folder)
         module.to(pick_device(device)).eval()
-    return Variant(own, built, Fit(header["history"], header["seconds"], header["stopped"], header.get("engine", "")))
+    return replace(built, fit=Fit(header["history"], header["seconds"], header["stopped"], header.get("engine", "")))
 
 
-def unfinished_note(variant: Variant) -> str:
+def unfinished_note(variant: FittedModel) -> str:
     """What is left of a training that was stopped, in words; empty where nothing is."""
     done, wanted = len(variant.fit.history), variant.recipe.epochs or 0
     if done >= wanted or variant.fit.stopped == "early":
@@ -143,15 +133,14 @@ def unfinished_note(variant: Variant) -> str:
     return f"has had {done} of its {wanted} epochs; the command that began it with --resume trains the rest"
 
 
-def count_parameters(variant: Variant) -> dict[str, int]:
+def count_parameters(variant: FittedModel) -> dict[str, int]:
     """How many numbers are trained: shared by all datapoints, and of the datapoints' own."""
-    modules = (variant.built.program, variant.built.guide)
-    shared = {id(p): p.numel() for module in modules for p in module.parameters() if p.requires_grad}
-    table = getattr(variant.built.guide, "table", torch.empty(0))
+    shared = {id(p): p.numel() for module in variant.modules.values() for p in module.parameters() if p.requires_grad}
+    table = getattr(variant.guide, "table", torch.empty(0))
     return {"global": sum(shared.values()), "local": table.numel()}
 
 
-def fingerprint(variant: Variant) -> str:
+def fingerprint(variant: FittedModel) -> str:
     """SHA-256 of a fit, first 16 hex digits: its numbers, its recipe, and the code of files that this names.
 
     What was found under another one is not of this fit.
@@ -159,7 +148,7 @@ def fingerprint(variant: Variant) -> str:
     own = variant.recipe
     found = hashlib.sha256(json.dumps(asdict(own), sort_keys=True, default=str).encode())
     found.update("".join(registry.source_code(getattr(own, kind)) for kind in registry.KINDS).encode())
-    for module in (variant.built.program, variant.built.guide):
+    for module in variant.modules.values():
         for name, values in module.state_dict().items():
             found.update(f"{name}{tuple(values.shape)}".encode())
             found.update(values.detach().cpu().contiguous().numpy().tobytes())

@@ -22,8 +22,8 @@ import torch
 from pvae.data.dataset import Dataset
 from pvae.errors import Incompatible, UserError
 from pvae.experiments import run_folder
-from pvae.experiments.run_folder import Variant
 from pvae.recipes import preflight, recipe, registry
+from pvae.recipes.build import FittedModel
 from pvae.recipes.recipe import Recipe
 from pvae.runtime.progress import progress_bar
 from pvae.runtime.signals import TrainingInterrupt
@@ -160,7 +160,7 @@ def train_sweep(
     *,
     overwrite: bool = False,
     resume: bool = False,
-) -> list[Variant]:
+) -> list[FittedModel]:
     """Train each cell in its own folder and return the variants in the order of the cells.
 
     Arguments:

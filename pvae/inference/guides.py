@@ -16,7 +16,6 @@ from pvae.inference.refinement import (
     RowState,
     default_update_rule,
     fixed_guide,
-    local_elbo,
     maximize_local_elbo,
     refine,
 )
@@ -111,7 +110,7 @@ class SemiAmortized(Guide):
         family: Family,
         steps: int = 5,
         *,
-        bound: LocalELBO,
+        model: Program,
         draws: int = 8,
         learning_rate: float = 0.1,
         unroll: bool = True,
@@ -120,14 +119,15 @@ class SemiAmortized(Guide):
         super().__init__(family, sites)
         positive("SemiAmortized", steps=steps, draws=draws, learning_rate=learning_rate)
         self.encoder = encoder
-        self.steps, self.draws, self.bound, self.unroll = steps, draws, bound, unroll
+        self.steps, self.draws, self.unroll = steps, draws, unroll
+        self.local_elbo = LocalELBO(model, family, self.sites)
         self.rule = default_update_rule(family, learning_rate)
 
     def params(self, x: Tensor, index: Tensor | None = None) -> Tensor:
         q_params = self.encoder(x)
         through = self.unroll and torch.is_grad_enabled()
         found = refine(
-            lambda q_params: self.bound(q_params, x, index, self.draws, self._weight),
+            lambda q_params: self.local_elbo(q_params, x, index, self.draws, self._weight),
             q_params,
             self.steps,
             rule=self.rule,
@@ -151,12 +151,12 @@ class RefinedGuide(Guide):
         super().__init__(guide.family, guide.sites)
         positive("Optimized", steps=steps)
         self.start, self.steps = guide, steps
-        self.bound = local_elbo(model, guide.family, guide.sites)
+        self.local_elbo = LocalELBO(model, guide.family, guide.sites)
 
     def params(self, x: Tensor, index: Tensor | None = None) -> Tensor:
         q_params = self.start.params(x, index).detach()
         return maximize_local_elbo(
-            self.bound, q_params, x, index, steps=self.steps, rule=default_update_rule(self.family)
+            self.local_elbo, q_params, x, index, steps=self.steps, rule=default_update_rule(self.family)
         ).q_params
 
 
@@ -166,7 +166,7 @@ class PerDatapoint(Guide):
     Arguments:
         num_data: N, the number of datapoints.
         family: the posterior family.
-        bound: the datapoints' own bound, see `local_elbo`; needed for more than one local step and for new data.
+        model: the Pyro program whose ELBO rows climb; needed for more than one local step and for new data.
         local_steps: steps of a row at each visit. The last is taken together with the decoder's.
         local_learning_rate: of these steps, see `RowAdam`.
         new_steps: the most steps with which rows of new data are fitted, from the initial value, decoder frozen.
@@ -191,7 +191,7 @@ class PerDatapoint(Guide):
         num_data: int,
         family: Family,
         *,
-        bound: LocalELBO | None = None,
+        model: Program | None = None,
         local_steps: int = 5,
         local_learning_rate: float = 0.1,
         new_steps: int = 200,
@@ -205,7 +205,8 @@ class PerDatapoint(Guide):
             local_learning_rate=local_learning_rate,
             new_steps=new_steps,
         )
-        self.bound, self.local_steps, self.new_steps = bound, local_steps, new_steps
+        self.local_elbo = None if model is None else LocalELBO(model, family, self.sites)
+        self.local_steps, self.new_steps = local_steps, new_steps
         self.rule = RowAdam(local_learning_rate)
         start = family.initial()
         self.register_buffer("table", start.repeat(num_data, 1))
@@ -267,6 +268,6 @@ class PerDatapoint(Guide):
             self.write_rows(index, *self.moved(q_params, q_params.grad, state))
 
     def _own_bound(self) -> LocalELBO:
-        if self.bound is None:
-            raise UserError("PerDatapoint needs bound=local_bound(model, family) for local steps and for new data")
-        return self.bound
+        if self.local_elbo is None:
+            raise UserError("PerDatapoint needs model= for local steps and for new data")
+        return self.local_elbo

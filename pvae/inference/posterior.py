@@ -14,7 +14,7 @@ from pvae.inference.families import Delta, Family
 from pvae.inference.guides import Guide, PerDatapoint
 from pvae.inference.importance import log_weights
 from pvae.inference.latents import LatentSites, observed_site
-from pvae.inference.refinement import default_update_rule, fixed_guide, local_elbo, maximize_local_elbo
+from pvae.inference.refinement import LocalELBO, default_update_rule, fixed_guide, maximize_local_elbo
 from pvae.runtime.pyro_params import Program
 from pvae.runtime.torch_state import seeded
 
@@ -137,7 +137,7 @@ def refit(
         steps: the most steps of a row.
         seed: of the noise; the random stream outside is left alone.
     """
-    bound = local_elbo(model, guide.family, guide.sites)
+    bound = LocalELBO(model, guide.family, guide.sites)
 
     def look(q_params: Tensor) -> Tensor:
         with seeded(seed):

@@ -254,15 +254,6 @@ class _EarlyStopping:
 REFINE_DRAWS, CHECK_DRAWS = 8, 100
 
 
-class LocalELBO(Protocol):
-    """Each datapoint's own bound as a function of its own q_params."""
-
-    def __call__(
-        self, q_params: Tensor, x: Tensor, index: Tensor | None = None, K: int = 1, kl_weight: float | Tensor = 1.0
-    ) -> Tensor:
-        """Bound [B] in nats of q_params [B, P] for the rows x [B, D], over K draws; training may weigh the KL."""
-
-
 def fixed_guide(family: Family, q_params: Tensor, sites: LatentSites | None = None) -> Program:
     """The guide whose parameters are these: q(z) = family(q_params), q_params [B, P], over these sites, else one vector "z"."""
     latents = sites or real_vector_latent(family.dim)
@@ -274,21 +265,31 @@ def fixed_guide(family: Family, q_params: Tensor, sites: LatentSites | None = No
     return guide
 
 
-def local_elbo(model: Program, family: Family, sites: LatentSites | None = None) -> LocalELBO:
-    """Each datapoint's own ELBO under a model, as a function of its own q_params, with gradients."""
+@dataclass(frozen=True)
+class LocalELBO:
+    """Each datapoint's own ELBO under a model, as a function of its own q_params, with gradients.
 
-    def bound(
-        q_params: Tensor, x: Tensor, index: Tensor | None = None, K: int = 1, kl_weight: float | Tensor = 1.0
+    Arguments:
+        model: the Pyro program.
+        family: the posterior family.
+        sites: the latents that q is over; one vector "z" unless given.
+    """
+
+    model: Program
+    family: Family
+    sites: LatentSites | None = None
+
+    def __call__(
+        self, q_params: Tensor, x: Tensor, index: Tensor | None = None, K: int = 1, kl_weight: float | Tensor = 1.0
     ) -> Tensor:
+        """ELBO [B] in nats of q_params [B, P] for the rows x [B, ...], over K draws; training may weigh the KL."""
         # K copies of the rows, not a plate of samples: the bound may run inside a trace that has one already,
         # and nothing of it may be seen there.
         rows = x.repeat(K, *(1,) * (x.dim() - 1))
         which = index if index is None else index.repeat(K)
+        q = fixed_guide(self.family, q_params.repeat(K, 1), self.sites)
         with poutine.block():
-            found = elbo(model, fixed_guide(family, q_params.repeat(K, 1), sites), rows, which, kl_weight=kl_weight)
-            return found.view(K, -1).mean(0)
-
-    return bound
+            return elbo(self.model, q, rows, which, kl_weight=kl_weight).view(K, -1).mean(0)
 
 
 def default_update_rule(family: Family, learning_rate: float = 0.2) -> UpdateRule:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,25 +15,46 @@ from pvae.generative.networks import ImputeMeans, Standardize
 from pvae.inference import guides
 from pvae.inference.families import Family
 from pvae.inference.latents import LatentSites, find_latent_sites
-from pvae.inference.refinement import local_elbo
 from pvae.recipes import registry
 from pvae.recipes.recipe import Recipe
 from pvae.recipes.registry import as_table, make
 from pvae.runtime import distributed
+from pvae.runtime.pyro_params import Program
 from pvae.runtime.torch_state import seeded
 from pvae.training.loop import Fit, fit
 from pvae.training.objectives import Objective
 
 
-class Built(NamedTuple):
-    """A recipe's program, guide and objective, ready for `fit`."""
+@dataclass(frozen=True)
+class FittedModel:
+    """A recipe's generative program, guide and objective, and how their fit went.
 
+    Attributes:
+        recipe: resolved.
+        program: the module whose method ``model`` is the generative program.
+        guide: the approximate posterior.
+        objective: what training maximizes.
+        fit: history and time of the fit; an empty history before it.
+    """
+
+    recipe: Recipe
     program: Any
     guide: guides.Guide
     objective: Objective
+    fit: Fit = field(default_factory=lambda: Fit([], 0.0, ""))
+
+    @property
+    def model(self) -> Program:
+        """The generative program, a function of the signature ``model(x, index=None)``."""
+        return self.program.model
+
+    @property
+    def modules(self) -> dict[str, nn.Module]:
+        """The modules that hold the parameters, by the names that a checkpoint has for them."""
+        return {"model": self.program, "guide": self.guide}
 
 
-def build_model(recipe: Recipe, dataset: Dataset) -> Built:
+def build_model(recipe: Recipe, dataset: Dataset) -> FittedModel:
     """Program, guide and objective of a resolved recipe, sized from the data.
 
     Recipes that differ in the guide alone start from the same decoder and, where they have one, the same encoder.
@@ -50,10 +72,10 @@ def build_model(recipe: Recipe, dataset: Dataset) -> Built:
         sites = find_latent_sites(program.model, dataset.train[:3])
         posterior.fit_to(sites)
     family, encoder = posterior.family, posterior.encoder
-    bound = local_elbo(program.model, family, sites)
     own = len(distributed.shard(len(dataset.train)))
-    supplied = {"encoder": encoder, "family": family, "num_data": own, "bound": bound, "sites": sites}
-    return Built(program, make("guide", recipe.guide, **supplied), make("objective", recipe.objective))
+    supplied = {"encoder": encoder, "family": family, "num_data": own, "model": program.model, "sites": sites}
+    guide = make("guide", recipe.guide, **supplied)
+    return FittedModel(recipe, program, guide, make("objective", recipe.objective))
 
 
 def _program(recipe: Recipe, dataset: Dataset, posterior: _Posterior) -> Any:
@@ -119,19 +141,21 @@ class _Posterior:
             raise Incompatible(f"prior {prior} needs a density, and family {family} has none; use another --family")
 
 
-def fit_recipe(own: Recipe, built: Built, data: Dataset, **options: Any) -> Fit:
-    """Fit what a resolved recipe builds, by its budget; ``options`` are those of `fit`."""
-    return fit(
-        built.program.model,
-        built.guide,
+def fit_recipe(untrained: FittedModel, data: Dataset, **options: Any) -> FittedModel:
+    """Fit a built model by its recipe's budget; ``options`` are those of `fit`."""
+    recipe = untrained.recipe
+    report = fit(
+        untrained.model,
+        untrained.guide,
         data,
-        epochs=own.epochs or 0,
-        batch_size=own.batch_size,
-        learning_rate=own.learning_rate or 0.0,
-        objective=built.objective,
-        patience=own.patience,
-        engine=own.engine,
-        precision=own.precision,
-        seed=own.seed,
+        epochs=recipe.epochs or 0,
+        batch_size=recipe.batch_size,
+        learning_rate=recipe.learning_rate or 0.0,
+        objective=untrained.objective,
+        patience=recipe.patience,
+        engine=recipe.engine,
+        precision=recipe.precision,
+        seed=recipe.seed,
         **options,
     )
+    return replace(untrained, fit=report)

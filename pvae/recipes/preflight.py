@@ -9,7 +9,7 @@ from pyro.infer import SVI
 
 from pvae.data.dataset import Dataset
 from pvae.errors import UserError
-from pvae.recipes.build import Built, build_model
+from pvae.recipes.build import FittedModel, build_model
 from pvae.recipes.recipe import Recipe
 from pvae.recipes.registry import make
 from pvae.runtime.torch_state import no_validation, seeded
@@ -65,12 +65,12 @@ class _Keeping(FusedAdam):
             table.step_rows()
 
 
-def _two_steps(own: Recipe, built: Built, data: Dataset) -> float:
-    program, guide, objective = built
+def _two_steps(own: Recipe, built: FittedModel, data: Dataset) -> float:
+    objective = built.objective
     # The KL bears on the loss, as it will sooner or later.
     objective.weight, objective.free_bits = objective.weight_at(0.9 * objective.warm_up), 0.0
-    optimizer = _Keeping(program, guide, learning_rate=own.learning_rate or 1e-3)
-    loop, loss = SVI(program.model, guide, optimizer, objective), 0.0
+    optimizer = _Keeping(built.program, built.guide, learning_rate=own.learning_rate or 1e-3)
+    loop, loss = SVI(built.model, built.guide, optimizer, objective), 0.0
     with seeded(own.seed), no_validation():
         for epoch in range(2):
             x, index = next(data.batches(min(own.batch_size, 64), own.seed, epoch))
@@ -78,7 +78,7 @@ def _two_steps(own: Recipe, built: Built, data: Dataset) -> float:
     return loss
 
 
-def check_recipe(own: Recipe, data: Dataset) -> Built:
+def check_recipe(own: Recipe, data: Dataset) -> FittedModel:
     """Refuse what can be known to fail before anything is written, and return what was built.
 
     Raises:
@@ -88,11 +88,11 @@ def check_recipe(own: Recipe, data: Dataset) -> Built:
     check_budget(data, own.epochs or 0, own.batch_size, own.learning_rate or 0.0, own.patience)
     built = build_model(own, data)
     shard = data.shard()
-    check_support(built.program.model, shard)
+    check_support(built.model, shard)
     x, index = next(shard.batches(2, own.seed, 0))
     with seeded(own.seed), no_validation():
         try:
-            built.objective.loss(built.program.model, built.guide, x, index)
+            built.objective.loss(built.model, built.guide, x, index)
         except NonFiniteLoss as error:
             raise UserError(f"at the first step {error}; choose another --likelihood or scale the data") from error
     return built

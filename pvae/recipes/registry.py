@@ -51,7 +51,7 @@ SUPPLIED: dict[str, tuple[str, ...]] = {
     "prior": ("dim", "posterior", "data"),
     "family": ("dim",),
     "network": ("inputs", "outputs", "shape", "labels", "decodes"),
-    "guide": ("encoder", "family", "num_data", "bound", "sites"),
+    "guide": ("encoder", "family", "num_data", "model", "sites"),
     "objective": (),
 }
 

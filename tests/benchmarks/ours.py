@@ -18,7 +18,6 @@ from pvae.generative.priors import StandardNormal
 from pvae.generative.vae import VAE
 from pvae.inference.families import DiagonalNormal
 from pvae.inference.guides import Amortized, Guide, PerDatapoint, SemiAmortized
-from pvae.inference.refinement import local_elbo
 from pvae.runtime.torch_state import no_validation
 from pvae.training.loop import Fit, fit
 from pvae.training.objectives import ELBO
@@ -46,12 +45,11 @@ def program(latent: int = LATENT, activation: str = "ReLU") -> tuple[VAE, Diagon
 
 def guide_of(source: str, vae: VAE, family: DiagonalNormal, encoder: MLP, rows: int) -> Guide:
     """The guide of a source by its name here."""
-    bound = local_elbo(vae.model, family)
     if source in LOCAL:
-        return PerDatapoint(rows, family, bound=bound, local_steps=LOCAL[source])
+        return PerDatapoint(rows, family, model=vae.model, local_steps=LOCAL[source])
     if source in REFINED:
         steps, draws = REFINED[source]
-        return SemiAmortized(encoder, family, steps, bound=bound, draws=draws)
+        return SemiAmortized(encoder, family, steps, model=vae.model, draws=draws)
     return Amortized(encoder, family)
 
 

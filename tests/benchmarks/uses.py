@@ -25,7 +25,7 @@ from pvae.data.dataset import Dataset
 from pvae.diagnostics.latent_geometry import measure_latent_geometry
 from pvae.generative.noise import GaussianNoise
 from pvae.recipes import recipe
-from pvae.recipes.build import Built, build_model
+from pvae.recipes.build import FittedModel, build_model
 from pvae.recipes.build import fit_recipe as fit_recipe
 from pvae.recipes.recipe import Recipe
 from pvae.runtime.files import write_text
@@ -80,11 +80,11 @@ class Case:
         return self.data.test[: self.rows]
 
     @cached_property
-    def vae(self) -> Built:
+    def vae(self) -> FittedModel:
         return fitted(self.own, self.data)[0]
 
     @cached_property
-    def autoencoder(self) -> Built:
+    def autoencoder(self) -> FittedModel:
         return fitted(replace(self.own, family="Delta", objective="ELBO(kl_weight=0)"), self.data)[0]
 
     @property
@@ -92,11 +92,10 @@ class Case:
         return int(self.own.latent or 0)
 
 
-def fitted(own: Recipe, data: Dataset) -> tuple[Built, float]:
+def fitted(own: Recipe, data: Dataset) -> tuple[FittedModel, float]:
     """A recipe's programs, fitted, and the seconds that it took."""
-    own = recipe.resolve(own)
-    built = build_model(own, data)
-    return built, fit_recipe(own, built, data).seconds
+    fit = fit_recipe(build_model(recipe.resolve(own), data), data)
+    return fit, fit.fit.seconds
 
 
 def reconstruction(case: Case) -> Table:
@@ -104,7 +103,7 @@ def reconstruction(case: Case) -> Table:
     lines = []
     for name, built in (("VAE", case.vae), ("autoencoder", case.autoencoder)):
         begin = time.perf_counter()
-        found = applications.encode(built.program.model, built.guide, case.data.test, K=16)
+        found = applications.encode(built.model, built.guide, case.data.test, K=16)
         took = time.perf_counter() - begin
         rate = "–" if found.rate.isnan().any() else number(mean_se(found.rate))
         lines.append([name, number(mean_se(found.error)), rate, number(mean_se(found.distortion)), millis(took, case)])
@@ -136,7 +135,7 @@ def latent_space(case: Case) -> Table:
     }
     lines = []
     for name, built in (("VAE", case.vae), ("autoencoder", case.autoencoder)):
-        own = measure_latent_geometry(built.program.model, built.guide, case.x, case.train).summary()
+        own = measure_latent_geometry(built.model, built.guide, case.x, case.train).summary()
         lines.append([name, *(number(own[key]) for key in names)])
     note = (
         "Far is farther from every training row than 95% of the test rows' reconstructions are: 0.05 would be data's. "
@@ -152,9 +151,9 @@ def denoising(case: Case) -> Table:
         y = noise.added(x)
     built = case.vae
     begin = time.perf_counter()
-    own = applications.denoise(built.program.model, built.guide, y, noise).x
+    own = applications.denoise(built.model, built.guide, y, noise).x
     took = time.perf_counter() - begin
-    plain = applications.reconstruct(built.program.model, built.guide, y, K=8)
+    plain = applications.reconstruct(built.model, built.guide, y, K=8)
     fits = {
         f"VAE, posterior mean ({1e3 * took / len(x):.3g} ms per row)": own,
         "VAE, noisy row through the encoder": plain,
@@ -186,7 +185,7 @@ def imputation(case: Case) -> Table:
     there = torch.rand(x.shape, generator=torch.Generator().manual_seed(0)) >= 0.5
     hidden = torch.where(there, x, torch.nan)
     ways: dict[str, Callable[[], Tensor]] = {
-        "VAE, posterior mean": lambda: applications.impute(built.program.model, built.guide, hidden).x,
+        "VAE, posterior mean": lambda: applications.impute(built.model, built.guide, hidden).x,
         f"PCA, {case.dim} components, 50 rounds": lambda: peers.pca_imputed(case.train, x, there, case.dim),
         "KNNImputer, 5 neighbours": lambda: peers.knn_imputed(case.train, x, there),
         "column means": lambda: case.train.mean(0).expand_as(x),
@@ -221,9 +220,7 @@ def anomaly(case: Case) -> Table:
         built, _ = fitted(own, data)
         truth = whole.test_labels == kind
         train = data.fixed_train(len(data.train)).x
-        mine = applications.detect_anomalies(
-            built.program.model, built.guide, whole.test, reference=data.validation
-        ).scores
+        mine = applications.detect_anomalies(built.model, built.guide, whole.test, reference=data.validation).scores
         named = {f"VAE, {name}": score for name, score in mine.items()}
         for name, score in (named | peers.anomaly_scores(train, whole.test, int(own.latent or 0))).items():
             found.setdefault(name, []).append(uses_auroc(score, truth))
@@ -254,7 +251,7 @@ def classification(case: Case) -> Table:
     for kind in kinds:
         each = replace(own, only=[kind])
         built, seconds = fitted(each, recipe.load_recipe_data(recipe.resolve(each)))
-        models.append((built.program.model, built.guide))
+        models.append((built.model, built.guide))
         took += seconds
     held = applications.classify(models, data.validation[:2000], seed=1).log_evidence
     temperature = fit_temperature(held, data.validation_labels[:2000]).mean
@@ -313,7 +310,7 @@ def augmentation(case: Case) -> Table:
             continue
         sets = {"the labelled rows alone": (rows, labels)}
         for spread in spreads:
-            new = applications.augment(built.program.model, built.guide, rows, per_row=10, spread=spread, seed=draw)
+            new = applications.augment(built.model, built.guide, rows, per_row=10, spread=spread, seed=draw)
             sets[f"and 10 around each, spread {spread:g}"] = (
                 torch.cat([rows, new.x]),
                 torch.cat([labels, labels[new.row]]),
@@ -322,9 +319,7 @@ def augmentation(case: Case) -> Table:
             for what, (x, own) in sets.items():
                 hit = peers.right(classifier, x, own, case.data.test, y).mean().item()
                 kept.setdefault(f"{name}, {what}", []).append(hit)
-        codes = [
-            applications.encode(built.program.model, built.guide, each, K=1).mean for each in (rows, case.data.test)
-        ]
+        codes = [applications.encode(built.model, built.guide, each, K=1).mean for each in (rows, case.data.test)]
         classifier = peers.classifiers()["LogisticRegression"]
         hit = peers.right(classifier, codes[0], labels, codes[1], y).mean().item()
         kept.setdefault("LogisticRegression on the VAE's codes instead", []).append(hit)

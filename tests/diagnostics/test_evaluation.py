@@ -16,7 +16,6 @@ from pvae.diagnostics.evaluation import Budget, Evaluation, bounds, evaluate, re
 from pvae.errors import UserError
 from pvae.inference.families import Delta, DiagonalNormal, FullRankNormal
 from pvae.inference.guides import Amortized, Guide, PerDatapoint
-from pvae.inference.refinement import local_elbo
 from pvae.runtime import pyro_params, torch_state
 from pvae.runtime.result_cache import ResultCache
 from pvae.stats import mean_se
@@ -169,7 +168,7 @@ def equal(one, other):
 @pytest.mark.parametrize("training", [True, False])
 def test_a_seed_fixes_an_evaluation_and_the_stream_outside_goes_on(oracle, training):
     x, found = oracle.sample(10), []
-    guide = PerDatapoint(10, DiagonalNormal(LATENT), bound=local_elbo(oracle.model, DiagonalNormal(LATENT)))
+    guide = PerDatapoint(10, DiagonalNormal(LATENT), model=oracle.model)
     for stream in (1, 2):
         torch.manual_seed(stream)
         before = torch.get_rng_state()
@@ -412,7 +411,7 @@ def test_a_point_mass_has_its_joint_density_and_no_gaps(oracle):
 
 def test_training_rows_of_a_table_are_its_rows_and_new_rows_are_fitted(oracle):
     x, family = oracle.sample(B), DiagonalNormal(LATENT)
-    guide = PerDatapoint(B, family, bound=local_elbo(oracle.model, family))
+    guide = PerDatapoint(B, family, model=oracle.model)
     guide.table.copy_(oracle.best(x) + torch.tensor(ASIDE["far off"]))
     table = guide.table.clone()
     order = torch.randperm(B, generator=torch.Generator().manual_seed(0))[:50]

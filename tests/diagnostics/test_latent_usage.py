@@ -18,7 +18,6 @@ from pvae.generative.vae import VAE
 from pvae.inference.families import Delta, DiagonalNormal, FlowFamily, FullRankNormal, MixtureOfNormals
 from pvae.inference.guides import Amortized, PerDatapoint
 from pvae.inference.latents import find_latent_sites
-from pvae.inference.refinement import local_elbo
 from pvae.runtime.pyro_params import LocalModule, local_method
 from pvae.runtime.torch_state import seeded
 from pvae.stats import uniform_p
@@ -283,7 +282,7 @@ def test_bounded_latents_are_seen_as_the_real_vectors_behind_them():
 
 
 def test_rows_of_a_table_are_seen_by_their_index(oracle):
-    guide = PerDatapoint(40, DiagonalNormal(D), bound=local_elbo(oracle.model, DiagonalNormal(D)))
+    guide = PerDatapoint(40, DiagonalNormal(D), model=oracle.model)
     guide.table[:, 0] = torch.linspace(-2, 2, 40)
     found = measure_latent_usage(oracle.model, guide, oracle.sample(40), torch.arange(40))
     assert torch.equal(found.means, guide.table[:, :D])

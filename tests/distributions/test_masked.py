@@ -19,7 +19,7 @@ from pvae.generative.priors import StandardNormal
 from pvae.generative.vae import VAE
 from pvae.inference.families import DiagonalNormal, FullRankNormal
 from pvae.inference.importance import log_weights
-from pvae.inference.refinement import default_update_rule, fixed_guide, local_elbo, maximize_local_elbo
+from pvae.inference.refinement import LocalELBO, default_update_rule, fixed_guide, maximize_local_elbo
 from pvae.runtime.pyro_params import module_of
 from pvae.runtime.torch_state import seeded
 
@@ -178,7 +178,7 @@ def test_refinement_finds_the_posterior_of_the_entries_that_are_there(nan):
     case, family = Partly(), FullRankNormal(2)
     program = mask_missing(case.oracle.model, None if nan else case.mask)
     x = torch.where(case.mask, case.x, torch.nan if nan else 0.0)
-    bound = local_elbo(program, family)
+    bound = LocalELBO(program, family)
     found = maximize_local_elbo(
         bound, torch.zeros(len(x), family.size), x, steps=200, rule=default_update_rule(family)
     ).q_params

@@ -147,7 +147,7 @@ def test_results_of_other_fits_are_not_current(run):
     entries = compare.load_variants(compare.RunOptions(folder, **JOB))
     assert compare.current_results(folder, entries) == json.loads((folder / "results.json").read_text())
     with torch.no_grad():
-        next(entries[0].variants[0].built.program.parameters()).add_(1)
+        next(entries[0].variants[0].program.parameters()).add_(1)
     assert compare.current_results(folder, entries) == {}
 
 

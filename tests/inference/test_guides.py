@@ -17,7 +17,7 @@ from pvae.generative.vae import VAE
 from pvae.inference.families import Delta, DiagonalNormal
 from pvae.inference.guides import Amortized, PerDatapoint, SemiAmortized
 from pvae.inference.importance import log_weights
-from pvae.inference.refinement import fixed_guide, local_elbo, maximize_local_elbo, refine
+from pvae.inference.refinement import LocalELBO, fixed_guide, maximize_local_elbo, refine
 from pvae.runtime.torch_state import seeded
 from pvae.training.loop import fit
 from pvae.training.optimizer import FusedAdam
@@ -121,7 +121,7 @@ def test_refinement_wins_on_the_network_it_starts_from(oracle):
     x = oracle.sample(100)
     torch.manual_seed(0)
     plain = Amortized(nn.Linear(5, 4), FAMILY)
-    refined = SemiAmortized(plain.encoder, FAMILY, 20, bound=local_elbo(oracle.model, FAMILY), draws=16)
+    refined = SemiAmortized(plain.encoder, FAMILY, 20, model=oracle.model, draws=16)
     with torch.no_grad():
         before, after = (shortfall(oracle, guide.params(x), x) for guide in (plain, refined))
     assert (after < before).float().mean() > 0.95
@@ -132,11 +132,11 @@ def test_without_unrolling_gradients_pass_straight_through():
     oracle = LinearGaussian(2, 5).requires_grad_()
     x = oracle.sample(6)
     torch.manual_seed(0)
-    encoder, bound = nn.Linear(5, 4), local_elbo(oracle.model, FAMILY)
+    encoder, bound = nn.Linear(5, 4), LocalELBO(oracle.model, FAMILY)
     own = [*encoder.parameters(), *oracle.parameters()]
 
     def gradients(unroll):
-        guide = SemiAmortized(encoder, FAMILY, 3, bound=bound, draws=2, unroll=unroll)
+        guide = SemiAmortized(encoder, FAMILY, 3, model=oracle.model, draws=2, unroll=unroll)
         with seeded(1):
             return torch.autograd.grad(log_weights(oracle.model, guide, x).log_w.sum(), own), guide.rule
 
@@ -160,7 +160,7 @@ def test_rows_outside_the_batch_keep_their_bits():
     oracle = LinearGaussian(2, 5).requires_grad_()
     x, visits = oracle.sample(10), torch.zeros(10, dtype=torch.int32)
     torch.manual_seed(0)
-    guide = PerDatapoint(10, FAMILY, bound=local_elbo(oracle.model, FAMILY), local_steps=4)
+    guide = PerDatapoint(10, FAMILY, model=oracle.model, local_steps=4)
     loop = svi(oracle, guide)
     for index in map(torch.tensor, ([0, 1, 2], [2, 7], [9, 0, 2, 4], [2])):
         before = {name: getattr(guide, name).clone() for name in MEMORY}
@@ -177,10 +177,10 @@ def test_rows_outside_the_batch_keep_their_bits():
 
 def test_a_row_does_not_know_with_whom_it_was_visited(oracle):
     family, x = Delta(2), oracle.sample(8)  # no draws: the bound has no noise
-    bound = local_elbo(oracle.model, family)
+    bound = LocalELBO(oracle.model, family)
 
     def visited(*batches):
-        guide = PerDatapoint(8, family, bound=bound, local_steps=4)
+        guide = PerDatapoint(8, family, model=oracle.model, local_steps=4)
         for index in map(torch.tensor, batches):
             (-bound(guide.params(x[index], index), x[index])).sum().backward()
             guide.step_rows()
@@ -199,7 +199,7 @@ def test_a_row_does_not_know_with_whom_it_was_visited(oracle):
 
 def test_rows_stand_still_without_training(oracle):
     x, index = oracle.sample(4), torch.tensor([3, 1, 0, 2])
-    guide = PerDatapoint(4, FAMILY, bound=local_elbo(oracle.model, FAMILY))
+    guide = PerDatapoint(4, FAMILY, model=oracle.model)
     guide.table.copy_(torch.arange(16.0).view(4, 4))
     with torch.no_grad():
         assert torch.equal(guide.params(x, index), guide.table[index])
@@ -213,7 +213,7 @@ def test_rows_stand_still_without_training(oracle):
 @pytest.mark.parametrize("training", [True, False])
 def test_new_rows_are_fitted_and_leave_no_trace(oracle, training):
     x = oracle.sample(50, seed=1)
-    guide = PerDatapoint(10, FAMILY, bound=local_elbo(oracle.model, FAMILY)).train(training)
+    guide = PerDatapoint(10, FAMILY, model=oracle.model).train(training)
     before = {name: getattr(guide, name).clone() for name in MEMORY}
     stream = torch.get_rng_state()
     q_params = guide.params(x)
@@ -226,7 +226,7 @@ def test_new_rows_are_fitted_and_leave_no_trace(oracle, training):
 
 
 def test_gap_of_a_local_optimum_covers_what_is_left(oracle):
-    x, bound = oracle.sample(50, seed=2), local_elbo(oracle.model, FAMILY)
+    x, bound = oracle.sample(50, seed=2), LocalELBO(oracle.model, FAMILY)
     gaps, left = [], []
     for steps in (20, 50, 200):
         found = maximize_local_elbo(bound, FAMILY.initial().expand(50, -1), x, steps=steps, tolerance=0.0)
@@ -242,7 +242,7 @@ def test_gap_of_a_local_optimum_covers_what_is_left(oracle):
 @pytest.mark.parametrize("name", ["steps", "draws", "learning_rate"])
 def test_semi_amortized_refuses_what_is_not_positive(oracle, name, wrong):
     with pytest.raises(UserError, match=f"SemiAmortized: {name} is {wrong}, but it must be positive"):
-        SemiAmortized(nn.Linear(5, 4), FAMILY, bound=local_elbo(oracle.model, FAMILY), **{name: wrong})
+        SemiAmortized(nn.Linear(5, 4), FAMILY, model=oracle.model, **{name: wrong})
 
 
 @pytest.mark.parametrize("wrong", [0, -1, math.nan, math.inf])
@@ -258,6 +258,6 @@ def test_per_datapoint_needs_a_bound_only_for_steps_of_its_own(oracle):
         lambda: PerDatapoint(3, FAMILY).params(x, index),
         lambda: PerDatapoint(3, FAMILY, local_steps=1).params(x),
     ):
-        with pytest.raises(UserError, match="PerDatapoint needs bound="):
+        with pytest.raises(UserError, match="PerDatapoint needs model="):
             call()
     assert PerDatapoint(3, FAMILY, local_steps=1).params(x, index).requires_grad

@@ -18,7 +18,7 @@ from pvae.inference.families import DiagonalNormal, FullRankNormal
 from pvae.inference.guides import Amortized
 from pvae.inference.importance import log_weights, random_sites
 from pvae.inference.latents import LatentSites, Site, base_measure, find_latent_sites, real_vector_latent
-from pvae.inference.refinement import fixed_guide, local_elbo, maximize_local_elbo
+from pvae.inference.refinement import LocalELBO, fixed_guide, maximize_local_elbo
 from pvae.runtime.torch_state import seeded
 from pvae.stats import log_mean_exp, log_mean_exp_se
 
@@ -142,7 +142,7 @@ def test_weights_of_bounded_latents_average_to_the_evidence(family):
     sites = find_latent_sites(counts, x)
     assert sites.dim == 3
     q_params = family.initial().to(x).expand(len(x), -1)
-    q_params = maximize_local_elbo(local_elbo(counts, family, sites), q_params, x, steps=100).q_params.detach()
+    q_params = maximize_local_elbo(LocalELBO(counts, family, sites), q_params, x, steps=100).q_params.detach()
     with seeded(2):
         log_w = log_weights(counts, fixed_guide(family, q_params, sites), x, K=20_000).log_w
     evidence = counts_evidence(x)

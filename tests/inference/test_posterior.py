@@ -19,7 +19,7 @@ from pvae.inference.batching import as_rows, draw_chunks, map_batches, tile_rows
 from pvae.inference.families import Delta, DiagonalNormal, FlowFamily
 from pvae.inference.guides import Amortized
 from pvae.inference.posterior import WeightedDraws, freeze, importance_draws, likelihood_at, posterior_moments, refit
-from pvae.inference.refinement import RowAdam, local_elbo, refine
+from pvae.inference.refinement import LocalELBO, RowAdam, refine
 from pvae.runtime import torch_state
 from pvae.runtime.torch_state import no_validation
 from pvae.stats import mean_se
@@ -124,7 +124,7 @@ def test_batches_share_no_noise_with_what_small_seeds_and_constants_draw(oracle,
 
 def test_the_lam_that_a_search_finds_is_judged_by_other_draws(oracle, guide):
     """A single draw is searched to its end and then judged: under the same draw its bound is far above the ELBO."""
-    x, bound = oracle.sample(200), local_elbo(oracle.model, guide.family)
+    x, bound = oracle.sample(200), LocalELBO(oracle.model, guide.family)
 
     def judged(stream):
         def searched(q_params):
@@ -371,10 +371,10 @@ def test_a_row_starts_from_the_best_offer_and_never_from_nan(oracle, guide):
 
 def test_an_offer_takes_the_place_of_a_start_that_is_nan(oracle, guide, monkeypatch):
     def bound(model, family, sites):
-        exact = local_elbo(model, family, sites)
+        exact = LocalELBO(model, family, sites)
         return lambda q_params, *rest: exact(q_params, *rest).where((q_params != family.initial()).any(1), torch.nan)
 
     x = oracle.sample(4)
-    monkeypatch.setattr(posterior, "local_elbo", bound)
+    monkeypatch.setattr(posterior, "LocalELBO", bound)
     with no_validation():
         torch.testing.assert_close(refit(oracle.model, guide, x, offers=[x], steps=0), guide.params(x))

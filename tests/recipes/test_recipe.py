@@ -179,17 +179,19 @@ def test_building_leaves_the_stream_outside_alone():
 
 @pytest.mark.parametrize(("family", "per_latent"), [("DiagonalNormal", 2), ("Delta", 1)])
 def test_sizes_follow_from_the_data_and_the_decoder_mirrors_the_encoder(family, per_latent):
-    vae, guide, _ = built(family=family, latent=3)
+    fit = built(family=family, latent=3)
+    vae, guide = fit.program, fit.guide
     sizes = [[tuple(p.shape) for p in net.parameters() if p.dim() == 2] for net in (guide.encoder, vae.decoder)]
     assert sizes == [[(8, COLUMNS), (4, 8), (3 * per_latent, 4)], [(4, 3), (8, 4), (COLUMNS, 8)]]
     assert built(family=family, guide="PerDatapoint").guide.table.shape == (ROWS, 2 * per_latent)
 
 
 def test_arguments_reach_their_components():
-    vae, guide, _ = built(
+    fit = built(
         likelihood={"type": "Gaussian", "scale": 0.25},
         guide={"type": "SemiAmortized", "steps": 3, "draws": 2, "unroll": False},
     )
+    vae, guide = fit.program, fit.guide
     assert vae.likelihood.log_scale.exp().item() == pytest.approx(0.25)
     assert (guide.steps, guide.draws, guide.unroll) == (3, 2, False)
 

@@ -29,7 +29,6 @@ from pvae.generative.priors import StandardNormal
 from pvae.generative.vae import VAE
 from pvae.inference.families import Delta, DiagonalNormal
 from pvae.inference.guides import Amortized, PerDatapoint
-from pvae.inference.refinement import local_elbo
 from pvae.recipes import recipe
 from pvae.runtime import distributed
 from pvae.runtime.pyro_params import local_method
@@ -47,9 +46,7 @@ ROWS, COLUMNS, BATCH, EPOCHS, SEED = 25, 6, 8, 2, 3
 SHARDS = [range(12), range(12, 25)]  # of two processes: 3 batches of 4 each, the last of the second one has 5
 NAMED = {
     "Amortized": SOURCES["Amortized"],
-    "PerDatapoint": lambda model, D, M, N: PerDatapoint(
-        N, DiagonalNormal(D), bound=local_elbo(model, DiagonalNormal(D)), local_steps=2
-    ),
+    "PerDatapoint": lambda model, D, M, N: PerDatapoint(N, DiagonalNormal(D), model=model, local_steps=2),
     "Delta": lambda model, D, M, N: Amortized(nn.Linear(M, D), Delta(D)),
 }
 
@@ -346,7 +343,8 @@ def test_their_run_is_loaded_and_judged_by_one(two):
     folder = two[0] / "run"
     own = recipe.read(folder)
     data = recipe.load_recipe_data(own)
-    model, guide = (loaded := run_folder.load_fit(folder, data).built).program.model, loaded.guide
+    loaded = run_folder.load_fit(folder, data)
+    model, guide = loaded.model, loaded.guide
     found = bounds(model, guide, data.test, K=10, seed=own.seed).summary()["elbo"]
     assert f"test ELBO {number(found)} nats over 12 rows" in two[1][0]["lines"][1][1]
     places = torch.arange(48)

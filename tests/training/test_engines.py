@@ -61,7 +61,8 @@ def steps(case, engine, dtype=torch.float64, count=3, **options):
     changes = {kind: component(name) for kind, name in ({"network": "MLP"} | case).items()}
     own = resolve(Recipe(data="x.csv", latent=LATENT, **changes))
     data = data_for(getattr(likelihoods, case.get("likelihood", "Bernoulli"))())
-    program, guide, objective = build_model(own, data)
+    built = build_model(own, data)
+    program, guide, objective = built.program, built.guide, built.objective
     optimizer = Seen(program.to(dtype).train(), guide.to(dtype).train(), learning_rate=1e-3)
     losses = []
     with seeded(0), no_validation():

@@ -21,7 +21,7 @@ from pvae.inference.families import Delta, DiagonalNormal, FullRankNormal, Mixtu
 from pvae.inference.guides import Amortized, Guide, PerDatapoint
 from pvae.inference.importance import log_weights
 from pvae.inference.latents import LatentSites, Site
-from pvae.inference.refinement import fixed_guide, local_elbo
+from pvae.inference.refinement import fixed_guide
 from pvae.runtime.pyro_params import LocalModule
 from pvae.training import objectives
 from pvae.training.loop import fit
@@ -301,7 +301,7 @@ def train_with(objective, source=Amortized, epochs=1, family=DiagonalNormal):
     vae = VAE(MLP(DIM, COLUMNS, hidden=[4]), Bernoulli(), StandardNormal(DIM))
     q = family(DIM)
     if source is PerDatapoint:
-        guide = PerDatapoint(12, q, bound=local_elbo(vae.model, q))
+        guide = PerDatapoint(12, q, model=vae.model)
     else:
         guide = Amortized(MLP(COLUMNS, q.size, hidden=[4]), q)
     report = fit(vae.model, guide, binary(), epochs=epochs, batch_size=5, objective=objective)
