@@ -1,19 +1,26 @@
-"""The one exception a user's mistake may raise, and the nearest right name for a wrong one."""
+"""The one exception that a user's mistake raises, the names of parameters in it, and range checks."""
 
 from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
 
 class UserError(Exception):
-    """A mistake the user can mend: one line that says what is wrong, where, and what to do."""
+    """A mistake the user can mend: one line that says what is wrong, where, and what to do.
 
-    def __init__(self, message: str) -> None:
-        super().__init__(" ".join(message.split()))
+    Arguments:
+        message: what is wrong; line breaks become spaces.
+        hint: what to do, appended after a semicolon.
+    """
+
+    def __init__(self, message: str, hint: str | None = None) -> None:
+        super().__init__(" ".join(f"{message}; {hint}".split() if hint else message.split()))
 
 
 class Incompatible(UserError):
@@ -30,6 +37,36 @@ class AllChainsDiverged(UserError):
         )
 
 
+def _as_keyword(name: str, value: Any) -> str:
+    return name if value is None else f"{name}={value}"
+
+
+_renderer: ContextVar[Callable[[str, Any], str]] = ContextVar("renderer", default=_as_keyword)
+
+
+def param(name: str, value: Any = None) -> str:
+    """Return a parameter, with its value if one is given, in the words of the interface in use.
+
+    >>> param("batch_size"), param("device", "cuda")
+    ('batch_size', 'device=cuda')
+    """
+    return _renderer.get()(name, value)
+
+
+@contextmanager
+def params_rendered_by(render: Callable[[str, Any], str]) -> Iterator[None]:
+    """Let a function of name and value (None without one) write the parameters of messages made in the block.
+
+    >>> with params_rendered_by(lambda name, value: f"--{name}"): param("epochs")
+    '--epochs'
+    """
+    token = _renderer.set(render)
+    try:
+        yield
+    finally:
+        _renderer.reset(token)
+
+
 def nearest(word: str, known: Iterable[str]) -> str:
     """The end of an error message that names the nearest known word, and all of them.
 
@@ -43,14 +80,49 @@ def nearest(word: str, known: Iterable[str]) -> str:
     return f"{hint} (known: {', '.join(words)})"
 
 
-def positive(who: str, **values: float) -> None:
-    """Refuse a value that is not positive and finite; the message names whose it is.
+def check_range(who: str = "", *, least: float | None = None, **values: float | Sequence[float]) -> None:
+    """Refuse a number, or a sequence with a number, that is out of range or not finite.
 
-    >>> positive("Laplace", scale=1.0)
+    Arguments:
+        who: the class or function that takes the values; without it they are parameters as `param` renders them.
+        least: smallest value allowed; any positive value if None.
+        values: by name.
+
+    Raises:
+        UserError: names the first value out of range.
+
+    >>> check_range("Laplace", scale=1.0)
+    >>> check_range(least=1, epochs=0)
+    Traceback (most recent call last):
+    pvae.errors.UserError: epochs is 0, but it must be at least 1
     """
     for name, value in values.items():
-        if not 0 < value < math.inf:
-            raise UserError(f"{who}: {name} is {value}, but it must be positive and finite")
+        numbers = value if isinstance(value, Sequence) else [value]
+        if not all((v > 0 if least is None else least <= v) and v < math.inf for v in numbers):
+            label = f"{who}: {name}" if who else param(name)
+            need = "positive and finite" if least is None else f"at least {least}"
+            raise UserError(f"{label} is {value}, but it must be {need}")
+
+
+def refuse_first(
+    bad: Any, x: Any, message: str, *, where: str = "", rows: Any = None, counted: str = "such values"
+) -> None:
+    """Raise a `UserError` that names row, column and value of the first bad entry, if there is one.
+
+    Arguments:
+        bad: Boolean tensor [N, ...]: the entries to refuse.
+        x: values [N, ...], tensor or array.
+        message: what is wrong; it follows the value, so that it begins with a comma or a semicolon.
+        where: begins the line, such as a path and a colon.
+        rows: numbers of the rows, [N]; 0 to N - 1 unless given.
+        counted: follows the number of bad entries at the line's end.
+    """
+    if not bad.any():
+        return
+    row, *columns = first = tuple(bad.nonzero()[0].tolist())
+    number = row if rows is None else int(rows[row])
+    place = f"{where} row {number}, column {', '.join(map(str, columns))} is {float(x[first]):g}"
+    raise UserError(f"{place}{message} ({int(bad.sum())} {counted})")
 
 
 def fits(value: Any, hint: Any) -> bool:

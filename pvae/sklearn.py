@@ -21,7 +21,7 @@ from torch import Tensor
 from pvae.applications import coding
 from pvae.data.dataset import Dataset
 from pvae.data.preprocessing import check_values
-from pvae.errors import Incompatible, UserError, positive
+from pvae.errors import Incompatible, UserError, check_range
 from pvae.inference.batching import RowBatch, map_batches
 from pvae.inference.families import Delta
 from pvae.inference.importance import ROWS_PER_PASS, log_weights
@@ -194,7 +194,7 @@ class VAE(ClassNamePrefixFeaturesOutMixin, TransformerMixin, DensityMixin, BaseE
         check_is_fitted(self)
         seed = _seed(self.random_state if random_state is None else random_state)
         with _door():
-            positive("sample", n_samples=n_samples)
+            check_range("sample", n_samples=n_samples)
             like = torch.zeros(n_samples, self.n_features_in_)
             return coding.sample(self.model_.model, like, draw=True, seed=seed).numpy()
 
@@ -247,7 +247,7 @@ class VAE(ClassNamePrefixFeaturesOutMixin, TransformerMixin, DensityMixin, BaseE
 
     def _draws(self, rows: RowBatch, q_params: Tensor) -> Tensor:
         """K draws of each row's q, [K, B, D]. Its values decide its noise, so that no row feels its neighbours."""
-        positive("VAE", n_draws=self.n_draws)
+        check_range("VAE", n_draws=self.n_draws)
         draws = []
         for own, x in zip(q_params.split(1), rows.x.numpy() + 0.0, strict=True):  # + 0.0 makes 0 of -0
             torch.manual_seed(self.recipe_.seed + int.from_bytes(hashlib.sha256(x.tobytes()).digest()[:7]))

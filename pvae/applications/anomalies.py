@@ -11,7 +11,7 @@ import torch
 from scipy.stats import rankdata
 from torch import Tensor
 
-from pvae.errors import Incompatible, UserError, nearest, positive
+from pvae.errors import Incompatible, UserError, check_range, nearest
 from pvae.inference.batching import RowBatch, Values, map_batches
 from pvae.inference.guides import Guide
 from pvae.inference.importance import log_weights
@@ -168,7 +168,7 @@ def detect_anomalies(
     Generative Models Using Typicality*, arXiv:1906.02994; Sun, Ming, Zhu, Li (2022), *Out-of-Distribution Detection
     with Deep Nearest Neighbors*, arXiv:2204.06507.
     """
-    positive("anomalies", K=K)
+    check_range("anomalies", K=K)
     if not 0 < false_alarm < 1:
         raise UserError(f"the rate of false alarms is {false_alarm}, but it must be between 0 and 1")
     wanted, left_out = _available(guide, scores)

@@ -11,7 +11,7 @@ import torch
 from scipy.optimize import brentq
 from torch import Tensor
 
-from pvae.errors import Incompatible, UserError, positive
+from pvae.errors import Incompatible, UserError, check_range
 from pvae.inference.batching import RowBatch, Values, map_batches
 from pvae.inference.guides import Guide
 from pvae.inference.importance import log_weights
@@ -57,7 +57,7 @@ class Classification:
 
     def at(self, temperature: float) -> Classification:
         """The same evidence at another temperature, such as that of `fit_temperature`."""
-        positive("classes", temperature=temperature)
+        check_range("classes", temperature=temperature)
         return replace(self, temperature=temperature)
 
     def summary(self, labels: Values) -> dict[str, Estimate]:
@@ -212,7 +212,7 @@ def _classified(
     """Evidence of rows under each class's program, laid side by side."""
     if len(cases) < 2:
         raise UserError(f"{len(cases)} class is given; at least 2 are needed to classify")
-    positive("classify", temperature=temperature, K=K)
+    check_range("classify", temperature=temperature, K=K)
     log_prior = _log_prior(prior, len(cases))
     found = [_evidence(*case, K, seed, progress) for case in cases]
     evidence, se = (torch.stack([each[name] for each in found], 1) for name in ("evidence", "se"))

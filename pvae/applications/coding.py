@@ -11,7 +11,7 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
-from pvae.errors import Incompatible, UserError, nearest, positive
+from pvae.errors import Incompatible, UserError, check_range, nearest
 from pvae.generative.handlers import TemperPrior
 from pvae.inference.batching import RowBatch, Values, draw_chunks, map_batches
 from pvae.inference.guides import Guide
@@ -69,7 +69,7 @@ def encode(
     Source of bits-back coding: Hinton and van Camp (1993), *Keeping Neural Networks Simple*; Townsend, Bird, Barber
     (2019), arXiv:1901.04866.
     """
-    positive("encode", K=K)
+    check_range("encode", K=K)
 
     def compute(rows: RowBatch) -> dict[str, Tensor]:
         q_params = guide.params(rows.x, rows.index).detach()
@@ -137,7 +137,7 @@ def reconstruct(
         seed: of the draws.
         progress: called with the number of rows done.
     """
-    positive("reconstruct", K=K)
+    check_range("reconstruct", K=K)
 
     def compute(rows: RowBatch) -> dict[str, Tensor]:
         q, total = freeze(guide, rows.x, rows.index), torch.zeros(())
@@ -225,7 +225,7 @@ def interpolate(
     Source of the spherical path: Shoemake (1985), *Animating Rotation with Quaternion Curves*; White (2016),
     arXiv:1609.04468.
     """
-    positive("interpolate", steps=steps)
+    check_range("interpolate", steps=steps)
     if how not in PATHS:
         raise UserError(f"unknown path '{how}'{nearest(how, PATHS)}")
     if len(x) < 2:
@@ -283,7 +283,7 @@ def augment(
         UserError: no new rows, or a negative spread.
         Incompatible: a spread under a point mass, which has none.
     """
-    positive("augment", per_row=per_row)
+    check_range("augment", per_row=per_row)
     if not 0 <= spread < math.inf:
         raise UserError(f"the spread is {spread}, but it must be at least 0")
     if spread and guide.family.point_mass:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pvae.errors import UserError, nearest, positive
+from pvae.errors import UserError, check_range, nearest
 from pvae.inference.batching import RowBatch, Values, as_rows, map_batches
 from pvae.inference.families import Family
 from pvae.inference.guides import Guide
@@ -145,7 +145,7 @@ def make_sliders(
     Raises:
         UserError: an even number of positions, no direction, or fewer than 2 rows.
     """
-    positive("sliders", directions=directions)
+    check_range("sliders", directions=directions)
     if positions < 3 or positions % 2 == 0:
         raise UserError(f"sliders: positions is {positions}, but it must be an odd number from 3 on")
     rows = as_rows(x, model)
@@ -265,7 +265,7 @@ def _neighbours(codes: Tensor, perplexity: float, seed: int) -> Tensor:
     """The codes laid out by t-SNE, [B, 2]."""
     from sklearn.manifold import TSNE
 
-    positive("latent_map", perplexity=perplexity)
+    check_range("latent_map", perplexity=perplexity)
     if perplexity >= len(codes):
         raise UserError(
             f"t-SNE at perplexity {perplexity:g} needs more than {perplexity:g} rows, and here are {len(codes)}; give "

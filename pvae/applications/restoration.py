@@ -12,7 +12,7 @@ from torch import Tensor
 from pvae.distributions.masked import MaskedDistribution
 from pvae.distributions.noisy import Channel, Moments, clamp_to_support, entry_moments, num_levels
 from pvae.distributions.supports import base_constraint
-from pvae.errors import Incompatible, UserError, positive
+from pvae.errors import Incompatible, UserError, check_range
 from pvae.generative.handlers import mask_missing, with_noise
 from pvae.inference.batching import ROWS, RowBatch, Values, as_rows, draw_chunks, map_batches, tile_rows
 from pvae.inference.guides import Guide
@@ -107,7 +107,7 @@ def impute(
     Source: Mattei and Frellsen (2019), *MIWAE: Deep Generative Modelling and Imputation of Incomplete Data Sets*,
     arXiv:1812.02633.
     """
-    positive("impute", K=K, draws=draws, steps=steps)
+    check_range("impute", K=K, draws=draws, steps=steps)
     seen = _seen("impute", model, guide, x, index, there, means)
     _check_values(seen, seen.fn.support)
     todo = (~seen.there).flatten(1).any(1).nonzero().squeeze(1)
@@ -165,7 +165,7 @@ def denoise(
         Incompatible: the program scores whole rows or observes something else than the rows' columns, the noise does not
             take its values, or p(x|z) has no finite variance.
     """
-    positive("denoise", K=K, steps=steps)
+    check_range("denoise", K=K, steps=steps)
     seen = _seen("denoise", model, guide, y, index)
     through = with_noise(model, noise, seen.name)
     _check_variance(seen)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pvae.errors import UserError, positive
+from pvae.errors import UserError, check_range
 from pvae.inference.batching import RowBatch, Values, as_rows, map_batches
 from pvae.inference.guides import Guide
 from pvae.inference.latents import observed_site
@@ -123,7 +123,7 @@ def measure_latent_geometry(
     Raises:
         UserError: fewer than 2 rows, no training rows, or no draws.
     """
-    positive("proximity", draws=draws)
+    check_range("proximity", draws=draws)
     rows, known = as_rows(x, model), as_rows(train, model)
     if len(rows) < 2:
         raise UserError("proximity compares rows with each other: 1 is given, but at least 2 are needed")

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.distributions import Normal, kl_divergence
 
 from pvae.distributions.masked import entry_log_prob
-from pvae.errors import Incompatible, UserError, positive
+from pvae.errors import Incompatible, UserError, check_range
 from pvae.inference.guides import Guide
 from pvae.runtime.pyro_params import Program, local_param_store, module_of
 from pvae.runtime.torch_state import no_validation, seeded
@@ -129,7 +129,7 @@ def measure_latent_usage(
     Surgery*, NIPS workshop on approximate inference (the split of the KL); Gretton, Borgwardt, Rasch, Schoelkopf, Smola
     (2012), *A Kernel Two-Sample Test*, JMLR 13.
     """
-    positive("latent_health", draws=draws, permutations=permutations)
+    check_range("latent_health", draws=draws, permutations=permutations)
     if len(x) < 2:
         raise UserError(f"latent health compares rows with each other: {len(x)} is too few, give at least 2")
     for program in (model, guide):

@@ -13,7 +13,7 @@ from pyro import poutine
 from torch import Tensor
 
 from pvae.distributions.masked import entry_log_prob
-from pvae.errors import Incompatible, UserError, positive
+from pvae.errors import Incompatible, UserError, check_range
 from pvae.generative.handlers import mask_missing
 from pvae.inference.guides import Guide
 from pvae.inference.importance import ROWS_PER_PASS, log_weights
@@ -137,7 +137,7 @@ def run_predictive_checks(
     Source: Gelman, Meng, Stern (1996), *Posterior Predictive Assessment of Model Fitness via Realized Discrepancies*,
     Statistica Sinica 6; Meng (1994), *Posterior Predictive p-Values*, Annals of Statistics 22.
     """
-    positive("predictive_checks", replicates=replicates, K=K, steps=steps)
+    check_range("predictive_checks", replicates=replicates, K=K, steps=steps)
     if not 0 <= hidden < 1:
         raise UserError(f"predictive_checks: hidden is {hidden}, but it must be a share from 0 up to 1")
     for program in (model, guide):

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.distributions import constraints
 
-from pvae.errors import UserError, fits, nearest, positive
+from pvae.errors import UserError, check_range, fits, nearest
 
 __all__ = ["FlipNoise", "GaussianNoise"]
 
@@ -64,7 +64,7 @@ class GaussianNoise(Noise):
     """
 
     def __init__(self, *, scale: float = 0.5) -> None:
-        positive("GaussianNoise", scale=scale)
+        check_range("GaussianNoise", scale=scale)
         self.scale = scale
 
     def __call__(self, x: Tensor) -> dist.TorchDistribution:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from pvae.distributions.flows import Flow, Kind, spline
 from pvae.distributions.mixtures import DiagonalMixture, well_spread
-from pvae.errors import UserError, positive
+from pvae.errors import UserError, check_range
 
 __all__ = ["StandardNormal", "DiagonalNormal", "Laplace", "StudentT", "GaussianMixture", "VampPrior", "FlowPrior"]
 
@@ -92,7 +92,7 @@ class Laplace(Prior):
 
     def __init__(self, dim: int, *, scale: float = 1.0) -> None:
         super().__init__(dim)
-        positive("Laplace", scale=scale)
+        check_range("Laplace", scale=scale)
         self.register_buffer("mean", torch.zeros(dim), persistent=False)
         self.register_buffer("scale", torch.full((dim,), float(scale)), persistent=False)
 
@@ -119,7 +119,7 @@ class StudentT(Prior):
 
     def __init__(self, dim: int, *, df: float = 4.0) -> None:
         super().__init__(dim)
-        positive("StudentT", df=df)
+        check_range("StudentT", df=df)
         self.register_buffer("mean", torch.zeros(dim), persistent=False)
         self.register_buffer("df", torch.full((dim,), float(df)), persistent=False)
 
@@ -143,7 +143,7 @@ class GaussianMixture(Prior):
 
     def __init__(self, dim: int, *, components: int = 10) -> None:
         super().__init__(dim)
-        positive("GaussianMixture", components=components)
+        check_range("GaussianMixture", components=components)
         self.logits = nn.Parameter(torch.zeros(components))
         self.means = nn.Parameter(well_spread(components, dim))
         self.log_scales = nn.Parameter(torch.zeros(components, dim))
@@ -184,7 +184,7 @@ class VampPrior(Prior):
         self, dim: int, *, pseudo_inputs: int = 500, posterior: Callable[[Tensor], dist.TorchDistribution], data: Tensor
     ) -> None:
         super().__init__(dim)
-        positive("VampPrior", pseudo_inputs=pseudo_inputs, rows=len(data))
+        check_range("VampPrior", pseudo_inputs=pseudo_inputs, rows=len(data))
         # Not by plain assignment, which would register a module's parameters.
         object.__setattr__(self, "posterior", posterior)
         data = data.to(torch.get_default_dtype())

@@ -7,7 +7,7 @@ from pyro.poutine.runtime import effectful
 from torch import Tensor, nn
 from torch.distributions import constraints
 
-from pvae.errors import UserError, positive
+from pvae.errors import UserError, check_range
 from pvae.inference.families import Family
 from pvae.inference.latents import LatentSites, real_vector_latent
 from pvae.inference.refinement import (
@@ -117,7 +117,7 @@ class SemiAmortized(Guide):
         sites: LatentSites | None = None,
     ) -> None:
         super().__init__(family, sites)
-        positive("SemiAmortized", steps=steps, draws=draws, learning_rate=learning_rate)
+        check_range("SemiAmortized", steps=steps, draws=draws, learning_rate=learning_rate)
         self.encoder = encoder
         self.steps, self.draws, self.unroll = steps, draws, unroll
         self.local_elbo = LocalELBO(model, family, self.sites)
@@ -149,7 +149,7 @@ class RefinedGuide(Guide):
 
     def __init__(self, guide: Guide, model: Program, *, steps: int = 300) -> None:
         super().__init__(guide.family, guide.sites)
-        positive("Optimized", steps=steps)
+        check_range("Optimized", steps=steps)
         self.start, self.steps = guide, steps
         self.local_elbo = LocalELBO(model, guide.family, guide.sites)
 
@@ -198,7 +198,7 @@ class PerDatapoint(Guide):
         sites: LatentSites | None = None,
     ) -> None:
         super().__init__(family, sites)
-        positive(
+        check_range(
             "PerDatapoint",
             num_data=num_data,
             local_steps=local_steps,
