@@ -9,27 +9,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = [
-    "Estimate",
-    "bootstrap",
-    "chain_ess",
-    "draws_needed",
-    "effective_sample_size",
-    "holm",
-    "k_hat",
-    "k_hat_of_tail",
-    "k_hat_threshold",
-    "log_mean_exp",
-    "log_mean_exp_se",
-    "mean_se",
-    "number",
-    "percent",
-    "r_hat",
-    "tail_length",
-    "uniform_p",
-]
-
-
 # k-hat beyond which no number of draws that one can afford makes importance weights reliable.
 UNRELIABLE = 0.7
 
@@ -55,6 +34,31 @@ def mean_se(values: Tensor) -> Estimate:
     n = values.numel()
     se = values.std().item() / math.sqrt(n) if n > 1 else math.nan
     return Estimate(values.mean().item(), se)
+
+
+def column_means(x: Tensor, observed: Tensor | None = None) -> Tensor:
+    """Return the mean of each column's observed entries, [D]; 0 for a column without any.
+
+    Arguments:
+        x: rows [N, D]; NaN marks missing entries.
+        observed: entries to use, [N, D]; all that are not NaN unless given.
+    """
+    observed = ~x.isnan() if observed is None else observed & ~x.isnan()
+    return torch.where(observed, x, 0).sum(0) / observed.sum(0).clamp(min=1)
+
+
+def impute_column_means(x: Tensor, observed: Tensor | None = None, means: Tensor | None = None) -> Tensor:
+    """Replace missing entries by their columns' means (mean imputation), [N, D].
+
+    Arguments:
+        x, observed: as in `column_means`.
+        means: to use, [D]; those of the observed entries unless given.
+
+    >>> impute_column_means(torch.tensor([[1.0, torch.nan], [3.0, 4.0]])).tolist()
+    [[1.0, 4.0], [3.0, 4.0]]
+    """
+    observed = ~x.isnan() if observed is None else observed & ~x.isnan()
+    return torch.where(observed, x, column_means(x, observed) if means is None else means.to(x))
 
 
 def number(estimate: Estimate) -> str:
