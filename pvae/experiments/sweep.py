@@ -7,14 +7,10 @@ import itertools
 import multiprocessing
 import os
 import re
-import signal
-import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -26,7 +22,7 @@ from pvae.recipes import preflight, recipe, registry
 from pvae.recipes.build import FittedModel
 from pvae.recipes.recipe import Recipe
 from pvae.runtime.progress import progress_bar
-from pvae.runtime.signals import TrainingInterrupt
+from pvae.runtime.signals import TrainingInterrupt, handle_first_signal, raise_interrupt
 
 
 @dataclass(frozen=True)
@@ -213,7 +209,7 @@ def _train_apart(wanted: list[SweepPoint], folder: Path, pool: Workers, begun: l
         # In process groups of their own, Ctrl-C reaches them once, through this process, and not twice.
         ProcessPoolExecutor(jobs, mp_context=spawning, initializer=os.setpgrp) as workers,
         progress_bar("variants", len(wanted), wanted=pool.progress) as show,
-        _signals_raised(),
+        handle_first_signal(raise_interrupt),
     ):
         waiting, running, trained = list(zip(wanted, begun, strict=True)), dict[Any, SweepPoint](), 0
         try:
@@ -231,26 +227,6 @@ def _train_apart(wanted: list[SweepPoint], folder: Path, pool: Workers, begun: l
             for process in multiprocessing.active_children():
                 process.terminate()
             raise
-
-
-@contextmanager
-def _signals_raised() -> Iterator[None]:
-    """Ctrl-C and SIGTERM as an exception that says how to go on."""
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        raise TrainingInterrupt(
-            f"stopped by {signal.Signals(number).name}; the same command with --resume goes on", number
-        )
-
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    usual = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in usual.items():
-            signal.signal(number, handler)
 
 
 def _train_alone(

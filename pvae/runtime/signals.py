@@ -1,17 +1,19 @@
-"""Stopping: work that a signal stops ends where it can be gone on with, and says how."""
+"""Ctrl-C and SIGTERM: work that is stopped saves what it has and says how to resume."""
 
 from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
+from pvae.errors import param
+
 
 class TrainingInterrupt(Exception):
-    """Work was stopped by a signal, after saving what there was.
+    """Interruption by a signal, raised after saving.
 
     Attributes:
         signal: its number.
@@ -26,32 +28,46 @@ class TrainingInterrupt(Exception):
 
 
 @contextmanager
-def deferred_signals(caught: list[int]) -> Iterator[None]:
-    """Note Ctrl-C and SIGTERM in a list instead of dying of the first; the second has its usual effect."""
+def handle_first_signal(act: Callable[[int], None]) -> Iterator[None]:
+    """Call a function with the number of the first Ctrl-C or SIGTERM in the block; the second has its usual effect.
+
+    Signals reach the main thread only: in another one the block runs as it is.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    usual = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def restore() -> None:
-        for number, handler in usual.items():
+        for number, handler in handlers.items():
             signal.signal(number, handler)
 
-    def note(number: int, frame: FrameType | None) -> None:
-        caught.append(number)
+    def handle(number: int, frame: FrameType | None) -> None:
         restore()
+        act(number)
 
-    for number in usual:
-        signal.signal(number, note)
+    for number in handlers:
+        signal.signal(number, handle)
     try:
         yield
     finally:
         restore()
 
 
+def raise_interrupt(number: int) -> None:
+    """Raise a `TrainingInterrupt` at once; a policy for `handle_first_signal`."""
+    name = signal.Signals(number).name
+    raise TrainingInterrupt(f"stopped by {name}; the same command with {param('resume', True)} goes on", number)
+
+
 @contextmanager
 def with_resume_hint(folder: Path, flag: str = "") -> Iterator[None]:
-    """Let Ctrl-C in the block say that the same command, with this flag, goes on in the folder."""
+    """Turn Ctrl-C in the block into an interrupt whose message says where results are and how to resume.
+
+    Arguments:
+        folder: where the block saves.
+        flag: to add to the command.
+    """
     try:
         yield
     except KeyboardInterrupt:

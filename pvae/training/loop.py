@@ -24,7 +24,7 @@ from pvae.runtime.files import write_text
 from pvae.runtime.precision import matmul_precision
 from pvae.runtime.progress import progress_bar
 from pvae.runtime.pyro_params import Program, module_of
-from pvae.runtime.signals import TrainingInterrupt, deferred_signals
+from pvae.runtime.signals import TrainingInterrupt, handle_first_signal
 from pvae.runtime.torch_state import RandomState, no_validation, pick_device, seeded
 from pvae.training import checkpoints
 from pvae.training.cuda_graph import CudaGraphStep, with_cuda_graph
@@ -117,7 +117,10 @@ def fit(
             if resume:
                 loop.restore()
         wanted = progress and distributed.is_main_process()
-        with deferred_signals(loop.caught), progress_bar("epochs", epochs, done=loop.epoch, wanted=wanted) as show:
+        with (
+            handle_first_signal(loop.caught.append),
+            progress_bar("epochs", epochs, done=loop.epoch, wanted=wanted) as show,
+        ):
             if loop.epoch < epochs and loop.report.stopped != "early":
                 loop.start(engine, epochs, progress)
             while loop.epoch < epochs and loop.report.stopped != "early":
