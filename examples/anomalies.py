@@ -7,29 +7,23 @@ import sys
 
 import torch
 
-from pvae import applications
-from pvae.data.loading import load_data
-from pvae.generative.likelihoods import Bernoulli
-from pvae.generative.networks import MLP
-from pvae.generative.priors import StandardNormal
-from pvae.generative.vae import VAE
-from pvae.inference.families import DiagonalNormal
-from pvae.inference.guides import Amortized
+import pvae
 from pvae.stats import number
-from pvae.training.loop import fit
 
 epochs = int(sys.argv[1]) if len(sys.argv) > 1 else 150
-every = load_data("digits", binarize="threshold", validation_size=0.2)
+every = pvae.load_data("digits", binarize="threshold", validation_size=0.2)
 for out in (1, 4):
     normal = [digit for digit in range(10) if digit != out]
-    data = load_data("digits", binarize="threshold", validation_size=0.2, only=normal)
+    data = pvae.load_data("digits", binarize="threshold", validation_size=0.2, only=normal)
     torch.manual_seed(0)
-    vae = VAE(MLP(8, 64, hidden=[128]), Bernoulli(), StandardNormal(8))
-    guide = Amortized(MLP(64, 16, hidden=[128]), DiagonalNormal(8))
-    fit(vae.model, guide, data, epochs=epochs, learning_rate=2e-3)
+    vae = pvae.VAE(pvae.networks.MLP(8, 64, hidden=[128]), pvae.likelihoods.Bernoulli(), pvae.priors.StandardNormal(8))
+    guide = pvae.Amortized(pvae.networks.MLP(64, 16, hidden=[128]), pvae.families.DiagonalNormal(8))
+    pvae.fit(vae.model, guide, data, epochs=epochs, learning_rate=2e-3)
 
     # Thresholds come from normal rows that nothing was fitted to: 5% of such rows exceed them, whatever the score.
-    found = applications.detect_anomalies(vae.model, guide, every.test, reference=data.validation, false_alarm=0.05)
+    found = pvae.applications.detect_anomalies(
+        vae.model, guide, every.test, reference=data.validation, false_alarm=0.05
+    )
     figures = found.summary(every.test_labels == out)
     print(f"fitted without {out}; thresholds that a share {number(found.expected)} of fresh normal rows exceeds")
     for name in found.scores:

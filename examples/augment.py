@@ -9,23 +9,17 @@ import torch
 from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
 
-from pvae import applications
-from pvae.data.loading import load_data
-from pvae.generative.likelihoods import Gaussian
-from pvae.generative.networks import MLP
-from pvae.generative.priors import StandardNormal
-from pvae.generative.vae import VAE
-from pvae.inference.families import DiagonalNormal
-from pvae.inference.guides import Amortized
+import pvae
 from pvae.stats import mean_se, number
-from pvae.training.loop import fit
 
 epochs = int(sys.argv[1]) if len(sys.argv) > 1 else 200
-data = load_data("digits")
+data = pvae.load_data("digits")
 torch.manual_seed(0)
-vae = VAE(MLP(8, 64, hidden=[128]), Gaussian(scale=0.3), StandardNormal(8))
-guide = Amortized(MLP(64, 16, hidden=[128]), DiagonalNormal(8))
-fit(vae.model, guide, data, epochs=epochs, learning_rate=2e-3)  # all training rows, whose labels it does not see
+vae = pvae.VAE(
+    pvae.networks.MLP(8, 64, hidden=[128]), pvae.likelihoods.Gaussian(scale=0.3), pvae.priors.StandardNormal(8)
+)
+guide = pvae.Amortized(pvae.networks.MLP(64, 16, hidden=[128]), pvae.families.DiagonalNormal(8))
+pvae.fit(vae.model, guide, data, epochs=epochs, learning_rate=2e-3)  # all training rows, whose labels it does not see
 
 classifiers = {"logistic regression": LogisticRegression(max_iter=500), "nearest neighbour": KNeighborsClassifier(1)}
 gains = {(name, spread): [] for name in classifiers for spread in (0.0, 1.0, 3.0)}
@@ -36,7 +30,7 @@ for draw in range(10):  # other labelled rows each time
     for name, classifier in classifiers.items():
         alone[name].append(100 * classifier.fit(x, y).score(data.test, data.test_labels))
     for (name, spread), gained in gains.items():
-        new = applications.augment(vae.model, guide, x, which, per_row=10, spread=spread, seed=draw)
+        new = pvae.applications.augment(vae.model, guide, x, which, per_row=10, spread=spread, seed=draw)
         classifiers[name].fit(torch.cat([x, new.x]), torch.cat([y, y[new.row]]))
         gained.append(100 * classifiers[name].score(data.test, data.test_labels) - alone[name][-1])
 

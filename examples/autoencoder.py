@@ -7,34 +7,32 @@ import sys
 
 import torch
 
-from pvae import applications
-from pvae.data.loading import load_data
-from pvae.diagnostics.latent_geometry import measure_latent_geometry
-from pvae.generative.likelihoods import Gaussian
-from pvae.generative.networks import MLP
-from pvae.generative.priors import StandardNormal
-from pvae.generative.vae import VAE
-from pvae.inference.families import Delta, DiagonalNormal
-from pvae.inference.guides import Amortized
+import pvae
 from pvae.stats import mean_se, number
-from pvae.training.loop import fit
-from pvae.training.objectives import ELBO
 
 epochs = int(sys.argv[1]) if len(sys.argv) > 1 else 200
-data, D = load_data("digits"), 8
+data, D = pvae.load_data("digits"), 8
 # A point for q(z|x) and no KL leave the reconstruction alone: an autoencoder.
-kinds = {"autoencoder": (Delta(D), ELBO(kl_weight=0)), "VAE": (DiagonalNormal(D), ELBO())}
+kinds = {
+    "autoencoder": (pvae.families.Delta(D), pvae.objectives.ELBO(kl_weight=0)),
+    "VAE": (pvae.families.DiagonalNormal(D), pvae.objectives.ELBO()),
+}
 for name, (family, objective) in kinds.items():
     torch.manual_seed(0)
-    vae = VAE(MLP(D, 64, hidden=[128]), Gaussian(scale=0.3), StandardNormal(D))
-    guide = Amortized(MLP(64, family.size, hidden=[128]), family)
-    fit(vae.model, guide, data, epochs=epochs, learning_rate=2e-3, objective=objective)
+    vae = pvae.VAE(
+        pvae.networks.MLP(D, 64, hidden=[128]), pvae.likelihoods.Gaussian(scale=0.3), pvae.priors.StandardNormal(D)
+    )
+    guide = pvae.Amortized(pvae.networks.MLP(64, family.size, hidden=[128]), family)
+    pvae.fit(vae.model, guide, data, epochs=epochs, learning_rate=2e-3, objective=objective)
 
-    codes = applications.encode(vae.model, guide, data.test)
-    found = measure_latent_geometry(vae.model, guide, data.test, data.train)
+    codes = pvae.applications.encode(vae.model, guide, data.test)
+    found = pvae.diagnostics.measure_latent_geometry(vae.model, guide, data.test, data.train)
     figures = found.summary()
     print(f"{name}: error of rebuilt test rows {number(mean_se(codes.error.sqrt()))} (root mean square over pixels)")
-    print(f"  distance from the nearest training row: rebuilt test rows {number(mean_se(found.rows))}", end=", ")
+    print(
+        f"  distance from the nearest training row: rebuilt test rows {number(mean_se(found.rows))}",
+        end=", ",
+    )
     print(
         f"draws from the prior {number(mean_se(found.prior))}, halfway between codes {number(mean_se(found.between))}"
     )

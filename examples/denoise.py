@@ -7,31 +7,24 @@ import sys
 
 import torch
 
-from pvae import applications
-from pvae.data.loading import load_data
-from pvae.generative.likelihoods import Gaussian
-from pvae.generative.networks import MLP
-from pvae.generative.noise import GaussianNoise
-from pvae.generative.priors import StandardNormal
-from pvae.generative.vae import VAE
-from pvae.inference.families import DiagonalNormal
-from pvae.inference.guides import Amortized
+import pvae
 from pvae.stats import mean_se, number
-from pvae.training.loop import fit
 
 epochs = int(sys.argv[1]) if len(sys.argv) > 1 else 200
-data = load_data("digits")
+data = pvae.load_data("digits")
 torch.manual_seed(0)
-vae = VAE(MLP(8, 64, hidden=[128]), Gaussian(scale=0.3), StandardNormal(8))
-guide = Amortized(MLP(64, 16, hidden=[128]), DiagonalNormal(8))
-fit(vae.model, guide, data, epochs=epochs, learning_rate=2e-3)  # clean rows alone
+vae = pvae.VAE(
+    pvae.networks.MLP(8, 64, hidden=[128]), pvae.likelihoods.Gaussian(scale=0.3), pvae.priors.StandardNormal(8)
+)
+guide = pvae.Amortized(pvae.networks.MLP(64, 16, hidden=[128]), pvae.families.DiagonalNormal(8))
+pvae.fit(vae.model, guide, data, epochs=epochs, learning_rate=2e-3)  # clean rows alone
 
 x = data.test[:200]
 for scale in (0.1, 0.3, 0.5):
-    noise = GaussianNoise(scale=scale)
+    noise = pvae.noise.GaussianNoise(scale=scale)
     y = noise.added(x)
-    found = applications.denoise(vae.model, guide, y, noise)
-    passed = applications.reconstruct(vae.model, guide, y, K=20)
+    found = pvae.applications.denoise(vae.model, guide, y, noise)
+    passed = pvae.applications.reconstruct(vae.model, guide, y, K=20)
     told = {"seen": y, "encoded and decoded": passed, "denoised": found.x}
     errors = [f"{name} {number(mean_se((each - x).square().mean(1).sqrt()))}" for name, each in told.items()]
     inside = 100 * ((found.x - x).abs() < 1.645 * found.sd).double().mean(1)

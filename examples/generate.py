@@ -7,26 +7,20 @@ import sys
 
 import torch
 
-from pvae import applications
-from pvae.data.loading import load_data
-from pvae.generative.likelihoods import Bernoulli
-from pvae.generative.networks import MLP
-from pvae.generative.priors import StandardNormal
-from pvae.generative.vae import VAE
-from pvae.inference.families import DiagonalNormal
-from pvae.inference.guides import Amortized
+import pvae
 from pvae.stats import mean_se, number
-from pvae.training.loop import fit
 
 epochs = int(sys.argv[1]) if len(sys.argv) > 1 else 200
-data = load_data("digits", binarize="threshold")
+data = pvae.load_data("digits", binarize="threshold")
 torch.manual_seed(0)
-vae = VAE(MLP(8, 64, hidden=[128]), Bernoulli(), StandardNormal(8))
-guide = Amortized(MLP(64, 16, hidden=[128]), DiagonalNormal(8))
-fit(vae.model, guide, data, epochs=epochs, learning_rate=2e-3)
+vae = pvae.VAE(pvae.networks.MLP(8, 64, hidden=[128]), pvae.likelihoods.Bernoulli(), pvae.priors.StandardNormal(8))
+guide = pvae.Amortized(pvae.networks.MLP(64, 16, hidden=[128]), pvae.families.DiagonalNormal(8))
+pvae.fit(vae.model, guide, data, epochs=epochs, learning_rate=2e-3)
 
 like = torch.zeros(500, 64)  # says how many rows to draw, and of what shape
-rows = {f"draws at temperature {t}": applications.sample(vae.model, like, temperature=t, draw=True) for t in (1.0, 0.5)}
+rows = {
+    f"draws at temperature {t}": pvae.applications.sample(vae.model, like, temperature=t, draw=True) for t in (1.0, 0.5)
+}
 rows |= {"test rows": data.test, "pixels drawn one by one": torch.bernoulli(data.train.mean(0).expand(500, -1))}
 print("pixels, of 64, that differ from the nearest training row:")
 for name, x in rows.items():
@@ -36,10 +30,10 @@ for name, x in rows.items():
 # Below 1 draws keep to the middle of the latent space: less varied, and, where no digit lies there, no better.
 print("difference between two means of p(x|z), root mean square over pixels:")
 for t in (1.0, 0.5):
-    means = applications.sample(vae.model, like, temperature=t)
+    means = pvae.applications.sample(vae.model, like, temperature=t)
     print(f"  temperature {t}: {number(mean_se((means[::2] - means[1::2]).square().mean(1).sqrt()))}")
 
-means = applications.sample(vae.model, like[:6]).view(6, 8, 8)
+means = pvae.applications.sample(vae.model, like[:6]).view(6, 8, 8)
 print("six means, which are smoother than any draw:")
 for line in range(8):
     print("   ".join("".join(" .:+#"[round(4 * ink)] * 2 for ink in row) for row in means[:, line].tolist()))

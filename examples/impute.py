@@ -8,34 +8,31 @@ from dataclasses import replace
 
 import torch
 
-from pvae import applications
-from pvae.data.loading import load_data
-from pvae.generative.handlers import mask_missing
-from pvae.generative.likelihoods import Gaussian
-from pvae.generative.networks import MLP, ImputeMeans
-from pvae.generative.priors import StandardNormal
-from pvae.generative.vae import VAE
-from pvae.inference.families import DiagonalNormal
-from pvae.inference.guides import Amortized
+import pvae
 from pvae.stats import mean_se, number
-from pvae.training.loop import fit
 
 epochs = int(sys.argv[1]) if len(sys.argv) > 1 else 200
-data = load_data("digits")
+data = pvae.load_data("digits")
 lost = torch.rand(data.train.shape, generator=torch.Generator().manual_seed(0)) < 0.3
 rows = data.train.masked_fill(lost, torch.nan)
 data = replace(data, train=rows, means=rows.nanmean(0))  # of a file with NaN: load(path, missing=True)
 print(data.summary())
 
 torch.manual_seed(0)
-vae = VAE(MLP(8, 64, hidden=[128]), Gaussian(scale=0.3), StandardNormal(8))
-encoder = ImputeMeans(MLP(64, 16, hidden=[128]), data.means)  # sees the columns' means in the place of what is missing
-guide = Amortized(encoder, DiagonalNormal(8))
-fit(mask_missing(vae.model), guide, data, epochs=epochs, learning_rate=2e-3)  # scores the entries that are there
+vae = pvae.VAE(
+    pvae.networks.MLP(8, 64, hidden=[128]), pvae.likelihoods.Gaussian(scale=0.3), pvae.priors.StandardNormal(8)
+)
+encoder = pvae.networks.ImputeMeans(
+    pvae.networks.MLP(64, 16, hidden=[128]), data.means
+)  # sees the columns' means in the place of what is missing
+guide = pvae.Amortized(encoder, pvae.families.DiagonalNormal(8))
+pvae.fit(
+    pvae.mask_missing(vae.model), guide, data, epochs=epochs, learning_rate=2e-3
+)  # scores the entries that are there
 
 x = data.test[:200]
 hidden = torch.rand(x.shape, generator=torch.Generator().manual_seed(1)) < 0.5
-found = applications.impute(vae.model, guide, x.masked_fill(hidden, torch.nan), draws=20)
+found = pvae.applications.impute(vae.model, guide, x.masked_fill(hidden, torch.nan), draws=20)
 
 
 def error(filled):

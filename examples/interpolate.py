@@ -7,23 +7,17 @@ import sys
 
 import torch
 
-from pvae import applications
-from pvae.data.loading import load_data
-from pvae.generative.likelihoods import Gaussian
-from pvae.generative.networks import MLP
-from pvae.generative.priors import StandardNormal
-from pvae.generative.vae import VAE
-from pvae.inference.families import DiagonalNormal
-from pvae.inference.guides import Amortized
+import pvae
 from pvae.stats import mean_se, number
-from pvae.training.loop import fit
 
 epochs = int(sys.argv[1]) if len(sys.argv) > 1 else 200
-data = load_data("digits")
+data = pvae.load_data("digits")
 torch.manual_seed(0)
-vae = VAE(MLP(8, 64, hidden=[128]), Gaussian(scale=0.3), StandardNormal(8))
-guide = Amortized(MLP(64, 16, hidden=[128]), DiagonalNormal(8))
-fit(vae.model, guide, data, epochs=epochs, learning_rate=2e-3)
+vae = pvae.VAE(
+    pvae.networks.MLP(8, 64, hidden=[128]), pvae.likelihoods.Gaussian(scale=0.3), pvae.priors.StandardNormal(8)
+)
+guide = pvae.Amortized(pvae.networks.MLP(64, 16, hidden=[128]), pvae.families.DiagonalNormal(8))
+pvae.fit(vae.model, guide, data, epochs=epochs, learning_rate=2e-3)
 
 
 def distance(x):
@@ -35,14 +29,14 @@ x = data.test[:200]  # pairs: rows 0 and 1, 1 and 2, and so on
 print(f"distance from the nearest training row: test rows {number(mean_se(distance(x)))}")
 print(f"  halfway between two of them, a blend of pixels {number(mean_se(distance((x[:-1] + x[1:]) / 2)))}")
 for how in ("linear", "spherical"):
-    path = applications.interpolate(
+    path = pvae.applications.interpolate(
         vae.model, guide, x, steps=2, how=how
     )  # z [S, D], x [S, C], and where they are, at [S]
     ends, middle = path.z[::2].norm(dim=1), path.z[1::2].norm(dim=1)
     print(f"  {how} path through the codes {number(mean_se(distance(path.x[1::2])))};", end=" ")
     print(f"norm of codes {number(mean_se(ends))} at the rows, {number(mean_se(middle))} halfway")
 
-way = applications.interpolate(vae.model, guide, x[:2], steps=6).x.view(7, 8, 8)
+way = pvae.applications.interpolate(vae.model, guide, x[:2], steps=6).x.view(7, 8, 8)
 print(f"linear, from a {data.test_labels[0]} to a {data.test_labels[1]}:")
 for line in range(8):
     print(

@@ -11,15 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import constraints
 
-from pvae.diagnostics.evaluation import bounds
-from pvae.generative.likelihoods import Likelihood
-from pvae.generative.priors import Prior
-from pvae.inference.families import Family, positive_scale
-from pvae.recipes.build import build_model, fit_recipe
-from pvae.recipes.recipe import Recipe, load_recipe_data, resolve
+import pvae
+from pvae import recipes
 
 
-class Geometric(Likelihood):
+class Geometric(pvae.likelihoods.Likelihood):
     r"""Counts that fall off by a constant factor, :math:`p(x|z) = \prod_d q_d^{x_d} (1 - q_d)`, log-odds of q eta."""
 
     support = constraints.nonnegative_integer
@@ -29,7 +25,7 @@ class Geometric(Likelihood):
         return dist.Geometric(logits=-eta).to_event(1)
 
 
-class SpikeAndSlab(Prior):
+class SpikeAndSlab(pvae.priors.Prior):
     r"""Codes of which many are nearly 0, :math:`p(z) = \prod_d w N(z_d; 0, s^2) + (1 - w) N(z_d; 0, 1)`, w learned."""
 
     def __init__(self, dim: int, *, spike: float = 0.1) -> None:
@@ -42,8 +38,8 @@ class SpikeAndSlab(Prior):
         return dist.MixtureSameFamily(weights, dist.Normal(0.0, self.scales.expand(self.dim, 2))).to_event(1)
 
 
-class Laplace(Family):
-    r"""Independent Laplace distributions, :math:`q(z|x) = \prod_d e^{-|z_d - m_d| / b_d} / 2 b_d`, q_params = (m, log b)."""
+class Laplace(pvae.families.Family):
+    r"""Independent Laplace distributions, :math:`q(z|x) = \prod_d e^{-|z_d - m_d| / b_d} / 2 b_d`, of m and log b."""
 
     def __init__(self, dim: int) -> None:
         super().__init__(dim)
@@ -51,12 +47,12 @@ class Laplace(Family):
 
     def forward(self, q_params: Tensor) -> dist.TorchDistribution:
         mean, log_scale = q_params.chunk(2, -1)
-        return dist.Laplace(mean, positive_scale(log_scale)).to_event(1)
+        return dist.Laplace(mean, pvae.families.positive_scale(log_scale)).to_event(1)
 
 
 if __name__ == "__main__":
-    recipe = resolve(
-        Recipe(
+    recipe = recipes.resolve(
+        pvae.Recipe(
             data="digits",
             likelihood=f"{__file__}:Geometric",
             prior=f"{__file__}:SpikeAndSlab(spike=0.05)",
@@ -64,9 +60,9 @@ if __name__ == "__main__":
             epochs=int(sys.argv[1]) if len(sys.argv) > 1 else 50,
         )
     )
-    data = load_recipe_data(recipe)
+    data = recipes.load_recipe_data(recipe)
     print(data.summary())
-    fitted = fit_recipe(build_model(recipe, data), data)
-    found = bounds(fitted.model, fitted.guide, data.test, K=100).summary()
+    fitted = recipes.fit_recipe(recipes.build_model(recipe, data), data)
+    found = pvae.diagnostics.bounds(fitted.model, fitted.guide, data.test, K=100).summary()
     print(f"test IWAE-100: {found['iwae'].mean:.2f} ± {found['iwae'].se:.2f} nats of mass per row")
     print(f"share of the spike: {fitted.program.prior.logits.softmax(-1)[0].item():.2f}")

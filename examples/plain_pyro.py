@@ -7,20 +7,16 @@ import sys
 
 from pyro.infer import SVI, Trace_ELBO
 
-from pvae.data.loading import load_data
-from pvae.generative.likelihoods import Gaussian
-from pvae.generative.networks import MLP
-from pvae.generative.priors import StandardNormal
-from pvae.generative.vae import VAE
-from pvae.inference.families import DiagonalNormal
-from pvae.inference.guides import PerDatapoint
-from pvae.training.optimizer import FusedAdam
+import pvae
+from pvae.training import FusedAdam
 
 steps = int(sys.argv[1]) if len(sys.argv) > 1 else 500
-data = load_data("digits")
-vae = VAE(MLP(4, 64, hidden=[64]), Gaussian(scale=0.3), StandardNormal(4))
-family = DiagonalNormal(4)
-guide = PerDatapoint(len(data.train), family, model=vae.model)
+data = pvae.load_data("digits")
+vae = pvae.VAE(
+    pvae.networks.MLP(4, 64, hidden=[64]), pvae.likelihoods.Gaussian(scale=0.3), pvae.priors.StandardNormal(4)
+)
+family = pvae.families.DiagonalNormal(4)
+guide = pvae.PerDatapoint(len(data.train), family, model=vae.model)
 
 # FusedAdam lets the visited rows of the guide take their step after the decoder's.
 svi = SVI(vae.model, guide, FusedAdam(vae, guide, learning_rate=2e-3), Trace_ELBO())

@@ -9,26 +9,18 @@ import sys
 import torch
 from sklearn.decomposition import PCA
 
-from pvae import applications
-from pvae.data.loading import load_data
-from pvae.generative.likelihoods import Bernoulli
-from pvae.generative.networks import MLP
-from pvae.generative.priors import StandardNormal
-from pvae.generative.vae import VAE
-from pvae.inference.families import DiagonalNormal
-from pvae.inference.guides import Amortized
+import pvae
 from pvae.stats import mean_se, number
-from pvae.training.loop import fit
 
 epochs = int(sys.argv[1]) if len(sys.argv) > 1 else 200
-data, D = load_data("digits", binarize="threshold"), 8
+data, D = pvae.load_data("digits", binarize="threshold"), 8
 torch.manual_seed(0)
-vae = VAE(MLP(D, 64, hidden=[128]), Bernoulli(), StandardNormal(D))
-guide = Amortized(MLP(64, 2 * D, hidden=[128]), DiagonalNormal(D))
-fit(vae.model, guide, data, epochs=epochs, learning_rate=2e-3)
+vae = pvae.VAE(pvae.networks.MLP(D, 64, hidden=[128]), pvae.likelihoods.Bernoulli(), pvae.priors.StandardNormal(D))
+guide = pvae.Amortized(pvae.networks.MLP(64, 2 * D, hidden=[128]), pvae.families.DiagonalNormal(D))
+pvae.fit(vae.model, guide, data, epochs=epochs, learning_rate=2e-3)
 
-codes = applications.encode(vae.model, guide, data.test)  # mean and sd of q(z|x), [B, D], and what they cost
-rebuilt = applications.decode(vae.model, guide, codes.mean)  # means of p(x|z), [B, 64]
+codes = pvae.applications.encode(vae.model, guide, data.test)  # mean and sd of q(z|x), [B, D], and what they cost
+rebuilt = pvae.applications.decode(vae.model, guide, codes.mean)  # means of p(x|z), [B, 64]
 pca = PCA(D).fit(data.train)
 projected = torch.from_numpy(pca.inverse_transform(pca.transform(data.test))).clamp(0, 1)
 for name, x in {"VAE": rebuilt, "PCA": projected}.items():

@@ -12,14 +12,14 @@ from sklearn.model_selection import GridSearchCV, train_test_split
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import Binarizer, StandardScaler
 
-from pvae.sklearn import VAE
+import pvae
 
 epochs = int(sys.argv[1]) if len(sys.argv) > 1 else 100
 x, y = load_digits(return_X_y=True)
 train, test, y_train, y_test = train_test_split(x, y, test_size=0.3, random_state=0)
 
 # The score is the rows' mean log evidence, so that scikit-learn's search takes the density that fits new rows best.
-vae = VAE(likelihood="Bernoulli", max_iter=epochs, learning_rate=2e-3, random_state=0)
+vae = pvae.VAE(likelihood="Bernoulli", max_iter=epochs, learning_rate=2e-3, random_state=0)
 search = GridSearchCV(make_pipeline(Binarizer(threshold=8), vae), {"vae__n_components": [2, 4, 8]}, cv=3)
 search.fit(train)
 found = search.cv_results_

@@ -11,9 +11,8 @@ from pathlib import Path
 
 import xarray
 
-from pvae.diagnostics.evaluation import Budget
+import pvae
 from pvae.experiments.compare import RunOptions, compare
-from pvae.recipes.recipe import Recipe
 
 warnings.filterwarnings("ignore", message=".*(style.core|Pareto|'axis'|single numeric RGB)")
 with suppress(ImportError):
@@ -27,8 +26,8 @@ pictures = Path(sys.argv[2] if len(sys.argv) > 2 else tempfile.mkdtemp())
 run = Path(given)
 if not run.is_dir():  # train the three sources of inference on digits
     run = pictures / "run"
-    small = RunOptions(run, rows=50, budget=Budget(K=100, steps=20))
-    compare(Recipe(epochs=int(given), latent=4), small, overwrite=True)
+    small = RunOptions(run, rows=50, budget=pvae.diagnostics.Budget(K=100, steps=20))
+    compare(pvae.Recipe(epochs=int(given), latent=4), small, overwrite=True)
 
 # Every group has the dimension "variant", most have "row", a test row; chain is always 0: draws from q are independent.
 idata = xarray.open_datatree(run / "idata.nc").load()
