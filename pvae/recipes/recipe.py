@@ -85,6 +85,11 @@ class RecipeFile(NamedTuple):
     vary: dict[str, list[Any]]
     expected: dict[str, Any]
 
+    def fixed_at(self, keys: Mapping[str, Any]) -> RecipeFile:
+        """Return the same with one value for each of ``keys`` that it varies, and for the guide, if it is among them."""
+        fixed = {key: [value] for key, value in keys.items() if key in (*self.vary, "guide")}
+        return self._replace(vary=self.vary | fixed)
+
 
 def resolve(recipe: Recipe) -> Recipe:
     """Fill in what suits the data, and every component's defaults, so that nothing is left to a later version's.
