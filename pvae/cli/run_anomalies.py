@@ -33,7 +33,7 @@ def with_others(run: Run, data_folder: str | Path | None = None) -> SelectedRows
     The place of rows of other labels is -1. A program that takes the label has no columns for others.
     """
     own = run.variant.recipe
-    if own.only is None or run.data.classes:
+    if own.only is None or run.data.num_label_columns:
         return opened_run.select_rows(run)
     every = recipe.load_recipe_data(replace(own, only=None), data_folder)
     assert every.test_labels is not None  # else none could be kept

@@ -48,9 +48,9 @@ def classify(asked: UseContext, models: Sequence[Any] | None, *, data: Dataset, 
         if models is not None:
             return applications.classify(models, x, prior=prior, K=K, seed=seed, progress=asked.progress)
         own = x[:, : asked.run.columns]
-        every = classification.evidence_by_label(*asked.programs, own, data.classes, K=K, seed=seed)
-        assert data.kinds is not None  # the columns are theirs
-        return _of_classes(every, torch.isin(data.kinds, kinds), prior)
+        every = classification.evidence_by_label(*asked.programs, own, data.num_label_columns, K=K, seed=seed)
+        assert data.labels is not None  # the columns are theirs
+        return _of_classes(every, torch.isin(data.labels, kinds), prior)
 
     part, held, known = _calibrating(asked, data, kinds)
     temperature = classification.fit_temperature(judged(held, asked.seed + 1).log_evidence, known, prior)
@@ -157,7 +157,7 @@ def class_models(
             f"classify needs labels, and {own.data} has {has}; give its rows a column 'label' (.csv, .parquet) or an "
             "array y (.npz)"
         )
-    if run.data.classes:
+    if run.data.num_label_columns:
         if not len(run.data.validation):
             raise UserError("classify calibrates on rows that the program has not seen; fit with --validation-size 0.1")
         return None, run.data

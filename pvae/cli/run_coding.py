@@ -147,7 +147,7 @@ def _bits(asked: UseContext, both: Tensor) -> str:
 def decode(asked: UseContext, path: Path, *, draw: bool = False) -> UseResult:
     """Codes of a file to rows; where the program is given labels, under those that the file has."""
     z = _codes(path, _dim(asked.run))
-    own = _named(path, ("label",)) if asked.run.data.classes else None
+    own = _named(path, ("label",)) if asked.run.data.num_label_columns else None
     beside, labels = _beside(asked, len(z), None if own is None else torch.from_numpy(np.array(own)))
     found = applications.decode(*asked.programs, z, beside, draw=draw, **asked.options)
     told = [f"{len(z)} codes of {path.name} decoded to {'draws' if draw else 'means'} of p(x|z)."]

@@ -66,7 +66,7 @@ def _beside(asked: UseContext, count: int, labels: Tensor | None = None) -> tupl
     """
     run, rows = asked.run, asked.rows
     which = torch.arange(count) % len(rows.x)
-    if not run.data.classes:
+    if not run.data.num_label_columns:
         if labels is not None:
             raise UserError("the run's program takes no labels; fit one that does, as models/conditional-digits.toml")
         return rows.x[which], {}

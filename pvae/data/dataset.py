@@ -44,9 +44,9 @@ class Dataset:
         binarize: ``none``, ``threshold`` (x > 0.5), ``dynamic`` (drawn afresh for each batch) or ``levels`` (whole
             numbers from 0, as a picture is stored).
         train_labels, validation_labels, test_labels: class of each row, or None.
-        classes: number of columns at the end of each row that hold its label, one-hot.
+        num_label_columns: number of columns at the end of each row that hold its label, one-hot.
         means: of each column's training values, [D], where NaN marks entries that are missing; None where none may be.
-        only: the labels of which these are all rows; None for all labels.
+        only_labels: the labels of which these are all rows; None for all labels.
         label_names: the words that the labels number, if they are words in the file.
         columns: names of the columns, if the file has any.
     """
@@ -60,9 +60,9 @@ class Dataset:
     train_labels: Tensor | None = None
     validation_labels: Tensor | None = None
     test_labels: Tensor | None = None
-    classes: int = 0
+    num_label_columns: int = 0
     means: Tensor | None = None
-    only: tuple[int, ...] | None = None
+    only_labels: tuple[int, ...] | None = None
     label_names: tuple[str, ...] | None = None
     columns: tuple[str, ...] | None = None
 
@@ -72,15 +72,17 @@ class Dataset:
         return self.means is not None
 
     @property
-    def kinds(self) -> Tensor | None:
+    def labels(self) -> Tensor | None:
         """The different labels of all parts, sorted, which is the order of a label's columns; None without labels."""
         return unique_labels((self.train_labels, self.validation_labels, self.test_labels))
 
     @property
     def identity(self) -> str:
         """Name, binarization and what else rows differ by: nats on different identities can't be compared."""
-        kind = ("-labelled" if self.classes else "") + ("-missing" if self.missing else "")
-        return f"{self.name}-{self.binarize}{kind}" + (f"-only-{','.join(map(str, self.only))}" if self.only else "")
+        kind = ("-labelled" if self.num_label_columns else "") + ("-missing" if self.missing else "")
+        return f"{self.name}-{self.binarize}{kind}" + (
+            f"-only-{','.join(map(str, self.only_labels))}" if self.only_labels else ""
+        )
 
     @property
     def digest(self) -> str:
@@ -170,7 +172,7 @@ class Dataset:
 
     def summary(self) -> str:
         """One line: N, shape, range, support and binarization."""
-        columns = self.train.shape[1] - self.classes
+        columns = self.train.shape[1] - self.num_label_columns
         first, low, high, there = self.train[:1000][:, :columns], np.inf, -np.inf, 0
         for x, _ in self.pieces("train"):
             values = x[:, :columns][~x[:, :columns].isnan()] if self.missing else x[:, :columns]
@@ -184,7 +186,7 @@ class Dataset:
             "dynamic": "binarized afresh for each batch",
             "levels": "as whole numbers",
         }[self.binarize]
-        how += f", each with its label of {self.classes}" if self.classes else ""
+        how += f", each with its label of {self.num_label_columns}" if self.num_label_columns else ""
         how += f", {1 - there / (columns * len(self.train)):.1%} of the entries missing" if self.missing else ""
         how += ", read from disk as it goes" if isinstance(self.train, MemmapRows) else ""
         held_out = f"{len(self.validation)} validation + " if len(self.validation) else ""

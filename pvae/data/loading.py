@@ -111,8 +111,8 @@ def _resident(
         train_labels=labels["train"],
         validation_labels=labels["validation"],
         test_labels=labels["test"],
-        classes=classes,
-        only=None if only is None else tuple(sorted(set(only))),
+        num_label_columns=classes,
+        only_labels=None if only is None else tuple(sorted(set(only))),
         label_names=names,
         columns=tuple(map(str, rows["columns"])) if "columns" in rows else None,
     )

@@ -71,7 +71,7 @@ class Run:
         Raises:
             UserError: the run's data have none of this name.
         """
-        kinds = [] if self.data.kinds is None else self.data.kinds.tolist()
+        kinds = [] if self.data.labels is None else self.data.labels.tolist()
         known = {self.label_name(kind): kind for kind in kinds}
         if word not in known:
             raise UserError(f"the run's data have no label '{word}'{nearest(word, known)}")
@@ -79,14 +79,14 @@ class Run:
 
     def labelled(self, rows: Tensor, labels: Tensor) -> Tensor:
         """Rows with their labels' columns, [B, columns + classes], as a program that is given labels takes them."""
-        assert self.data.kinds is not None  # the columns are theirs
-        hot = torch.nn.functional.one_hot(torch.searchsorted(self.data.kinds, labels), self.data.classes)
+        assert self.data.labels is not None  # the columns are theirs
+        hot = torch.nn.functional.one_hot(torch.searchsorted(self.data.labels, labels), self.data.num_label_columns)
         return torch.cat([rows, hot.to(rows)], 1)
 
     @property
     def columns(self) -> int:
         """Number of a row's own values, without those of its label."""
-        return self.data.train.shape[1] - self.data.classes
+        return self.data.train.shape[1] - self.data.num_label_columns
 
 
 class SelectedRows(NamedTuple):
@@ -241,7 +241,7 @@ def _from_file(opened: Run, path: Path, raw: bool, missing: bool) -> SelectedRow
     rows = apply_binarization({"test": values}, kind)["test"]
     if not raw:
         _check_support(opened, rows, path)
-    if opened.data.classes:
+    if opened.data.num_label_columns:
         rows = _with_labels(opened, rows, labels, path)
     return SelectedRows(rows, labels, None, f"rows of {path.name}", torch.arange(len(rows)))
 
@@ -289,7 +289,7 @@ def _with_labels(opened: Run, rows: Tensor, labels: Tensor | None, path: Path) -
     """Rows with their label's columns, which the run's program takes."""
     if labels is None:
         raise UserError(f"{path}: the run's program takes labels, and the file has none; add a column 'label'")
-    kinds = opened.data.kinds
+    kinds = opened.data.labels
     assert kinds is not None  # the columns are theirs
     if not torch.isin(labels, kinds).all():
         raise UserError(f"{path}: it has a label that the run's data do not have; known are {kinds.tolist()}")

@@ -79,9 +79,14 @@ def build_model(recipe: Recipe, dataset: Dataset) -> FittedModel:
 
 
 def _program(recipe: Recipe, dataset: Dataset, posterior: _Posterior) -> Any:
-    columns = dataset.train.shape[1] - dataset.classes
+    columns = dataset.train.shape[1] - dataset.num_label_columns
     likelihood = make("likelihood", recipe.likelihood)
-    supplied = {"columns": columns, "latent": recipe.latent, "likelihood": likelihood, "classes": dataset.classes}
+    supplied = {
+        "columns": columns,
+        "latent": recipe.latent,
+        "likelihood": likelihood,
+        "classes": dataset.num_label_columns,
+    }
     if registry.accepts_argument("program", recipe.program, "decoder"):
         outputs = likelihood.params_per_value * columns
         sizes = {"inputs": recipe.latent, "outputs": outputs, "shape": dataset.shape, "decodes": True}
@@ -115,7 +120,9 @@ class _Posterior:
     def make_encoder(self) -> None:
         """The encoder of the recipe's network for the family as it is."""
         sizes = {"inputs": self.dataset.train.shape[1], "outputs": self.family.size, "shape": self.dataset.shape}
-        self.encoder = make("network", self.recipe.network, **sizes, labels=self.dataset.classes, decodes=False)
+        self.encoder = make(
+            "network", self.recipe.network, **sizes, labels=self.dataset.num_label_columns, decodes=False
+        )
         rows, means = self.rows, self.dataset.means
         if rows.min() < 0 or rows.max() > 1:  # intensities are fit for a network as they are
             self.encoder = Standardize(self.encoder, rows)

@@ -27,7 +27,7 @@ def check_support(model: Program, data: Dataset) -> None:
         if site["type"] != "sample" or not site["is_observed"] or site["value"].dim() != 2:
             continue
         columns = site["value"].shape[1]
-        if data.classes + columns != data.train.shape[1]:
+        if data.num_label_columns + columns != data.train.shape[1]:
             continue
         fn = site["fn"]
         for part in ("train", "validation", "test"):

@@ -151,7 +151,7 @@ def test_words_of_labels_are_kept_whatever_only_leaves(tmp_path):
     file.write_text("0,label\n" + "".join(f"{row},{['dog', 'eel', 'cat'][row % 3]}\n" for row in range(30)))
     data = load_data(str(file), only=[1, 2])
     assert data.label_names == ("cat", "dog", "eel")
-    assert data.kinds.tolist() == [1, 2]
+    assert data.labels.tolist() == [1, 2]
     assert load_data("digits").label_names is None
 
 
@@ -161,10 +161,10 @@ def test_a_label_that_one_part_alone_has_is_a_kind_of_all(tmp_path, part):
     row = rows_of(getattr(load_data(put("all.npz", arrays)(tmp_path), validation_size=0.25), part))[0]
     arrays["y_test" if part == "test" else "y_train"][row] = 0
     data = load_data(put("rare.npz", arrays)(tmp_path), validation_size=0.25, with_labels=True)
-    assert data.kinds.tolist() == [0, 1, 2]
+    assert data.labels.tolist() == [0, 1, 2]
     for rows, own in ((data.train, data.train_labels), (data.test, data.test_labels)):
         assert rows[:, COLUMNS:].argmax(1).equal(own)  # a label's column is its place among all kinds
-    assert load_data(put("bare.npy", X)(tmp_path)).kinds is None
+    assert load_data(put("bare.npy", X)(tmp_path)).labels is None
 
 
 def test_labels_follow_their_rows(path):
