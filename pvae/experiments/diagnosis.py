@@ -163,7 +163,7 @@ def _made(subject: Subject, ledger: ResultCache, plan: DiagnosisBudget, job: Run
     with progress_bar("%", 100, wanted=job.progress) as show:
         for part in list_tasks(subject, plan):  # one after the other: a part may hold the chains of its rows
             show(int(100 * done / total), f"{subject.name}: {part.name}")
-            found.setdefault(part.of, []).append(ledger.part(part.name, part.kind, part.compute))
+            found.setdefault(part.of, []).append(ledger.get_or_compute(part.name, part.kind, part.compute))
             done += part.passes
         show(100, subject.name)
     return {name: concatenate(pieces) for name, pieces in found.items()}

@@ -1,4 +1,4 @@
-"""A ledger of finished parts: what a run has computed is read again, so that a long job goes on where it stopped."""
+"""Result cache: finished parts of a job, kept in files, so that a job that was stopped resumes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Part = TypeVar("Part")
 
 
 def digest(key: Mapping[str, Any]) -> str:
-    """A short name of everything that parts depend on.
+    """Return a hash of everything that cached parts depend on, 16 hex digits.
 
     >>> digest({"K": 5}) == digest({"K": 6})
     False
@@ -29,12 +29,12 @@ def digest(key: Mapping[str, Any]) -> str:
 
 
 def load_all(folder: Path, key: str) -> dict[str, dict[str, Tensor]]:
-    """The tensors of all parts in a folder that were written under a key's digest, in the order of their names."""
-    found = {path.stem: _read(path, key) for path in sorted(folder.glob("*.safetensors"))}
-    return {name: tensors for name, tensors in found.items() if tensors is not None}
+    """Load all cached parts in a folder that have a key's digest, in the order of their names."""
+    parts = {path.stem: _load(path, key) for path in sorted(folder.glob("*.safetensors"))}
+    return {name: tensors for name, tensors in parts.items() if tensors is not None}
 
 
-def _read(path: Path, key: str) -> dict[str, Tensor] | None:
+def _load(path: Path, key: str) -> dict[str, Tensor] | None:
     try:
         with safe_open(path, framework="pt") as file:
             if (file.metadata() or {}).get("key") != key:
@@ -45,33 +45,39 @@ def _read(path: Path, key: str) -> dict[str, Tensor] | None:
 
 
 class ResultCache:
-    """Parts of a job by name, each a dataclass of tensors, kept in files of a folder.
+    """Cache of a job's parts by name, each a dataclass of tensors in a file of a folder.
 
     Arguments:
-        folder: where the parts are; None keeps nothing.
+        folder: of the files; None caches nothing.
         key: everything that the parts depend on. A part that was written under another key is computed anew.
     """
 
     def __init__(self, folder: Path | None, key: Mapping[str, Any]) -> None:
         self.folder, self.key = folder, digest(key)
 
-    def part(self, name: str, kind: type[Part], compute: Callable[[], Part]) -> Part:
-        """The part of this name: read if it is there and whole, else computed and written."""
+    def get_or_compute(self, name: str, kind: type[Part], compute: Callable[[], Part]) -> Part:
+        """Return the part of this name: load it if its file is whole, else compute and save it."""
         if self.folder is None:
             return compute()
         names = {field.name for field in fields(kind)}  # type: ignore[arg-type]
-        return kind(**self.tensors(name, lambda: vars(compute()), names))
+        return kind(**self.get_or_compute_tensors(name, lambda: vars(compute()), names))
 
-    def tensors(
+    def get_or_compute_tensors(
         self, name: str, compute: Callable[[], Mapping[str, Any]], names: Collection[str] | None = None
     ) -> dict[str, Tensor]:
-        """Likewise a part that is tensors by name, of these names where they are known, on the CPU once it is kept."""
+        """Return a part that is a dict of tensors, as `get_or_compute`; on the CPU if it is cached.
+
+        Arguments:
+            name: of the part.
+            compute: the tensors by name.
+            names: of the tensors; a file with others is computed anew.
+        """
         if self.folder is None:
             return dict(compute())
         path = self.folder / f"{name}.safetensors"
-        found = _read(path, self.key)
-        if found is not None and (names is None or found.keys() == set(names)):
-            return found
+        cached = _load(path, self.key)
+        if cached is not None and (names is None or cached.keys() == set(names)):
+            return cached
         tensors = {key: torch.as_tensor(value).detach().cpu().contiguous().clone() for key, value in compute().items()}
         with atomic_replace(path) as temporary:
             save_file(tensors, temporary, metadata={"key": self.key})

@@ -35,7 +35,7 @@ def made():
 
 def test_a_part_comes_back_as_it_was_made(tmp_path, made):
     compute, calls = made
-    first, again = (ResultCache(tmp_path, {"K": 5}).part("here", Found, compute) for _ in range(2))
+    first, again = (ResultCache(tmp_path, {"K": 5}).get_or_compute("here", Found, compute) for _ in range(2))
     assert calls == [0]
     for name, value in vars(first).items():
         assert torch.equal(getattr(again, name), value)
@@ -45,8 +45,8 @@ def test_a_part_comes_back_as_it_was_made(tmp_path, made):
 @pytest.mark.parametrize("key", [{"K": 6}, {"K": "5"}, {"K": 5, "seed": 0}, {}])
 def test_another_key_makes_the_part_anew(tmp_path, made, key):
     compute, calls = made
-    ResultCache(tmp_path, {"K": 5}).part("here", Found, compute)
-    ResultCache(tmp_path, key).part("here", Found, compute)
+    ResultCache(tmp_path, {"K": 5}).get_or_compute("here", Found, compute)
+    ResultCache(tmp_path, key).get_or_compute("here", Found, compute)
     assert calls == [0, 1]
 
 
@@ -57,17 +57,17 @@ def test_the_order_of_a_keys_entries_does_not_matter():
 @pytest.mark.parametrize("keep", [0, 10, 100])
 def test_a_truncated_file_is_made_anew(tmp_path, made, keep):
     compute, calls = made
-    ResultCache(tmp_path, {}).part("here", Found, compute)
+    ResultCache(tmp_path, {}).get_or_compute("here", Found, compute)
     path = tmp_path / "here.safetensors"
     path.write_bytes(path.read_bytes()[:keep])
-    ResultCache(tmp_path, {}).part("here", Found, compute)
-    ResultCache(tmp_path, {}).part("here", Found, compute)
+    ResultCache(tmp_path, {}).get_or_compute("here", Found, compute)
+    ResultCache(tmp_path, {}).get_or_compute("here", Found, compute)
     assert calls == [0, 1]
 
 
 def test_a_part_of_another_shape_is_made_anew(tmp_path, made):
-    ResultCache(tmp_path, {}).part("here", Found, made[0])
-    found = ResultCache(tmp_path, {}).part("here", Wider, lambda: Wider(**vars(made[0]()), more=torch.ones(1)))
+    ResultCache(tmp_path, {}).get_or_compute("here", Found, made[0])
+    found = ResultCache(tmp_path, {}).get_or_compute("here", Wider, lambda: Wider(**vars(made[0]()), more=torch.ones(1)))
     assert torch.equal(found.more, torch.ones(1))
 
 
@@ -75,14 +75,14 @@ def test_without_a_folder_nothing_is_kept(tmp_path, made, monkeypatch):
     monkeypatch.chdir(tmp_path)
     compute, calls = made
     for _ in range(2):
-        ResultCache(None, {}).part("here", Found, compute)
+        ResultCache(None, {}).get_or_compute("here", Found, compute)
     assert calls == [0, 1]
     assert not list(tmp_path.iterdir())
 
 
 def test_numbers_that_share_memory_are_kept_each(tmp_path):
     one = torch.ones(3)
-    found = ResultCache(tmp_path, {}).part("here", Found, lambda: Found(one, one, one[:1]))
+    found = ResultCache(tmp_path, {}).get_or_compute("here", Found, lambda: Found(one, one, one[:1]))
     assert torch.equal(found.values, found.sound)
 
 
@@ -91,14 +91,14 @@ def test_a_part_that_fails_leaves_nothing(tmp_path):
         raise RuntimeError("no")
 
     with pytest.raises(RuntimeError):
-        ResultCache(tmp_path, {}).part("here", Found, fail)
+        ResultCache(tmp_path, {}).get_or_compute("here", Found, fail)
     assert not list(tmp_path.iterdir())
 
 
 def test_contents_are_of_one_key_and_in_order(tmp_path, made):
     now, before = ResultCache(tmp_path, {"K": 5}), ResultCache(tmp_path, {"K": 4})
     for name in ("b.00010", "b.00000", "a"):
-        now.part(name, Found, made[0])
-    before.part("old", Found, made[0])
+        now.get_or_compute(name, Found, made[0])
+    before.get_or_compute("old", Found, made[0])
     (tmp_path / "broken.safetensors").write_bytes(b"no")
     assert list(load_all(tmp_path, now.key)) == ["a", "b.00000", "b.00010"]
