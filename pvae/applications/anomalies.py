@@ -292,7 +292,7 @@ def _looked_at(
             return _bounds(model, guide, rows, K) | missing
         q_params = guide.params(rows.x, rows.index).detach()
         return (
-            _bounds(model, guide.at(q_params), rows, K)
+            _bounds(model, guide.with_params(q_params), rows, K)
             | missing
             | {"code": posterior_moments(guide.family, q_params)[0]}
         )

@@ -15,7 +15,7 @@ from pvae.errors import Incompatible, UserError, check_range
 from pvae.inference.batching import RowBatch, Values, map_batches
 from pvae.inference.guides import Guide
 from pvae.inference.importance import log_weights
-from pvae.inference.posterior import freeze
+from pvae.inference.posterior import with_fixed_params
 from pvae.runtime.pyro_params import Program
 from pvae.stats import Estimate, log_mean_exp, log_mean_exp_se, mean_se
 
@@ -226,7 +226,7 @@ def _evidence(
         raise Incompatible("a guide of point masses has no evidence to classify by; fit with another --family")
 
     def compute(rows: RowBatch) -> dict[str, Tensor]:
-        log_w = log_weights(model, freeze(guide, rows.x, rows.index), rows.x, rows.index, K).log_w.double()
+        log_w = log_weights(model, with_fixed_params(guide, rows.x, rows.index), rows.x, rows.index, K).log_w.double()
         return {"evidence": log_mean_exp(log_w), "se": log_mean_exp_se(log_w)}
 
     return map_batches(model, guide, compute, x, seed=seed, progress=progress)

@@ -17,7 +17,7 @@ from pvae.inference.batching import RowBatch, Values, draw_chunks, map_batches
 from pvae.inference.guides import Guide
 from pvae.inference.importance import log_weights
 from pvae.inference.latents import observed_site
-from pvae.inference.posterior import freeze, likelihood_at, posterior_moments
+from pvae.inference.posterior import likelihood_at, posterior_moments, with_fixed_params
 from pvae.runtime.pyro_params import Program
 
 PATHS = ("linear", "spherical")
@@ -74,7 +74,7 @@ def encode(
     def compute(rows: RowBatch) -> dict[str, Tensor]:
         q_params = guide.params(rows.x, rows.index).detach()
         mean, sd = posterior_moments(guide.family, q_params)
-        draws = log_weights(model, guide.at(q_params), rows.x, rows.index, 1 if guide.family.point_mass else K)
+        draws = log_weights(model, guide.with_params(q_params), rows.x, rows.index, 1 if guide.family.point_mass else K)
         rate = (draws.log_q - draws.log_prior).mean(0) / math.log(2)
         fn = likelihood_at(model, guide.sites, mean, rows.x, rows.index)
         error = (fn.mean - rows.x[:, : fn.mean.shape[1]]).square().nanmean(1)
@@ -140,7 +140,7 @@ def reconstruct(
     check_range("reconstruct", K=K)
 
     def compute(rows: RowBatch) -> dict[str, Tensor]:
-        q, total = freeze(guide, rows.x, rows.index), torch.zeros(())
+        q, total = with_fixed_params(guide, rows.x, rows.index), torch.zeros(())
         for _ in range(K):
             latents = poutine.trace(q).get_trace(rows.x, rows.index)
             total = total + observed_site(poutine.replay(model, trace=latents), rows.x, rows.index)["fn"].mean / K

@@ -18,7 +18,7 @@ from pvae.inference.batching import ROWS, RowBatch, Values, as_rows, draw_chunks
 from pvae.inference.guides import Guide
 from pvae.inference.importance import ROWS_PER_PASS
 from pvae.inference.latents import observed_site
-from pvae.inference.posterior import WeightedDraws, importance_draws, likelihood_at, refit
+from pvae.inference.posterior import WeightedDraws, importance_draws, likelihood_at, refit_params
 from pvae.inference.refinement import CHECK_DRAWS
 from pvae.runtime.pyro_params import Program, local_param_store, module_of
 from pvae.runtime.torch_state import no_validation, seeded
@@ -127,7 +127,7 @@ def impute(
     made["ess"] = whole.new_full((len(whole),), torch.nan)
     if len(todo):
         which = None if seen.which is None else seen.which[todo]
-        found = map_batches(model, guide, compute, seen.rows[todo], which, seed=seed, size=seen.size, progress=progress)
+        found = map_batches(model, guide, compute, seen.rows[todo], which, seed=seed, batch_size=seen.size, progress=progress)
         for name, values in found.items():
             made[name][todo.cpu()] = values
     return Imputation(made["x"], made["sd"], made["draws"].transpose(0, 1), made["ess"])
@@ -190,7 +190,7 @@ def denoise(
         mean, sd = _mixed(program, guide, codes, rows, clean, seen.together)
         return {"x": mean, "sd": sd, "ess": codes.ess}
 
-    found = map_batches(model, guide, compute, seen.rows, index, seed=seed, size=seen.size, progress=progress)
+    found = map_batches(model, guide, compute, seen.rows, index, seed=seed, batch_size=seen.size, progress=progress)
     return Denoising(**found)
 
 
@@ -319,7 +319,7 @@ def _codes(
 ) -> WeightedDraws:
     """Weighed draws from the best q that is found for rows as a program scores them."""
     own = seed + SEARCH + rows.place.start
-    q_params = refit(program, guide, rows.x, rows.index, offers=[offer], steps=steps, seed=own)
+    q_params = refit_params(program, guide, rows.x, rows.index, candidates=[offer], steps=steps, seed=own)
     return importance_draws(program, guide, q_params, rows.x, rows.index, K, together)
 
 

@@ -288,7 +288,7 @@ class _Job:
             return PosteriorBatch(x, index, self.guide, x.new_zeros(len(x), 0), seed)
         with seeded(seed), torch.no_grad():
             q_params = self.guide.params(x, index).detach()
-        return PosteriorBatch(x, index, self.guide.at(q_params), q_params, seed)
+        return PosteriorBatch(x, index, self.guide.with_params(q_params), q_params, seed)
 
     def batches(self) -> Iterator[PosteriorBatch]:
         return (self.rows(slice(start, start + ROWS)) for start in range(0, len(self.x), ROWS))
@@ -305,7 +305,7 @@ def _bounds(own: StreamingWeights, guide: Program) -> dict[str, Tensor]:
 
 def _gaps(model: Program, guide: Guide, rows: PosteriorBatch, budget: Budget) -> dict[str, Tensor]:
     q_params, left = find_best_params(model, guide, rows, budget.K, budget.steps)
-    (own, found), (_, gain) = paired_moments(model, [rows.q, guide.at(q_params)], rows, budget.K)
+    (own, found), (_, gain) = paired_moments(model, [rows.q, guide.with_params(q_params)], rows, budget.K)
     values = _bounds(own, guide) | {
         "best_elbo": found.elbo,
         "best_iwae": found.iwae,
@@ -370,7 +370,7 @@ def _collect(job: _Job, K: int, judge: Callable[[PosteriorBatch], dict[str, Tens
                 values = judge(rows)
             return values | {SECONDS: torch.tensor(time.perf_counter() - start)}
 
-        values = ledger.tensors(f"{job.prefix}-{part.start:06}-{part.stop:06}", compute)
+        values = ledger.get_or_compute_tensors(f"{job.prefix}-{part.start:06}-{part.stop:06}", compute)
         job.progress(part.stop - part.start)
         return values
 

@@ -1,17 +1,15 @@
-"""Of given rows: the best q_params of a posterior family, the evidence from there, and what other families would buy."""
+"""Search for each row's best variational parameters in a family, and what other families gain on them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from pvae.errors import AllChainsDiverged
 from pvae.inference.families import DiagonalNormal, Family
-from pvae.inference.guides import Guide
 from pvae.inference.importance import iter_log_weights
 from pvae.inference.latents import LatentSites
 from pvae.inference.refinement import (
@@ -27,17 +25,15 @@ from pvae.inference.refinement import (
 from pvae.inference.streaming import RunningMoments, StreamingWeights
 from pvae.runtime.pyro_params import Program
 from pvae.runtime.torch_state import no_validation, seeded
-from pvae.samplers.ais import anneal
 from pvae.samplers.gaussian_vi import fit_gaussian
 from pvae.samplers.log_joint import LogJoint
 
-# Which of a batch's random streams reports bounds, chooses between candidates, anneals, fits another family, and
-# shapes correlated normals.
+# A batch's random streams: reported bounds, choice among candidates, annealing, other families, Gaussian fits.
 REPORT, CHOOSE, ANNEAL, OTHER, SHAPE = 2, 3, 4, 5, 6
 
 
 class PosteriorBatch(NamedTuple):
-    """Datapoints that are evaluated together: their fixed posterior, its parameters where it has any, their noise."""
+    """Batch of rows under a fixed posterior q with variational parameters q_params [B, P]; the seed of its noise."""
 
     x: Tensor
     index: Tensor | None  # type: ignore[assignment]
@@ -46,21 +42,14 @@ class PosteriorBatch(NamedTuple):
     seed: int
 
 
-class Annealing(NamedTuple):
-    """How evidence is annealed, see `anneal`; ``start`` is "prior" or "guide"."""
-
-    temperatures: int
-    chains: int
-    schedule: str
-    start: str
-
-
 @dataclass(frozen=True)
 class FamilyGain:
-    """The best ELBO that a family reaches for each row, and what it gains on another family's best, [B] nats each.
+    """Best ELBO of a variational family for each row, and its gain on another family's best, [B] nats each.
 
-    Both are under noise that is as common to the two as their draws allow; ``gain_se`` is the gain's own Monte Carlo
-    error.
+    Attributes:
+        elbo: the best ELBO in the family.
+        gain: its difference from the best ELBO in the guide's family, under noise as common as their draws allow.
+        gain_se: Monte Carlo error of the gain.
     """
 
     elbo: Tensor
@@ -69,175 +58,156 @@ class FamilyGain:
 
 
 def paired_moments(
-    model: Program, programs: Sequence[Program], rows: PosteriorBatch, K: int, which: int = REPORT
+    model: Program, guides: Sequence[Program], rows: PosteriorBatch, K: int, stream: int = REPORT
 ) -> tuple[list[StreamingWeights], list[RunningMoments]]:
-    """Tallies of guides under common noise, and the moments of what each one's log-weights gain on the first's."""
-    tallies = [StreamingWeights(K, tail=which == REPORT) for _ in programs]
-    gains = [RunningMoments() for _ in programs]
-    with seeded(rows.seed + which), torch.no_grad():
-        for chunk in iter_log_weights(model, programs, rows.x, rows.index, K):
-            for w, tally, gain in zip(chunk, tallies, gains, strict=True):
-                tally.add(w)
-                gain.add(w.log_w.double() - chunk[0].log_w.double())
-    return tallies, gains
+    """Compute the weights of guides under common noise, and the moments of each one's log-weights minus the first's."""
+    weights = [StreamingWeights(K, tail=stream == REPORT) for _ in guides]
+    gains = [RunningMoments() for _ in guides]
+    with seeded(rows.seed + stream), torch.no_grad():
+        for chunk in iter_log_weights(model, guides, rows.x, rows.index, K):
+            for draws, total, gain in zip(chunk, weights, gains, strict=True):
+                total.add(draws)
+                gain.add(draws.log_w.double() - chunk[0].log_w.double())
+    return weights, gains
 
 
-def find_best_params(model: Program, guide: Guide, rows: PosteriorBatch, K: int, steps: int) -> tuple[Tensor, Tensor]:
-    """The best q_params of the guide's family that different searches find, [B, P], and what they may have left, [B].
-
-    Searches start at the guide's q_params and, by another rule, at the family's initial one; for correlated normals also at
-    the best correlated one, see `fit_gaussian`, or at the best independent ones. The best of all
-    starts and ends but the initial one counts.
-    """
-    family = guide.family
-    fresh = family.initial().to(rows.q_params).expand_as(rows.q_params)
-    starts: list[tuple[Tensor, UpdateRule]] = [(rows.q_params, default_update_rule(family)), (fresh, RowAdam())]
-    known = [rows.q_params]
-    if _correlated(family):
-        normals = _diagonal(model, guide.sites, rows, K, steps)
-        known.append(_near(model, family, guide.sites, rows, K, normals))
-        starts.append((known[-1], _gentle(family)))
-    return _searched(model, family, guide.sites, rows, K, steps, starts, known)
-
-
-def anneal_evidence(
-    model: Program, guide: Guide, q_params: Tensor, rows: PosteriorBatch, plan: Annealing
-) -> dict[str, Tensor]:
-    """Evidence of the rows by annealed importance sampling, from the prior or from q = family(q_params), [B] each."""
-    try:
-        found = anneal(
-            LogJoint(model, rows.x, rows.index, guide.sites),
-            *((guide.family, q_params) if plan.start == "guide" else ()),
-            chains=plan.chains,
-            temperatures=plan.temperatures,
-            schedule=plan.schedule,
-            seed=rows.seed + ANNEAL,
-        )
-    except AllChainsDiverged:  # these rows may be few; where all rows of the data are such, evaluation says so
-        return dict.fromkeys(("ais", "ais_se", "ais_acceptance"), torch.full_like(rows.q_params[:, 0], torch.nan))
-    return {"ais": found.evidence, "ais_se": found.evidence_se, "ais_acceptance": found.acceptance}
-
-
-def family_gain(
-    model: Program,
-    guide: Guide,
-    q_params: Tensor,
-    rows: PosteriorBatch,
-    make: Callable[[int], Family],
-    K: int,
-    steps: int,
-) -> FamilyGain:
-    """The best that another family reaches, decoder frozen, and its gain on the best q_params [B, P] of the guide's own.
+@dataclass(frozen=True)
+class FamilySearch:
+    """Multi-start search for the best variational parameters of a batch of rows, the model frozen.
 
     Arguments:
-        make: the number of dimensions to a fresh family. Parameters that its rows share are fitted to the rows at hand.
-        K, steps: draws of the comparison, and the most steps of a search.
+        model: the Pyro program.
+        family: the variational family that is searched.
+        sites: the latents it is over.
+        rows: the batch, whose q_params belong to the guide.
+        K: draws by which candidates are compared.
+        steps: the most refinement steps of a search.
     """
-    with seeded(rows.seed + OTHER):
-        family = make(guide.sites.dim).to(rows.q_params)
-    plain = type(guide.family) is DiagonalNormal
-    normals = q_params.chunk(2, -1) if plain else _diagonal(model, guide.sites, rows, K, steps)
-    start = _near(model, family, guide.sites, rows, K, normals)
-    if any(p.requires_grad for p in family.parameters()):
-        start = _fitted_together(model, family, guide.sites, start, rows, steps)
-    searches: list[tuple[Tensor, UpdateRule]] = [(start, _gentle(family))]
-    found, _ = _searched(model, family, guide.sites, rows, K, steps, searches, [start])
-    tallies, gains = paired_moments(model, [guide.at(q_params), fixed_guide(family, found, guide.sites)], rows, K)
-    dtype = rows.q_params.dtype
-    return FamilyGain(tallies[1].elbo, gains[1].mean.to(dtype), gains[1].se.to(dtype))
 
+    model: Program
+    family: Family
+    sites: LatentSites
+    rows: PosteriorBatch
+    K: int
+    steps: int
 
-def _near(
-    model: Program, family: Family, sites: LatentSites, rows: PosteriorBatch, K: int, normals: Sequence[Tensor]
-) -> Tensor:
-    """The better q_params [B, P] for each row: around these independent normals, or near the best correlated one."""
-    around = family.around(*normals).to(rows.q_params)
-    if not _shapes(family):
-        return around
-    target = LogJoint(model, rows.x, rows.index, sites)
-    shaped = family.shaped(*fit_gaussian(target, *normals, seed=rows.seed + SHAPE)).to(rows.q_params)
-    return _chosen(model, family, sites, rows, K, [around, shaped])
+    def from_guide(self) -> tuple[Tensor, Tensor]:
+        """Search the guide's family; return the best q_params [B, P] and the optimization gap [B] in nats.
 
+        Searches start at the guide's q_params and, by another rule, at the family's initial ones. A correlated family
+        is also searched from near the best Gaussian, see `fit_gaussian`. The best of all starts, without the initial
+        one, and of all ends counts.
+        """
+        starts = [(self.rows.q_params, default_update_rule(self.family)), (self._initial(), RowAdam())]
+        candidates = [self.rows.q_params]
+        if self._correlated:
+            candidates.append(self._near_gaussian(self._best_diagonal()))
+            starts.append((candidates[-1], self._short_steps()))
+        return self._maximize(starts, candidates)
 
-def _correlated(family: Family) -> bool:
-    return type(family) is not DiagonalNormal and type(family).around is not Family.around and not family.point_mass
+    def from_gaussian(self, diagonal: Sequence[Tensor]) -> Tensor:
+        """Search from near Gaussians, given the best diagonal ones' means and log scales [B, D]; return q_params [B, P].
 
+        Parameters that the family's rows share, such as a flow's, are fitted first, together with the rows' own.
+        """
+        start = self._near_gaussian(diagonal)
+        if any(p.requires_grad for p in self.family.parameters()):
+            start = self._fit_shared(start)
+        return self._maximize([(start, self._short_steps())], [start])[0]
 
-def _shapes(family: Family) -> bool:
-    return type(family).shaped is not Family.shaped
+    def gain_of(self, make: Callable[[int], Family], q_params: Tensor) -> FamilyGain:
+        """Compute what another family gains on the best q_params [B, P] of this one.
 
+        Arguments:
+            make: maps the number of dimensions to a fresh family.
+        """
+        with seeded(self.rows.seed + OTHER):
+            other = replace(self, family=make(self.sites.dim).to(q_params))
+        diagonal = q_params.chunk(2, -1) if type(self.family) is DiagonalNormal else self._best_diagonal()
+        guides = [self._guide(q_params), other._guide(other.from_gaussian(diagonal))]
+        (_, weights), (_, gain) = paired_moments(self.model, guides, self.rows, self.K)
+        return FamilyGain(weights.elbo, gain.mean.to(q_params.dtype), gain.se.to(q_params.dtype))
 
-def _gentle(family: Family) -> UpdateRule:
-    """Near an optimum of many entries a step is mostly noise: half as long, it loses a quarter as much to it."""
-    rule = default_update_rule(family)
-    if isinstance(rule, NaturalAscent):
-        return NaturalAscent(rule.natural, rule.learning_rate / 2)
-    return RowAdam(0.005 if _shapes(family) else 0.02)
+    def _guide(self, q_params: Tensor) -> Program:
+        return fixed_guide(self.family, q_params, self.sites)
 
+    @property
+    def _local_elbo(self) -> LocalELBO:
+        return LocalELBO(self.model, self.family, self.sites)
 
-def _searched(
-    model: Program,
-    family: Family,
-    sites: LatentSites,
-    rows: PosteriorBatch,
-    K: int,
-    steps: int,
-    starts: Sequence[tuple[Tensor, UpdateRule]],
-    known: Sequence[Tensor],
-) -> tuple[Tensor, Tensor]:
-    """The best of the searches' ends and of the q_params that are known, [B, P], and the least that a search may leave."""
-    bound = LocalELBO(model, family, sites)
-    with no_validation():  # a row of many entries that its steps throw out has its best look before that
-        found = [
-            maximize_local_elbo(bound, start, rows.x, rows.index, steps=steps, rule=rule, seed=rows.seed)
-            for start, rule in starts
-        ]
-    left = torch.stack([f.gap for f in found]).amin(0)
-    return _chosen(model, family, sites, rows, K, [*known, *(f.q_params for f in found)]), left
+    @property
+    def _correlated(self) -> bool:
+        around = type(self.family).around is not Family.around
+        return around and not self.family.point_mass and type(self.family) is not DiagonalNormal
 
+    @property
+    def _takes_covariance(self) -> bool:
+        return type(self.family).shaped is not Family.shaped
 
-def _chosen(
-    model: Program, family: Family, sites: LatentSites, rows: PosteriorBatch, K: int, candidates: Sequence[Tensor]
-) -> Tensor:
-    """The best of several q_params for each row, [B, P]."""
-    # Chosen on draws that the reported bounds do not use, so that the choice does not flatter them.
-    tallies, _ = paired_moments(
-        model, [fixed_guide(family, q_params, sites) for q_params in candidates], rows, K, CHOOSE
-    )
-    best = torch.stack([tally.elbo.nan_to_num(-torch.inf) for tally in tallies]).argmax(0)
-    return torch.stack(list(candidates))[best, torch.arange(len(best), device=best.device)]
+    def _initial(self) -> Tensor:
+        return self.family.initial().to(self.rows.q_params).expand(len(self.rows.x), -1)
 
+    def _short_steps(self) -> UpdateRule:
+        """Steps half as long: near an optimum of many entries a step is mostly noise, and loses a quarter as much."""
+        rule = default_update_rule(self.family)
+        if isinstance(rule, NaturalAscent):
+            return NaturalAscent(rule.natural, rule.learning_rate / 2)
+        return RowAdam(0.005 if self._takes_covariance else 0.02)
 
-def _diagonal(model: Program, sites: LatentSites, rows: PosteriorBatch, K: int, steps: int) -> tuple[Tensor, ...]:
-    """Mean and log scale [B, D] of the best independent normals."""
-    family = DiagonalNormal(sites.dim)
-    fresh = family.initial().to(rows.q_params).expand(len(rows.x), -1)
-    starts: list[tuple[Tensor, UpdateRule]] = [(fresh, RowAdam()), (fresh, default_update_rule(family))]
-    q_params, _ = _searched(model, family, sites, rows, K, steps, starts, [])
-    return q_params.chunk(2, -1)
+    def _best_diagonal(self) -> tuple[Tensor, ...]:
+        """Mean and log scale [B, D] of the best diagonal Gaussian."""
+        search = replace(self, family=DiagonalNormal(self.sites.dim))
+        start = search._initial()
+        return search._maximize([(start, RowAdam()), (start, default_update_rule(search.family))], [])[0].chunk(2, -1)
 
+    def _near_gaussian(self, diagonal: Sequence[Tensor]) -> Tensor:
+        """q_params [B, P] near these diagonal Gaussians or, where that is better for a row, near the best Gaussian."""
+        around = self.family.around(*diagonal).to(self.rows.q_params)
+        if not self._takes_covariance:
+            return around
+        target = LogJoint(self.model, self.rows.x, self.rows.index, self.sites)
+        gaussian = fit_gaussian(target, *diagonal, seed=self.rows.seed + SHAPE)
+        return self._select([around, self.family.shaped(*gaussian).to(self.rows.q_params)])
 
-def _fitted_together(
-    model: Program,
-    family: Family,
-    sites: LatentSites,
-    start: Tensor,
-    rows: PosteriorBatch,
-    steps: int,
-    learning_rate: float = 0.01,
-) -> Tensor:
-    """q_params [B, P] after so many steps of Adam on it and on the parameters that the rows share, which are moved too."""
-    q_params, bound = nn.Parameter(start.clone()), LocalELBO(model, family, sites)
-    shared = [p for p in family.parameters() if p.requires_grad]
-    optimizer = torch.optim.Adam([q_params, *shared], lr=learning_rate)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(steps, 1))
-    with seeded(rows.seed + OTHER), torch.enable_grad():
-        for _ in range(steps):
-            loss = -bound(q_params, rows.x, rows.index, REFINE_DRAWS).sum()
-            gradients = torch.autograd.grad(loss, [q_params, *shared])
-            for parameter, gradient in zip([q_params, *shared], gradients, strict=True):
-                parameter.grad = gradient
-            optimizer.step()
-            schedule.step()
-    family.requires_grad_(False)
-    return q_params.detach()
+    def _maximize(
+        self, starts: Sequence[tuple[Tensor, UpdateRule]], candidates: Sequence[Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """Search from each start; return the best q_params of ends and candidates, and the least optimization gap."""
+        with no_validation():  # a row that its steps throw out keeps the best q_params from before that
+            ends = [
+                maximize_local_elbo(
+                    self._local_elbo,
+                    start,
+                    self.rows.x,
+                    self.rows.index,
+                    steps=self.steps,
+                    rule=rule,
+                    seed=self.rows.seed,
+                )
+                for start, rule in starts
+            ]
+        gap = torch.stack([end.gap for end in ends]).amin(0)
+        return self._select([*candidates, *(end.q_params for end in ends)]), gap
+
+    def _select(self, candidates: Sequence[Tensor]) -> Tensor:
+        """The best of several q_params [B, P] for each row, by draws that no reported bound uses."""
+        guides = [self._guide(q_params) for q_params in candidates]
+        weights, _ = paired_moments(self.model, guides, self.rows, self.K, CHOOSE)
+        best = torch.stack([w.elbo.nan_to_num(-torch.inf) for w in weights]).argmax(0)
+        return torch.stack(list(candidates))[best, torch.arange(len(best), device=best.device)]
+
+    def _fit_shared(self, start: Tensor, learning_rate: float = 0.01) -> Tensor:
+        """Fit q_params [B, P] and, in place, the family's shared parameters by Adam; freeze the latter."""
+        q_params = nn.Parameter(start.clone())
+        params = [q_params, *(p for p in self.family.parameters() if p.requires_grad)]
+        optimizer = torch.optim.Adam(params, lr=learning_rate)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(self.steps, 1))
+        with seeded(self.rows.seed + OTHER), torch.enable_grad():
+            for _ in range(self.steps):
+                loss = -self._local_elbo(q_params, self.rows.x, self.rows.index, REFINE_DRAWS).sum()
+                for parameter, gradient in zip(params, torch.autograd.grad(loss, params), strict=True):
+                    parameter.grad = gradient
+                optimizer.step()
+                schedule.step()
+        self.family.requires_grad_(False)
+        return q_params.detach()

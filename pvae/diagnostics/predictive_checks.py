@@ -18,7 +18,7 @@ from pvae.generative.handlers import mask_missing
 from pvae.inference.guides import Guide
 from pvae.inference.importance import ROWS_PER_PASS, log_weights
 from pvae.inference.latents import observed_site
-from pvae.inference.posterior import freeze, refit
+from pvae.inference.posterior import refit_params, with_fixed_params
 from pvae.runtime.pyro_params import Program, local_param_store, module_of
 from pvae.runtime.torch_state import no_validation, seeded
 from pvae.stats import Estimate, mean_se
@@ -154,7 +154,7 @@ def _replicates(
     model: Program, guide: Program, x: Tensor, index: Tensor | None, replicates: int
 ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
     """p-values of columns [M] and statistics [S]; the statistics of the data [S] and of the replicates [R, S]."""
-    q = freeze(guide, x, index)
+    q = with_fixed_params(guide, x, index)
     means, statistics = [], []
     for _ in range(replicates):
         site = observed_site(poutine.replay(model, trace=poutine.trace(q).get_trace(x, index)), x, index)
@@ -200,7 +200,7 @@ def _imputation(
             rows = _Rows(x[part], None if index is None else index[part], there[part], seed + start)
             offers = () if filled is None else (filled[part],)
             seen = mask_missing(model, rows.there)
-            q_params = refit(seen, guide, rows.x, rows.index, offers=offers, steps=steps, seed=rows.seed)
+            q_params = refit_params(seen, guide, rows.x, rows.index, candidates=offers, steps=steps, seed=rows.seed)
             found.append((_forecast(model, guide, rows, q_params, K), _marginal(model, rows, K)))
     except Incompatible:  # whole rows are scored, not entries
         return unknown[0], unknown[1]
@@ -229,9 +229,9 @@ def _forecast(model: Program, guide: Guide, rows: _Rows, q_params: Tensor, K: in
     """log p(x_mis | x_obs), [B]."""
     seen, unseen = mask_missing(model, rows.there), mask_missing(model, ~rows.there)
     with seeded(rows.seed + 1):
-        log_w = log_weights(seen, guide.at(q_params), rows.x, rows.index, K).log_w
+        log_w = log_weights(seen, guide.with_params(q_params), rows.x, rows.index, K).log_w
     with seeded(rows.seed + 1):  # the same draws
-        log_lik = log_weights(unseen, guide.at(q_params), rows.x, rows.index, K).log_lik
+        log_lik = log_weights(unseen, guide.with_params(q_params), rows.x, rows.index, K).log_lik
     return (log_w.log_softmax(0) + log_lik).logsumexp(0)
 
 

@@ -76,11 +76,11 @@ def draw_for_export(model: Program, guide: Guide, x: Tensor, *, seed: int = 0) -
     """
     with no_validation(), torch.no_grad(), seeded(seed):
         q_params = guide.params(x)
-        q, K = guide.at(q_params), min(MOST, max(LEAST, NUMBERS // (len(x) * guide.sites.dim)))
+        q, K = guide.with_params(q_params), min(MOST, max(LEAST, NUMBERS // (len(x) * guide.sites.dim)))
         weights = log_weights(model, q, x, K=K, keep_latents=True)
         mean = _at_a_draw(model, q, x).mean
         rows = _room(BYTES["i"] // (X_DRAWS * x[0].numel()))
-        some = guide.at(q_params[:rows])
+        some = guide.with_params(q_params[:rows])
         replicates = torch.stack([_at_a_draw(model, some, x[:rows]).sample() for _ in range(X_DRAWS)])
     prior, given = _from_prior(model, _like(x, PRIOR_DRAWS), seed)
     return Draws(weights, replicates, mean, prior, *given)

@@ -1,8 +1,9 @@
-"""inference.batching."""
+"""Batched inference: the one loop over batches of rows, and the context that such computations run in."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import NamedTuple
 
 import numpy as np
@@ -12,44 +13,68 @@ from torch import Tensor
 from pvae.errors import UserError
 from pvae.inference.importance import ROWS_PER_PASS
 from pvae.runtime.pyro_params import Program, local_param_store, module_of
+from pvae.runtime.result_cache import ResultCache
 from pvae.runtime.torch_state import halve_on_oom, no_validation, seeded
 
-# Datapoints that pass through the program together, and draws by which a start is chosen.
-ROWS, LOOK_DRAWS = 250, 50
+# Rows of a batch, at most.
+ROWS = 250
 
-
-# Streams of noise: of a batch's draws, clear of all that searches and diagnostics take from small seeds and constants,
-# and of the draws by which moments are found, the same for every row and seed; and the number of these.
-STREAM, MOMENTS, MOMENT_DRAWS = 10**12, 10**18, 500
-
+# Where batches' random streams begin: clear of the small seeds from which searches and diagnostics draw.
+STREAM = 10**12
 
 Values = Tensor | np.ndarray
+Progress = Callable[[int], None]
+
+
+def silent(rows: int) -> None:
+    """Show no progress."""
 
 
 class RowBatch(NamedTuple):
-    """Some of the rows x [B, C], which training datapoints they are, index [B] or None, and where they stand."""
+    """A batch of rows: x [B, C], their training indices [B] or None, the rows' slice, and the batch's seed."""
 
     x: Tensor
     index: Tensor | None  # type: ignore[assignment]
     place: slice
+    seed: int
+
+
+@contextmanager
+def inference_mode(*programs: Program | None, seed: int | None = None) -> Iterator[None]:
+    """Run a block without gradients, argument validation or traces in Pyro's global parameter store.
+
+    Arguments:
+        programs: modules, or methods of modules, to put into evaluation mode, in which they stay; None is skipped.
+        seed: of the block's own random stream; without it the block draws from the stream outside.
+
+    >>> layer = torch.nn.Linear(2, 1)
+    >>> with inference_mode(layer, seed=0): y = layer(torch.randn(3, 2))
+    >>> y.requires_grad, layer.training
+    (False, False)
+    """
+    for program in programs:
+        if program is not None:
+            module_of(program).eval()
+    with torch.no_grad(), no_validation(), local_param_store(), nullcontext() if seed is None else seeded(seed):
+        yield
 
 
 def as_rows(values: Values, model: Program) -> Tensor:
-    """Rows [N, C] as a tensor of the type and on the device of the program's parameters.
+    """Return rows [N, C] as a tensor of the type and on the device of the program's parameters.
 
     Raises:
-        UserError: they are no table of numbers, or there are none.
+        UserError: the rows are not a table of numbers, or there are none.
     """
     try:
-        found = torch.as_tensor(values)
+        rows = torch.as_tensor(values)
     except (TypeError, ValueError, RuntimeError) as error:
         raise UserError(f"the rows are no table of numbers ({error})") from None
-    if found.dim() < 2:
-        raise UserError(f"the rows have shape {tuple(found.shape)}, but a table [rows, columns] is needed")
-    if not len(found):
+    if rows.dim() < 2:
+        raise UserError(f"the rows have shape {tuple(rows.shape)}, but a table [rows, columns] is needed")
+    if not len(rows):
         raise UserError("no rows are given; at least one is needed")
     like = next(iter(module_of(model).parameters()), torch.empty(0))
-    return found.to(device=like.device, dtype=like.dtype)
+    return rows.to(device=like.device, dtype=like.dtype)
 
 
 def map_batches(
@@ -60,17 +85,22 @@ def map_batches(
     index: Tensor | None = None,
     *,
     seed: int = 0,
-    size: int = ROWS,
-    progress: Callable[[int], None] = lambda rows: None,
+    batch_size: int = ROWS,
+    seed_of: Callable[[int], int] | None = None,
+    cache: ResultCache | None = None,
+    prefix: str = "rows",
+    progress: Progress = silent,
 ) -> dict[str, Tensor]:
-    """Apply a function to batches of rows, without gradients, and lay what it gives end to end, on the CPU.
+    """Map batches of rows to tensors in `inference_mode`, and concatenate the results on the CPU.
 
     Arguments:
-        model, guide: the programs that the function uses; both are put into evaluation mode.
-        compute: a batch to named tensors [B, ...].
-        x, index: rows [N, C], and which training datapoints they are, on any device; None for new ones.
-        seed: of all draws; the stream outside is left alone. Each batch has a stream of its own.
-        size: rows of a batch, at most.
+        model, guide: the programs that ``compute`` runs; both are put into evaluation mode.
+        compute: maps a batch to named tensors [B, ...], or to scalars, which come back as [number of batches].
+        x, index: rows [N, C], and which training datapoints they are, on any device; None for new rows.
+        seed: of all draws; the random stream outside is left alone. Each batch has a stream of its own.
+        batch_size: rows of a batch, at most; the batch is halved where the device has no memory for it.
+        seed_of: the first row of a batch to the batch's seed, in place of the usual one made from ``seed``.
+        cache, prefix: keeps each batch's results under the name ``prefix-start-stop``.
         progress: called with the number of rows done.
 
     Raises:
@@ -78,28 +108,31 @@ def map_batches(
     """
     rows = as_rows(x, model)
     index = None if index is None else index.to(rows.device)
-    for program in (model, guide):
-        if program is not None:
-            module_of(program).eval()
+    results, seed_of = cache or ResultCache(None, {}), seed_of or (lambda start: seed + STREAM + 1_000_003 * start)
 
-    def computed(part: slice) -> dict[str, Tensor]:
-        with seeded(seed + STREAM + 1_000_003 * part.start):
-            found = compute(RowBatch(rows[part], None if index is None else index[part], part))
-        progress(part.stop - part.start)
-        return {name: values.cpu() for name, values in found.items()}
+    def compute_batch(place: slice) -> dict[str, Tensor]:
+        batch = RowBatch(rows[place], None if index is None else index[place], place, seed_of(place.start))
 
-    with torch.no_grad(), no_validation(), local_param_store():
-        parts = list(halve_on_oom(computed, len(rows), size, "rows"))
-    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        def draw() -> dict[str, Tensor]:
+            with seeded(batch.seed):
+                return compute(batch)
+
+        values = results.get_or_compute_tensors(f"{prefix}-{place.start:06}-{place.stop:06}", draw)
+        progress(len(batch.x))
+        return {name: value.cpu() for name, value in values.items()}
+
+    with inference_mode(model, guide):
+        batches = list(halve_on_oom(compute_batch, len(rows), batch_size, "rows"))
+    return {name: torch.cat([torch.atleast_1d(batch[name]) for batch in batches]) for name in batches[0]}
 
 
-def draw_chunks(K: int, B: int, together: int | None = None) -> Iterator[slice]:
-    """K draws of B rows in parts of so many draws in all, at the most, that pass through a program together."""
-    size = max(1, (together or ROWS_PER_PASS) // B)
+def draw_chunks(K: int, B: int, max_batch: int | None = None) -> Iterator[slice]:
+    """Split K draws of each of B rows into slices of at most ``max_batch`` draws of all rows together."""
+    size = max(1, (max_batch or ROWS_PER_PASS) // B)
     return (slice(start, min(start + size, K)) for start in range(0, K, size))
 
 
-def tile_rows(x: Tensor, index: Tensor | None, part: slice) -> tuple[Tensor, Tensor | None]:
-    """Rows and their index once for each draw of a part."""
-    times = part.stop - part.start
+def tile_rows(x: Tensor, index: Tensor | None, draws: slice) -> tuple[Tensor, Tensor | None]:
+    """Repeat rows and their indices once for each draw of a slice."""
+    times = draws.stop - draws.start
     return x.repeat(times, *(1,) * (x.dim() - 1)), None if index is None else index.repeat(times)

@@ -32,11 +32,14 @@ class Guide(LocalModule):
         sites: the latents it is over, see `find_sites`; one vector "z" unless given.
 
     Attributes:
+        encodes: whether q_params of new rows follow from the rows as the guide sees them, by an encoder.
         kl_weight: of the bound that rows climb while training, so that it is the objective's.
 
     Raises:
         UserError: the family has another number of dimensions than the sites.
     """
+
+    encodes: bool = True
 
     def __init__(self, family: Family, sites: LatentSites | None = None) -> None:
         super().__init__()
@@ -49,12 +52,12 @@ class Guide(LocalModule):
         """q_params [B, P] of the rows x [B, D]; ``index`` [B] tells which datapoints they are, None that they are new."""
         raise NotImplementedError
 
-    def at(self, q_params: Tensor) -> Program:
-        """The guide of the same family and sites whose parameters are q_params [B, P]."""
+    def with_params(self, q_params: Tensor) -> Program:
+        """Return the guide of the same family and sites with the variational parameters q_params [B, P]."""
         return fixed_guide(self.family, q_params, self.sites)
 
     def forward(self, x: Tensor, index: Tensor | None = None) -> None:
-        self.at(self.params(x, index))(x, index)
+        self.with_params(self.params(x, index))(x, index)
 
     @property
     def _weight(self) -> float | Tensor:
@@ -160,6 +163,45 @@ class RefinedGuide(Guide):
         ).q_params
 
 
+class FrozenGuide(Guide):
+    """Another guide whose variational parameters for some rows were computed once, see `freeze`, and are looked up.
+
+    Rows are known by their values and by their index, in any order and subset; other rows go to the guide itself.
+    It serves diagnostics of a fitted guide, not training.
+
+    Arguments:
+        guide: the guide.
+        q_params: its variational parameters of the rows, [N, P].
+        x, index: the rows [N, C], and which training datapoints they are; None for new ones.
+    """
+
+    def __init__(self, guide: Guide, q_params: Tensor, x: Tensor, index: Tensor | None = None) -> None:
+        super().__init__(guide.family, guide.sites)
+        self.guide, self.encodes = guide, guide.encodes
+        self.register_buffer("q_params", q_params, persistent=False)
+        self._keys = _row_keys(x, index)
+        self._position = {key: place for place, key in reversed(list(enumerate(self._keys)))}
+
+    q_params: Tensor
+
+    def params(self, x: Tensor, index: Tensor | None = None) -> Tensor:
+        keys = _row_keys(x, index)
+        if not all(key in self._position for key in keys):
+            return self.guide.params(x, index)
+        # Of rows that are alike, a stretch of the rows in their order finds its own.
+        for start, key in enumerate(self._keys):
+            if keys and key == keys[0] and self._keys[start : start + len(keys)] == keys:
+                return self.q_params[start : start + len(keys)]
+        return self.q_params[[self._position[key] for key in keys]]
+
+
+def _row_keys(x: Tensor, index: Tensor | None) -> list[bytes]:
+    """What tells rows from each other: their values' bytes and their index."""
+    rows = x.detach().cpu().contiguous().flatten(1).numpy()
+    numbers = [-1] * len(rows) if index is None else index.tolist()
+    return [row.tobytes() + int(number).to_bytes(8, signed=True) for row, number in zip(rows, numbers, strict=True)]
+
+
 class PerDatapoint(Guide):
     r"""A row of parameters for every datapoint, :math:`\lambda_i = \Lambda_{i\cdot}`, as before there were encoders.
 
@@ -181,6 +223,7 @@ class PerDatapoint(Guide):
     Source: Hoffman, Blei, Wang, Paisley (2013), *Stochastic Variational Inference*, arXiv:1206.7051.
     """
 
+    encodes = False
     table: Tensor
     first: Tensor
     second: Tensor

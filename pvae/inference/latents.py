@@ -153,16 +153,21 @@ def _support(name: str, fn: Any) -> Any:
     return constraints.independent(inner, fn.event_dim)
 
 
-def observed_site(program: Program, x: Tensor, index: Tensor | None = None) -> dict[str, Any]:
-    """The site at which a program observes rows of values, as one run of it leaves it: ``fn`` is p(x|z).
+def find_observed(trace: Any, x: Tensor) -> dict[str, Any]:
+    """Return the site of a program's trace at which rows of the dimensions of x are observed; ``fn`` is p(x|z).
 
     Raises:
-        UserError: there is none of the rows' dimensions.
+        UserError: there is none.
     """
-    for _, site in random_sites(poutine.trace(program).get_trace(x, index)):
+    for _, site in random_sites(trace):
         if site["is_observed"] and site["value"].dim() == x.dim():
             return site
     raise UserError("the program observes no site of the data's shape, so that no row can be drawn beside the data's")
+
+
+def observed_site(program: Program, x: Tensor, index: Tensor | None = None) -> dict[str, Any]:
+    """Run a program once and return its observed site, see `find_observed`."""
+    return find_observed(poutine.trace(program).get_trace(x, index), x)
 
 
 def base_measure(model: Program, x: Tensor) -> str:

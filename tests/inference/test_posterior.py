@@ -18,7 +18,14 @@ from pvae.inference import batching, posterior
 from pvae.inference.batching import as_rows, draw_chunks, map_batches, tile_rows
 from pvae.inference.families import Delta, DiagonalNormal, FlowFamily
 from pvae.inference.guides import Amortized
-from pvae.inference.posterior import WeightedDraws, freeze, importance_draws, likelihood_at, posterior_moments, refit
+from pvae.inference.posterior import (
+    WeightedDraws,
+    importance_draws,
+    likelihood_at,
+    posterior_moments,
+    refit_params,
+    with_fixed_params,
+)
 from pvae.inference.refinement import LocalELBO, RowAdam, refine
 from pvae.runtime import torch_state
 from pvae.runtime.torch_state import no_validation
@@ -60,7 +67,7 @@ def starts(rows):
 def test_every_row_passes_once_in_its_order(oracle, size):
     x, index, done = oracle.sample(ROWS), torch.randperm(ROWS), []
     found = map_batches(
-        oracle.model, None, lambda rows: {"x": rows.x, "index": rows.index}, x, index, size=size, progress=done.append
+        oracle.model, None, lambda rows: {"x": rows.x, "index": rows.index}, x, index, batch_size=size, progress=done.append
     )
     assert found["x"].equal(x)
     assert found["index"].equal(index)
@@ -70,12 +77,12 @@ def test_every_row_passes_once_in_its_order(oracle, size):
 
 def test_batches_have_streams_of_their_own(oracle):
     x = oracle.sample(ROWS)
-    found = map_batches(oracle.model, None, starts, x, size=5, seed=1)
+    found = map_batches(oracle.model, None, starts, x, batch_size=5, seed=1)
     assert found["start"].unique().tolist() == [0, 5, 10, 15, 20]
     assert len(found["draw"].unique()) == ROWS
-    assert map_batches(oracle.model, None, starts, x, size=5, seed=1)["draw"].equal(found["draw"])
-    assert map_batches(oracle.model, None, starts, x[:10], size=5, seed=1)["draw"].equal(found["draw"][:10])
-    assert not map_batches(oracle.model, None, starts, x, size=5, seed=2)["draw"].equal(found["draw"])
+    assert map_batches(oracle.model, None, starts, x, batch_size=5, seed=1)["draw"].equal(found["draw"])
+    assert map_batches(oracle.model, None, starts, x[:10], batch_size=5, seed=1)["draw"].equal(found["draw"][:10])
+    assert not map_batches(oracle.model, None, starts, x, batch_size=5, seed=2)["draw"].equal(found["draw"])
 
 
 @pytest.mark.parametrize("size", [1, 7])
@@ -89,7 +96,7 @@ def test_what_is_not_drawn_does_not_depend_on_batches_or_neighbours(oracle, guid
         return [codes.mean, codes.sd, codes.error, made, augment(oracle.model, guide, rows, spread=0.0).x]
 
     whole, shuffled = found(x), found(x[order])
-    monkeypatch.setitem(map_batches.__kwdefaults__, "size", size)
+    monkeypatch.setitem(map_batches.__kwdefaults__, "batch_size", size)
     for one, other, small in zip(whole, shuffled, found(x), strict=True):
         torch.testing.assert_close(other, one[order])
         torch.testing.assert_close(small, one)
@@ -99,7 +106,7 @@ def test_exact_rates_do_not_depend_on_batches_though_draws_do(double, monkeypatc
     oracle = LinearGaussian(conditioning=1.0)
     guide, x = Amortized(Best(oracle), DiagonalNormal(2)), oracle.sample(ROWS)
     one = encode(oracle.model, guide, x, K=3)
-    monkeypatch.setitem(map_batches.__kwdefaults__, "size", 4)
+    monkeypatch.setitem(map_batches.__kwdefaults__, "batch_size", 4)
     other = encode(oracle.model, guide, x, K=3)
     # Under the exact posterior rate and distortion add up to -log p(x), whatever is drawn.
     torch.testing.assert_close(*(each.rate * math.log(2) + each.distortion for each in (one, other)))
@@ -197,7 +204,7 @@ def test_batches_are_halved_where_memory_is_short_and_nothing_else_changes(oracl
     found = map_batches(oracle.model, None, greedy, x, size=ROWS, seed=3, progress=done.append)
     assert sizes == [23, 11, 5, 5, 5, 5, 3]
     assert found["x"].equal(x)
-    assert found["draw"].equal(map_batches(oracle.model, None, greedy, x, size=5, seed=3)["draw"])
+    assert found["draw"].equal(map_batches(oracle.model, None, greedy, x, batch_size=5, seed=3)["draw"])
     assert done == [5, 5, 5, 5, 3]
     assert capsys.readouterr().err.splitlines() == [
         "the device is out of memory: going on with 5 instead of 23 rows at a time"
@@ -245,11 +252,11 @@ def test_chunks_cover_all_draws_and_repeat_rows_as_often(monkeypatch):
 def test_a_fixed_guide_finds_its_lam_once(oracle, guide):
     x, calls = oracle.sample(3), []
     guide.encoder.best = lambda x: calls.append(1) or oracle.best(x)
-    program = freeze(guide, x, None)
+    program = with_fixed_params(guide, x, None)
     for _ in range(3):
         program(x)
     assert len(calls) == 1
-    assert freeze(oracle.posterior, x, None) == oracle.posterior
+    assert with_fixed_params(oracle.posterior, x, None) == oracle.posterior
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -275,7 +282,7 @@ def test_a_row_has_one_code_whatever_asks_and_whatever_stands_beside_it(oracle):
     family = FlowFamily(2, hidden=[4], bins=4, context=2)
     guide, x = Amortized(nn.Linear(5, family.size), family), oracle.sample(12)
     codes = encode(oracle.model, guide, x).mean
-    mapped = map_latents(oracle.model, guide, x, size=2, seed=1).codes
+    mapped = map_latents(oracle.model, guide, x, batch_size=2, seed=1).codes
     torch.testing.assert_close(mapped, codes)
     torch.testing.assert_close(encode(oracle.model, guide, x[5:7], K=1, seed=1).mean, codes[5:7])
     torch.testing.assert_close(interpolate(oracle.model, guide, x[3:5], seed=2).z[[0, -1]], codes[3:5])
@@ -351,7 +358,7 @@ def test_rows_are_refitted_to_their_best_lam_whatever_the_guide_knows(oracle, na
     torch.manual_seed(5)
     undisturbed = torch.rand(1)
     torch.manual_seed(5)
-    q_params = refit(oracle.model, guide, x, offers=[x], steps=200)
+    q_params = refit_params(oracle.model, guide, x, candidates=[x], steps=200)
     assert torch.rand(1).equal(undisturbed)
     lost = oracle.elbo(oracle.best(x), x) - oracle.elbo(q_params.detach(), x)
     assert lost.min() > -1e-9  # the closed form's best is best
@@ -363,9 +370,9 @@ def test_a_row_starts_from_the_best_offer_and_never_from_nan(oracle, guide):
     x = oracle.sample(4)
     worse, missing = x + 10, torch.full_like(x, math.nan)
     with no_validation():
-        q_params = refit(oracle.model, guide, x, offers=[worse, x, missing], steps=0)
+        q_params = refit_params(oracle.model, guide, x, candidates=[worse, x, missing], steps=0)
         torch.testing.assert_close(q_params, guide.params(x))
-        q_params = refit(oracle.model, guide, x, offers=[missing], steps=0)
+        q_params = refit_params(oracle.model, guide, x, candidates=[missing], steps=0)
     assert q_params.equal(guide.family.initial().expand(4, -1))
 
 
@@ -377,4 +384,4 @@ def test_an_offer_takes_the_place_of_a_start_that_is_nan(oracle, guide, monkeypa
     x = oracle.sample(4)
     monkeypatch.setattr(posterior, "LocalELBO", bound)
     with no_validation():
-        torch.testing.assert_close(refit(oracle.model, guide, x, offers=[x], steps=0), guide.params(x))
+        torch.testing.assert_close(refit_params(oracle.model, guide, x, candidates=[x], steps=0), guide.params(x))
