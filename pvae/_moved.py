@@ -1,12 +1,9 @@
 """Tell where a module of version 0.1 has moved: one table, no shims."""
 
 import importlib.abc
-from typing import NoReturn
 
-# Old path below pvae, new path below pvae.
-MOVED = dict(
-    pair.split("=")
-    for pair in """
+# Old path below pvae = new path below pvae.
+_TABLE = """
 ais=samplers.ais anomalies=applications.anomalies beside=cli.baselines building=recipes.build
 calibration=diagnostics.calibration captured=training.cuda_graph checkpoints=training.checkpoints
 checks=recipes.preflight classes=applications.classification coding=applications.coding commands=cli.run_commands
@@ -29,14 +26,14 @@ sites=inference.latents sources=data.sources stages=diagnostics.battery stopping
 support=training.support tables=reporting.tables tally=inference.streaming targets=samplers.log_joint
 use_pictures=reporting.application_figures used=experiments.use_results uses=applications using=cli.run_coding
 values=data.preprocessing verdicts=experiments.conclusions weights=inference.importance
-""".split()
-)
+"""
+MOVED = dict(pair.split("=") for pair in _TABLE.split())
 
 
 class MovedModules(importlib.abc.MetaPathFinder):
     """Import hook that is asked last, and refuses an old module path with the new one."""
 
-    def find_spec(self, fullname: str, path: object = None, target: object = None) -> NoReturn | None:
+    def find_spec(self, fullname: str, path: object = None, target: object = None) -> None:
         """Return None for all other names, as a finder that does not know them.
 
         Raises:
@@ -44,5 +41,5 @@ class MovedModules(importlib.abc.MetaPathFinder):
         """
         package, _, name = fullname.partition(".")
         if package != "pvae" or name not in MOVED:
-            return None
+            return
         raise ImportError(f"pvae.{name} has moved to pvae.{MOVED[name]}", name=fullname)
