@@ -64,5 +64,5 @@ def test_an_old_module_path_is_answered_with_the_new_one(old):
 
 
 def test_a_module_that_never_was_is_missing_as_ever():
-    with pytest.raises(ModuleNotFoundError, match="No module named 'pvae.nonsense'"):
+    with pytest.raises(ModuleNotFoundError, match="No module named"):
         importlib.import_module("pvae.nonsense")
