@@ -1,4 +1,4 @@
-"""Values of data: checked where they come in, and binarized."""
+"""Preprocessing of data: checks of values where they come in, and binarization."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pvae.errors import UserError
+from pvae.errors import UserError, param, refuse_first
 
 BINARIZATIONS = ("none", "threshold", "dynamic", "levels")
 
@@ -15,7 +15,7 @@ FIXED_SEED = 20140410
 
 
 def check_shape(where: str, x: np.ndarray) -> None:
-    """Refuse what is no array of numbers with at least 2 rows; ``where`` begins the message."""
+    """Refuse an array that is not of numbers with at least 2 rows; ``where`` begins the message."""
     if x.dtype.kind not in "biuf":
         raise UserError(f"{where}: the values are of type {x.dtype}, but numbers are needed")
     if x.ndim < 2 or x.size == 0 or len(x) < 2:
@@ -25,54 +25,51 @@ def check_shape(where: str, x: np.ndarray) -> None:
 def check_values(
     where: str, x: np.ndarray, binarize: str, top_level: int, first: int | None = None, *, missing: bool = False
 ) -> np.ndarray:
-    """The values as float32, refused if they are not finite or can't be binarized.
+    """Return the values as float32; refuse infinity, NaN, and values that can't be binarized.
 
     Arguments:
         where: begins the message.
         x: values, [N, ...].
-        binarize: how they will be.
-        top_level: of intensities, by which they become levels.
-        first: the first row of a piece.
-        missing: let NaN be, which marks what is missing.
+        binarize: one of ``BINARIZATIONS``.
+        top_level: the highest level of a picture that was stored as whole numbers, by which intensities become levels.
+        first: number of the first row, if x is a chunk of the rows.
+        missing: accept NaN, which marks missing entries.
     """
     with np.errstate(over="ignore"):
         values = x.astype(np.float32, copy=False)
-    _refuse(where, x, np.isinf(values), "remove or fill such values", first)
+    rows, counted = range(first or 0, (first or 0) + len(x)), "in all"
+    if first is not None:
+        counted = f"in rows {rows[0]} to {rows[-1]}"
+
+    def refuse(bad: np.ndarray, advice: str) -> None:
+        refuse_first(torch.from_numpy(bad), x, advice, where=f"{where}:", rows=rows, counted=counted)
+
+    refuse(np.isinf(values), "; remove or fill such values")
     if not missing:
-        advice = "remove or fill such values, or give --missing to score only what is there"
-        _refuse(where, x, np.isnan(values), advice, first)
+        hint = f"set {param('missing', True)} to score the observed entries only"
+        refuse(np.isnan(values), f"; remove or fill such values, or {hint}")
     if binarize == "levels":
         values = np.rint(values * top_level) if top_level > 1 else values
-        advice = "--binarize levels takes whole numbers from 0"
-        _refuse(where, x, (values < 0) | (abs(values - np.rint(values)) > 0), advice, first)
+        fractional = (values < 0) | (abs(values - np.rint(values)) > 0)
+        refuse(fractional, f", but {param('binarize', binarize)} takes whole numbers from 0")
     elif binarize != "none":
-        advice = f"but --binarize {binarize} takes values from 0 to 1; scale the data, or use --binarize none"
-        _refuse(where, x, (values < 0) | (values > 1), advice, first)
+        advice = f"scale the data, or set {param('binarize', 'none')}"
+        refuse((values < 0) | (values > 1), f", but {param('binarize', binarize)} takes values from 0 to 1; {advice}")
     return values
 
 
-def _refuse(where: str, x: np.ndarray, bad: np.ndarray, advice: str, first: int | None) -> None:
-    if not bad.any():
-        return
-    places = np.argwhere(bad)
-    row, *rest = places[0].tolist()
-    column, value, start = ", ".join(map(str, rest)), f"{x[tuple(places[0])]:g}", first or 0
-    among = "in all" if first is None else f"in rows {start} to {start + len(x) - 1}"
-    raise UserError(f"{where}: row {start + row}, column {column} is {value}; {advice} ({len(places)} {among})")
-
-
 def draw_bernoulli(x: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """0 or 1 with the intensities x as probabilities; NaN stays NaN."""
+    """Draw 0 or 1 with the intensities x as probabilities; NaN stays NaN."""
     return torch.bernoulli(x.nan_to_num(), generator=generator).masked_fill(x.isnan(), torch.nan)
 
 
 def draw_fixed_binarization(x: Tensor) -> Tensor:
-    """0 or 1 with the intensities x as probabilities, the same each time; NaN stays NaN."""
+    """Draw 0 or 1 with the intensities x as probabilities, the same at each call; NaN stays NaN."""
     return draw_bernoulli(x, torch.Generator().manual_seed(FIXED_SEED))
 
 
 def apply_binarization(x: dict[str, Tensor], binarize: str) -> dict[str, Tensor]:
-    """Rows by part as they are trained and evaluated on, NaN as it was; dynamic training rows stay intensities."""
+    """Binarize the rows of each split; dynamic training rows stay intensities, NaN stays NaN."""
     if binarize in ("none", "levels"):
         return x
     if binarize == "threshold":

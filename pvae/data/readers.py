@@ -1,4 +1,4 @@
-"""data.readers."""
+"""Readers of tables: .npy, .npz, .csv and .parquet files to arrays; nothing is ever unpickled."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ def read_table(path: Path) -> dict[str, np.ndarray]:
     """Read rows of numbers from a .npy, .npz, .csv or .parquet file.
 
     Returns:
-        Arrays ``x_train`` and, where the file has them, ``y_train``, ``x_test``, ``y_test``: an .npz file may have
-        arrays of these names, or ``x`` and ``y``; a .csv or .parquet may have a column ``label``, and its columns'
-        names are ``columns``. That of an .npy file is a memory map, read when it is indexed.
+        Arrays ``x_train`` and, if the file has them, ``y_train``, ``x_test``, ``y_test``: an .npz file may have arrays
+        of these names, or ``x`` and ``y``; a .csv or .parquet may have a column ``label``, and the names of its other
+        columns are ``columns``. An .npy file gives a memory map.
 
     Raises:
         UserError: no such file, unknown format, truncated, pickled, empty, ragged or not numeric.
@@ -51,10 +51,10 @@ def read_table(path: Path) -> dict[str, np.ndarray]:
 
 
 def _read_npy(path: Path) -> dict[str, np.ndarray]:
-    found = np.load(path, mmap_mode="r", allow_pickle=False)
-    if not isinstance(found, np.ndarray):
+    rows = np.load(path, mmap_mode="r", allow_pickle=False)
+    if not isinstance(rows, np.ndarray):
         raise UserError(f"{path}: holds an .npz archive; name it so")
-    return {"x_train": found}
+    return {"x_train": rows}
 
 
 def _read_npz(path: Path) -> dict[str, np.ndarray]:
@@ -65,14 +65,14 @@ def _read_npz(path: Path) -> dict[str, np.ndarray]:
     with archive:
         if len(archive.files) == 1:
             return {"x_train": archive[archive.files[0]]}
-        found = {names[name]: archive[name] for name in archive.files if name in names}
-        if "x_train" not in found:
+        arrays = {names[name]: archive[name] for name in archive.files if name in names}
+        if "x_train" not in arrays:
             raise UserError(f"{path}: has arrays {', '.join(archive.files)}, but none named x or x_train")
         for part in ("train", "test"):
-            x, y = found.get(f"x_{part}"), found.get(f"y_{part}")
+            x, y = arrays.get(f"x_{part}"), arrays.get(f"y_{part}")
             if x is not None and y is not None and len(x) != len(y):
                 raise UserError(f"{path}: {len(x)} rows but {len(y)} labels in the {part} part")
-        return found
+        return arrays
 
 
 def _read_csv(path: Path) -> dict[str, np.ndarray]:
@@ -85,8 +85,8 @@ def _read_csv(path: Path) -> dict[str, np.ndarray]:
     if not header and not all(map(_is_number, first)):
         wrong = next(cell for cell in first if not _is_number(cell))
         raise UserError(f"{path}: the first line mixes numbers with '{wrong}', so it neither names columns nor is data")
-    found = _columns(path, csv.read_csv(path, read_options=csv.ReadOptions(autogenerate_column_names=not header)))
-    return found if header else {name: values for name, values in found.items() if name != "columns"}
+    arrays = _columns(path, csv.read_csv(path, read_options=csv.ReadOptions(autogenerate_column_names=not header)))
+    return arrays if header else {name: values for name, values in arrays.items() if name != "columns"}
 
 
 def _read_parquet(path: Path) -> dict[str, np.ndarray]:
@@ -107,11 +107,9 @@ def _columns(path: Path, table: Any) -> dict[str, np.ndarray]:
             raise UserError(f"{path}: column '{name}' is not numeric ({kind})")
     if not names or not table.num_rows:
         raise UserError(f"{path}: no rows of numbers in it")
-    found = {"x_train": np.column_stack([table.column(name).to_numpy().astype(np.float64) for name in names])}
-    found["columns"] = np.array(names)
-    if "label" in table.column_names:
-        found["y_train"] = table.column("label").to_numpy()
-    return found
+    x = np.column_stack([table.column(name).to_numpy().astype(np.float64) for name in names])
+    labels = {"y_train": table.column("label").to_numpy()} if "label" in table.column_names else {}
+    return {"x_train": x, "columns": np.array(names), **labels}
 
 
 def _is_number(text: str) -> bool:

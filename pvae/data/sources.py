@@ -1,11 +1,11 @@
-"""Where data come from: data sets by name and files, as arrays of rows and labels, and how they are split."""
+"""Sources of data: data sets by name and files, as arrays of rows and labels, and their split."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -13,20 +13,28 @@ from torch import Tensor
 
 from pvae.data.preprocessing import FIXED_SEED
 from pvae.data.readers import read_table
-from pvae.errors import UserError, nearest
+from pvae.errors import UserError, nearest, param
 
 TORCHVISION = {"mnist": "MNIST", "fashion-mnist": "FashionMNIST", "kmnist": "KMNIST"}
 NAMES = ("digits", *TORCHVISION)
 
 SPLITS = ("train", "validation", "test")
 
-# Values of the test rows that are held out unless told, at most: 1 GiB as float32. It depends on the data alone, lest
-# the same file be split in another way where memory is short.
+# The most values of test rows that are held out by default: 1 GiB as float32. It depends on the data alone, lest the
+# same file be split in another way where memory is short.
 HELD_OUT = 2**28
 
 
+class SplitSizes(NamedTuple):
+    """Rows to hold out, as counts or, below 1, fractions; ``test`` None for the default; and the seed of the split."""
+
+    test: float | None
+    validation: float
+    seed: int
+
+
 def read_source(name: str, folder: str | Path | None) -> dict[str, Any]:
-    """Arrays x_train and, where there are some, x_test, y_train, y_test."""
+    """Read the arrays x_train and, where there are some, x_test, y_train, y_test."""
     if name == "digits":
         from sklearn.datasets import load_digits
 
@@ -43,78 +51,71 @@ def _read_torchvision(name: str, folder: str | Path | None) -> dict[str, Any]:
     from torchvision import datasets
 
     root = Path(folder or os.environ.get("PVAE_DATA") or Path.home() / ".cache" / "pvae")
-    kind = getattr(datasets, TORCHVISION[name])
     raw = root / TORCHVISION[name] / "raw"
-    rows: dict[str, Any] = {}
+    arrays: dict[str, Any] = {}
     for part in ("train", "test"):
         try:
-            found = kind(root, train=part == "train", download=not raw.is_dir() or not any(raw.iterdir()))
+            download = not raw.is_dir() or not any(raw.iterdir())
+            images = getattr(datasets, TORCHVISION[name])(root, train=part == "train", download=download)
         except Exception as error:  # torchvision raises six kinds, one with an empty message
             reason = " ".join(str(error).split()) or "not in its format"
             raise UserError(
                 f"{name}: the files in {raw} can't be read ({reason}); remove the folder to have them downloaded "
-                "again, or name another with --data-dir"
+                f"again, or set another {param('data_folder')}"
             ) from error
-        if len(found.data) != len(found.targets):
-            raise UserError(f"{name}: {raw} has {len(found.data)} {part} images but {len(found.targets)} labels")
-        rows[f"x_{part}"], rows[f"y_{part}"] = found.data.numpy().astype(np.float32) / 255, found.targets.numpy()
-    return rows
+        if len(images.data) != len(images.targets):
+            raise UserError(f"{name}: {raw} has {len(images.data)} {part} images but {len(images.targets)} labels")
+        arrays[f"x_{part}"] = images.data.numpy().astype(np.float32) / 255
+        arrays[f"y_{part}"] = images.targets.numpy()
+    return arrays
 
 
-def split_rows(
-    name: str, rows: dict[str, Any], columns: int, test_size: float | None, validation_size: float, seed: int
-) -> None:
-    """Take test rows, where there are none, and validation rows out of the training rows."""
-    generator = torch.Generator().manual_seed(seed + FIXED_SEED)
-    if "x_test" not in rows:
-        usual = min(0.2, HELD_OUT / columns / len(rows["x_train"]))
-        _split(rows, "test", usual if test_size is None else test_size, generator)
-    elif test_size is not None:
-        raise UserError(f"{name} comes with its own test set of {len(rows['x_test'])} rows; leave --test-size out")
-    _split(rows, "validation", validation_size, generator)
-
-
-def _split(rows: dict[str, np.ndarray], part: str, size: float, generator: torch.Generator) -> None:
-    """Move ``size`` random training rows, with their labels, to a part of their own."""
-    total = len(rows["x_train"])
-    sound = 0 <= size < total and (size < 1 or size == int(size))
-    count = 0 if not sound else int(size) if size >= 1 else round(size * total)
-    if not sound or count >= total:
+def split_rows(name: str, arrays: dict[str, Any], columns: int, sizes: SplitSizes) -> None:
+    """Move random training rows, with their labels, to the validation rows and, if there are none, the test rows."""
+    generator = torch.Generator().manual_seed(sizes.seed + FIXED_SEED)
+    if "x_test" not in arrays:
+        default = min(0.2, HELD_OUT / columns / len(arrays["x_train"]))
+        _split(arrays, "test", default if sizes.test is None else sizes.test, generator)
+    elif sizes.test is not None:
         raise UserError(
-            f"--{part}-size {size:g} can't be taken out of {total} rows; give a count up to {total - 1} or a fraction"
+            f"{name} comes with its own test set of {len(arrays['x_test'])} rows; leave {param('test_size')} out"
         )
+    _split(arrays, "validation", sizes.validation, generator)
+
+
+def _split(arrays: dict[str, np.ndarray], part: str, size: float, generator: torch.Generator) -> None:
+    total, sized = len(arrays["x_train"]), param(f"{part}_size", f"{size:g}")
+    valid = 0 <= size < total and (size < 1 or size == int(size))
+    count = 0 if not valid else int(size) if size >= 1 else round(size * total)
+    if not valid or count >= total:
+        raise UserError(f"{sized} can't be taken out of {total} rows; give a count up to {total - 1} or a fraction")
     if part == "test" and count == 0:
-        raise UserError(f"--test-size {size:g} leaves no test rows; give a count of at least 1 or a fraction")
-    if count == 0:
-        rows[f"x_{part}"] = rows["x_train"][:0]
-        return
-    order = torch.randperm(total, generator=generator).numpy()
+        raise UserError(f"{sized} leaves no test rows; give a count of at least 1 or a fraction")
+    order = torch.randperm(total, generator=generator).numpy() if count else np.arange(total)
     for kind in "xy":
-        if f"{kind}_train" in rows:
-            whole = rows[f"{kind}_train"]
-            rows[f"{kind}_{part}"], rows[f"{kind}_train"] = whole[order[:count]], whole[order[count:]]
+        if f"{kind}_train" in arrays:
+            rows = arrays[f"{kind}_train"]
+            arrays[f"{kind}_{part}"] = rows[order[:count]]
+            arrays[f"{kind}_train"] = rows[order[count:]] if count else rows
 
 
-def select_labels(name: str, rows: dict[str, Any]) -> tuple[dict[str, Tensor | None], tuple[str, ...] | None]:
-    """Classes as numbers; words are numbered in alphabetical order, and are the second thing returned."""
+def encode_labels(name: str, arrays: dict[str, Any]) -> tuple[dict[str, Tensor | None], tuple[str, ...] | None]:
+    """Return each split's labels as numbers, and the words that these number, in alphabetical order, or None."""
+    parts = [part for part in SPLITS if f"y_{part}" in arrays]
+    labels = np.concatenate([np.asarray(arrays[f"y_{part}"]) for part in parts]) if parts else np.zeros(0)
+    for row, value in enumerate(labels.tolist()):
+        if value is None or value != value:
+            raise UserError(f"{name}: row {row} has no label; fill it in, or leave the labels out")
     names = None
-    known = [part for part in SPLITS if f"y_{part}" in rows]
-    whole = np.concatenate([np.asarray(rows[f"y_{part}"]) for part in known]) if known else np.zeros(0)
-    if any(value is None or value != value for value in whole.tolist()):
-        raise UserError(f"{name}: row {_first_missing(whole)} has no label; fill it in, or leave the labels out")
-    if whole.dtype.kind not in "biuf":
-        words, numbers = np.unique(whole.astype(str), return_inverse=True)
+    if labels.dtype.kind not in "biuf":
+        words, labels = np.unique(labels.astype(str), return_inverse=True)
         names = tuple(words.tolist())
-        parts = np.split(numbers, np.cumsum([len(rows[f"y_{part}"]) for part in known])[:-1])
-        rows = rows | {f"y_{part}": values for part, values in zip(known, parts, strict=False)}
-    return {part: torch.as_tensor(rows[f"y_{part}"]) if part in known else None for part in SPLITS}, names
+        numbers = np.split(labels, np.cumsum([len(arrays[f"y_{part}"]) for part in parts])[:-1])
+        arrays = {f"y_{part}": values for part, values in zip(parts, numbers, strict=True)}
+    return {part: torch.as_tensor(arrays[f"y_{part}"]) if part in parts else None for part in SPLITS}, names
 
 
 def unique_labels(labels: Iterable[Tensor | None]) -> Tensor | None:
-    """The different labels of all parts, sorted; None where no part has any."""
+    """Return the distinct labels of all splits, sorted; None if no split has any."""
     known = [values for values in labels if values is not None]
     return torch.cat(known).unique() if known else None
-
-
-def _first_missing(labels: np.ndarray) -> int:
-    return next(i for i, value in enumerate(labels.tolist()) if value is None or value != value)

@@ -37,7 +37,7 @@ def check_support(model: Program, data: Dataset) -> None:
 
 def _check_part(name: str, fn: Any, data: Dataset, part: str, columns: int) -> None:
     support = base_constraint(fn.support)
-    for rows, index in data.pieces(part):
+    for rows, index in data.iter_chunks(part):
         x = rows[:, :columns]
         sound = support.check(x)
         outside = (~(sound | x.isnan()) if isinstance(fn, MaskedDistribution) else ~sound).nonzero()

@@ -18,7 +18,7 @@ def mnist() -> tuple[Tensor, Tensor] | None:
     folder = Path(os.environ.get("PVAE_DATA") or Path.home() / ".cache" / "pvae")
     if not (folder / "MNIST" / "raw").is_dir():
         return None
-    found = load_data("mnist", binarize="levels", folder=folder)
+    found = load_data("mnist", binarize="levels", data_folder=folder)
     return found.train, found.test
 
 

@@ -88,7 +88,7 @@ def mnist(**changed):
 @pytest.fixture
 def read(tmp_path):
     """Load what a maker makes."""
-    return lambda make, **options: load_data(make(tmp_path), folder=tmp_path, **options)
+    return lambda make, **options: load_data(make(tmp_path), data_folder=tmp_path, **options)
 
 
 @pytest.fixture
@@ -104,7 +104,7 @@ def own_test(tmp_path):
 
 
 def stream():
-    """Where the process's random stream stands."""
+    """State of the process's random stream."""
     return torch.get_rng_state().tolist()
 
 
@@ -333,7 +333,7 @@ def test_digits_are_at_hand():
 def test_mnist_is_read_from_torchvisions_files(tmp_path, monkeypatch, by):
     mnist()(tmp_path)
     monkeypatch.setenv("PVAE_DATA", str(tmp_path if by == "environment" else tmp_path / "elsewhere"))
-    data = load_data("mnist", folder=tmp_path if by == "folder" else None)
+    data = load_data("mnist", data_folder=tmp_path if by == "folder" else None)
     assert (data.name, data.shape) == ("mnist", (4, 4))
     assert (data.train * 255).round().byte().equal(torch.from_numpy(IMAGES[:7]).flatten(1))
     assert (data.test * 255).round().byte().equal(torch.from_numpy(IMAGES[7:]).flatten(1))
@@ -419,23 +419,23 @@ BAD = {
     "no columns": (put("rows.npy", X[:, :0]), {}, ["rows.npy", "shape (24, 0)", "at least 1 value"]),
     "one dimension": (put("rows.npy", X[0]), {}, ["rows.npy", "shape (5,)", "at least 2 rows"]),
     "one number": (put("rows.npy", np.array(0.5)), {}, ["rows.npy", "shape ()"]),
-    "test as large as the data": (put("rows.npy", X), {"test_size": 24}, ["--test-size 24", "out of 24 rows", "23"]),
-    "test larger than the data": (put("rows.npy", X), {"test_size": 99}, ["--test-size 99", "out of 24 rows"]),
-    "negative test": (put("rows.npy", X), {"test_size": -1}, ["--test-size -1", "a count"]),
-    "negative fraction": (put("rows.npy", X), {"test_size": -0.2}, ["--test-size -0.2", "a fraction"]),
-    "fractional count": (put("rows.npy", X), {"test_size": 1.5}, ["--test-size 1.5", "count", "fraction"]),
-    "test of NaN": (put("rows.npy", X), {"test_size": math.nan}, ["--test-size nan"]),
-    "endless test": (put("rows.npy", X), {"test_size": math.inf}, ["--test-size inf"]),
-    "no test": (put("rows.npy", X), {"test_size": 0}, ["--test-size 0", "no test rows"]),
-    "fraction of no row": (put("rows.npy", X), {"test_size": 0.01}, ["--test-size 0.01", "no test rows"]),
-    "validation takes all": (put("rows.npy", X), {"validation_size": 19}, ["--validation-size 19", "out of 19 rows"]),
-    "negative validation": (put("rows.npy", X), {"validation_size": -3}, ["--validation-size -3"]),
-    "fractional validation": (put("rows.npy", X), {"validation_size": 2.5}, ["--validation-size 2.5"]),
+    "test as large as the data": (put("rows.npy", X), {"test_size": 24}, ["test_size=24", "out of 24 rows", "23"]),
+    "test larger than the data": (put("rows.npy", X), {"test_size": 99}, ["test_size=99", "out of 24 rows"]),
+    "negative test": (put("rows.npy", X), {"test_size": -1}, ["test_size=-1", "a count"]),
+    "negative fraction": (put("rows.npy", X), {"test_size": -0.2}, ["test_size=-0.2", "a fraction"]),
+    "fractional count": (put("rows.npy", X), {"test_size": 1.5}, ["test_size=1.5", "count", "fraction"]),
+    "test of NaN": (put("rows.npy", X), {"test_size": math.nan}, ["test_size=nan"]),
+    "endless test": (put("rows.npy", X), {"test_size": math.inf}, ["test_size=inf"]),
+    "no test": (put("rows.npy", X), {"test_size": 0}, ["test_size=0", "no test rows"]),
+    "fraction of no row": (put("rows.npy", X), {"test_size": 0.01}, ["test_size=0.01", "no test rows"]),
+    "validation takes all": (put("rows.npy", X), {"validation_size": 19}, ["validation_size=19", "out of 19 rows"]),
+    "negative validation": (put("rows.npy", X), {"validation_size": -3}, ["validation_size=-3"]),
+    "fractional validation": (put("rows.npy", X), {"validation_size": 2.5}, ["validation_size=2.5"]),
     "threshold above 1": (put("rows.npz", OUTSIDE), {"binarize": "threshold"}, ["row 3, column 1 is 1.5", "threshold"]),
     "dynamic above 1": (
         put("rows.npz", OUTSIDE),
         {"binarize": "dynamic"},
-        ["row 3, column 1 is 1.5", "--binarize none"],
+        ["row 3, column 1 is 1.5", "set binarize=none"],
     ),
     "dynamic below 0": (
         put("rows.npz", {"x_train": X, "x_test": changed(-0.25)}),
@@ -447,14 +447,26 @@ BAD = {
         {"binarize": "treshold"},
         ["unknown binarization 'treshold'", "did you mean 'threshold'?"],
     ),
-    "test size of own test": (put("rows.npz", OUTSIDE), {"test_size": 5}, ["own test set of 24 rows", "--test-size"]),
-    "test size of mnist": (mnist(), {"test_size": 2}, ["mnist comes with its own test set of 4 rows", "--test-size"]),
-    "truncated images": (mnist(train_images=idx(IMAGES[:7])[:-5]), {}, ["mnist", "can't be read", "--data-dir"]),
-    "truncated labels": (mnist(t10k_labels=idx(Y.astype("u1"))[:-5]), {}, ["mnist", "can't be read", "--data-dir"]),
+    "test size of own test": (put("rows.npz", OUTSIDE), {"test_size": 5}, ["own test set of 24 rows", "test_size"]),
+    "test size of mnist": (mnist(), {"test_size": 2}, ["mnist comes with its own test set of 4 rows", "test_size"]),
+    "truncated images": (
+        mnist(train_images=idx(IMAGES[:7])[:-5]),
+        {},
+        ["mnist", "another data_folder"],
+    ),
+    "truncated labels": (
+        mnist(t10k_labels=idx(Y.astype("u1"))[:-5]),
+        {},
+        ["mnist", "another data_folder"],
+    ),
     "images as labels": (mnist(train_labels=idx(IMAGES[:7])), {}, ["mnist", "can't be read", "1 dimension"]),
-    "empty images": (mnist(train_images=b""), {}, ["mnist", "can't be read", "--data-dir"]),
-    "text as images": (mnist(train_images=b"<html>not found</html>"), {}, ["mnist", "can't be read", "--data-dir"]),
-    "images left out": (mnist(t10k_images=None), {}, ["mnist", "can't be read", "--data-dir"]),
+    "empty images": (mnist(train_images=b""), {}, ["mnist", "another data_folder"]),
+    "text as images": (
+        mnist(train_images=b"<html>not found</html>"),
+        {},
+        ["mnist", "another data_folder"],
+    ),
+    "images left out": (mnist(t10k_images=None), {}, ["mnist", "another data_folder"]),
     "more images than labels": (mnist(train_labels=idx(np.zeros(5, "u1"))), {}, ["7 train images but 5 labels"]),
     "fewer images than labels": (mnist(t10k_labels=idx(np.zeros(9, "u1"))), {}, ["4 test images but 9 labels"]),
 }

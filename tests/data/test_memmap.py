@@ -57,7 +57,7 @@ def streamed(save):
 
 @pytest.fixture
 def small_pieces(monkeypatch):
-    monkeypatch.setattr(memmap, "CHUNK_BYTES", 4 * COLUMNS)
+    monkeypatch.setattr(memmap, "CHUNK_VALUES", 4 * COLUMNS)
 
 
 def readers():
@@ -110,7 +110,7 @@ def test_batches_reach_the_gpu(streamed):
 @pytest.mark.parametrize("stream", [False, True])
 def test_pieces_are_all_rows_once(save, small_pieces, stream):
     data = load_data(save(BYTES), test_size=20, stream=stream)
-    pieces = list(data.pieces("train"))
+    pieces = list(data.iter_chunks("train"))
     index = torch.cat([index for _, index in pieces])
     assert index.sort().values.tolist() == list(range(40))
     assert torch.cat([x for x, _ in pieces]).equal(data.train[index])
@@ -119,7 +119,7 @@ def test_pieces_are_all_rows_once(save, small_pieces, stream):
 
 def test_pieces_on_disk_come_in_the_order_of_the_file(save, small_pieces):
     data = load_data(save(np.arange(ROWS * COLUMNS).reshape(ROWS, COLUMNS)), stream=True)
-    x = torch.cat([x for x, _ in data.pieces("train")])[:, 0]
+    x = torch.cat([x for x, _ in data.iter_chunks("train")])[:, 0]
     assert x.equal(x.sort().values)
 
 
@@ -132,7 +132,7 @@ def test_the_digest_changes_with_any_value_and_with_the_split(save):
 
 def test_a_pass_for_the_digest_is_made_once_for_all_devices(streamed, monkeypatch):
     first = streamed.digest
-    monkeypatch.setattr(MemmapRows, "pieces", lambda self: pytest.fail("read again"))
+    monkeypatch.setattr(MemmapRows, "iter_chunks", lambda self: pytest.fail("read again"))
     assert streamed.to(CPU).digest == streamed.digest == first
 
 
@@ -257,7 +257,7 @@ def test_held_out_rows_that_do_not_fit_are_refused(save, monkeypatch):
     monkeypatch.setattr(loading, "available_memory", lambda: 4 * 40 * COLUMNS)
     path = save(BYTES)
     assert len(load_data(path, test_size=20).test) == 20
-    with pytest.raises(UserError, match=r"21 test and validation rows take .* --test-size and --validation-size"):
+    with pytest.raises(UserError, match=r"21 test and validation rows take .* test_size and validation_size"):
         load_data(path, test_size=20, validation_size=1)
 
 

@@ -32,7 +32,7 @@ class Whole(LocalModule):
 
 # id: (arrays of the file, flags, words of the message)
 WRONG = {
-    "NaN": ({"x": HOLES}, "", "row 0, column 1 is nan; remove or fill such values, or give --missing"),
+    "NaN": ({"x": HOLES}, "", "row 0, column 1 is nan; remove or fill such values, or set --missing"),
     "infinity": ({"x": INFINITE}, "--missing", "row 3, column 1 is inf; remove or fill such values ("),
     "column without a value": ({"x": EMPTY}, "--missing", "column 2 has no value in any of the 10 training rows"),
     "pixel without a value": ({"x": EMPTY.reshape(12, 5, 1)}, "--missing", "column 2, 0 has no value"),
@@ -66,12 +66,12 @@ def test_wrong_uses_are_refused_in_one_line(pvae, tmp_path, arrays, flags, words
 
 def test_rows_on_disk_have_no_labels_to_choose(tmp_path):
     np.save(tmp_path / "rows.npy", X)
-    with pytest.raises(UserError, match=r"--only takes labels, and a \.npy file has none"):
+    with pytest.raises(UserError, match=r"only takes labels, and a \.npy file has none"):
         load_data(str(tmp_path / "rows.npy"), only=[1], stream=True)
 
 
 def test_an_empty_choice_of_labels_is_refused():
-    with pytest.raises(UserError, match=r"--only \[\]: no row has such a label; give some of 0, 1, 2, 3, 4, 5"):
+    with pytest.raises(UserError, match=r"only=\[\]: no row has such a label; give some of 0, 1, 2, 3, 4, 5"):
         load_data("digits", only=[])
 
 
@@ -99,7 +99,7 @@ def test_a_comparison_is_trained_judged_and_reported(pvae, tmp_path):
 
 @pytest.mark.parametrize("binarize", ["none", "threshold", "dynamic", "levels"])
 @pytest.mark.parametrize("stream", [False, True])
-def test_what_is_there_is_what_the_complete_rows_have(tmp_path, binarize, stream):
+def test_observed_entries_equal_those_of_the_complete_rows(tmp_path, binarize, stream):
     x = np.rint(9 * X) if binarize == "levels" else X
     np.save(tmp_path / "whole.npy", x)
     np.save(tmp_path / "holes.npy", np.where(np.isnan(HOLES), np.nan, x).astype(np.float64))

@@ -203,7 +203,7 @@ def test_of_rows_on_disk_those_selected_alone_are_read(counts, monkeypatch):
     assert found.index.tolist() == found.place.tolist() == [5, 0, 1]
     assert found.x.equal(torch.from_numpy(read[streamed.train.rows[[5, 0, 1]]]))
     streamed.train.values = read
-    assert select_rows(own, "train").x.equal(streamed.train.resident())
+    assert select_rows(own, "train").x.equal(streamed.train.to_tensor())
     monkeypatch.setattr(opened_run, "available_memory", lambda: 2000 * 6 * 4.0)
     with pytest.raises(UserError, match=r"2400 training rows take .*; name fewer, as --select 0:1000"):
         select_rows(own, "train")
