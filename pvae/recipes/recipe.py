@@ -70,6 +70,10 @@ class Recipe:
     seed: int = 0
     split_seed: int | None = None
 
+    def type_name(self, kind: str) -> str:
+        """The class chosen for a kind, without arguments: its name, or ``file.py:Class``."""
+        return str(as_table(getattr(self, kind))["type"])
+
     def name(self, kind: str) -> str:
         """The class chosen for a kind as one word, with arguments other than the defaults."""
         if kind in ("likelihood", "prior") and not registry.accepts_argument("program", self.program, kind):
@@ -108,7 +112,7 @@ def resolve(recipe: Recipe) -> Recipe:
     for name, argument, usual in (("network", "hidden", hidden), ("likelihood", "levels", levels)):
         if registry.accepts_argument(name, chosen[name], argument):
             chosen[name].setdefault(argument, usual)
-    spelled: dict[str, Any] = {name: registry.spelled_out(name, component) for name, component in chosen.items()}
+    spelled: dict[str, Any] = {name: registry.with_defaults(name, component) for name, component in chosen.items()}
     return replace(
         recipe,
         **spelled,
@@ -173,7 +177,7 @@ def load_recipe_data(recipe: Recipe, folder: str | Path | None = None) -> Datase
     return loading.load_data(
         recipe.data,
         binarize=recipe.binarize or "none",
-        folder=folder,
+        data_folder=folder,
         test_size=recipe.test_size,
         validation_size=recipe.validation_size,
         seed=recipe.seed if recipe.split_seed is None else recipe.split_seed,
@@ -183,18 +187,18 @@ def load_recipe_data(recipe: Recipe, folder: str | Path | None = None) -> Datase
     )
 
 
-def write(recipe: Recipe, folder: Path, vary: Mapping[str, list[Any]] | None = None) -> None:
+def write_recipe(recipe: Recipe, folder: Path, vary: Mapping[str, list[Any]] | None = None) -> None:
     """Write ``recipe.toml``, with the axes that a comparison varies."""
-    write_text(folder / "recipe.toml", words(recipe, vary))
+    write_text(folder / "recipe.toml", to_toml(recipe, vary))
 
 
-def words(recipe: Recipe, vary: Mapping[str, list[Any]] | None = None) -> str:
+def to_toml(recipe: Recipe, vary: Mapping[str, list[Any]] | None = None) -> str:
     """A recipe as the text of a recipe file."""
     keys = {name: value for name, value in asdict(recipe).items() if value is not None}
     return _dumped(keys | ({"vary": vary} if vary else {}))
 
 
-def read(folder: Path, *, trust: bool = False) -> Recipe:
+def read_recipe(folder: Path, *, trust: bool = False) -> Recipe:
     """Read ``recipe.toml`` of a run folder.
 
     Arguments:
@@ -205,10 +209,10 @@ def read(folder: Path, *, trust: bool = False) -> Recipe:
     """
     if not (folder / "recipe.toml").is_file():
         raise UserError(f"{folder} is not a run: it has no recipe.toml")
-    return open_file(folder / "recipe.toml", trust=trust).recipe
+    return read_recipe_file(folder / "recipe.toml", trust=trust).recipe
 
 
-def open_file(path: Path, changes: Mapping[str, Any] | None = None, *, trust: bool = False) -> RecipeFile:
+def read_recipe_file(path: Path, changes: Mapping[str, Any] | None = None, *, trust: bool = False) -> RecipeFile:
     """Read a recipe file and change some of its keys.
 
     Arguments:
@@ -229,7 +233,7 @@ def open_file(path: Path, changes: Mapping[str, Any] | None = None, *, trust: bo
             for value in values[key]:
                 check_value(key, value, f"{path}: {where}")
     own = {name: _located(value, name, path.parent) for name, value in keys.items()}
-    named = {registry.own_file(value) for value in (changes or {}).values() if isinstance(value, (str, dict))}
+    named = {registry.source_file(value) for value in (changes or {}).values() if isinstance(value, (str, dict))}
     axes = {axis: [_located(value, axis, path.parent) for value in values] for axis, values in vary.items()}
     if not trust:
         left = {n: [v] for n, v in own.items() if n not in (changes or {})} | axes
@@ -239,7 +243,7 @@ def open_file(path: Path, changes: Mapping[str, Any] | None = None, *, trust: bo
     return RecipeFile(recipe, axes, expected)
 
 
-def record(path: Path, expected: Mapping[str, Any]) -> None:
+def record_expected(path: Path, expected: Mapping[str, Any]) -> None:
     """Put what a run has found into the table ``expected`` of its recipe file, and leave the rest of the file alone."""
     own = re.sub(
         r"^\[expected[.\]].*?(?=^\[(?!expected[.\]])|\Z)", "", path.read_text(encoding="utf-8"), flags=re.M | re.S
@@ -271,7 +275,7 @@ def _located(value: Any, key: str, folder: Path) -> Any:
     """A value whose file, if it names one, is looked for beside the recipe first."""
     if key == "data" and isinstance(value, str) and (folder / value).is_file():
         return str(folder / value)
-    file = registry.own_file(value) if key in KINDS else None
+    file = registry.source_file(value) if key in KINDS else None
     if file is None or not (folder / file).is_file():
         return value
     own = as_table(value)
@@ -281,7 +285,7 @@ def _located(value: Any, key: str, folder: Path) -> Any:
 def _refuse_code(path: Path, keys: Mapping[str, list[Any]], named: Collection[Path]) -> None:
     for kind in KINDS:
         for value in keys.get(kind, []):
-            file = registry.own_file(value)
+            file = registry.source_file(value)
             if file and Path(file).resolve() not in named:
                 raise UserError(
                     f"{path}: {kind} is code in {file}, which runs only if you give --trust or name it in --{kind}"
