@@ -1,7 +1,7 @@
-"""Recording: what a function does to tensors, kept and done again without the Python that did it.
+"""Tracing: a function of tensors becomes a graph that is replayed without the function's Python.
 
-A function is run once under PyTorch's tracer. Pyro's handlers, the checks and autograd's own passes leave a flat list
-of tensor operations behind, forward and backward. That list is replayed as it is, or compiled.
+The function runs once under PyTorch's tracer (make_fx). Pyro's handlers, the checks and autograd's own passes leave a
+flat list of tensor operations behind, forward and backward. That graph is replayed as it is, or compiled.
 """
 
 from __future__ import annotations
@@ -9,9 +9,9 @@ from __future__ import annotations
 import logging
 import math
 import warnings
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -30,8 +30,8 @@ Function = Callable[..., Outputs]
 # Buffers of more numbers, such as tables of rows, are taken to be read only: a copy might not fit beside them.
 MAX_RESTORED_SIZE = 1_000_000
 
-# What compiling takes once, in seconds, and saves at each replay: by operation, and by byte that they pass on to each
-# other. Measured on two cores, see docs/benchmarks.md. Matrix products gain nothing.
+# Seconds that compiling takes, once and for each operation, and that it saves at each replay: for each operation, and
+# for each byte between operations. Measured on two cores, see docs/benchmarks.md. Matrix products gain nothing.
 COMPILING, COMPILING_EACH, SAVED_EACH, SAVED_BYTE = 10.0, 0.015, 7e-6, 5e-11
 PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::convolution", "aten::convolution_backward")
 
@@ -40,29 +40,29 @@ INDUCTOR = {"fallback_random": True, "cpp_wrapper": True}
 
 
 class CompileCost(NamedTuple):
-    """What a graph's compiling is thought to take once, and to save at each replay, in seconds."""
+    """Estimated seconds that compiling a graph takes once, and that it saves at each replay."""
 
-    cost: float
+    seconds: float
     saved: float
 
 
 class TraceError(Exception):
-    """A function can't be recorded or its recording can't be compiled; the message says why, in one line."""
+    """A function can't be traced, or its graph can't be compiled; the message says why, in one line."""
 
 
 def trace_function(function: Function, state: Sequence[Tensor], inputs: Sequence[Tensor]) -> GraphModule:
-    """What ``function(*inputs)`` does, as a graph of tensor operations whose inputs are ``(*state, *inputs)``.
+    """Trace ``function(*inputs)`` to a graph of tensor operations whose inputs are ``(*state, *inputs)``.
 
     Arguments:
-        function: tensors to a tuple of tensors or None. What it does must not depend on their values, but on
-            their shapes alone; it may take gradients and draw random numbers.
+        function: tensors to a tuple of tensors or None. Its operations may depend on the shapes of its inputs, not on
+            their values; it may take gradients and draw random numbers.
         state: tensors that it reads besides, parameters and buffers; the graph reads them afresh at each replay.
         inputs: an example of its inputs.
 
-    The function is run for real, but the state and the random stream stay where they were.
+    The function is run for real, but the state and the random stream are restored.
 
     Raises:
-        TraceError: it looks at values, or does what the tracer does not know.
+        TraceError: the function looks at values, or does what the tracer does not know.
 
     >>> weight = torch.ones(2)
     >>> graph = trace_function(lambda x: ((weight * x).sum(),), [weight], [torch.ones(2)])
@@ -76,7 +76,7 @@ def trace_function(function: Function, state: Sequence[Tensor], inputs: Sequence
 
     try:
         with restore_state(state), no_validation(), _one_fake_mode(), _NoValueAccess():
-            return _remove_detach(make_fx(traced)(*state, *inputs))
+            return _clean_graph(make_fx(traced)(*state, *inputs))
     except TraceError:
         raise
     except Exception as error:  # the tracer, autograd, Pyro or the function itself: any kind
@@ -84,7 +84,7 @@ def trace_function(function: Function, state: Sequence[Tensor], inputs: Sequence
 
 
 class _NoValueAccess(TorchFunctionMode):
-    """Refuses what takes values out of a tensor without the tracer's notice: they would be kept for good."""
+    """Refuses functions that take values out of a tensor unseen by the tracer: they would become constants."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in (Tensor.numpy, Tensor.tolist, Tensor.__array__):
@@ -94,7 +94,7 @@ class _NoValueAccess(TorchFunctionMode):
 
 @contextmanager
 def restore_state(state: Sequence[Tensor]) -> Iterator[None]:
-    """Run a block whose draws, and whose writes into small buffers, are taken back."""
+    """Restore the random state, and all buffers of up to a million elements, when the block ends."""
     buffers = [t for t in state if not t.requires_grad and t.numel() <= MAX_RESTORED_SIZE]
     stream, before = RandomState(), [t.clone() for t in buffers]
     try:
@@ -107,13 +107,13 @@ def restore_state(state: Sequence[Tensor]) -> Iterator[None]:
 
 
 def _one_fake_mode() -> AbstractContextManager[Any]:
-    """Let the tracer describe all tensors in one place: one for each is half of a recording's time."""
+    """Let the tracer use one fake-tensor mode for all tensors: one for each takes half of the tracing time."""
     try:
         from torch._guards import TracingContext, tracing
         from torch._subclasses.fake_tensor import FakeTensorMode
 
         return tracing(TracingContext(FakeTensorMode(allow_fallback_kernels=True)))
-    except (ImportError, TypeError):  # PyTorch's own affair: without it recording is slower
+    except (ImportError, TypeError):  # a private interface: without it tracing is slower
         return nullcontext()
 
 
@@ -121,8 +121,8 @@ def _reason(error: BaseException) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
 
 
-def _remove_detach(graph: GraphModule) -> GraphModule:
-    """Without operations that nothing follows from, or that always give the same indices; draws stay where they are."""
+def _clean_graph(graph: GraphModule) -> GraphModule:
+    """Remove operations without effect and replace constant indices by buffers; draws stay where they are."""
     for node in filter(_shaped_by_values, list(graph.graph.nodes)):
         if not _is_constant(node):
             raise TraceError(f"the shape of what {node.target} gives depends on values")
@@ -132,7 +132,7 @@ def _remove_detach(graph: GraphModule) -> GraphModule:
     for node in reversed(graph.graph.nodes):
         if node.op in ("call_function", "get_attr") and not node.users and not _has_side_effect(node):
             graph.graph.erase_node(node)
-    graph.meta["worth"] = _compile_cost(graph.graph)
+    graph.meta["compile_cost"] = _compile_cost(graph.graph)
     for node in graph.graph.nodes:
         node.meta.clear()  # of tensors that only the tracer knew
     graph.recompile()
@@ -140,25 +140,27 @@ def _remove_detach(graph: GraphModule) -> GraphModule:
 
 
 def _compile_cost(graph: Graph) -> CompileCost:
-    made = [node for node in graph.nodes if node.op == "call_function"]
-    passed = 0
-    for node in made:
+    operations = [node for node in graph.nodes if node.op == "call_function"]
+    bytes_between = 0
+    for node in operations:
         schema, value = getattr(node.target, "_schema", None), node.meta.get("val")
-        own = schema and not (schema.returns and schema.returns[0].alias_info) and schema.name not in PRODUCTS
-        passed += value.numel() * value.element_size() if own and isinstance(value, Tensor) else 0
-    return CompileCost(COMPILING + COMPILING_EACH * len(made), SAVED_EACH * len(made) + SAVED_BYTE * passed)
+        is_view = schema and schema.returns and schema.returns[0].alias_info
+        if schema and not is_view and schema.name not in PRODUCTS and isinstance(value, Tensor):
+            bytes_between += value.numel() * value.element_size()
+    seconds = COMPILING + COMPILING_EACH * len(operations)
+    return CompileCost(seconds, SAVED_EACH * len(operations) + SAVED_BYTE * bytes_between)
 
 
 def _shaped_by_values(node: Node) -> bool:
     if torch.Tag.dynamic_output_shape not in getattr(node.target, "tags", ()):
         return False
-    # Places by number give a shape that is known, a mask does not.
-    picks = [n.meta["val"].dtype for n in node.all_input_nodes[1:]]
-    return node.target != torch.ops.aten.index.Tensor or torch.bool in picks
+    # Indices give a shape that is known, a mask does not.
+    indices = [n.meta["val"].dtype for n in node.all_input_nodes[1:]]
+    return node.target != torch.ops.aten.index.Tensor or torch.bool in indices
 
 
 def _is_constant(node: Node) -> bool:
-    """Whether a value follows from tensors that are no inputs, as masks are."""
+    """Whether a value depends on no input, as masks do."""
     return node.op == "get_attr" or (node.op == "call_function" and all(map(_is_constant, node.all_input_nodes)))
 
 
@@ -177,10 +179,10 @@ def _has_side_effect(node: Node) -> bool:
 
 
 def compile_graph(graph: GraphModule, inputs: Sequence[Tensor]) -> Function:
-    """The graph as Inductor compiles it for inputs of these shapes; the graph is used up.
+    """Compile a graph by Inductor for inputs of these shapes; the graph is used up.
 
     Raises:
-        TraceError: there is no C++ compiler, or the graph has what it can't compile.
+        TraceError: there is no C++ compiler, or Inductor can't compile an operation.
     """
     import torch._inductor as inductor
 
@@ -193,7 +195,7 @@ def compile_graph(graph: GraphModule, inputs: Sequence[Tensor]) -> Function:
 
 @contextmanager
 def _silent() -> Iterator[None]:
-    """Keep Inductor's remarks on operations that it leaves to PyTorch off the screen."""
+    """Silence Inductor's warnings of operations that it leaves to PyTorch."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
@@ -205,22 +207,22 @@ def _silent() -> Iterator[None]:
 
 
 def _layout(inputs: Sequence[Tensor]) -> Layout:
-    """What a recording is good for: views in it may depend on strides too."""
+    """Return what a graph is valid for: views in it may depend on strides too."""
     return tuple((t.shape, t.stride(), t.dtype, t.device) for t in inputs)
 
 
 class TracedFunction:
-    """A function of tensors that is recorded once for each shape of its inputs, and replayed from then on.
+    """Function of tensors that is traced once for each layout of its inputs and replayed from then on.
 
     Arguments:
         function: see `trace_function`.
         modules: whose parameters and buffers it reads. They may change in place between calls, not be replaced.
-        compile: compile the recording of the first shape; those of others, such as a last batch's, are replayed.
+        compile: compile the graph of the first layout; those of others, such as a last batch's, are replayed.
 
     Attributes:
-        worth: of compiling the first, once it is recorded.
+        compile_cost: of the first graph, once it is traced.
 
-    Replays draw from the random stream as the function does, and give its own values: to the bit, but that
+    Replays draw from the random stream as the function does and give its own values: to the bit, except that
     compiled ones round differently.
 
     Raises:
@@ -237,40 +239,57 @@ class TracedFunction:
         # Masks are left to be constants: shapes may depend on them.
         tensors = [t for m in modules for t in (*m.parameters(), *m.buffers()) if t.dtype != torch.bool]
         self.state = list({id(t): t for t in tensors}.values())
-        self.plays: dict[Layout, Function] = {}
+        self.graphs: dict[Layout, Function] = {}
 
     def __call__(self, *inputs: Tensor) -> Outputs:
         key = _layout(inputs)
-        if key not in self.plays:
-            self.plays[key] = self._recorded(inputs)
+        if key not in self.graphs:
+            self.graphs[key] = self._trace(inputs)
         with torch.no_grad():
-            return self.plays[key](*(t.detach() for t in self.state), *inputs)
+            return self.graphs[key](*(t.detach() for t in self.state), *inputs)
 
-    def _recorded(self, inputs: Sequence[Tensor]) -> Function:
-        held = [(m._buffers, name, b) for m in self.modules for name, b in m._buffers.items()]
+    def _trace(self, inputs: Sequence[Tensor]) -> Function:
+        buffers = [(m._buffers, name, buffer) for m in self.modules for name, buffer in m._buffers.items()]
         graph = trace_function(self.function, self.state, inputs)
-        replaced = [(buffers, name, b) for buffers, name, b in held if buffers[name] is not b]
-        for buffers, name, b in replaced:
-            buffers[name] = b
+        replaced = [(owner, name, buffer) for owner, name, buffer in buffers if owner[name] is not buffer]
+        for owner, name, buffer in replaced:
+            owner[name] = buffer
         if replaced:
             raise TraceError(f"buffer '{replaced[0][1]}' is replaced where it should be written into")
-        if self.plays:
+        if self.graphs:
             return graph
-        self.worth: CompileCost = graph.meta["worth"]
+        self.compile_cost: CompileCost = graph.meta["compile_cost"]
         return compile_graph(graph, [*self.state, *inputs]) if self.compile else graph
 
 
+@dataclass
+class _Replay:
+    """How calls with inputs of one layout are answered.
+
+    Attributes:
+        compile_at: number of the call after which to trace the function, then to compile its graph.
+        calls: so far.
+        graph: validated, traced or compiled; None as long as the function itself is called.
+        candidate: a graph to validate at the next call, and the cost of compiling it.
+    """
+
+    compile_at: int
+    calls: int = 0
+    graph: Callable[..., Tensors] | None = None
+    candidate: tuple[Callable[..., Tensors], CompileCost] | None = None
+
+
 class AutoTraced:
-    """A function of tensors that is called again and again: recorded once it was, itself where it can't be recorded.
+    """Function of tensors that is traced after some calls and replayed from then on, where it can be traced.
 
     Arguments:
-        function: see `trace_function`; it may depend on no values and remember nothing. Tensors that it reads
-            besides may change in place between calls, not be replaced.
-        after: calls with inputs of one shape that go by before these are recorded; recording takes as long as some
-            fifty of them.
+        function: see `trace_function`; it must not depend on values nor remember anything. Tensors that it reads
+            besides its inputs may change in place between calls, not be replaced.
+        after: calls with inputs of one layout before these are traced; tracing takes as long as some fifty of them.
 
-    Replays give the function's own values, to the bit. When there were so many that compiling would have paid by then
-    the recording is compiled; from then on values round differently. What gives others at the next call is not used.
+    Replays give the function's own values, to the bit. After so many replays that compiling would have paid by then
+    the graph is compiled; from then on values round differently. A graph is validated at the next call: one that
+    gives other values than the function is not used.
 
     >>> double = AutoTraced(lambda x: (2 * x,), after=1)
     >>> [double(torch.full((1,), float(k)))[0].item() for k in range(4)]
@@ -279,45 +298,41 @@ class AutoTraced:
 
     def __init__(self, function: Callable[..., Tensors], *, after: int = 30) -> None:
         self.function, self.after = function, after
-        self.calls: Counter[Layout] = Counter()
-        self.plays: dict[Layout, Callable[..., Tensors]] = {}
-        self.due: dict[Layout, int] = {}
-        self.trials: dict[Layout, tuple[Callable[..., Tensors], CompileCost]] = {}
+        self.replays: dict[Layout, _Replay] = {}
 
     def __call__(self, *inputs: Tensor) -> Tensors:
-        key = _layout(inputs)
-        self.calls[key] += 1
-        if key in self.trials:
-            return self._tried(key, inputs, *self.trials.pop(key))
-        if self.calls[key] == self.due.setdefault(key, self.after + 1) and not _is_tracing():
-            self._make(key, inputs)
-        return self._now(key, inputs)
+        replay = self.replays.setdefault(_layout(inputs), _Replay(self.after + 1))
+        replay.calls += 1
+        if replay.candidate is not None:
+            return self._validate(replay, inputs)
+        if replay.calls == replay.compile_at and not _is_tracing():
+            self._propose(replay, inputs)
+        if replay.graph is None:
+            return self.function(*inputs)
+        with torch.no_grad():
+            return replay.graph(*inputs)
 
-    def _now(self, key: Layout, inputs: Sequence[Tensor]) -> Tensors:
-        with torch.no_grad() if key in self.plays else nullcontext():
-            return self.plays.get(key, self.function)(*inputs)
-
-    def _make(self, key: Layout, inputs: Sequence[Tensor]) -> None:
-        """Record the function, or compile what was recorded, for the next call to try."""
+    def _propose(self, replay: _Replay, inputs: Sequence[Tensor]) -> None:
+        """Trace the function, or compile it if its graph is in use already."""
         with suppress(TraceError, torch.OutOfMemoryError):
             graph = trace_function(self.function, (), inputs)
-            worth = graph.meta["worth"]
-            made: Any = compile_graph(graph, inputs) if key in self.plays else graph
-            self.trials[key] = made, worth
+            cost = graph.meta["compile_cost"]
+            compiled: Any = graph if replay.graph is None else compile_graph(graph, inputs)
+            replay.candidate = compiled, cost
 
-    def _tried(
-        self, key: Layout, inputs: Sequence[Tensor], play: Callable[..., Tensors], worth: CompileCost
-    ) -> Tensors:
-        """By the function and by what was made of it, on inputs that this has not seen; kept if they agree."""
+    def _validate(self, replay: _Replay, inputs: Sequence[Tensor]) -> Tensors:
+        """Call the function and the candidate on inputs that it was not traced with; adopt it if they agree."""
+        assert replay.candidate is not None
+        (graph, cost), replay.candidate = replay.candidate, None
         before = RandomState()
         with torch.no_grad():
-            found = play(*inputs)
+            replayed = graph(*inputs)
         before.restore()
         expected = self.function(*inputs)
-        if all(map(_all_close, found, expected)):
-            if key not in self.plays:
-                self.due[key] = self.calls[key] + math.ceil(worth.cost / max(worth.saved, 1e-9))
-            self.plays[key] = play
+        if all(map(_all_close, replayed, expected)):
+            if replay.graph is None:
+                replay.compile_at = replay.calls + math.ceil(cost.seconds / max(cost.saved, 1e-9))
+            replay.graph = graph
         return expected
 
 

@@ -211,7 +211,7 @@ def _trace_step(name: str, parts: Parts, batches: Sequence[Rows], steps: int) ->
     if not compile:
         step = _check_step(parts, batches)
     if step and name in ("auto", "graph"):
-        cost, saved = step.gradients.worth
+        cost, saved = step.gradients.compile_cost
         compile = steps * saved > cost
         why = f"compiling takes about {cost:.0f} s and saves about {steps * saved:.2g} s in {steps:,} steps"
     if compile:

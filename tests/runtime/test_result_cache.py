@@ -67,7 +67,9 @@ def test_a_truncated_file_is_made_anew(tmp_path, made, keep):
 
 def test_a_part_of_another_shape_is_made_anew(tmp_path, made):
     ResultCache(tmp_path, {}).get_or_compute("here", Found, made[0])
-    found = ResultCache(tmp_path, {}).get_or_compute("here", Wider, lambda: Wider(**vars(made[0]()), more=torch.ones(1)))
+    found = ResultCache(tmp_path, {}).get_or_compute(
+        "here", Wider, lambda: Wider(**vars(made[0]()), more=torch.ones(1))
+    )
     assert torch.equal(found.more, torch.ones(1))
 
 
