@@ -15,14 +15,14 @@ import torch
 from tests.benchmarks import hmc, iwae, large, parts, sources, starts, streaming, target, training
 from tests.benchmarks.page import Line, Table
 
-LARGE = "784-400-20, batch 128; the second line's peer is the first, and the table's own size."
+LARGE = "784-400-20, batch 128; ratios to the first line, and of memory to the size of the table."
 BARE = (
-    "784-400-20; ratios to the decoder's bare forward passes on as many draws, of memory to fewer draws. CPU "
+    "784-400-20; ratios to the decoder's forward passes alone on as many draws; memory relative to fewer draws. CPU "
     "time of one thread."
 )
 LEAPFROG = (
-    "784-400-20; ratios to the decoder's bare forward and backward pass on as many chains. CPU time of one "
-    "thread. Annealing moves 2,048 at once."
+    "784-400-20; ratios to the decoder's forward and backward pass alone on as many chains. CPU time of one "
+    "thread. Annealing moves 2,048 chains at once."
 )
 STREAMING = "784-400-20: rows on disk against the same rows in memory."
 

@@ -17,7 +17,7 @@ LATENT, LEAPFROGS = 20, 10
 def leapfrogs(rows: int, chains: int, repeats: int = 15) -> tuple[float, float]:
     """Median CPU seconds of a leapfrog, recorded as in a long run, and of a bare pass from z to its gradient."""
     vae, _, _ = program(LATENT)
-    density, step = hmc.ValueAndGrad(LogJoint(vae.model, binary(rows))), torch.full((rows,), 0.01)
+    density, step_size = hmc.ValueAndGrad(LogJoint(vae.model, binary(rows))), torch.full((rows,), 0.01)
     state = hmc.init(density, torch.randn(chains, rows, LATENT))
     toward = torch.randn(chains, rows, 784)
 
@@ -25,7 +25,10 @@ def leapfrogs(rows: int, chains: int, repeats: int = 15) -> tuple[float, float]:
         z = torch.randn(chains, rows, LATENT, requires_grad=True)
         torch.autograd.grad(vae.decoder(z), z, toward)
 
-    jobs = {"bare": bare, "transition": lambda: hmc.step(density, state, step, leapfrogs=LEAPFROGS, jitter=0.0)}
+    jobs = {
+        "bare": bare,
+        "transition": lambda: hmc.transition(density, state, step_size, num_integration_steps=LEAPFROGS, jitter=0.0),
+    }
     found = medians(jobs, repeats, time.process_time)
     return found["transition"] / LEAPFROGS, found["bare"]
 

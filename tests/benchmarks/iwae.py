@@ -70,7 +70,7 @@ def against_pythae(rows: int = 10, K: int = 5000, repeats: int = 5) -> Table:
         Line(name, f"{s / rows * 1e3:.1f} ms", base and s / base, 0.40 if base and name.startswith("pvae") else None)
         for name, s in found.items()
     ]
-    note = f"784-400-20, per datapoint of {rows} evaluated together; ratios to pythae's `get_nll` at its defaults."
+    note = f"784-400-20, time per datapoint, {rows} evaluated together; ratios to pythae's `get_nll` at its defaults."
     return Table(f"IWAE-{K} of few datapoints", note, lines, absent)
 
 

@@ -1,4 +1,4 @@
-"""pvae as it is measured: the same VAE, under one of ``fit``'s engines and one of the sources of q_params."""
+"""pvae as it is measured: the same VAE, under one of ``fit``'s engines and one inference method."""
 
 from __future__ import annotations
 
@@ -40,11 +40,11 @@ def program(latent: int = LATENT, activation: str = "ReLU") -> tuple[VAE, Diagon
     networks = {"hidden": (HIDDEN,), "activation": activation}
     vae = VAE(MLP(latent, PIXELS, **networks), Bernoulli(), StandardNormal(latent))
     family = DiagonalNormal(latent)
-    return vae, family, MLP(PIXELS, family.size, **networks)
+    return vae, family, MLP(PIXELS, family.num_params, **networks)
 
 
 def guide_of(source: str, vae: VAE, family: DiagonalNormal, encoder: MLP, rows: int) -> Guide:
-    """The guide of a source by its name here."""
+    """The guide of an inference method by its name here."""
     if source in LOCAL:
         return PerDatapoint(rows, family, model=vae.model, local_steps=LOCAL[source])
     if source in REFINED:

@@ -19,9 +19,9 @@ LIBRARIES = ("torch", "pyro-ppl", "jax", "numpyro", "pythae")
 
 INTRODUCTION = """# Benchmarks
 
-Written by `make bench`. A figure is a median of jobs that took turns in one run on one machine, a ratio one of
-medians; a goal is a ratio that is not to be exceeded. Peers come with `pip install 'pvae-pyro[bench]'`; what is not
-there is left out.
+Written by `make bench`. Figures are medians of jobs that took turns in one run on one machine; ratios are ratios of
+medians; a goal is the largest acceptable ratio. Install the peers with `pip install 'pvae-pyro[bench]'`; peers that are
+not installed are left out.
 
 ![Training time per image of each contender](images/benchmarks.png)
 """

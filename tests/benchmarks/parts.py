@@ -49,7 +49,7 @@ def table(repeats: int = REPEATS) -> Table:
     times = medians(jobs, repeats)
     lines = [Line(name, f"{s * 1e3:.2f} ms", s / times[STEP]) for name, s in times.items()]
     note = (
-        "784-400-20, batch 128, amortized; ratios to the step. What is not in the parts is Python: the loop, the order "
-        "of the rows, the look at the loss. Each part by itself finds more of its data in the caches than in a step."
+        "784-400-20, batch 128, amortized; ratios to the step. The remainder is Python: the loop, the order of the "
+        "rows, the check of the loss. A part measured alone has more of its data in the caches than in a step."
     )
     return Table("Where a compiled step spends its time", note, lines, {})

@@ -1,4 +1,4 @@
-"""What the sources of q_params cost: steps of per-datapoint and semi-amortized guides beside the amortized one's."""
+"""Cost of the inference methods: steps of per-datapoint and semi-amortized guides relative to the amortized one."""
 
 from __future__ import annotations
 
@@ -35,4 +35,4 @@ def tables(turns: int = TURNS) -> list[Table]:
         ]
         absent |= {f"{ours(engine)}: {name}": reason for name, reason in missing.items()}
     note = "784-400-20, batch 128, refinement unrolled; ratios to the amortized step of the same engine."
-    return [Table("A step of each source", note, lines, absent)]
+    return [Table("A step of each inference method", note, lines, absent)]

@@ -49,10 +49,9 @@ def tables() -> list:
             Line(name, f"{found['start']:.1f} s, {found['peak'] / 2**20:.0f} MiB, {found['grown'] / 2**20:.0f} MiB")
         )
     note = (
-        "784-400-20, batch 128, each in a new process without compiled code kept from before: what the first epoch "
-        "takes beyond a later one (construction, tracing, compilation); the process's peak memory with "
-        f"{ROWS:,} rows; and of it "
-        "what came after libraries were imported and the networks built."
+        "784-400-20, batch 128, each in a new process with an empty compilation cache: additional time of the first "
+        "epoch over a later one (construction, tracing, compilation); peak memory of the process with "
+        f"{ROWS:,} rows; and its growth after libraries were imported and the networks built."
     )
     return [Table("Start and memory", note, lines, absent)]
 

@@ -46,9 +46,9 @@ def steps(batch: int, turns: int) -> Table:
     for peer, goal in GOALS.items():
         lines += compared(found, FASTEST, peer, goal if batch == min(BATCHES) else None)
     note = (
-        f"784-400-20, ReLU, float32, Adam at 1e-3: a step, and an epoch of {ROWS:,} resident rows in random order. "
-        "Ratios are to PyTorch written by hand (fused Adam). The KL is in closed form in PyTorch and pythae, by the "
-        "draw in Pyro, NumPyro and pvae. Compilation is left out."
+        f"784-400-20, ReLU, float32, Adam at 1e-3: a step, and an epoch of {ROWS:,} rows in memory in random order. "
+        "Ratios are to PyTorch written by hand (fused Adam). The KL is in closed form in PyTorch and pythae, estimated "
+        "from the draw in Pyro, NumPyro and pvae. Compilation time is excluded."
     )
     return Table(f"A training step, batch {batch}", note, lines, absent)
 
@@ -69,8 +69,8 @@ def example(turns: int = TURNS) -> Table:
     lines = [Line(name, f"{s:.2f} s", s / found[EXAMPLE], None, s / EXAMPLE_ROWS * 1e6) for name, s in found.items()]
     lines += compared(found, FASTEST, EXAMPLE, EXAMPLE_GOAL)
     note = (
-        f"784-400-50, softplus, batch {EXAMPLE_BATCH}: an epoch of {EXAMPLE_ROWS:,} images, in the example as "
-        "published with its DataLoader, which serves single images, in pvae from resident rows."
+        f"784-400-50, softplus, batch {EXAMPLE_BATCH}: an epoch of {EXAMPLE_ROWS:,} images, in the published "
+        "example with its DataLoader, which serves single images, in pvae from rows in memory."
     )
     return Table("An epoch of Pyro's VAE example", note, lines, absent)
 

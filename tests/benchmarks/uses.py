@@ -1,6 +1,6 @@
-"""How well pvae does what people use VAEs for, beside what they would pick instead: the tables of docs/uses.md.
+"""Quality of each application beside the standard alternatives: the tables of docs/uses.md.
 
-``python -m tests.benchmarks.uses digits`` (two minutes) and ``... mnist`` (twenty) measure and put their tables into
+``python -m tests.benchmarks.uses digits`` (two minutes) and ``... mnist`` (twelve) measure, and put their tables into
 the page; names of tables after the data set measure these alone and only print them.
 """
 
@@ -39,7 +39,7 @@ Line = list[str]
 
 @dataclass
 class Table:
-    """A table of the page; ``command`` says how to measure it alone, and with which commands the like on a run."""
+    """A table of the page; ``command`` measures it alone, and does the same on a run."""
 
     title: str
     header: Line
@@ -115,7 +115,7 @@ def reconstruction(case: Case) -> Table:
     header = ["", "squared error per value", "rate (bits per row)", "distortion (nats per row)", "ms per row"]
     note = (
         f"{len(case.data.test):,} test rows through {case.dim} numbers: the mean of p(x\\|z) at the code's mean. The "
-        "autoencoder is the same network with point-mass codes that cost nothing. PCA's time includes its fit."
+        "autoencoder is the same network with point-mass codes and no KL. PCA's time includes its fit."
     )
     return Table("Reconstruction and compression", header, lines, note)
 
@@ -125,27 +125,28 @@ def millis(seconds: float, case: Case) -> str:
 
 
 def latent_space(case: Case) -> Table:
-    """Proximity of codes and data, for the VAE and the autoencoder."""
+    """Latent geometry of the VAE and the autoencoder."""
     names = {
-        "step": "x moves for 0.1 sd of the codes (rms)",
-        "roughness": "steepest 5% of codes, times the median",
+        "step": "RMS move of x for 0.1 sd of the codes",
+        "roughness": "roughness",
         "vacuum_prior": "prior draws far from data",
-        "vacuum_between": "midpoints of codes far from data",
-        "variety": "spread of prior draws over reconstructions'",
+        "vacuum_between": "midpoints far from data",
+        "variety": "variety of prior draws",
     }
     lines = []
     for name, built in (("VAE", case.vae), ("autoencoder", case.autoencoder)):
         own = measure_latent_geometry(built.model, built.guide, case.x, case.train).summary()
         lines.append([name, *(number(own[key]) for key in names)])
     note = (
-        "Far is farther from every training row than 95% of the test rows' reconstructions are: 0.05 would be data's. "
-        "A blur is far from nothing; a spread below 1 tells it."
+        "A point is far if its nearest training row is farther than for 95% of the test rows' reconstructions: 0.05 is "
+        "expected of data. Roughness is the 95th percentile of the decoder's steepness over its median. Variety is the "
+        "spread of prior draws over that of reconstructions; below 1 it reveals blur, which is far from no row."
     )
-    return Table("Smoothness and holes", ["", *names.values()], lines, note)
+    return Table("Latent geometry", ["", *names.values()], lines, note)
 
 
 def denoising(case: Case) -> Table:
-    """Gaussian noise of 0.5 taken away."""
+    """Denoising of Gaussian noise of 0.5."""
     noise, x = GaussianNoise(scale=0.5), case.x
     with seeded(17):
         y = noise.added(x)
@@ -165,7 +166,7 @@ def denoising(case: Case) -> Table:
     start = (y - x).square().mean()
     lines = [[n, number(mean_se(e)), number(mean_se(e / start))] for n, e in errors(fits, x).items()]
     note = f"{len(x):,} test rows with Gaussian noise of standard deviation 0.5 added."
-    header = ["", "squared error per value", "share of the noise's"]
+    header = ["", "squared error per value", "share of the noise's squared error"]
     return Table("Denoising", header, lines, note)
 
 
@@ -180,7 +181,7 @@ def errors(fits: dict[str, Tensor], x: Tensor, where: Tensor | None = None) -> d
 
 
 def imputation(case: Case) -> Table:
-    """Half of the entries filled in."""
+    """Imputation of half of the entries."""
     x, built = case.x, case.vae
     there = torch.rand(x.shape, generator=torch.Generator().manual_seed(0)) >= 0.5
     hidden = torch.where(there, x, torch.nan)
@@ -199,10 +200,12 @@ def imputation(case: Case) -> Table:
         took = time.perf_counter() - begin
         own = errors({name: made}, x, ~there)[name]
         lines.append([name, number(mean_se(own)), f"{1e3 * took / len(x):.2g}"])
-    left = "" if x.shape[1] < 100 else " IterativeImputer regresses each of 784 columns on all others: left out."
+    left = (
+        "" if x.shape[1] < 100 else " IterativeImputer, which regresses each of 784 columns on all others, is left out."
+    )
     note = (
-        f"{len(x):,} test rows, each entry hidden with probability 0.5; KNNImputer looks at "
-        f"{min(peers.FEW, len(case.train)):,} training rows, the others at all. Times include their fit.{left}"
+        f"{len(x):,} test rows, each entry hidden with probability 0.5; KNNImputer uses "
+        f"{min(peers.FEW, len(case.train)):,} training rows, the others all. Times include their fit.{left}"
     )
     header = ["", "squared error per hidden value", "ms per row"]
     return Table("Imputation", header, lines, note)
@@ -259,7 +262,7 @@ def classification(case: Case) -> Table:
     found = applications.classify(models, data.test, temperature=temperature)
     asked = time.perf_counter() - begin
     mine = found.summary(data.test_labels)
-    name = f"a VAE for each class, calibrated at {temperature:.2g}"
+    name = f"one VAE per class, calibrated at {temperature:.2g}"
     lines = [[name, percent(mine["accuracy"]), number(mine["log_loss"]), f"{took:.2g} s, {asked:.2g} s"]]
     train, labels = data.fixed_train(len(data.train)).x, data.train_labels
     for name, classifier in peers.classifiers().items():
@@ -271,7 +274,7 @@ def classification(case: Case) -> Table:
             [name, percent(mean_se(hit)), number(mean_se(loss)), f"{time.perf_counter() - begin:.2g} s in all"]
         )
     note = (
-        f"{len(data.test):,} test rows, {len(train):,} training rows, {len(data.validation):,} more to calibrate on. "
+        f"{len(data.test):,} test rows, {len(train):,} training rows, {len(data.validation):,} more for calibration. "
         f"Class models: {describe(own)}."
     )
     header = ["", "accuracy (%)", "log loss (nats)", "training, test"]
@@ -283,10 +286,10 @@ def percent(estimate: Estimate) -> str:
 
 
 BINARIZED = {
-    "none": "greys",
+    "none": "grey levels",
     "threshold": "binarized at 0.5",
-    "dynamic": "binarized afresh for each batch",
-    "levels": "grey levels",
+    "dynamic": "binarized anew for each batch",
+    "levels": "integer grey levels",
 }
 
 
@@ -342,7 +345,7 @@ MODELS = Path(__file__).parents[2] / "models"
 
 def read(name: str) -> Recipe:
     """A recipe of models/."""
-    return recipe.open_file(MODELS / f"{name}.toml").recipe
+    return recipe.read_recipe_file(MODELS / f"{name}.toml").recipe
 
 
 CASES = {
@@ -351,10 +354,10 @@ CASES = {
 }
 
 
-# What does the like on a run: a word of the command line for each table.
+# The command that does the same on a run, for each table.
 BY_HAND = {
     "reconstruction": "pvae encode RUN",
-    "latent_space": "pvae compare models/autoencoder.toml (greys)",
+    "latent_space": "pvae compare models/autoencoder.toml (grey levels)",
     "denoising": "pvae denoise RUN",
     "imputation": "pvae impute RUN --hide 0.5",
     "anomaly": "pvae fit models/anomalies-{name}.toml --out RUN; pvae anomalies RUN (one digit)",
