@@ -12,7 +12,7 @@ import pytest
 from pvae.data import sources
 from pvae.experiments import sweep
 from pvae.recipes import recipe, registry
-from pvae.recipes.preflight import try_recipe, warnings
+from pvae.recipes.preflight import check_recipe, try_recipe, recipe_warnings
 
 MODELS = Path(__file__).parents[1] / "models"
 PATHS = sorted(MODELS.glob("*.toml"))
@@ -43,7 +43,7 @@ def few(pictures, monkeypatch):
 
 
 def opened(path):
-    return recipe.open_file(path, trust=True)
+    return recipe.read_recipe_file(path, trust=True)
 
 
 def variants(path):
@@ -54,8 +54,10 @@ def variants(path):
 @each
 def test_every_variant_takes_two_steps_with_a_gradient_in_every_parameter(path, few):
     for cell in variants(path):
-        assert list(try_recipe(cell.recipe, few(cell.recipe)))[-1].startswith("a gradient in every parameter")
-        assert list(warnings(cell.recipe)) == []
+        data = few(cell.recipe)
+        lines = list(try_recipe(check_recipe(cell.recipe, data), data))
+        assert lines[-1].startswith("a gradient in every parameter")
+        assert list(recipe_warnings(cell.recipe)) == []
 
 
 @each
@@ -73,7 +75,7 @@ def test_every_key_says_something(path):
 def test_files_of_programs_stand_beside_the_recipe_and_are_named_from_there(path):
     keys = tomllib.loads(path.read_text(encoding="utf-8"))
     for value in [keys.get("program", "VAE"), *keys.get("vary", {}).get("program", [])]:
-        file = registry.own_file(value)
+        file = registry.source_file(value)
         assert file is None or (MODELS / file).is_file()
         assert file is None or "--trust" in path.read_text(encoding="utf-8")
 

@@ -152,7 +152,7 @@ def test_what_is_fitted_is_decided_by_the_seed():
 @pytest.mark.parametrize(
     "chosen",
     [
-        {"inference": "PerDatapoint(new_steps=3)"},
+        {"inference": "PerDatapoint(num_steps_new_data=3)"},
         {"inference": "SemiAmortized(steps=2)", "prior": "VampPrior(pseudo_inputs=5)"},
         {"missing": True, "inference": "SemiAmortized(steps=2)"},
         {"family": "FlowFamily(hidden=[4])"},

@@ -134,7 +134,7 @@ def open_run(
     """
     if not (folder / "recipe.toml").is_file():
         raise UserError(f"{folder} is not a run: it has no recipe.toml; pvae fit --out {folder} makes one")
-    own, axes, _ = recipe.open_file(folder / "recipe.toml", trust=trust)
+    own, axes, _ = recipe.read_recipe_file(folder / "recipe.toml", trust=trust)
     places = {own.name("guide"): folder}
     if axes:
         places = {cell.name: folder / cell.place for cell in reversed(sweep.sweep_points(own, axes))}
@@ -145,7 +145,7 @@ def open_run(
     if name not in places:
         raise UserError(f"{folder} has no variant '{name}'{nearest(name, places)}")
     shelf = sweep.DatasetCache(data_folder)
-    data = shelf[recipe.read(places[name], trust=trust)]
+    data = shelf[recipe.read_recipe(places[name], trust=trust)]
     found = run_folder.load_fit(places[name], data, device=device, trust=trust)
     return Run(folder, name, found, data, [other for other in places if other != name], device)
 

@@ -63,12 +63,12 @@ def prepare_folder(
         _clear(folder)
     elif folder.is_dir() and any(folder.iterdir()):
         raise UserError(f"--out {folder} holds files that are not a run's; name another folder")
-    recipe.write(own, folder, dict(vary or {}))
+    recipe.write_recipe(own, folder, dict(vary or {}))
 
 
 def _check_same(folder: Path, own: Recipe, vary: dict[str, list[Any]]) -> None:
     # Nothing of it is run: what is built is the recipe at hand.
-    there, axes, _ = recipe.open_file(folder / "recipe.toml", trust=True)
+    there, axes, _ = recipe.read_recipe_file(folder / "recipe.toml", trust=True)
     if bool(axes) != bool(vary):
         kinds = {True: "compare's", False: "fit's"}
         raise UserError(f"--resume: {folder} is {kinds[bool(axes)]}, not {kinds[bool(vary)]}; name another --out")
@@ -113,7 +113,7 @@ def load_fit(folder: Path, data: Dataset, *, device: str = "auto", trust: bool =
     Raises:
         UserError: no run, or a checkpoint that is broken, of another model or of other data.
     """
-    own = recipe.read(folder, trust=trust)
+    own = recipe.read_recipe(folder, trust=trust)
     tensors, header = checkpoints.read(folder)
     if header["digest"] != data.digest:
         raise UserError(f"{folder} was fitted to other rows than {data.identity} has now; fit it anew")

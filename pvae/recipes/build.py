@@ -1,33 +1,32 @@
-"""Building: a resolved recipe and its data become program, guide and objective."""
+"""Build: a resolved recipe and its data become generative program, guide and objective; and their fit."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from pvae.data.dataset import Dataset
-from pvae.errors import Incompatible
+from pvae.errors import Incompatible, param
 from pvae.generative.handlers import mask_missing
 from pvae.generative.networks import ImputeMeans, Standardize
-from pvae.inference import guides
 from pvae.inference.families import Family
-from pvae.inference.latents import LatentSites, find_latent_sites
-from pvae.recipes import registry
+from pvae.inference.guides import Guide
+from pvae.inference.latents import find_latent_sites
 from pvae.recipes.recipe import Recipe
-from pvae.recipes.registry import as_table, make
+from pvae.recipes.registry import accepts_argument, make
 from pvae.runtime import distributed
 from pvae.runtime.pyro_params import Program
 from pvae.runtime.torch_state import seeded
+from pvae.stats import impute_column_means
 from pvae.training.loop import Fit, fit
 from pvae.training.objectives import Objective
 
 
 @dataclass(frozen=True)
 class FittedModel:
-    """A recipe's generative program, guide and objective, and how their fit went.
+    """A recipe's generative program, guide and objective, and the report of their fit.
 
     Attributes:
         recipe: resolved.
@@ -39,7 +38,7 @@ class FittedModel:
 
     recipe: Recipe
     program: Any
-    guide: guides.Guide
+    guide: Guide
     objective: Objective
     fit: Fit = field(default_factory=lambda: Fit([], 0.0, ""))
 
@@ -50,106 +49,116 @@ class FittedModel:
 
     @property
     def modules(self) -> dict[str, nn.Module]:
-        """The modules that hold the parameters, by the names that a checkpoint has for them."""
+        """The modules that hold the parameters, by their names in a checkpoint."""
         return {"model": self.program, "guide": self.guide}
 
 
-def build_model(recipe: Recipe, dataset: Dataset) -> FittedModel:
-    """Program, guide and objective of a resolved recipe, sized from the data.
+@dataclass(frozen=True)
+class EncoderPosterior:
+    """The amortized posterior q(z|x): a variational family over an encoder, x [B, columns] to a distribution."""
 
-    Recipes that differ in the guide alone start from the same decoder and, where they have one, the same encoder.
-    Where entries may be missing, the program's ``model`` scores those that are there, and the encoder and what starts
-    from rows see the means of the training values in the place of the others.
-
-    Raises:
-        UserError: a component refuses its arguments, or two of them do not go together.
-    """
-    with seeded(recipe.seed):
-        posterior = _Posterior(recipe, dataset)
-        program = _program(recipe, dataset, posterior)
-        if dataset.missing:  # the program's own, so that all who name it see this one
-            program.model = mask_missing(program.model)
-        sites = find_latent_sites(program.model, dataset.train[:3])
-        posterior.fit_to(sites)
-    family, encoder = posterior.family, posterior.encoder
-    own = len(distributed.shard(len(dataset.train)))
-    supplied = {"encoder": encoder, "family": family, "num_data": own, "model": program.model, "sites": sites}
-    guide = make("guide", recipe.guide, **supplied)
-    return FittedModel(recipe, program, guide, make("objective", recipe.objective))
-
-
-def _program(recipe: Recipe, dataset: Dataset, posterior: _Posterior) -> Any:
-    columns = dataset.train.shape[1] - dataset.num_label_columns
-    likelihood = make("likelihood", recipe.likelihood)
-    supplied = {
-        "columns": columns,
-        "latent": recipe.latent,
-        "likelihood": likelihood,
-        "classes": dataset.num_label_columns,
-    }
-    if registry.accepts_argument("program", recipe.program, "decoder"):
-        outputs = likelihood.params_per_value * columns
-        sizes = {"inputs": recipe.latent, "outputs": outputs, "shape": dataset.shape, "decodes": True}
-        supplied["decoder"] = make("network", recipe.network, **sizes)
-    posterior.make_encoder()
-    if registry.accepts_argument("program", recipe.program, "prior"):
-        if registry.accepts_argument("prior", recipe.prior, "posterior"):
-            posterior.check_has_encoder()
-        known = {"dim": recipe.latent, "posterior": posterior, "data": posterior.rows}
-        supplied["prior"] = make("prior", recipe.prior, **known)
-    return make("program", recipe.program, **supplied)
-
-
-class _Posterior:
-    """The guide's family over its encoder, x [B, columns] to q(z|x): what a prior may be made of."""
-
-    def __init__(self, recipe: Recipe, dataset: Dataset) -> None:
-        self.recipe, self.dataset = recipe, dataset
-        self.family: Family = make("family", recipe.family, dim=recipe.latent)
-        self.encoder: nn.Module = nn.Identity()
-
-    @property
-    def rows(self) -> Tensor:
-        """The rows that networks and priors start from, as the encoder sees them."""
-        rows, means = self.dataset.sample, self.dataset.means
-        return rows if means is None else torch.where(rows.isnan(), means.to(rows), rows)
+    family: Family
+    encoder: nn.Module
 
     def __call__(self, x: Tensor) -> Any:
         return self.family(self.encoder(x))
 
-    def make_encoder(self) -> None:
-        """The encoder of the recipe's network for the family as it is."""
-        sizes = {"inputs": self.dataset.train.shape[1], "outputs": self.family.size, "shape": self.dataset.shape}
-        self.encoder = make(
-            "network", self.recipe.network, **sizes, labels=self.dataset.num_label_columns, decodes=False
+
+def build_model(recipe: Recipe, dataset: Dataset) -> FittedModel:
+    """Build the program, guide and objective of a resolved recipe, sized from the data.
+
+    Recipes that differ in the guide alone start from the same decoder and, if they have one, the same encoder. If
+    entries may be missing, the program's ``model`` scores the observed entries, and encoder and prior start from rows
+    with missing entries replaced by their columns' means.
+
+    Raises:
+        UserError: a component refuses its arguments.
+        Incompatible: two components do not go together.
+    """
+    with seeded(recipe.seed):  # one stream: family, decoder, encoder, prior, in this order
+        family = make("family", recipe.family, dim=recipe.latent)
+        likelihood = make("likelihood", recipe.likelihood)
+        decoder = make_decoder(recipe, dataset, likelihood)
+        encoder = make_encoder(recipe, dataset, family)
+        prior = make_prior(recipe, dataset, EncoderPosterior(family, encoder))
+        program = make(
+            "program",
+            recipe.program,
+            columns=dataset.train.shape[1] - dataset.num_label_columns,
+            latent=recipe.latent,
+            likelihood=likelihood,
+            decoder=decoder,
+            prior=prior,
+            classes=dataset.num_label_columns,
         )
-        rows, means = self.rows, self.dataset.means
-        if rows.min() < 0 or rows.max() > 1:  # intensities are fit for a network as they are
-            self.encoder = Standardize(self.encoder, rows)
-        if means is not None:
-            self.encoder = ImputeMeans(self.encoder, means.to(rows))
+        if dataset.missing:  # the program's own attribute, so that every reader of ``program.model`` sees this one
+            program.model = mask_missing(program.model)
+        sites = find_latent_sites(program.model, dataset.train[:3])
+        if sites.dim != family.dim:  # the program's latents are not the recipe's D dimensions
+            if _is_made_of_posterior(recipe):
+                raise Incompatible(f"prior {recipe.name('prior')} needs z to be the program's only latent")
+            family = make("family", recipe.family, dim=sites.dim)
+            encoder = make_encoder(recipe, dataset, family)
+    num_data = len(distributed.shard(len(dataset.train)))
+    supplied = {"encoder": encoder, "family": family, "num_data": num_data, "model": program.model, "sites": sites}
+    guide = make("guide", recipe.guide, **supplied)
+    return FittedModel(recipe, program, guide, make("objective", recipe.objective))
 
-    def fit_to(self, sites: LatentSites) -> None:
-        """Size family and encoder anew where the program's latents are not the recipe's D dimensions."""
-        if sites.dim != self.family.dim:
-            if registry.accepts_argument("prior", self.recipe.prior, "posterior") and registry.accepts_argument(
-                "program", self.recipe.program, "prior"
-            ):
-                raise Incompatible(f"prior {self.recipe.name('prior')} needs z to be the program's only latent")
-            self.family = make("family", self.recipe.family, dim=sites.dim)
-            self.make_encoder()
 
-    def check_has_encoder(self) -> None:
-        """Refuse a prior that is made of the guide's posterior where the guide or its family has none to give."""
-        prior, guide, family = (str(as_table(getattr(self.recipe, k))["type"]) for k in ("prior", "guide", "family"))
-        if not registry.accepts_argument("guide", self.recipe.guide, "encoder"):
-            raise Incompatible(f"prior {prior} needs an encoder, and guide {guide} has none; use --guide Amortized")
-        if self.family.point_mass:
-            raise Incompatible(f"prior {prior} needs a density, and family {family} has none; use another --family")
+def make_decoder(recipe: Recipe, dataset: Dataset, likelihood: Any) -> nn.Module | None:
+    """Make the decoder, z to the likelihood's parameters; None if the program takes no decoder."""
+    if not accepts_argument("program", recipe.program, "decoder"):
+        return None
+    outputs = likelihood.params_per_value * (dataset.train.shape[1] - dataset.num_label_columns)
+    sizes = {"inputs": recipe.latent, "outputs": outputs, "shape": dataset.shape}
+    return make("network", recipe.network, **sizes, decodes=True)
+
+
+def make_encoder(recipe: Recipe, dataset: Dataset, family: Family) -> nn.Module:
+    """Make the encoder, x to the variational parameters; standardization and mean imputation go before it if needed."""
+    sizes = {"inputs": dataset.train.shape[1], "outputs": family.num_params, "shape": dataset.shape}
+    encoder = make("network", recipe.network, **sizes, labels=dataset.num_label_columns, decodes=False)
+    rows = _example_rows(dataset)
+    if rows.min() < 0 or rows.max() > 1:  # intensities are fit for a network as they are
+        encoder = Standardize(encoder, rows)
+    return encoder if dataset.means is None else ImputeMeans(encoder, dataset.means.to(rows))
+
+
+def make_prior(recipe: Recipe, dataset: Dataset, posterior: EncoderPosterior) -> nn.Module | None:
+    """Make the prior p(z), of the amortized posterior if it is a VampPrior; None if the program takes no prior.
+
+    Raises:
+        Incompatible: the prior is made of the amortized posterior, but the guide has no encoder or q no density.
+    """
+    if not accepts_argument("program", recipe.program, "prior"):
+        return None
+    if _is_made_of_posterior(recipe):
+        prior, guide, family = (recipe.type_name(kind) for kind in ("prior", "guide", "family"))
+        if not accepts_argument("guide", recipe.guide, "encoder"):
+            use = param("guide", "Amortized")
+            raise Incompatible(f"prior {prior} needs an encoder, and guide {guide} has none; use {use}")
+        if posterior.family.point_mass:
+            use = param("family")
+            raise Incompatible(f"prior {prior} needs a density, and family {family} has none; use another {use}")
+    return make("prior", recipe.prior, dim=recipe.latent, posterior=posterior, data=_example_rows(dataset))
+
+
+def _is_made_of_posterior(recipe: Recipe) -> bool:
+    takes_prior = accepts_argument("program", recipe.program, "prior")
+    return takes_prior and accepts_argument("prior", recipe.prior, "posterior")
+
+
+def _example_rows(dataset: Dataset) -> Tensor:
+    """Training rows for the start of encoder and prior, missing entries replaced by means."""
+    rows, means = dataset.sample, dataset.means
+    return rows if means is None else impute_column_means(rows, means=means)
 
 
 def fit_recipe(untrained: FittedModel, data: Dataset, **options: Any) -> FittedModel:
-    """Fit a built model by its recipe's budget; ``options`` are those of `fit`."""
+    """Fit a built model by its recipe's budget; ``options`` are those of `fit`.
+
+    See also: `check_recipe`, which builds a model and refuses beforehand what training would.
+    """
     recipe = untrained.recipe
     report = fit(
         untrained.model,

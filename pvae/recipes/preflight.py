@@ -1,4 +1,4 @@
-"""Checks of a recipe before hours are spent on it: shapes, support, one step, a gradient in every parameter."""
+"""Checks of a recipe before anything is spent: components, budget, support, first loss, gradients."""
 
 from __future__ import annotations
 
@@ -8,55 +8,81 @@ import torch
 from pyro.infer import SVI
 
 from pvae.data.dataset import Dataset
-from pvae.errors import UserError
+from pvae.errors import UserError, param
+from pvae.inference.guides import PerDatapoint
 from pvae.recipes.build import FittedModel, build_model
 from pvae.recipes.recipe import Recipe
 from pvae.recipes.registry import make
 from pvae.runtime.torch_state import no_validation, seeded
+from pvae.runtime.tracing import restore_state
 from pvae.training.loop import check_budget
 from pvae.training.objectives import NonFiniteLoss
 from pvae.training.optimizer import FusedAdam
 from pvae.training.support import check_support
 
 
-def try_recipe(own: Recipe, data: Dataset) -> Iterator[str]:
-    """Lines that say what is sound in a resolved recipe.
+def check_recipe(recipe: Recipe, data: Dataset) -> FittedModel:
+    """Build a resolved recipe's model and refuse what training would refuse, before anything is written.
+
+    Returns:
+        The untrained model, which `fit_recipe` may train: nothing of the check is left in it.
 
     Raises:
-        UserError: the first thing that isn't, as training would say it; or a parameter without a gradient.
+        UserError: a component, the budget, data outside the support, or a first loss that is not finite.
+        Incompatible: components that do not go together.
+
+    See also: `try_recipe`, which takes two steps of training.
+    """
+    check_budget(data, recipe.epochs or 0, recipe.batch_size, recipe.learning_rate or 0.0, recipe.patience)
+    untrained = build_model(recipe, data)
+    shard = data.shard()
+    buffers = [buffer for module in untrained.modules.values() for buffer in module.buffers()]
+    with restore_state(buffers):
+        check_support(untrained.model, shard)
+        x, index = next(shard.batches(2, recipe.seed, 0))
+        try:
+            with seeded(recipe.seed), no_validation():
+                untrained.objective.loss(untrained.model, untrained.guide, x, index)
+        except NonFiniteLoss as error:
+            likelihood = param("likelihood")
+            raise UserError(f"at the first step {error}; choose another {likelihood} or scale the data") from error
+    if isinstance(untrained.guide, PerDatapoint):
+        untrained.guide.forget()
+    return untrained
+
+
+def try_recipe(untrained: FittedModel, data: Dataset) -> Iterator[str]:
+    """Take two training steps with a model of `check_recipe` and describe it, line by line.
+
+    Raises:
+        UserError: a parameter that no finite gradient reaches.
     """
     yield data.summary()
-    built = check_recipe(own, data)
-    sites = ", ".join(f"{site.name} {list(site.shape)}" for site in built.guide.sites.sites)
-    yield f"latents: {sites}; q has {built.guide.family.size} parameters for each row"
-    modules = {"model": built.program, "guide": built.guide}
-    loss = _two_steps(own, built, data)
-    yield f"two steps: loss {loss:.2f} nats per row"
-    without = [
-        f"{kind}.{name}"
-        for kind, module in modules.items()
-        for name, p in module.named_parameters()
-        if p.requires_grad and (p.grad is None or not p.grad.isfinite().all())
-    ]
-    if without:
-        raise UserError(f"no finite gradient reaches {', '.join(without)}; is the parameter used in the program?")
-    counts = {kind: sum(p.numel() for p in module.parameters() if p.requires_grad) for kind, module in modules.items()}
-    rows = getattr(built.guide, "table", torch.empty(0)).numel()
-    own_rows = f", rows {rows:,}" if rows else ""
-    yield f"a gradient in every parameter: model {counts['model']:,}, guide {counts['guide']:,}{own_rows}"
+    guide = untrained.guide
+    latents = ", ".join(f"{site.name} {list(site.shape)}" for site in guide.sites.sites)
+    yield f"latents: {latents}; q has {guide.family.num_params} parameters for each row"
+    yield f"two steps: loss {_take_two_steps(untrained, data):.2f} nats per row"
+    if names := list(_without_gradient(untrained)):
+        raise UserError(f"no finite gradient reaches {', '.join(names)}; is the parameter used in the program?")
+    model_size, guide_size = (
+        sum(p.numel() for p in module.parameters() if p.requires_grad) for module in untrained.modules.values()
+    )
+    table_size = getattr(guide, "table", torch.empty(0)).numel()
+    rows = f", rows {table_size:,}" if table_size else ""
+    yield f"a gradient in every parameter: model {model_size:,}, guide {guide_size:,}{rows}"
 
 
-def warnings(own: Recipe) -> Iterator[str]:
-    """What a resolved recipe can hardly mean, though it can be trained."""
-    warm_up, epochs = make("objective", own.objective).warm_up, own.epochs or 0
+def recipe_warnings(recipe: Recipe) -> Iterator[str]:
+    """Return warnings of settings that can be trained but are hardly meant, for a resolved recipe."""
+    warm_up, epochs = make("objective", recipe.objective).warm_up, recipe.epochs or 0
     if warm_up > epochs:
         yield (
             f"the KL weight rises over {warm_up:g} epochs, but training has {epochs}: it never reaches its full value"
         )
 
 
-class _Keeping(FusedAdam):
-    """An optimizer that leaves the gradients of its last step to be looked at."""
+class _GradientKeepingAdam(FusedAdam):
+    """Adam that does not clear the gradients of its last step."""
 
     def __call__(self, params: object, *args: object, **kwargs: object) -> None:
         if self.adam:
@@ -65,34 +91,22 @@ class _Keeping(FusedAdam):
             table.step_rows()
 
 
-def _two_steps(own: Recipe, built: FittedModel, data: Dataset) -> float:
-    objective = built.objective
-    # The KL bears on the loss, as it will sooner or later.
+def _take_two_steps(untrained: FittedModel, data: Dataset) -> float:
+    """Train on two small batches, with the KL nearly at its full weight, and return the loss per row."""
+    recipe, objective = untrained.recipe, untrained.objective
     objective.weight, objective.free_bits = objective.weight_at(0.9 * objective.warm_up), 0.0
-    optimizer = _Keeping(built.program, built.guide, learning_rate=own.learning_rate or 1e-3)
-    loop, loss = SVI(built.model, built.guide, optimizer, objective), 0.0
-    with seeded(own.seed), no_validation():
+    optimizer = _GradientKeepingAdam(*untrained.modules.values(), learning_rate=recipe.learning_rate or 1e-3)
+    svi, loss = SVI(untrained.model, untrained.guide, optimizer, objective), 0.0
+    with seeded(recipe.seed), no_validation():
         for epoch in range(2):
-            x, index = next(data.batches(min(own.batch_size, 64), own.seed, epoch))
-            loss = loop.step(x, index) / len(x)
+            x, index = next(data.batches(min(recipe.batch_size, 64), recipe.seed, epoch))
+            loss = svi.step(x, index) / len(x)
     return loss
 
 
-def check_recipe(own: Recipe, data: Dataset) -> FittedModel:
-    """Refuse what can be known to fail before anything is written, and return what was built.
-
-    Raises:
-        UserError: a component, the budget, data outside the support.
-        Incompatible: components that do not go together.
-    """
-    check_budget(data, own.epochs or 0, own.batch_size, own.learning_rate or 0.0, own.patience)
-    built = build_model(own, data)
-    shard = data.shard()
-    check_support(built.model, shard)
-    x, index = next(shard.batches(2, own.seed, 0))
-    with seeded(own.seed), no_validation():
-        try:
-            built.objective.loss(built.model, built.guide, x, index)
-        except NonFiniteLoss as error:
-            raise UserError(f"at the first step {error}; choose another --likelihood or scale the data") from error
-    return built
+def _without_gradient(untrained: FittedModel) -> Iterator[str]:
+    """Names of trainable parameters that no finite gradient has reached."""
+    for kind, module in untrained.modules.items():
+        for name, p in module.named_parameters():
+            if p.requires_grad and (p.grad is None or not p.grad.isfinite().all()):
+                yield f"{kind}.{name}"

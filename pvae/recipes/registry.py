@@ -1,4 +1,4 @@
-"""Components by name: the only place where a word becomes a class. ``__all__`` of a kind's module is its registry."""
+"""Registry of components, where words become classes: ``__all__`` of a kind's module names its components."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ KINDS: dict[str, ModuleType] = {
     "objective": objectives,
 }
 
-# What a class must be a kind of; a program is known by its method ``model``.
+# Base class of each kind; a program is known by its method ``model``.
 BASES: dict[str, type] = {
     "program": nn.Module,
     "likelihood": likelihoods.Likelihood,
@@ -44,7 +44,7 @@ BASES: dict[str, type] = {
     "objective": objectives.Objective,
 }
 
-# Arguments that building a recipe supplies to a constructor that takes them, so that no recipe may.
+# Arguments that `build_model` supplies to constructors, so that no recipe may.
 SUPPLIED: dict[str, tuple[str, ...]] = {
     "program": ("columns", "latent", "decoder", "likelihood", "prior", "classes"),
     "likelihood": (),
@@ -56,25 +56,50 @@ SUPPLIED: dict[str, tuple[str, ...]] = {
 }
 
 
+# New names of arguments that earlier versions named otherwise, by class: recipes written before still open.
+RENAMED_ARGUMENTS: dict[str, dict[str, str]] = {"PerDatapoint": {"new_steps": "num_steps_new_data"}}
+
+
 def as_table(component: Component) -> dict[str, Any]:
-    """A component as a table with ``type``."""
-    return parse(component) if isinstance(component, str) else dict(component)
+    """Return a component as a table with ``type``."""
+    return parse_component(component) if isinstance(component, str) else dict(component)
 
 
-def parse(word: str) -> dict[str, Any]:
-    """A component as one writes it on the command line: a name, and arguments in brackets if any.
+def with_new_words(component: Component) -> Component:
+    """Translate a component's arguments that an earlier version named otherwise.
+
+    >>> with_new_words({"type": "PerDatapoint", "new_steps": 200})
+    {'type': 'PerDatapoint', 'num_steps_new_data': 200}
+    """
+    return _translate(component, RENAMED_ARGUMENTS)
+
+
+def with_old_words(component: Component) -> Component:
+    """Translate a component's arguments to their first names, under which digests of fits stay the same."""
+    inverse = {kind: {new: old for old, new in names.items()} for kind, names in RENAMED_ARGUMENTS.items()}
+    return _translate(component, inverse)
+
+
+def _translate(component: Component, names: Mapping[str, Mapping[str, str]]) -> Component:
+    table = as_table(component)
+    words = names.get(str(table.get("type")), {})
+    return {words.get(name, name): value for name, value in table.items()} if words.keys() & table else component
+
+
+def parse_component(word: str) -> dict[str, Any]:
+    """Parse a component written as a name, with arguments in brackets if any.
 
     Raises:
         UserError: the brackets hold no arguments of the form ``name=value``.
 
-    >>> parse("IWAE(K=20)"), parse("my_model.py:StudentT")
+    >>> parse_component("IWAE(K=20)"), parse_component("my_model.py:StudentT")
     ({'type': 'IWAE', 'K': 20}, {'type': 'my_model.py:StudentT'})
     """
-    name, bracket, rest = word.partition("(")
+    name, bracket, arguments = word.partition("(")
     if not bracket:
         return {"type": word.strip()}
     try:
-        call = ast.parse(f"f({rest}", mode="eval").body
+        call = ast.parse(f"f({arguments}", mode="eval").body
         if not isinstance(call, ast.Call) or call.args or not isinstance(call.func, ast.Name):
             raise ValueError
         return {"type": name.strip()} | {str(k.arg): ast.literal_eval(k.value) for k in call.keywords}
@@ -83,61 +108,64 @@ def parse(word: str) -> dict[str, Any]:
 
 
 def split_words(words: str) -> list[str]:
-    """Words at commas outside brackets.
+    """Split words at commas outside brackets.
 
     >>> split_words("ELBO, IWAE(K=5, warm_up=10),DReG")
     ['ELBO', 'IWAE(K=5, warm_up=10)', 'DReG']
     """
-    found, depth = [""], 0
+    parts, depth = [""], 0
     for letter in words:
         depth += (letter in "([") - (letter in ")]")
         if letter == "," and depth == 0:
-            found.append("")
+            parts.append("")
         else:
-            found[-1] += letter
-    return [word.strip() for word in found]
+            parts[-1] += letter
+    return [part.strip() for part in parts]
 
 
 def label(component: Component, defaults: Mapping[str, Any] | None = None) -> str:
-    """A component as one word, with the arguments that differ from the defaults.
+    """Write a component as one word, with the arguments that differ from the defaults.
 
     >>> label({"type": "IWAE", "K": 20, "kl_weight": 1.0}, {"K": 5, "kl_weight": 1.0})
     'IWAE(K=20)'
     """
-    known = defaults or {}
-    own = [f"{k}={v!r}" for k, v in as_table(component).items() if k != "type" and (k not in known or known[k] != v)]
-    name = str(as_table(component).get("type")).rsplit(":", 1)[-1]
-    return f"{name}({', '.join(own)})" if own else name
+    table, defaults = as_table(component), defaults or {}
+    name = str(table.pop("type", None)).rsplit(":", 1)[-1]
+    arguments = [f"{k}={v!r}" for k, v in table.items() if k not in defaults or defaults[k] != v]
+    return f"{name}({', '.join(arguments)})" if arguments else name
 
 
-def own_file(component: Component) -> str | None:
-    """The file whose code a component would run, or None for one of this package."""
+def source_file(component: Component) -> str | None:
+    """Return the file whose code a component would run, or None for a class of this package."""
     file, colon, _ = str(as_table(component).get("type", "")).rpartition(":")
     return file if colon else None
 
 
 def source_code(component: Component) -> str:
-    """SHA-256 of the file whose code a component would run, first 16 hex digits; empty for one of this package."""
-    file = own_file(component)
+    """Return the first 16 hex digits of the SHA-256 of a component's source file; empty for a class of this package."""
+    file = source_file(component)
     return "" if file is None else hashlib.sha256(Path(file).read_bytes()).hexdigest()[:16]
 
 
-def rooted(component: Component) -> Component:
-    """The same component, with its file named from the root, so that a run finds it from anywhere."""
-    file = own_file(component)
-    if file is None:
-        return component
-    own = as_table(component)
-    return own | {"type": f"{Path(file).resolve()}:{own['type'].rpartition(':')[2]}"}
+def with_source_file(component: Component, file: Path) -> Component:
+    """Name another file for a component's class."""
+    table = as_table(component)
+    return table | {"type": f"{file}:{table['type'].rpartition(':')[2]}"}
+
+
+def with_absolute_path(component: Component) -> Component:
+    """Name a component's source file by its absolute path, so that a run opens from any folder."""
+    file = source_file(component)
+    return component if file is None else with_source_file(component, Path(file).resolve())
 
 
 def find_class(kind: str, name: str) -> Any:
-    """The class of a kind by its name, or by ``file.py:Class``, which runs that file.
+    """Find the class of a kind by its name, or by ``file.py:Class``, which runs that file.
 
     Raises:
-        UserError: there is none, naming the nearest; a file that fails; a class that is not of the kind.
+        UserError: an unknown name (the message has the nearest), a file that fails, or a class of another kind.
     """
-    if file := own_file(name):
+    if file := source_file(name):
         return _from_file(kind, Path(file), name.rpartition(":")[2])
     known = KINDS[kind].__all__
     if name not in known:
@@ -147,13 +175,13 @@ def find_class(kind: str, name: str) -> Any:
 
 @functools.cache
 def _run(path: Path, state: tuple[int, int]) -> ModuleType:
-    """The module of a user's file, run once for each state of the file, so that a class stays the same class."""
-    where = "pvae_user_" + re.sub(r"\W", "_", str(path))
-    spec = importlib.util.spec_from_file_location(where, path)
+    """Import a user's file, once for each state of the file, so that a class stays the same class."""
+    name = "pvae_user_" + re.sub(r"\W", "_", str(path))
+    spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules[where] = module  # as an import would: dataclasses and get_type_hints look there
+    sys.modules[name] = module  # as an import would: dataclasses and get_type_hints look there
     sys.path.insert(0, str(path.parent))  # as for a script, so that it finds its neighbours
     try:
         spec.loader.exec_module(module)
@@ -172,67 +200,61 @@ def _from_file(kind: str, path: Path, name: str) -> Any:
     classes = [n for n, v in vars(module).items() if inspect.isclass(v) and v.__module__ == module.__name__]
     if name not in classes:
         raise UserError(f"{path} has no class '{name}'{nearest(name, classes)}")
-    found = getattr(module, name)
-    if not issubclass(found, BASES[kind]) or (kind == "program" and not callable(getattr(found, "model", None))):
+    cls = getattr(module, name)
+    if not issubclass(cls, BASES[kind]) or (kind == "program" and not callable(getattr(cls, "model", None))):
         needs = "an nn.Module with a method model(x, index)" if kind == "program" else f"a {BASES[kind].__name__}"
         raise UserError(f"{path}:{name} is no {kind}: it must be {needs}")
-    return found
+    return cls
 
 
 def make(kind: str, component: Component, **supplied: Any) -> Any:
-    """An instance of a component: its own arguments from the table, the rest from what is supplied by name.
+    """Make an instance of a component: its own arguments from the table, others from those supplied by name.
 
     Raises:
         UserError: an unknown name or argument, or a value that the class refuses.
     """
-    arguments = as_table(component)
-    cls = _checked(kind, arguments)
-    arguments.pop("type")
-    takes = _arguments(cls)
+    cls, arguments = _check(kind, component)
+    accepted = _arguments(cls)
     try:
-        return cls(**arguments, **{name: value for name, value in supplied.items() if name in takes})
+        return cls(**arguments, **{name: value for name, value in supplied.items() if name in accepted})
     except (TypeError, ValueError) as error:
         raise UserError(f"{kind} {cls.__name__}: {error}") from error
 
 
-def spelled_out(kind: str, component: Component) -> dict[str, Any]:
-    """A component as a table with the defaults of all its own arguments, that a later version may change.
+def with_defaults(kind: str, component: Component) -> dict[str, Any]:
+    """Return a component as a table with the defaults of all its own arguments, which a later version may change.
 
     Raises:
         UserError: an unknown name or argument.
     """
-    given = as_table(component)
-    _checked(kind, given)
-    plain: dict[str, Any] = {
-        n: list(v) if isinstance(v, tuple) else v for n, v in (defaults(kind, given) | given).items()
-    }
-    plain["type"] = as_table(rooted(given))["type"]
+    arguments = defaults(kind, component) | _check(kind, component)[1]
     # TOML has no word for None, which is then the default anyway.
-    return {"type": plain["type"]} | {n: v for n, v in plain.items() if n != "type" and v is not None}
+    plain = {name: list(v) if isinstance(v, tuple) else v for name, v in arguments.items() if v is not None}
+    return {"type": as_table(with_absolute_path(component))["type"]} | plain
 
 
 def defaults(kind: str, component: Component) -> dict[str, Any]:
-    """The default of each of a component's own arguments that has one."""
-    takes = _arguments(find_class(kind, str(as_table(component).get("type", ""))))
+    """Return the default of each of a component's own arguments that has one."""
+    cls = find_class(kind, str(as_table(component).get("type", "")))
     return {
         name: list(p.default) if isinstance(p.default, tuple) else p.default
-        for name, p in takes.items()
-        if name not in SUPPLIED[kind] and p.default is not p.empty
+        for name, p in _own_arguments(kind, cls).items()
+        if p.default is not p.empty
     }
 
 
 def accepts_argument(kind: str, component: Component, argument: str) -> bool:
-    """Whether a component's constructor has an argument."""
+    """Return whether a component's constructor has an argument."""
     return argument in _arguments(find_class(kind, str(as_table(component).get("type", ""))))
 
 
 def first_doc_line(cls: Any) -> str:
-    """The first line of a class's documentation, in plain words."""
+    """Return the first paragraph of a class's docstring as plain text, up to its formula if it has one."""
     return plain_words((inspect.getdoc(cls) or "").split("\n\n")[0])
 
 
 def plain_words(line: str) -> str:
-    """A line of documentation without its mark-up, up to its formula if it has one.
+    """Remove the mark-up of a line of documentation, and a formula with what follows it.
 
     >>> plain_words("Binary values, :math:`p(x) = 1` for all.")
     'Binary values.'
@@ -242,27 +264,25 @@ def plain_words(line: str) -> str:
     return re.sub(r":\w+:`~?([^`]*)`|``?([^`]*)``?", r"\1\2", words)
 
 
-def _checked(kind: str, component: dict[str, Any]) -> Any:
-    """The component's class, after its arguments have been looked at."""
-    cls = find_class(kind, str(component.get("type", "")))
-    own = [name for name in _arguments(cls) if name not in SUPPLIED[kind]]
-    hints = get_type_hints(cls.__init__)
-    for name, value in component.items():
-        if name == "type":
-            continue
-        if name not in own:
-            known = nearest(name, own) if own else "; it takes none"
+def _check(kind: str, component: Component) -> tuple[Any, dict[str, Any]]:
+    """Return a component's class and its own arguments, checked against the constructor's signature."""
+    arguments = as_table(with_new_words(component))
+    cls = find_class(kind, str(arguments.pop("type", "")))
+    accepted, hints = _own_arguments(kind, cls), get_type_hints(cls.__init__)
+    for name, value in arguments.items():
+        if name not in accepted:
+            known = nearest(name, accepted) if accepted else "; it takes none"
             raise UserError(f"{kind} {cls.__name__} takes no argument '{name}'{known}")
         if name in hints and not fits(value, hints[name]):
             raise UserError(f"{kind} {cls.__name__}: {name} is {value!r}, but it takes {type_words(hints[name])}")
-    missing = [n for n in own if _arguments(cls)[n].default is inspect.Parameter.empty and n not in component]
+    missing = [name for name, p in accepted.items() if p.default is p.empty and name not in arguments]
     if missing:
         raise UserError(f"{kind} {cls.__name__} needs {', '.join(missing)}: write {cls.__name__}({missing[0]}=...)")
-    return cls
+    return cls, arguments
 
 
 def type_words(hint: Any) -> str:
-    """A type hint in words.
+    """Describe a type hint in words.
 
     >>> type_words(int | None), type_words(str | Mapping[str, int])
     ('a whole number', 'text or a table')
@@ -281,5 +301,11 @@ def type_words(hint: Any) -> str:
 
 
 def _arguments(cls: type) -> dict[str, inspect.Parameter]:
+    """Return the named parameters of a class's constructor."""
     parameters = inspect.signature(cls).parameters
     return {name: p for name, p in parameters.items() if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)}
+
+
+def _own_arguments(kind: str, cls: type) -> dict[str, inspect.Parameter]:
+    """Return the parameters that a recipe may set: those that `build_model` does not supply."""
+    return {name: p for name, p in _arguments(cls).items() if name not in SUPPLIED[kind]}

@@ -347,7 +347,7 @@ def test_flags_add_axes_to_a_recipes_own(pvae):
     (group,) = read("run")["groups"]
     assert [row["name"] for row in group["rows"]] == ["StandardNormal", "StudentT"]
     assert {row["latent"] for row in group["rows"]} == {3}
-    assert recipe.open_file(Path("run/recipe.toml")).vary == {
+    assert recipe.read_recipe_file(Path("run/recipe.toml")).vary == {
         "prior": ["StandardNormal", "StudentT"],
         "guide": ["Amortized"],
     }
@@ -376,7 +376,7 @@ def test_what_show_writes_is_read_back_as_the_same_recipe(pvae, flags):
     done = pvae(f"show {flags}")
     assert done.status == 0, done.err
     Path("shown.toml").write_text(done.out)
-    found = recipe.open_file(Path("shown.toml"))
+    found = recipe.read_recipe_file(Path("shown.toml"))
     assert recipe.resolve(found.recipe) == found.recipe
     assert pvae("show shown.toml").out == done.out
     assert all(isinstance(getattr(found.recipe, kind), dict) for kind in KINDS)
@@ -385,7 +385,7 @@ def test_what_show_writes_is_read_back_as_the_same_recipe(pvae, flags):
 def test_show_keeps_a_recipes_axes(pvae):
     Path("my.toml").write_text('latent = 2\n[vary]\nprior = ["StandardNormal", {type = "StudentT", df = 3.0}]\n')
     Path("shown.toml").write_text(pvae("show my.toml --seed 3").out)
-    found = recipe.open_file(Path("shown.toml"))
+    found = recipe.read_recipe_file(Path("shown.toml"))
     assert found.vary == {"prior": ["StandardNormal", {"type": "StudentT", "df": 3.0}]}
     assert found.recipe == recipe.resolve(Recipe(latent=2, seed=3))
 

@@ -15,7 +15,16 @@ from pvae.experiments import compare
 from pvae.generative.networks import Standardize
 from pvae.recipes import registry
 from pvae.recipes.build import build_model
-from pvae.recipes.recipe import Recipe, load_recipe_data, open_file, read, record, resolve, words, write
+from pvae.recipes.recipe import (
+    Recipe,
+    load_recipe_data,
+    read_recipe_file,
+    read_recipe,
+    record_expected,
+    resolve,
+    to_toml,
+    write_recipe,
+)
 from pvae.recipes.registry import KINDS, as_table, find_class, make
 from pvae.runtime.torch_state import seeded
 
@@ -110,14 +119,14 @@ def test_binarization_follows_data_and_likelihood_unless_said(data, likelihood, 
 @each
 @pytest.mark.parametrize("how", [resolve, lambda own: replace(own, network="MLP")], ids=["resolved", "as it is"])
 def test_a_recipe_comes_back_as_it_was_written(own, how, tmp_path):
-    write(how(own), tmp_path)
-    assert read(tmp_path) == how(own)
+    write_recipe(how(own), tmp_path)
+    assert read_recipe(tmp_path) == how(own)
     assert "None" not in (tmp_path / "recipe.toml").read_text(encoding="utf-8")
 
 
 def test_a_recipe_may_leave_out_what_has_a_default(tmp_path):
     (tmp_path / "recipe.toml").write_text("seed = 3\n")
-    assert read(tmp_path) == Recipe(seed=3)
+    assert read_recipe(tmp_path) == Recipe(seed=3)
 
 
 @pytest.mark.parametrize(
@@ -139,14 +148,14 @@ def test_a_broken_recipe_is_named_in_one_line(content, words, tmp_path):
     if content is not None:
         (tmp_path / "recipe.toml").write_bytes(content)
     with pytest.raises(UserError) as error:
-        read(tmp_path)
+        read_recipe(tmp_path)
     assert words in str(error.value)
     assert str(tmp_path) in str(error.value)
     assert "\n" not in str(error.value)
 
 
 def test_a_recipe_is_plain_toml(tmp_path):
-    write(resolve(RECIPES["tables"]), tmp_path)
+    write_recipe(resolve(RECIPES["tables"]), tmp_path)
     keys = tomllib.loads((tmp_path / "recipe.toml").read_text())
     assert keys["network"] == {"type": "MLP", "hidden": [8, 4], "activation": "ELU"}
     assert keys["guide"]["unroll"] is False
@@ -224,7 +233,7 @@ def test_an_unknown_component_is_answered_with_the_nearest(kind):
         ({"network": {"type": "MLP", "hiden": [4]}}, "network MLP takes no argument 'hiden'; did you mean 'hidden'"),
         ({"network": {"type": "MLP", "activation": "Relu"}}, "unknown activation 'Relu'; did you mean 'ReLU'?"),
         ({"network": {"type": "MLP", "hidden": ["a"]}}, "network MLP: "),
-        ({"latent": 0}, "--latent is 0"),
+        ({"latent": 0}, "latent is 0, but it must be at least 1"),
         pytest.param({"network": {"type": "MLP", "hidden": 4}}, "network MLP"),
         pytest.param({"network": {"type": "MLP", "hidden": [-1]}}, "MLP: hidden"),
         pytest.param({"network": {"type": "MLP", "hidden": [0]}}, "MLP: hidden"),
@@ -249,7 +258,7 @@ def test_a_component_that_does_not_go_is_refused_by_name(changes, words):
 def opened(tmp_path, text, *changes, **options):
     path = tmp_path / "my.toml"
     path.write_text(text)
-    return open_file(path, *changes, **options)
+    return read_recipe_file(path, *changes, **options)
 
 
 def test_a_recipe_file_gives_recipe_axes_and_expected_numbers(tmp_path):
@@ -270,7 +279,7 @@ def test_changes_take_the_place_of_a_files_keys(tmp_path):
 @pytest.mark.parametrize("own", RECIPES.values(), ids=RECIPES)
 def test_the_words_of_a_recipe_are_read_back_as_the_same_recipe(own, tmp_path):
     axes = {"latent": [2, 3], "guide": ["Amortized", {"type": "SemiAmortized", "steps": 3}]}
-    found = opened(tmp_path, words(resolve(own), axes))
+    found = opened(tmp_path, to_toml(resolve(own), axes))
     assert (found.recipe, found.vary) == (resolve(own), axes)
 
 
@@ -280,9 +289,9 @@ def test_the_words_of_a_recipe_are_read_back_as_the_same_recipe(own, tmp_path):
         ("seed = 3\nlatnet = 3", "unknown key 'latnet'; did you mean 'latent'?"),
         ("seed = 3\n\nlatent = = 2", "can't be read: Invalid value (at line 3, column 10)"),
         ("latent = 2.5", "latent is 2.5, but it takes a whole number"),
-        ("latent = -2", "--latent is -2, but it must be at least 1"),
-        ("seed = 3000000000", f"--seed is 3000000000, but it must be below {2**31}"),
-        ("learning_rate = nan", "--learning-rate is nan, but it must be positive"),
+        ("latent = -2", "latent is -2, but it must be at least 1"),
+        ("seed = 3000000000", f"seed is 3000000000, but it must be below {2**31}"),
+        ("learning_rate = nan", "learning_rate is nan, but it must be positive"),
         ("vary = 3", "vary must be a table whose keys have lists of values"),
         ("[vary]\nlatent = 3", "vary must be a table whose keys have lists of values"),
         ("[vary]\nlatent = []", "vary must be a table whose keys have lists of values"),
@@ -301,7 +310,7 @@ def test_a_mistake_in_a_recipe_file_is_named_with_the_file(text, said, tmp_path)
 
 def test_a_recipe_file_that_is_missing_is_named(tmp_path):
     with pytest.raises(UserError, match=r"there is no recipe .*none\.toml"):
-        open_file(tmp_path / "none.toml")
+        read_recipe_file(tmp_path / "none.toml")
 
 
 def test_files_are_looked_for_beside_the_recipe_first(tmp_path, monkeypatch):
@@ -315,6 +324,17 @@ def test_files_are_looked_for_beside_the_recipe_first(tmp_path, monkeypatch):
     assert found.recipe.prior == {"type": f"{tmp_path / 'there/mine.py'}:P", "df": 3.0}
     assert found.recipe.family == "far.py:F"
     assert found.vary["guide"] == [{"type": f"{tmp_path / 'there/mine.py'}:G"}]
+
+
+def test_arguments_that_were_named_otherwise_before_are_read_as_their_new_names(tmp_path):
+    new = resolve(Recipe(guide="PerDatapoint(num_steps_new_data=7)"))
+    old = to_toml(new, {"guide": ["PerDatapoint(new_steps=7)"]}).replace("num_steps_new_data = 7", "new_steps = 7")
+    file = opened(tmp_path, old)
+    assert "\nnew_steps = 7" in old
+    assert file.recipe == new
+    assert registry.with_new_words(registry.with_old_words(new.guide)) == new.guide
+    assert registry.with_old_words(new.guide)["new_steps"] == 7
+    assert resolve(replace(new, guide=file.vary["guide"][0])) == new
 
 
 # Components in words
@@ -331,7 +351,7 @@ def test_files_are_looked_for_beside_the_recipe_first(tmp_path, monkeypatch):
     ],
 )
 def test_a_word_and_its_table_are_one_component(word, component):
-    assert registry.parse(word) == as_table(word) == component
+    assert registry.parse_component(word) == as_table(word) == component
     assert registry.label(component) == registry.label(word) == word
     assert registry.split_words(f"{word}, {word},A") == [word, word, "A"]
 
@@ -345,7 +365,7 @@ def test_a_label_leaves_out_defaults_and_folders():
 @pytest.mark.parametrize("word", ["IWAE(20)", "IWAE(K=20", "IWAE(K=x)", "IWAE(K=)", "IWAE(K=2)+1", "IWAE(K=1)(K=2)"])
 def test_a_word_that_cannot_be_read_is_refused(word):
     with pytest.raises(UserError, match=r"can't be read; write a name, or Name\(argument=value, \.\.\.\)"):
-        registry.parse(word)
+        registry.parse_component(word)
 
 
 # Own code. Importing the file leaves a mark, so that a test sees whether it has run.
@@ -530,8 +550,8 @@ def test_recording_leaves_tables_after_the_recorded_one_alone(tmp_path):
         'latent = 3\n\n[expected.old]\nelbo = 1\n\n[vary]\nprior = ["Laplace"]\n\n[network]\ntype = "MLP"\n'
     )
     for value in (2, 3):
-        record(path, {"new": {"elbo": value}})
-    file = open_file(path)
+        record_expected(path, {"new": {"elbo": value}})
+    file = read_recipe_file(path)
     assert (file.recipe.latent, file.recipe.network) == (3, {"type": "MLP"})
     assert (file.vary, file.expected) == ({"prior": ["Laplace"]}, {"new": {"elbo": 3}})
 
@@ -539,7 +559,7 @@ def test_recording_leaves_tables_after_the_recorded_one_alone(tmp_path):
 def test_a_table_without_type_is_named(tmp_path):
     (tmp_path / "my.toml").write_text("[likelihood]\nscale = 2.0\n")
     with pytest.raises(UserError, match="likelihood has no type; write type = "):
-        open_file(tmp_path / "my.toml")
+        read_recipe_file(tmp_path / "my.toml")
 
 
 def test_arguments_that_may_be_none_are_left_out_of_the_file(tmp_path):
@@ -550,8 +570,8 @@ def test_arguments_that_may_be_none_are_left_out_of_the_file(tmp_path):
         "        super().__init__(scale=width or 1.0)\n"
     )
     own = resolve(Recipe(likelihood=f"{tmp_path / 'own.py'}:Mine"))
-    write(own, tmp_path)
-    assert read(tmp_path, trust=True) == own
+    write_recipe(own, tmp_path)
+    assert read_recipe(tmp_path, trust=True) == own
 
 
 def test_vamp_prior_is_refused_where_z_is_not_the_only_latent(tmp_path):

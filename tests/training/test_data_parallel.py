@@ -341,7 +341,7 @@ def test_the_command_line_speaks_once(two):
 
 def test_their_run_is_loaded_and_judged_by_one(two):
     folder = two[0] / "run"
-    own = recipe.read(folder)
+    own = recipe.read_recipe(folder)
     data = recipe.load_recipe_data(own)
     loaded = run_folder.load_fit(folder, data)
     model, guide = loaded.model, loaded.guide
