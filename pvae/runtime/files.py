@@ -1,4 +1,4 @@
-"""Files: tables of numbers read strictly, and writes that leave the old file or the new one, never half of one."""
+"""Atomic writes, which leave the old file or the new one, and JSON."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pvae.errors import UserError
 
 @contextmanager
 def atomic_replace(path: Path) -> Iterator[Path]:
-    """A temporary name to write to, which takes the place of ``path`` at the end of the block.
+    """Yield a temporary path to write to, and rename it to ``path`` at the end of the block.
 
     Raises:
         UserError: the folder can't be written to.
@@ -28,20 +28,20 @@ def atomic_replace(path: Path) -> Iterator[Path]:
         yield temporary
         os.replace(temporary, path)
     except OSError as error:
-        reason = error.strerror or error
-        raise UserError(f"can't write {path}: {reason}; make the folder writable or choose another (--out)") from error
+        hint = "make the folder writable or choose another"
+        raise UserError(f"can't write {path}: {error.strerror or error}", hint) from error
     finally:
         temporary.unlink(missing_ok=True) if temporary.parent.is_dir() else None
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file, whole or not at all."""
+    """Write a text file atomically."""
     with atomic_replace(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write a value as JSON, whole or not at all; NaN and infinity, which JSON has not, become null."""
+    """Write a value as JSON atomically; NaN and infinity, which JSON lacks, become null."""
     write_text(path, json.dumps(_replace_non_finite(value), indent=1, allow_nan=False) + "\n")
 
 
@@ -59,7 +59,7 @@ def read_json(path: Path, what: str) -> Any:
     """Read a JSON file.
 
     Raises:
-        UserError: missing or broken; the message says what the file is.
+        UserError: missing or broken; the message ends with ``what``, the meaning of the file.
     """
     try:
         return json.loads(path.read_text(encoding="utf-8"))

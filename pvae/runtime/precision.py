@@ -1,4 +1,4 @@
-"""Precision: networks multiply in fewer bits; everything else, log-densities first of all, stays in float32."""
+"""Mixed precision: networks multiply in fewer bits (TF32, bfloat16); log-densities and all else stay in float32."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import torch
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from pvae.errors import UserError, nearest
+from pvae.errors import UserError, nearest, param
 
 PRECISIONS = ("float32", "tf32", "bf16")
 
-# What layers of networks do; products inside a density, as with a normal's factor, are left as they are.
+# The products of network layers; those inside a density, as with a normal's factor, stay in float32.
 LAYERS = frozenset(
     getattr(functional, name)
     for name in ("linear", "bilinear", *(f"conv{kind}{d}d" for kind in ("", "_transpose") for d in (1, 2, 3)))
@@ -22,15 +22,17 @@ LAYERS = frozenset(
 
 
 def check_precision(name: str, device: torch.device | None = None) -> None:
-    """Refuse the name of no precision, and one that the device does not have."""
+    """Refuse an unknown precision and one that the device does not have."""
     if name not in PRECISIONS:
         raise UserError(f"unknown precision '{name}'{nearest(name, PRECISIONS)}")
     if device and name == "tf32" and device.type != "cuda":
-        raise UserError(f"--precision tf32 is CUDA's alone, and the device is {device.type}; use float32 or bf16")
+        raise UserError(
+            f"{param('precision', name)} needs CUDA, but the device is {device.type}", hint="use float32 or bf16"
+        )
 
 
 def matmul_precision(name: str, device: torch.device) -> AbstractContextManager[Any]:
-    """A block in which networks' layers multiply in this precision, forward and backward.
+    """Let network layers multiply in a precision inside a block, forward and backward.
 
     Arguments:
         name: ``float32``; ``tf32``, NVIDIA's 10 bits of mantissa inside a product; or ``bf16``, by autocast, 7 bits of
@@ -38,7 +40,7 @@ def matmul_precision(name: str, device: torch.device) -> AbstractContextManager[
         device: where the block runs.
 
     Raises:
-        UserError: no such precision, or ``tf32`` on another device than CUDA.
+        UserError: an unknown precision, or ``tf32`` on another device than CUDA.
 
     >>> with matmul_precision("bf16", torch.device("cpu")):
     ...     functional.linear(torch.tensor([1.001]), torch.ones(1, 1)).dtype, torch.tensor([1.001]) * 1
@@ -63,7 +65,7 @@ def _tf32() -> Iterator[None]:
 
 
 class _BFloat16(TorchFunctionMode):
-    """Layers run under autocast, each by itself."""
+    """Run each network layer under autocast."""
 
     def __init__(self, device: torch.device) -> None:
         super().__init__()

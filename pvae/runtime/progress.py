@@ -1,4 +1,4 @@
-"""The progress bar: what is done of what, in words of the job, with the time left."""
+"""Progress bar on standard error."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from contextlib import contextmanager
 def progress_bar(
     label: str, total: int | None, *, done: int = 0, wanted: bool = True
 ) -> Iterator[Callable[[int, str], None]]:
-    """A progress bar on standard error; the yielded function takes how much is done and a few words.
+    """Show a progress bar; the yielded function updates it by the number done and a few words.
 
     Arguments:
-        label: what is counted, in the plural.
-        total: of them; None where that is not known.
-        done: at the start.
-        wanted: show it at all.
+        label: of the things counted, in the plural.
+        total: number of them; None if unknown.
+        done: number at the start.
+        wanted: False shows nothing.
     """
     if not wanted:
         yield lambda done, words: None

@@ -1,4 +1,4 @@
-"""runtime.pyro_params."""
+"""Parameters of Pyro programs kept on their modules, out of Pyro's global parameter store."""
 
 from __future__ import annotations
 
@@ -10,34 +10,53 @@ from typing import Any
 
 import pyro
 from pyro.nn import PyroModule
+from pyro.poutine.runtime import effectful
 from torch import Tensor, nn
+from torch.distributions import constraints
 
 from pvae.errors import UserError
 
 
 @contextmanager
 def local_param_store() -> Iterator[None]:
-    """Run a block of Pyro code with a parameter store of its own."""
+    """Run a block of Pyro code with a parameter store of its own.
+
+    See also: `LocalModule`, which does so at each call.
+    """
     store = pyro.get_param_store()
     outside = store.get_state()["params"]
-    with store.scope() as own:
+    with store.scope() as inside:
         yield
     # A scope strips the mark by which SVI finds a parameter behind a param statement, from those outside as well.
-    for parameter in (*own["params"].values(), *outside.values()):
+    for parameter in (*inside["params"].values(), *outside.values()):
         mark_as_parameter(parameter)
 
 
+class _ParameterRef(weakref.ref[Tensor]):
+    """Weak reference that pickles, as one to nothing: the next param statement sets the parameter's mark anew."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _ParameterRef, (set(),)
+
+
 def mark_as_parameter(parameter: Tensor) -> Tensor:
-    """Put on a tensor the mark by which ``SVI.step`` finds what to train behind a param statement."""
-    parameter.unconstrained = weakref.ref(parameter)  # type: ignore[attr-defined]
+    """Mark a tensor as the unconstrained parameter by which ``SVI.step`` finds what to train."""
+    parameter.unconstrained = _ParameterRef(parameter)  # type: ignore[attr-defined]
     return parameter
 
 
+def declare_param(name: str, parameter: Tensor) -> Tensor:
+    """Let the handlers around, such as the trace of ``SVI.step``, see a tensor as the value of a param statement."""
+    mark_as_parameter(parameter)
+    statement = effectful(type="param")(lambda *_, **__: parameter)
+    return statement(name, parameter, constraint=constraints.real, name=name)
+
+
 class LocalModule(PyroModule):
-    """A PyroModule whose parameters live on itself, never in the process-wide store that two models would share.
+    """PyroModule whose parameters live on itself, never in the process-wide store that two models would share.
 
     Pyro keys that store by name, so that a second model in one process would silently train the first one's
-    decoder. Each call here sees a store of its own. (Pyro's switch ``module_local_params`` does not go with ``SVI``.)
+    decoder. Each call sees a store of its own. (Pyro's switch ``module_local_params`` does not work with ``SVI``.)
     """
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -46,7 +65,7 @@ class LocalModule(PyroModule):
 
 
 def local_method(method: Callable[..., Any]) -> Callable[..., Any]:
-    """``pyro.nn.module.pyro_method`` for a `LocalModule`: the method may stand alone as a Pyro program."""
+    """Let a method of a `LocalModule` be a Pyro program of its own, as ``pyro.nn.module.pyro_method`` does."""
 
     @functools.wraps(method)
     def traced(self: LocalModule, *args: Any, **kwargs: Any) -> Any:
@@ -57,10 +76,10 @@ def local_method(method: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def module_of(program: Callable[..., Any]) -> nn.Module:
-    """The module that holds a Pyro program's parameters: the program itself, or what it is a method of.
+    """Return the module that holds a Pyro program's parameters: the program itself, or the object it is a method of.
 
     Raises:
-        UserError: the program is neither, so that its parameters can't be found.
+        UserError: the program is neither a module nor a module's method.
     """
     owner = program if isinstance(program, nn.Module) else getattr(program, "__self__", None)
     if not isinstance(owner, nn.Module):

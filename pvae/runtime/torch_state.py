@@ -1,4 +1,4 @@
-"""What PyTorch and Pyro keep for the whole process, made local: random streams, devices, parameters, validation."""
+"""Process-wide state of PyTorch and Pyro made local: random streams, devices, memory, validation."""
 
 from __future__ import annotations
 
@@ -9,25 +9,23 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
-import numpy as np
 import pyro
 import torch
-from torch import Tensor
 
-from pvae.errors import UserError, nearest
+from pvae.errors import UserError, nearest, param
 
 DEVICES = ("auto", "cpu", "cuda")
 
-Piece = TypeVar("Piece")
+Batch = TypeVar("Batch")
 
 
 class RandomState:
-    """Where the random streams of all devices in use stand; ``restore`` takes them back there.
+    """Snapshot of the random streams of all devices in use; ``restore`` takes them back to it.
 
-    >>> here = RandomState(); a = torch.rand(1)
-    >>> here.restore(); bool(a == torch.rand(1))
+    >>> state = RandomState(); a = torch.rand(1)
+    >>> state.restore(); bool(a == torch.rand(1))
     True
     """
 
@@ -36,57 +34,56 @@ class RandomState:
         self.cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
 
     def restore(self) -> None:
-        """Let the next draws be those that followed when this was made."""
+        """Restore the streams: the next draws are those that followed the snapshot."""
         torch.set_rng_state(self.cpu)
         if self.cuda:
             torch.cuda.set_rng_state_all(self.cuda)
 
 
-def halve_on_oom(compute: Callable[[slice], Piece], total: int, size: int, what: str) -> Iterator[Piece]:
-    """Apply a function to slices of a range, smaller ones where the device has no memory for so much at once.
+def halve_on_oom(compute: Callable[[slice], Batch], total: int, size: int, what: str) -> Iterator[Batch]:
+    """Yield a function of consecutive slices of a range, and halve the slices when the device is out of memory.
 
     Arguments:
-        compute: a slice to what is made of it; it may be called again, on the first half, with the random stream
-            where it was.
+        compute: function of a slice; it may be called again on the first half, with the random stream restored.
         total: end of the range.
-        size: of a slice, at most.
-        what: the range counts, in the plural, for the line on standard error that tells of a smaller size.
+        size: maximum length of a slice.
+        what: the range counts, in the plural, for the line on standard error that reports a smaller size.
 
     Raises:
-        torch.OutOfMemoryError: a single one is too much.
+        torch.OutOfMemoryError: a slice of length 1 is too much.
 
     >>> list(halve_on_oom(lambda part: (part.start, part.stop), 5, 2, "rows"))
     [(0, 2), (2, 4), (4, 5)]
     """
-    start, wanted = 0, size
+    start, reported = 0, size
     while start < total:
-        part, before, made = slice(start, min(start + size, total)), RandomState(), None
+        part, before, result = slice(start, min(start + size, total)), RandomState(), None
         try:
-            made = (compute(part),)
+            result = (compute(part),)
         except torch.OutOfMemoryError:
             if part.stop - part.start == 1:
                 raise
-        if made is None:  # here the error is gone, and with it the tensors that its frames held
+        if result is None:  # here the error is gone, and with it the tensors that its frames held
             before.restore()
             torch.cuda.empty_cache()
             size = (part.stop - part.start) // 2
             continue
-        if size < wanted:
-            warn_once(f"the device is out of memory: going on with {size} instead of {wanted} {what} at a time")
-            wanted = size
-        yield made[0]
+        if size < reported:
+            warn_once(f"the device is out of memory: going on with {size} instead of {reported} {what} at a time")
+            reported = size
+        yield result[0]
         start = part.stop
 
 
 @functools.cache
 def warn_once(line: str) -> None:
-    """Write a line to standard error, the first time that it is said."""
+    """Write a line to standard error, the first time that it is called with it."""
     print(line, file=sys.stderr, flush=True)
 
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Run a block on its own random stream; the stream outside goes on as if the block had not been.
+    """Run a block with a seed of its own and restore the random stream at its end.
 
     >>> _ = torch.manual_seed(0); a = torch.rand(1)
     >>> _ = torch.manual_seed(0)
@@ -101,16 +98,16 @@ def seeded(seed: int) -> Iterator[None]:
 
 @contextmanager
 def no_validation() -> Iterator[None]:
-    """Run a block without Pyro's and PyTorch's argument checks: data are checked once, at the door."""
+    """Run a block without Pyro's and PyTorch's argument checks: data are checked once, when they are loaded."""
     with pyro.validation_enabled(False):
         yield
 
 
 def pick_device(name: str) -> torch.device:
-    """The device that ``auto``, ``cpu`` or ``cuda`` names here; ``auto`` is CUDA where there is CUDA.
+    """Return the device that ``auto``, ``cpu`` or ``cuda`` names; ``auto`` is CUDA if there is any.
 
     Raises:
-        UserError: the name is unknown, or CUDA is asked for where there is none.
+        UserError: the name is unknown, or there is no CUDA device.
 
     >>> pick_device("cpu")
     device(type='cpu')
@@ -118,24 +115,20 @@ def pick_device(name: str) -> torch.device:
     if name.split(":")[0] not in DEVICES:
         raise UserError(f"unknown device '{name}'{nearest(name, DEVICES)}")
     if name.startswith("cuda") and not torch.cuda.is_available():
-        raise UserError("--device cuda: PyTorch sees no CUDA device on this machine; use --device auto or cpu")
+        wrong, right = param("device", "cuda"), param("device", "auto")
+        raise UserError(f"{wrong}: PyTorch sees no CUDA device on this machine", hint=f"use {right} or cpu")
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return torch.device(name)
 
 
 def available_memory() -> float:
-    """Bytes that may still be taken: those the system calls available, within its control group's limit."""
-    found = [math.inf]
+    """Return the bytes that the system calls available, within the limit of the process's control group."""
+    limits = [math.inf]
     if "SC_PHYS_PAGES" in getattr(os, "sysconf_names", {}):
-        found.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+        limits.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
     for file, unit in (("/proc/meminfo", 1024), ("/sys/fs/cgroup/memory.max", 1)):
         words = Path(file).read_text(encoding="ascii").split() if Path(file).is_file() else []
         place = words.index("MemAvailable:") + 1 if "MemAvailable:" in words else 0
-        found += [unit * int(word) for word in words[place : place + 1] if word.isdigit()]
-    return min(found)
-
-
-def to_numpy(values: Tensor, dtype: Any = None) -> np.ndarray:
-    """Return a tensor's values as an array in the CPU's memory, of another type if one is given."""
-    return np.asarray(values.detach().cpu(), dtype=dtype)
+        limits += [unit * int(word) for word in words[place : place + 1] if word.isdigit()]
+    return min(limits)

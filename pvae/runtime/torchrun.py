@@ -1,4 +1,4 @@
-"""Launch: what ``torchrun`` tells a process about itself and the others, before any of them has said a word."""
+"""Rank, world size and local rank from torchrun's environment variables. Imports no PyTorch."""
 
 from __future__ import annotations
 
@@ -7,29 +7,28 @@ from typing import NamedTuple
 
 
 class RankInfo(NamedTuple):
-    """Which process this is, from 0, and of how many; and its number on its own machine."""
+    """Rank of this process, number of processes, and rank on this machine."""
 
     rank: int = 0
-    world: int = 1
-    local: int = 0
+    world_size: int = 1
+    local_rank: int = 0
 
 
 class PeerFailed(Exception):
-    """Another process has failed, and says why; this one ends without a word."""
+    """Another rank failed and reports the error; this rank exits silently."""
 
 
 def rank_info() -> RankInfo:
-    """This process's place; the only one of its kind, unless it was started with others."""
-    place = RankInfo(*(int(os.environ.get(name, "0")) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")))
-    return place if place.world > 1 else RankInfo()
+    """Return this process's ranks; rank 0 of 1 if torchrun did not start it together with others."""
+    info = RankInfo(*(int(os.environ.get(name, "0")) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")))
+    return info if info.world_size > 1 else RankInfo()
 
 
 def is_peer_failure(error: Exception) -> bool:
-    """Whether an error says that another process is gone; that one has told why, or ``torchrun`` will.
+    """Whether an error means that another rank is gone, which itself or ``torchrun`` reports.
 
     >>> is_peer_failure(RuntimeError("Connection closed by peer"))
     False
     """
-    words = ("gloo", "Connection", "NCCL")
-    gone = isinstance(error, RuntimeError) and any(word in str(error) for word in words)
-    return rank_info().world > 1 and (gone or isinstance(error, PeerFailed))
+    gone = isinstance(error, RuntimeError) and any(word in str(error) for word in ("gloo", "Connection", "NCCL"))
+    return rank_info().world_size > 1 and (gone or isinstance(error, PeerFailed))

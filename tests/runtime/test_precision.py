@@ -33,7 +33,7 @@ def test_gradients_are_float32_and_go_through_the_same_products():
     torch.testing.assert_close(layer.weight.grad, expected, rtol=2**-8, atol=0.05)
 
 
-def test_all_else_keeps_its_bits():
+def test_all_other_operations_keep_their_bits():
     x = torch.randn(8, 8, generator=torch.Generator().manual_seed(0))
     plain = x @ x, x.exp(), torch.distributions.Normal(x, 1.0).log_prob(x + 1)
     with matmul_precision("bf16", CPU):
@@ -53,10 +53,10 @@ def test_a_fit_takes_it_by_any_engine_and_leaves_it():
     assert all(a.equal(b) for a, b in zip(trained("pyro")[1], plain, strict=True))
 
 
-def test_what_there_is_not_is_refused():
+def test_unknown_and_unavailable_precisions_are_refused():
     with pytest.raises(UserError, match="unknown precision 'bf61'; did you mean 'bf16'"):
         trained("pyro", precision="bf61")
     if not torch.cuda.is_available():
-        with pytest.raises(UserError, match="--precision tf32 is CUDA's alone, and the device is cpu"):
+        with pytest.raises(UserError, match="precision=tf32 needs CUDA, but the device is cpu; use float32 or bf16"):
             trained("pyro", precision="tf32")
     assert PRECISIONS[0] == "float32"

@@ -445,7 +445,7 @@ def test_patience_needs_validation_rows():
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_cuda_is_refused_where_there_is_none():
-    with pytest.raises(UserError, match="--device cuda: PyTorch sees no CUDA device"):
+    with pytest.raises(UserError, match="device=cuda: PyTorch sees no CUDA device"):
         trained(device="cuda")
 
 
