@@ -21,7 +21,7 @@ x = data.test[:20]
 # What no q enters: the evidence by annealing from the prior, and long HMC chains of each row's posterior.
 evidence = pvae.samplers.anneal(pvae.samplers.LogJoint(vae.model, x), chains=8, temperatures=100).evidence
 chains = pvae.diagnostics.run_long_chains(
-    vae.model, x, sites=guide.sites, chains=4, draws=300, warm_up=100, temperatures=50, leapfrogs=3
+    vae.model, x, sites=guide.sites, chains=4, draws=300, warm_up=100, temperatures=50, num_integration_steps=3
 )
 
 for name, q in {"guide": guide, "refined": pvae.RefinedGuide(guide, vae.model, steps=50)}.items():

@@ -217,7 +217,7 @@ def _chains(subject: Subject, plan: DiagnosisBudget, batch: slice) -> Chains:
         chains=CHAINS,
         draws=plan.length,
         warm_up=WARM_UP,
-        leapfrogs=LEAPFROGS,
+        num_integration_steps=LEAPFROGS,
         seed=subject.seed + batch.start,
     )
 

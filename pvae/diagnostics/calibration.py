@@ -9,11 +9,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pvae.errors import UserError
+from pvae.errors import UserError, check_range
 from pvae.inference.guides import Guide
 from pvae.runtime.pyro_params import Program, local_param_store
 from pvae.runtime.torch_state import no_validation, seeded
-from pvae.samplers.hmc import at_least_one
 from pvae.samplers.log_joint import simulate_joint
 from pvae.stats import Estimate, holm, mean_se, uniform_p
 
@@ -149,7 +148,7 @@ def calibrate(
     >>> calibrate(vae.model, guide, torch.zeros(3, 5), rows=20).ranks.shape
     torch.Size([20, 2])
     """
-    at_least_one(rows=rows)
+    check_range(least=1, rows=rows)
     if draws < 2:
         raise UserError(f"draws is {draws}, but calibration needs at least 2 to know how wide q is")
     if guide.family.point_mass:

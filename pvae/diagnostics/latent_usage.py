@@ -173,7 +173,7 @@ def _encode_rows(guide: Guide, target: LogJoint, fitted: Normal, draws: int) -> 
         return _Encoded(q_params, u[0], torch.zeros_like(u[0]), unknown, unknown[:, 0])
     mean, variance, noise = _moments(q)
     kl = _kl_by_dimension(Normal(mean, variance.sqrt()), u, _prior_of(target), fitted)
-    return _Encoded(q_params, mean, noise, kl, (q.log_prob(u) - target.parts(u)[1]).mean(0))
+    return _Encoded(q_params, mean, noise, kl, (q.log_prob(u) - target.log_lik_and_prior(u)[1]).mean(0))
 
 
 def _moments(q: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -228,7 +228,7 @@ def _shared(guide: Guide, target: LogJoint, q_params: Tensor, codes: Tensor) -> 
         log_aggregate = torch.logaddexp(log_aggregate, guide.family(q_params[part]).log_prob(pairs).logsumexp(1))
     log_aggregate = log_aggregate - math.log(len(q_params))
     own = guide.family(q_params[:CODES]).log_prob(u)
-    log_prior = target.rows(slice(CODES)).parts(u.unsqueeze(0))[1][0]
+    log_prior = target.rows(slice(CODES)).log_lik_and_prior(u.unsqueeze(0))[1][0]
     found: dict[str, Tensor] = {}
     for name, values in zip(names, (own - log_aggregate, log_aggregate - log_prior), strict=True):
         found |= {name: values.mean(), f"{name}_se": values.std() / len(values) ** 0.5}

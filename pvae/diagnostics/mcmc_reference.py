@@ -10,14 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pvae.errors import UserError
+from pvae.errors import UserError, check_range
 from pvae.inference.guides import Guide
 from pvae.inference.latents import LatentSites
 from pvae.runtime.pyro_params import Program, local_param_store
 from pvae.runtime.torch_state import no_validation, seeded
 from pvae.samplers import hmc
 from pvae.samplers.ais import AISEstimate, anneal
-from pvae.samplers.hmc import Chains, at_least_one
+from pvae.samplers.hmc import Chains
 from pvae.samplers.log_joint import LogJoint
 from pvae.stats import Estimate, chain_ess, holm, mean_se, r_hat
 
@@ -142,7 +142,7 @@ def run_long_chains(
     draws: int = 1500,
     warm_up: int = 300,
     temperatures: int = 100,
-    leapfrogs: int = 5,
+    num_integration_steps: int = 5,
     seed: int = 0,
     progress: Callable[[float], None] = lambda share: None,
 ) -> Chains:
@@ -155,7 +155,7 @@ def run_long_chains(
         model: a Pyro program.
         x, index: rows, and which training datapoints they are.
         sites: the latents, found unless they are given.
-        chains, draws, warm_up, leapfrogs: see `sample`. Of chains that are well, R-hat is still about
+        chains, draws, warm_up, num_integration_steps: see `sample`. Of chains that are well, R-hat is still about
             1 + chains / ESS, with the ESS of squares, 0.2 to 0.4 of all draws: 1000 of each chain are just enough.
         temperatures: see `anneal`.
         seed: of all noise; the random stream outside is left alone.
@@ -164,10 +164,10 @@ def run_long_chains(
     Raises:
         UserError: a count below 1, or HMC that diverges everywhere.
     """
-    at_least_one(chains=chains, draws=draws, warm_up=warm_up, leapfrogs=leapfrogs)
+    check_range(least=1, chains=chains, draws=draws, warm_up=warm_up, num_integration_steps=num_integration_steps)
     target = LogJoint(model, x, index, sites)
-    # Five leapfrogs a temperature and a quarter more for the pilot, in shares of all.
-    annealing, sampling = 6.25 * PARTICLES * temperatures, leapfrogs * (draws + warm_up)
+    # Five leapfrog steps a temperature and a quarter more for the pilot, in shares of all.
+    annealing, sampling = 6.25 * PARTICLES * temperatures, num_integration_steps * (draws + warm_up)
     first = annealing / (annealing + sampling)
     particles = anneal(
         target,
@@ -183,7 +183,7 @@ def run_long_chains(
         begin,
         draws=draws,
         warm_up=warm_up,
-        leapfrogs=leapfrogs,
+        num_integration_steps=num_integration_steps,
         scale=particles.position.std(0).clamp(min=1e-6),
         seed=seed + STREAM + 2,
         progress=lambda share: progress(first + (1 - first) * share),
@@ -227,7 +227,7 @@ def compare_with_chains(
     mean, sd, guide_mean, guide_sd = pooled.mean(0), pooled.std(0), own.mean(0), own.std(0)
     ess, agreement = chain_ess(draws), r_hat(draws)
     squares = chain_ess((draws - mean) ** 2)
-    divergent = chains.divergent.double().cpu()
+    divergent = chains.divergence_rate.double().cpu()
     return MCMCReference(
         mean,
         sd,
@@ -239,7 +239,7 @@ def compare_with_chains(
         _inside(pooled, own, 0.9),
         agreement,
         ess,
-        chains.acceptance.double().cpu(),
+        chains.acceptance_rate.double().cpu(),
         divergent,
         ((agreement <= R_HAT) & (ess >= ESS)).all(-1) & (divergent <= DIVERGENT),
         torch.tensor(draws.shape[0]),

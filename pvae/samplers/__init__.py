@@ -1,7 +1,7 @@
-"""Samplers and searches over log p(x, u), u being the unconstrained latents of a row; training never imports them.
+"""Samplers and searches over the log joint density log p(x, u), u being the unconstrained latents of each row.
 
-``anneal`` (AIS) estimates the evidence and ``sandwich`` bounds it from both sides; :mod:`hmc` runs chains for each
-row; ``fit_gaussian`` finds the best correlated normal. All take a ``LogJoint``, made from any program.
+``anneal`` (AIS) estimates the evidence and ``sandwich`` (BDMC) bounds it from both sides; :mod:`hmc` runs chains for
+each row; ``fit_gaussian`` finds the best full-covariance normal. All take a ``LogJoint``, made from any program.
 """
 
 import lazy_loader

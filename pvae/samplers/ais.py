@@ -1,81 +1,77 @@
-r"""Annealed importance sampling: the evidence of each datapoint along a path from a start that is known, by HMC.
-
-Forward chains give a lower bound of log p(x) in expectation; chains that start from exact posterior draws and go the
-path backward give an upper bound, on data simulated from the model, where such draws are at hand.
-"""
+"""Annealed importance sampling (AIS) and bidirectional Monte Carlo (BDMC): each datapoint's evidence, by HMC."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
-from pvae.errors import UserError, nearest
+from pvae.errors import UserError, check_range, nearest
 from pvae.inference.families import Family
 from pvae.inference.guides import Guide
 from pvae.runtime.pyro_params import Program
 from pvae.runtime.torch_state import halve_on_oom, seeded
 from pvae.samplers import hmc
-from pvae.samplers.hmc import TARGET_ACCEPT, HMCState, ValueAndGrad, at_least_one, refuse_if_all_diverge
+from pvae.samplers.hmc import TARGET_ACCEPT, HMCState, ValueAndGrad, refuse_if_all_diverge
 from pvae.samplers.log_joint import LogJoint, simulate_joint
 from pvae.stats import effective_sample_size, log_mean_exp, log_mean_exp_se
 
-# Datapoints times chains that move together, by whether the device is a CPU: there they should stay near its cache.
+# Datapoints times chains in one batch, by whether the device is a CPU, where they should stay near its cache.
 ROWS_PER_PASS = {True: 2048, False: 65536}
 
 Schedule = Literal["linear", "sigmoid", "geometric"]
 
-# Of the sigmoid's argument, at either end; and the first temperature of the geometric schedule.
+# The sigmoid schedule's argument at either end; the geometric schedule's first inverse temperature.
 DELTA, FIRST = 4.0, 1e-4
-# The pilot has a chain for every FEWER of the run's, at least 2; SETTLE transitions at its first temperature find the
-# step sizes from scratch, and SPREAD draws of the start its standard deviations. It makes one more transition at each
-# temperature, several on a short path, LEAST in all; what it found is kept at KEPT places.
-FEWER, SETTLE, SPREAD, LEAST, KEPT = 4, 20, 64, 50, 100
+# The pilot run: chains of the run for each of its chains (at least 2), transitions at its first temperature, draws that
+# give the initial scale, its least number of transitions over the path, and how many step sizes it keeps.
+CHAINS_PER_PILOT, SETTLE, SCALE_DRAWS, MIN_TRANSITIONS, KEPT = 4, 20, 64, 50, 100
 
 
 @dataclass(frozen=True)
 class AISEstimate:
-    r"""Log-weights of C chains for each of B datapoints, and how their sampler fared.
+    r"""Log-weights of C annealed chains for each of B datapoints, with statistics of the sampler.
 
     Attributes:
-        log_w: [C, B] in nats; weights average to p(x), those of reverse chains to 1 / p(x). -inf is a weight of 0,
-            NaN stands where every trajectory of a datapoint diverged.
-        position: where the chains ended, [C, B, D].
-        acceptance: mean acceptance probability over the path, [B]; NaN for a single temperature, which has no moves.
-        divergent: share of trajectories that diverged, [B]; likewise. They are rejected, which biases no weight.
-        reverse: the chains came from the posterior.
+        log_w: [C, B] in nats; weights average to p(x), those of reverse chains to 1 / p(x). -inf is a weight of 0;
+            NaN marks a datapoint of which every trajectory diverged.
+        position: final positions of the chains, [C, B, D].
+        acceptance_rate: mean acceptance probability over the path, [B]; NaN for a single temperature (no moves).
+        divergence_rate: share of divergent trajectories, [B], or NaN. They are rejected, which biases no weight.
+        reverse: the chains started from the posterior.
     """
 
     log_w: Tensor
     position: Tensor
-    acceptance: Tensor
-    divergent: Tensor
+    acceptance_rate: Tensor
+    divergence_rate: Tensor
     reverse: bool = False
 
     @property
     def evidence(self) -> Tensor:
-        r"""log p(x), [B]: :math:`\log \frac1C \sum_c w_c`, below it in expectation; above it for reverse chains."""
+        r"""Return :math:`\log \frac1C \sum_c w_c`, [B]: in expectation below log p(x), for reverse chains above."""
         return -log_mean_exp(self.log_w) if self.reverse else log_mean_exp(self.log_w)
 
     @property
     def evidence_se(self) -> Tensor:
-        """Its Monte Carlo error, [B], by the delta method over chains."""
+        """Return the Monte Carlo error of the evidence, [B], by the delta method over chains."""
         return log_mean_exp_se(self.log_w)
 
     @property
     def ess(self) -> Tensor:
-        """How many of the C chains count, [B]."""
+        """Return the effective sample size (ESS) of the C weights, [B]."""
         return effective_sample_size(self.log_w)
 
 
 @dataclass(frozen=True)
 class SandwichBounds:
-    """Bounds of the evidence of B rows simulated from the model, with their Monte Carlo errors, [B] each in nats.
+    """Stochastic lower and upper bounds of the evidence of B simulated rows x, [B] each in nats.
 
-    The evidence lies between ``lower`` and ``upper`` in expectation: where they meet, either is the evidence.
+    In expectation ``lower`` is below the evidence and ``upper`` above; where they meet, either is the evidence.
     """
 
     x: Tensor
@@ -84,21 +80,21 @@ class SandwichBounds:
 
     @property
     def lower(self) -> Tensor:
-        """By forward chains, [B]."""
+        """Return the bound by forward chains, [B]."""
         return self.forward.evidence
 
     @property
     def upper(self) -> Tensor:
-        """By reverse chains, [B]."""
+        """Return the bound by reverse chains, [B]."""
         return self.backward.evidence
 
     @property
     def width(self) -> Tensor:
-        """Between the bounds, [B]."""
+        """Return upper - lower, [B]."""
         return self.upper - self.lower
 
     def interval(self, errors: float = 2.0) -> tuple[float, float]:
-        """Where the rows' mean evidence lies: the bounds' means, widened by so many of their Monte Carlo errors."""
+        """Return an interval of the rows' mean evidence: the bounds' means, widened by so many Monte Carlo errors."""
         low, high = (
             (a.evidence.double().mean(), (a.evidence_se.double() ** 2).sum().sqrt() / len(self.x))
             for a in (self.forward, self.backward)
@@ -107,7 +103,7 @@ class SandwichBounds:
 
 
 def inverse_temperatures(name: str, temperatures: int) -> Tensor:
-    r"""The T + 1 inverse temperatures :math:`0 = \beta_0 < \dots < \beta_T = 1` in float64, with s = t / T.
+    r"""Return the T + 1 inverse temperatures :math:`0 = \beta_0 < \dots < \beta_T = 1` in float64, with s = t / T.
 
     * ``linear``: :math:`\beta = s`.
     * ``sigmoid``: :math:`\sigma(4 (2 s - 1))`, shifted and stretched to end at 0 and 1 (Grosse et al. 2015).
@@ -119,7 +115,7 @@ def inverse_temperatures(name: str, temperatures: int) -> Tensor:
     >>> inverse_temperatures("linear", 4).tolist()
     [0.0, 0.25, 0.5, 0.75, 1.0]
     """
-    at_least_one(temperatures=temperatures)
+    check_range(least=1, temperatures=temperatures)
     if name not in get_args(Schedule):
         raise UserError(f"unknown schedule '{name}'{nearest(name, get_args(Schedule))}")
     s = torch.linspace(0, 1, temperatures + 1, dtype=torch.double)
@@ -132,21 +128,21 @@ def inverse_temperatures(name: str, temperatures: int) -> Tensor:
 
 
 class _Path(NamedTuple):
-    r"""Densities from a normalized start to p(x, u): :math:`\log f_\beta = \sum_p \alpha_p(\beta) \log f_p`.
+    r"""Geometric path from a normalized density to p(x, u), :math:`\log f_\beta = \sum_p \beta_p(\beta) \log f_p`.
 
     Attributes:
-        draw: a number of chains to draws of the start, [C, B, D].
-        parts: u to the log f_p.
-        powers: beta to the alpha_p.
+        draw: number of chains C to draws of the first density, [C, B, D].
+        density: u to the log f_p.
+        split: beta to the inverse temperatures beta_p of the parts.
     """
 
     draw: Callable[[int], Tensor]
-    parts: ValueAndGrad
-    powers: Callable[[float], tuple[float, float]]
+    density: ValueAndGrad
+    split: Callable[[float], tuple[float, float]]
 
 
 def _from_prior(target: LogJoint) -> _Path:
-    return _Path(target.prior, ValueAndGrad(target.parts), lambda beta: (beta, 1.0))
+    return _Path(target.prior, ValueAndGrad(target.log_lik_and_prior), lambda beta: (beta, 1.0))
 
 
 def _from_guide(target: LogJoint, family: Family, q_params: Tensor) -> _Path:
@@ -168,33 +164,33 @@ def anneal(
     chains: int = 16,
     temperatures: int = 500,
     schedule: str = "sigmoid",
-    leapfrogs: int = 5,
+    num_integration_steps: int = 5,
     start_from: Tensor | None = None,
     seed: int = 0,
     progress: Callable[[float], None] = lambda share: None,
 ) -> AISEstimate:
-    r"""Log-weights of annealed importance sampling, whose mean over chains is an unbiased estimate of p(x).
+    r"""Run annealed importance sampling (AIS), whose weights average to an unbiased estimate of p(x).
 
     .. math:: \log w = \sum_{t=1}^T \log f_{\beta_t}(u_{t-1}) - \log f_{\beta_{t-1}}(u_{t-1}),
         \qquad f_\beta = q^{1 - \beta}\, p(x, u)^\beta
 
     Arguments:
-        target: p(x, u) of the rows.
-        family, q_params: q = family(q_params) with q_params [B, P]; the prior of the program unless given.
+        target: log joint density p(x, u) of the rows.
+        family, q_params: q = family(q_params) with q_params [B, P]; the prior of the program by default.
         chains: C, for each datapoint.
         temperatures: T.
         schedule: of beta, see `inverse_temperatures`.
-        leapfrogs: of the one HMC transition at each temperature.
-        start_from: exact posterior draws u [B, D] of the rows. All chains of a row start there and go the path from
-            1 to 0; each weight then has mean 1 / p(x), whatever the chains share.
+        num_integration_steps: leapfrog steps of the one HMC transition at each temperature.
+        start_from: exact posterior draws u [B, D] of the rows. All chains of a row start there and anneal from beta = 1
+            to 0; each weight then has mean 1 / p(x), although the chains share their first position.
         seed: of all noise; the random stream outside is left alone.
         progress: called with the share of the work done.
 
-    Rows go in pieces, which are halved where the device has no memory for them.
+    Rows are annealed in batches, which are halved where the device has no memory for them.
 
     Returns:
-        Log-weights. Step sizes and scales come from a pilot run of a quarter of the chains (at least 2), which goes
-        before and costs as much, and stay fixed in the run: adapting them on the way would bias the weights.
+        Log-weights. A pilot run of a quarter of the chains (at least 2) adapts step sizes and scales before, at the
+        same cost per chain; they stay fixed in the run, since adapting them on the way would bias the weights.
 
     Raises:
         UserError: a count below 1, an unknown schedule, a point mass to start from, or HMC that diverges everywhere.
@@ -202,23 +198,24 @@ def anneal(
     Source: Neal (2001), *Annealed Importance Sampling*, arXiv:physics/9803008; Wu, Burda, Salakhutdinov, Grosse
     (2017), *On the Quantitative Analysis of Decoder-Based Generative Models*, arXiv:1611.04273.
     """
-    at_least_one(temperatures=temperatures, chains=chains, leapfrogs=leapfrogs)
-    plan = _Config(chains, temperatures, schedule, leapfrogs, start_from is not None)
+    check_range(least=1, temperatures=temperatures, chains=chains, num_integration_steps=num_integration_steps)
+    config = _Config(chains, temperatures, schedule, num_integration_steps, start_from is not None)
     rows = len(target.x)
 
-    def some(part: slice) -> AISEstimate:
-        own = target.rows(part)
-        path = _from_prior(own) if family is None or q_params is None else _from_guide(own, family, q_params[part])
-        begin = None if start_from is None else start_from[part]
-        return _anneal_rows(plan, path, begin, _within(progress, part.start / rows, part.stop / rows))
+    def anneal_batch(part: slice) -> AISEstimate:
+        batch = target.rows(part)
+        path = _from_prior(batch) if family is None or q_params is None else _from_guide(batch, family, q_params[part])
+        first = None if start_from is None else start_from[part]
+        return _anneal_rows(config, path, first, _within(progress, part.start / rows, part.stop / rows))
 
     size = max(1, ROWS_PER_PASS[target.x.device.type == "cpu"] // chains)
     with seeded(seed):
-        parts = list(halve_on_oom(some, rows, size, "rows of annealed chains"))
-    log_w, position = (torch.cat([getattr(p, name) for p in parts], 1) for name in ("log_w", "position"))
-    acceptance, divergent = (torch.cat([getattr(p, name) for p in parts]) for name in ("acceptance", "divergent"))
-    lost = refuse_if_all_diverge(divergent)
-    return AISEstimate(torch.where(lost, torch.nan, log_w), position, acceptance, divergent, plan.reverse)
+        batches = list(halve_on_oom(anneal_batch, rows, size, "rows of annealed chains"))
+    log_w, position = (torch.cat([getattr(b, name) for b in batches], 1) for name in ("log_w", "position"))
+    rates = (torch.cat([getattr(b, name) for b in batches]) for name in ("acceptance_rate", "divergence_rate"))
+    acceptance_rate, divergence_rate = rates
+    lost = refuse_if_all_diverge(divergence_rate)
+    return AISEstimate(torch.where(lost, torch.nan, log_w), position, acceptance_rate, divergence_rate, config.reverse)
 
 
 def sandwich(
@@ -229,22 +226,21 @@ def sandwich(
     chains: int = 16,
     temperatures: int = 500,
     schedule: str = "sigmoid",
-    leapfrogs: int = 5,
+    num_integration_steps: int = 5,
     seed: int = 0,
     progress: Callable[[float], None] = lambda share: None,
 ) -> SandwichBounds:
-    """Bidirectional Monte Carlo: the evidence of simulated rows between a lower and an upper bound.
+    """Bound the evidence of simulated rows from both sides (bidirectional Monte Carlo, BDMC).
 
     Arguments:
         model: a Pyro program.
         like: rows [B, ...]; as many of their shape are simulated.
-        guide: start from its posterior; from the program's prior unless given.
-        chains, temperatures, schedule, leapfrogs: of either direction, see `anneal`.
+        guide: start from its posterior; from the program's prior by default.
+        chains, temperatures, schedule, num_integration_steps: of either direction, see `anneal`.
         seed: of the rows and of all noise.
         progress: called with the share of the work done.
 
-    How close the bounds come on simulated rows tells how far the lower bound may be trusted on real rows; it bounds
-    nothing there.
+    The width on simulated rows shows how far to trust the lower bound on real rows, where there is no upper bound.
 
     Source: Grosse, Ghahramani, Adams (2015), *Sandwiching the marginal likelihood using bidirectional Monte Carlo*,
     arXiv:1511.02543.
@@ -254,26 +250,23 @@ def sandwich(
     family = guide.family if guide else None
     with seeded(seed + 1), torch.no_grad():
         q_params = guide.params(x) if guide else None
-    forward, backward = (
-        anneal(
-            target,
-            family,
-            q_params,
-            chains=chains,
-            temperatures=temperatures,
-            schedule=schedule,
-            leapfrogs=leapfrogs,
-            start_from=begin,
-            seed=seed + 2 + way,
-            progress=_within(progress, way / 2, (way + 1) / 2),
-        )
-        for way, begin in enumerate((None, u))
+    run = partial(
+        anneal,
+        target,
+        family,
+        q_params,
+        chains=chains,
+        temperatures=temperatures,
+        schedule=schedule,
+        num_integration_steps=num_integration_steps,
     )
+    forward = run(seed=seed + 2, progress=_within(progress, 0.0, 0.5))
+    backward = run(start_from=u, seed=seed + 3, progress=_within(progress, 0.5, 1.0))
     return SandwichBounds(x, forward, backward)
 
 
 def _within(progress: Callable[[float], None], begin: float, end: float) -> Callable[[float], None]:
-    """Progress of a part of the work that lies between these shares of the whole."""
+    """Return the progress of a part of the work, from share ``begin`` to ``end`` of the whole."""
     return lambda share: progress(begin + (end - begin) * share)
 
 
@@ -281,109 +274,109 @@ class _Config(NamedTuple):
     chains: int
     temperatures: int
     schedule: str
-    leapfrogs: int
+    num_integration_steps: int
     reverse: bool
 
     @property
     def pilot(self) -> _Config:
-        return self._replace(chains=max(2, self.chains // FEWER), reverse=False)
+        return self._replace(chains=max(2, self.chains // CHAINS_PER_PILOT), reverse=False)
 
     def betas(self) -> list[float]:
-        """In the order of the chains' way."""
+        """Return the inverse temperatures in the order of the chains' way."""
         betas = inverse_temperatures(self.schedule, self.temperatures).tolist()
         return betas[::-1] if self.reverse else betas
 
+    def transition(self, path: _Path, state: HMCState, step_size: Tensor, scale: Tensor) -> hmc.HMCInfo:
+        return hmc.transition(
+            path.density, state, step_size, num_integration_steps=self.num_integration_steps, scale=scale
+        )
+
 
 class _StepSizes(NamedTuple):
-    """Logarithms of step sizes [S, B] and of scales [S, B, D], at every so many temperatures of the way."""
+    """Logarithms of step sizes [S, B] and of scales [S, B, D], at every so many temperatures of the path."""
 
-    log_step: Tensor
+    log_step_size: Tensor
     log_scale: Tensor
     every: int
 
     def at(self, t: int) -> tuple[Tensor, Tensor]:
-        """Step size [B] and scale [B, D] after t changes of temperature."""
-        place = min(t / self.every, len(self.log_step) - 1)
-        low = min(int(place), len(self.log_step) - 2)
-        step, scale = (torch.lerp(own[low], own[low + 1], place - low).exp() for own in self[:2])
-        return step, scale
+        """Interpolate step size [B] and scale [B, D] after t changes of temperature."""
+        place = min(t / self.every, len(self.log_step_size) - 1)
+        low = min(int(place), len(self.log_step_size) - 2)
+        step_size, scale = (torch.lerp(values[low], values[low + 1], place - low).exp() for values in self[:2])
+        return step_size, scale
 
 
-def _anneal_rows(plan: _Config, path: _Path, begin: Tensor | None, progress: Callable[[float], None]) -> AISEstimate:
-    betas = plan.betas()
-    ahead = plan.pilot.chains / (plan.pilot.chains + plan.chains)
-    tuning = _pilot(plan.pilot, path, _within(progress, 0.0, ahead))
-    state = _init_chains(plan, path, begin)
-    if plan.reverse:
-        state = _decorrelate(plan, path, state, tuning)
+def _anneal_rows(config: _Config, path: _Path, first: Tensor | None, progress: Callable[[float], None]) -> AISEstimate:
+    betas, T = config.betas(), config.temperatures
+    ahead = config.pilot.chains / (config.pilot.chains + config.chains)
+    sizes = _pilot(config.pilot, path, _within(progress, 0.0, ahead))
+    state = _init_chains(config, path, first)
+    if config.reverse:
+        state = _decorrelate(config, path, state, sizes)
     log_w = torch.zeros_like(state.log_p)
-    acceptance: list[Tensor] = []
-    divergent: list[Tensor] = []
-    for t in range(1, plan.temperatures + 1):
+    rates: list[Tensor] = []
+    for t in range(1, T + 1):
         log_w, state = _reweight(path, state, betas[t], log_w)
-        if t == plan.temperatures:
+        if t == T:
             break
-        step, scale = tuning.at(plan.temperatures - t if plan.reverse else t)
-        state, accepted, diverged = hmc.transition(path.parts, state, step, leapfrogs=plan.leapfrogs, scale=scale)
-        acceptance.append(accepted.mean(0))
-        divergent.append(diverged.to(step).mean(0))
-        progress(ahead + (1 - ahead) * t / plan.temperatures)
+        state, acceptance_rate, is_divergent = config.transition(path, state, *sizes.at(T - t if config.reverse else t))
+        rates.append(torch.stack([acceptance_rate.mean(0), is_divergent.to(log_w).mean(0)]))
+        progress(ahead + (1 - ahead) * t / T)
     progress(1.0)
-    return AISEstimate(log_w, state.position, _mean(acceptance, log_w), _mean(divergent, log_w), plan.reverse)
+    means = torch.stack(rates).mean(0) if rates else torch.full_like(log_w[:1].expand(2, -1), torch.nan)
+    return AISEstimate(log_w, state.position, *means, config.reverse)
 
 
-def _mean(shares: list[Tensor], log_w: Tensor) -> Tensor:
-    return torch.stack(shares).mean(0) if shares else torch.full_like(log_w[0], torch.nan)
+def _init_chains(config: _Config, path: _Path, first: Tensor | None) -> HMCState:
+    """Return chains at the start of their way."""
+    u = path.draw(config.chains) if first is None else first.expand(config.chains, *first.shape)
+    betas = path.split(1.0 if config.reverse else 0.0)
+    return hmc.init(path.density, u, torch.tensor(betas, dtype=u.dtype, device=u.device))
 
 
-def _init_chains(plan: _Config, path: _Path, begin: Tensor | None) -> HMCState:
-    """Chains at the start of their way."""
-    u = path.draw(plan.chains) if begin is None else begin.expand(plan.chains, *begin.shape)
-    powers = path.powers(1.0 if plan.reverse else 0.0)
-    return hmc.init(path.parts, u, torch.tensor(powers, dtype=u.dtype, device=u.device))
-
-
-def _decorrelate(plan: _Config, path: _Path, state: HMCState, tuning: _StepSizes) -> HMCState:
-    """Chains that set out from one posterior draw, moved apart: each stays an exact draw, now nearly its own."""
-    step, scale = tuning.at(plan.temperatures)
+def _decorrelate(config: _Config, path: _Path, state: HMCState, sizes: _StepSizes) -> HMCState:
+    """Move chains apart that start at one posterior draw: each remains an exact draw, now nearly independent."""
     for _ in range(SETTLE):
-        state = hmc.transition(path.parts, state, step, leapfrogs=plan.leapfrogs, scale=scale).state
+        state = config.transition(path, state, *sizes.at(config.temperatures)).state
     return state
 
 
 def _reweight(path: _Path, state: HMCState, beta: float, log_w: Tensor) -> tuple[Tensor, HMCState]:
-    """The weights after a change of temperature, at no new evaluation of the density."""
-    warmer = state._replace(powers=state.powers.new_tensor(path.powers(beta)))
-    gain = (warmer._replace(powers=warmer.powers - state.powers)).log_p
-    return log_w + torch.where(gain.isnan(), -torch.inf, gain), warmer
+    """Update the log-weights after a change of temperature, at no new evaluation of the density."""
+    old, new = state.inverse_temperatures, state.inverse_temperatures.new_tensor(path.split(beta))
+    increment = state._replace(inverse_temperatures=new - old).log_p
+    log_w = log_w + torch.where(increment.isnan(), -torch.inf, increment)
+    return log_w, state._replace(inverse_temperatures=new)
 
 
-def _pilot(plan: _Config, path: _Path, progress: Callable[[float], None]) -> _StepSizes:
-    """Go the way with few chains, adapting to each datapoint's acceptance and to its chains' spread.
+def _pilot(config: _Config, path: _Path, progress: Callable[[float], None]) -> _StepSizes:
+    """Anneal few chains, adapting step sizes to each datapoint's acceptance rate and scales to its chains' variance.
 
-    Forward for reverse chains too: had their pilot set out from the draw that they set out from, their moves would
-    depend on it, and no longer leave the densities as they are.
+    The pilot goes forward for reverse chains too: a pilot from their posterior draw would make their moves depend on
+    it, and no longer leave the densities invariant.
     """
-    state, betas, T = _init_chains(plan, path, None), plan.betas(), plan.temperatures
-    variance = path.draw(SPREAD).var(0)
-    log_step = hmc.initial_step_size(path.parts, state, variance.sqrt()).log()
-    each, every = -(-LEAST // T), -(-T // KEPT)
-    rate = min(0.3, max(0.02, 10 / (each * T)))
-    steps, scales = [], []
-    for move in range(-SETTLE, each * T + 1):
-        t = -(-max(move, 0) // each)
+    state, betas, T = _init_chains(config, path, None), config.betas(), config.temperatures
+    variance = path.draw(SCALE_DRAWS).var(0)
+    log_step_size = hmc.initial_step_size(path.density, state, variance.sqrt()).log()
+    repeats, every = -(-MIN_TRANSITIONS // T), -(-T // KEPT)
+    rate = min(0.3, max(0.02, 10 / (repeats * T)))
+    log_step_sizes, log_scales = [], []
+    for move in range(-SETTLE, repeats * T + 1):
+        t = -(-max(move, 0) // repeats)
         _, state = _reweight(path, state, betas[t], state.log_p)
         scale = variance.sqrt()
-        state, accepted, _ = hmc.transition(path.parts, state, log_step.exp(), leapfrogs=plan.leapfrogs, scale=scale)
-        log_step = log_step + max(0.2, 2 / (move + SETTLE + 1) ** 0.5) * (accepted.mean(0) - TARGET_ACCEPT)
+        state, acceptance_rate, _ = config.transition(path, state, log_step_size.exp(), scale)
+        gain = max(0.2, 2 / (move + SETTLE + 1) ** 0.5)
+        log_step_size = log_step_size + gain * (acceptance_rate.mean(0) - TARGET_ACCEPT)
         variance = torch.lerp(variance, state.position.var(0), rate)
-        if move == t * each and t % every == 0:
-            steps.append(log_step)
-            scales.append(scale.log())
+        if move == t * repeats and t % every == 0:
+            log_step_sizes.append(log_step_size)
+            log_scales.append(scale.log())
         progress(t / T)
-    return _StepSizes(_smooth(torch.stack(steps)), torch.stack(scales), every)
+    return _StepSizes(_moving_average(torch.stack(log_step_sizes)), torch.stack(log_scales), every)
 
 
-def _smooth(values: Tensor, width: int = 5) -> Tensor:
-    """Moving average over the first dimension; ends average what there is."""
+def _moving_average(values: Tensor, width: int = 5) -> Tensor:
+    """Return the moving average over the first dimension, over shorter windows at its ends."""
     return torch.stack([values[max(0, t - width // 2) : t + width // 2 + 1].mean(0) for t in range(len(values))])

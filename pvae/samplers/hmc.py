@@ -1,121 +1,114 @@
-r"""Hamiltonian Monte Carlo, batched over chains and datapoints: a density in, draws out; nothing here knows of models.
+r"""Hamiltonian Monte Carlo (HMC), batched over chains and datapoints.
 
-A density takes positions u [C, B, D] of C chains for each of B datapoints to log f(u) [C, B], each value a chain's own.
-It may be a sum of parts, :math:`\log f = \sum_p \alpha_p \log f_p`, whose powers a sampler changes as it goes.
+A density maps positions u [C, B, D] of C chains for each of B datapoints to log f(u) [C, B]. It may be a sum of parts,
+:math:`\log f = \sum_p \beta_p \log f_p`, whose inverse temperatures a sampler changes as it goes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from pvae.errors import AllChainsDiverged, UserError
+from pvae.errors import AllChainsDiverged, check_range
 from pvae.runtime.torch_state import seeded
 from pvae.runtime.tracing import AutoTraced
 
 Density = Callable[[Tensor], Tensor | tuple[Tensor, ...]]
 
-# The share of accepted proposals that step sizes aim at: optimal in high dimensions (Beskos et al. 2013, 1001.4460).
+# Acceptance rate that step sizes aim at: optimal in high dimensions (Beskos et al. 2013, arXiv:1001.4460).
 TARGET_ACCEPT = 0.65
-# An energy error, in nats, beyond which a trajectory has left the level set it should follow.
+# Energy error, in nats, beyond which a trajectory counts as divergent.
 DIVERGENCE = 1000.0
-# How often a first step is halved before it is given up: down to 1e-9.
+# Most halvings of an initial step size: down to 1e-9.
 HALVINGS = 30
+# Shares of a warm-up at whose ends the scale is estimated anew, from the positions since the previous end.
+WINDOWS = (0.1, 0.25, 0.5, 0.85)
 
 
 class HMCState(NamedTuple):
-    """Where chains stand, and all that is known of the density there.
+    """Positions of the chains, with the density's values and gradients there.
 
     Attributes:
         position: u, [C, B, D].
-        values: log f of each part, [P, C, B] in nats.
-        gradients: of each part, [P, C, B, D].
-        powers: of each part, [P].
+        values: log f_p of each part, [P, C, B] in nats.
+        gradients: of log f_p in u, [P, C, B, D].
+        inverse_temperatures: beta_p of each part, [P].
     """
 
     position: Tensor
     values: Tensor
     gradients: Tensor
-    powers: Tensor
+    inverse_temperatures: Tensor
 
     @property
     def log_p(self) -> Tensor:
-        """log f, [C, B]."""
-        return _mix(self.powers.view(-1, 1, 1), self.values)
+        """Return log f, [C, B] in nats."""
+        return _mix(self.inverse_temperatures.view(-1, 1, 1), self.values)
 
     @property
     def gradient(self) -> Tensor:
-        """Of log f, [C, B, D]."""
-        return _mix(self.powers.view(-1, 1, 1, 1), self.gradients)
+        """Return the gradient of log f, [C, B, D]."""
+        return _mix(self.inverse_temperatures.view(-1, 1, 1, 1), self.gradients)
 
 
 class HMCInfo(NamedTuple):
-    """A transition's outcome: the new state; each chain's acceptance probability and whether it diverged, [C, B]."""
+    """Outcome of a transition: the new state, each chain's acceptance probability and divergence flag, [C, B]."""
 
     state: HMCState
-    acceptance: Tensor
-    divergent: Tensor
+    acceptance_rate: Tensor
+    is_divergent: Tensor
 
 
 @dataclass(frozen=True)
 class Chains:
-    """Draws of C chains for each of B datapoints, and how the sampler fared after its warm-up.
+    """Draws of C chains for each of B datapoints, with statistics of the sampler after its warm-up.
 
     Attributes:
         draws: u, [C, T, B, D]; NaN for a datapoint of which every trajectory diverged.
-        acceptance: mean acceptance probability, [B].
-        step: the step size that the warm-up found, [B], in units of ``scale``.
-        scale: standard deviations by which steps are measured, [B, D].
-        divergent: share of trajectories that diverged, [B].
+        acceptance_rate: mean acceptance probability, [B].
+        step_size: step size adapted in the warm-up, [B], in units of ``scale``.
+        scale: standard deviations that set the mass matrix, [B, D].
+        divergence_rate: share of divergent trajectories, [B].
     """
 
     draws: Tensor
-    acceptance: Tensor
-    step: Tensor
+    acceptance_rate: Tensor
+    step_size: Tensor
     scale: Tensor
-    divergent: Tensor
+    divergence_rate: Tensor
 
 
-def _mix(powers: Tensor, parts: Tensor) -> Tensor:
-    # A part with power 0 is left out, infinite or not.
-    return torch.where(powers == 0, 0.0, powers * parts).sum(0)
-
-
-def at_least_one(**counts: int) -> None:
-    """Refuse a count below 1, by name.
-
-    >>> at_least_one(chains=4)
-    """
-    for name, value in counts.items():
-        if value < 1:
-            raise UserError(f"{name} is {value}, but it must be at least 1")
+def _mix(inverse_temperatures: Tensor, parts: Tensor) -> Tensor:
+    # A part with inverse temperature 0 is left out, infinite or not.
+    return torch.where(inverse_temperatures == 0, 0.0, inverse_temperatures * parts).sum(0)
 
 
 class ValueAndGrad:
-    """A density with its gradient, which is recorded once it was asked for again and again.
+    """Value and gradient of a log-density; traced after repeated calls.
 
     Arguments:
-        density: positions u [C, B, D] to log f [C, B], or to its parts.
+        density: positions u [C, B, D] to log f [C, B], or to the tuple of its parts.
 
-    Calling it gives the values of the parts [P, C, B] and their gradients [P, C, B, D].
+    Calling it returns the values of the parts [P, C, B] and their gradients [P, C, B, D].
     """
 
     def __init__(self, density: Density) -> None:
-        self.density, self._repeated = density, AutoTraced(self._graded)
+        self.density, self._traced = density, AutoTraced(self._value_and_grad)
 
     def __call__(self, u: Tensor) -> tuple[Tensor, Tensor]:
-        values, gradients = self._repeated(u)
+        values, gradients = self._traced(u)
         return values, gradients
 
-    def _graded(self, u: Tensor) -> tuple[Tensor, Tensor]:
+    def _value_and_grad(self, u: Tensor) -> tuple[Tensor, Tensor]:
         with torch.enable_grad():
             u = u.detach().requires_grad_()
-            found = self.density(u)
-            parts = found if isinstance(found, tuple) else (found,)
+            log_f = self.density(u)
+            parts = log_f if isinstance(log_f, tuple) else (log_f,)
             gradients = [
                 torch.autograd.grad(part.sum(), u, retain_graph=True, materialize_grads=True)[0]
                 if part.requires_grad
@@ -125,49 +118,50 @@ class ValueAndGrad:
         return torch.stack(parts).detach(), torch.stack(gradients)
 
 
-def init(density: Density | ValueAndGrad, u: Tensor, powers: Tensor | None = None) -> HMCState:
-    """The state of chains at u [C, B, D]; the powers [P] of the density's parts are 1 unless given."""
-    graded = density if isinstance(density, ValueAndGrad) else ValueAndGrad(density)
-    values, gradients = graded(u)
-    return HMCState(u.detach(), values, gradients, values.new_ones(len(values)) if powers is None else powers)
+def init(density: Density | ValueAndGrad, u: Tensor, inverse_temperatures: Tensor | None = None) -> HMCState:
+    """Return the state of chains at u [C, B, D]; the inverse temperatures [P] of the parts are 1 by default."""
+    density = density if isinstance(density, ValueAndGrad) else ValueAndGrad(density)
+    values, gradients = density(u)
+    betas = values.new_ones(len(values)) if inverse_temperatures is None else inverse_temperatures
+    return HMCState(u.detach(), values, gradients, betas)
 
 
 def transition(
     density: Density | ValueAndGrad,
     state: HMCState,
-    step: Tensor,
+    step_size: Tensor,
     *,
-    leapfrogs: int = 10,
+    num_integration_steps: int = 10,
     scale: Tensor | None = None,
     jitter: float = 0.2,
 ) -> HMCInfo:
-    r"""One trajectory of leapfrogs for every chain, accepted or rejected each by itself; f stays invariant.
+    r"""Make one HMC transition of every chain: a leapfrog trajectory and its Metropolis step; f stays invariant.
 
     Arguments:
         density: log f, with gradients.
-        state: where the chains stand; a transition costs one gradient of the density a leapfrog.
-        step: step size of each datapoint [B], in units of ``scale``.
-        leapfrogs: of one trajectory.
-        scale: standard deviations [B, D]; momenta are standard normal for u / scale. 1 unless given.
-        jitter: a trajectory's number of leapfrogs is drawn from ``leapfrogs -+ jitter * (leapfrogs - 1)``, so that no
-            chain goes in circles. Were it the step that varies, it would cross the largest that is stable.
+        state: state of the chains; a transition costs one gradient of the density per integration step.
+        step_size: step size of each datapoint [B], in units of ``scale``.
+        num_integration_steps: L, leapfrog steps of one trajectory.
+        scale: standard deviations [B, D]; momenta are standard normal for u / scale. 1 by default.
+        jitter: each transition draws its L from ``L -+ jitter * (L - 1)``, so that no chain goes in circles. A
+            jittered step size would cross the largest stable one.
 
     Source: Neal (2011), *MCMC Using Hamiltonian Dynamics*, arXiv:1206.1901.
     """
-    size = step.unsqueeze(-1) if scale is None else step.unsqueeze(-1) * scale
+    size = step_size.unsqueeze(-1) if scale is None else step_size.unsqueeze(-1) * scale
     momentum = torch.randn_like(state.position)
     energy, end = state.log_p - _kinetic(momentum), state
     momentum = momentum + size / 2 * end.gradient
-    for left in reversed(range(_about(leapfrogs, jitter))):
-        end = init(density, end.position + size * momentum, state.powers)
+    for left in reversed(range(_jittered(num_integration_steps, jitter))):
+        end = init(density, end.position + size * momentum, state.inverse_temperatures)
         momentum = momentum + (size if left else size / 2) * end.gradient
-    gain = end.log_p - _kinetic(momentum) - energy
-    gain = torch.where(gain.isnan(), -torch.inf, gain)
-    accepted = torch.rand_like(gain).log() < gain
-    return HMCInfo(_choose(accepted, end, state), gain.clamp(max=0.0).exp(), ~(gain > -DIVERGENCE))
+    log_ratio = end.log_p - _kinetic(momentum) - energy
+    log_ratio = torch.where(log_ratio.isnan(), -torch.inf, log_ratio)
+    accepted = torch.rand_like(log_ratio).log() < log_ratio
+    return HMCInfo(_choose(accepted, end, state), log_ratio.clamp(max=0.0).exp(), ~(log_ratio > -DIVERGENCE))
 
 
-def _about(count: int, jitter: float) -> int:
+def _jittered(count: int, jitter: float) -> int:
     most = round(jitter * (count - 1))
     return count + int(torch.randint(-most, most + 1, ())) if most else count
 
@@ -182,86 +176,83 @@ def _choose(accepted: Tensor, new: HMCState, old: HMCState) -> HMCState:
         torch.where(rows, new.position, old.position),
         torch.where(accepted, new.values, old.values),
         torch.where(rows, new.gradients, old.gradients),
-        old.powers,
+        old.inverse_temperatures,
     )
 
 
-class StepSize:
-    r"""Step sizes by dual averaging: each datapoint's own [B], toward a mean acceptance of :data:`TARGET_ACCEPT`.
+class DualAveraging:
+    r"""Step sizes by dual averaging, one for each datapoint [B], toward a mean acceptance of :data:`TARGET_ACCEPT`.
 
     Arguments:
-        step: where to start, [B].
+        step_size: initial step sizes, [B].
 
     Attributes:
-        step: the size to try next, [B].
-        settled: the average of past sizes to which they converge, [B].
+        step_size: step sizes to try next, [B].
+        step_size_avg: weighted average of past step sizes, to which they converge, [B].
 
     Source: Hoffman and Gelman (2014), *The No-U-Turn Sampler*, arXiv:1111.4246, with
-    gamma = 0.2 instead of 0.05, since acceptance is a mean over chains and steps need not be found from one.
+    gamma = 0.2 instead of 0.05, since acceptance is a mean over chains and the initial step size is a good guess.
 
-    >>> size = StepSize(torch.ones(2))
-    >>> for _ in range(2000): size.learn((-size.step).exp())
-    >>> bool(((-size.settled).exp() - TARGET_ACCEPT).abs().max() < 0.01)
+    >>> adaptation = DualAveraging(torch.ones(2))
+    >>> for _ in range(2000): adaptation.update((-adaptation.step_size).exp())
+    >>> bool(((-adaptation.step_size_avg).exp() - TARGET_ACCEPT).abs().max() < 0.01)
     True
     """
 
-    def __init__(self, step: Tensor) -> None:
-        self.centre = self.log_step = self.mean = step.log()
-        self.count, self.error = 0, torch.zeros_like(step)
+    def __init__(self, step_size: Tensor) -> None:
+        self.mu = self.log_step_size = self.log_step_size_avg = step_size.log()
+        self.count, self.avg_error = 0, torch.zeros_like(step_size)
 
     @property
-    def step(self) -> Tensor:
-        return self.log_step.exp()
+    def step_size(self) -> Tensor:
+        return self.log_step_size.exp()
 
     @property
-    def settled(self) -> Tensor:
-        return self.mean.exp()
+    def step_size_avg(self) -> Tensor:
+        return self.log_step_size_avg.exp()
 
-    def learn(self, acceptance: Tensor) -> None:
-        """Take the mean acceptance [B] over the chains at ``step`` into account."""
+    def update(self, acceptance_rate: Tensor) -> None:
+        """Update the step sizes by the acceptance rates [B] that ``step_size`` has given."""
         self.count += 1
         rate, weight = 1 / (self.count + 10), self.count**-0.75
-        self.error = (1 - rate) * self.error + rate * (TARGET_ACCEPT - acceptance)
-        self.log_step = self.centre - self.count**0.5 / 0.2 * self.error
-        self.mean = weight * self.log_step + (1 - weight) * self.mean
+        self.avg_error = (1 - rate) * self.avg_error + rate * (TARGET_ACCEPT - acceptance_rate)
+        self.log_step_size = self.mu - self.count**0.5 / 0.2 * self.avg_error
+        self.log_step_size_avg = weight * self.log_step_size + (1 - weight) * self.log_step_size_avg
 
 
 def initial_step_size(density: Density | ValueAndGrad, state: HMCState, scale: Tensor) -> Tensor:
-    """Step sizes [B] to begin with: 1, halved until single leapfrogs are accepted more often than not.
+    """Return initial step sizes [B]: 1, halved until single leapfrog steps are accepted more often than not.
 
     >>> def normal(u): return -(u**2).sum(-1) / 2
     >>> initial_step_size(normal, init(normal, torch.zeros(50, 1, 1)), torch.full((1, 1), 64.0))
     tensor([0.0156])
     """
-    step = torch.ones_like(state.position[0, :, 0])
+    step_size = torch.ones_like(state.position[0, :, 0])
     for _ in range(HALVINGS):
-        rare = transition(density, state, step, leapfrogs=1, scale=scale).acceptance.mean(0) < 0.5
-        if not rare.any():
+        info = transition(density, state, step_size, num_integration_steps=1, scale=scale)
+        rejected = info.acceptance_rate.mean(0) < 0.5
+        if not rejected.any():
             break
-        step = torch.where(rare, step / 2, step)
-    return step
+        step_size = torch.where(rejected, step_size / 2, step_size)
+    return step_size
 
 
-class _Spread:
-    """Pooled variance [B, D] of positions seen over chains and time."""
+class _PooledVariance:
+    """Variance [B, D] of positions, pooled over chains and transitions."""
 
     def __init__(self, centre: Tensor) -> None:
         self.centre = centre
         self.count, self.total, self.square = 0, torch.zeros_like(centre), torch.zeros_like(centre)
 
-    def see(self, position: Tensor) -> None:
-        apart = position - self.centre
-        self.count += len(apart)
-        self.total, self.square = self.total + apart.sum(0), self.square + (apart**2).sum(0)
+    def update(self, position: Tensor) -> None:
+        deviation = position - self.centre
+        self.count += len(deviation)
+        self.total, self.square = self.total + deviation.sum(0), self.square + (deviation**2).sum(0)
 
-    def scale(self, before: Tensor) -> Tensor:
-        """Standard deviations, drawn toward those before by the weight of 5 positions."""
+    def shrunk_sd(self, prior: Tensor) -> Tensor:
+        """Return standard deviations, shrunk toward prior ones by the weight of 5 positions."""
         variance = self.square / self.count - (self.total / self.count) ** 2
-        return ((self.count * variance.clamp(min=0) + 5 * before**2) / (self.count + 5)).sqrt()
-
-
-# Shares of a warm-up at whose ends the scale is learned anew, from the positions since the one before.
-WINDOWS = (0.1, 0.25, 0.5, 0.85)
+        return ((self.count * variance.clamp(min=0) + 5 * prior**2) / (self.count + 5)).sqrt()
 
 
 def sample(
@@ -270,70 +261,76 @@ def sample(
     *,
     draws: int = 1000,
     warm_up: int = 500,
-    leapfrogs: int = 10,
+    num_integration_steps: int = 10,
     thin: int = 1,
     scale: Tensor | None = None,
     seed: int = 0,
     progress: Callable[[float], None] = lambda share: None,
 ) -> Chains:
-    """Run chains from u [C, B, D]: a warm-up that learns step sizes and scales for each datapoint, then draws.
+    """Run HMC chains from u [C, B, D]: a warm-up that adapts step sizes and scales for each datapoint, then draws.
 
     Arguments:
         density: log f, with gradients.
-        u: where the chains start, best spread wider than f.
+        u: initial positions, best overdispersed.
         draws: T, kept for each chain, one in every ``thin`` transitions.
-        warm_up: transitions that are thrown away; from 200 on the scale is learned well.
-        leapfrogs: of a transition, on average: their number varies from 1 to twice that, since chains that go for
-            half a period each time mirror their position and never learn of its size.
-        scale: a first guess of f's standard deviations, [B, D]; 1 unless given.
+        warm_up: transitions that are discarded; from 200 on the scale is estimated well.
+        num_integration_steps: L, leapfrog steps of a transition on average: their number varies from 1 to 2 L - 1,
+            since chains that go for half a period each time mirror their position and never learn of its size.
+        scale: an initial guess of f's standard deviations, [B, D]; 1 by default.
         seed: of all noise; the random stream outside is left alone.
         progress: called with the share of the transitions made.
 
     Raises:
         UserError: a count below 1, or trajectories that diverge for every datapoint, however small their steps.
     """
-    at_least_one(draws=draws, warm_up=warm_up, leapfrogs=leapfrogs, thin=thin, chains=len(u))
+    check_range(
+        least=1, draws=draws, warm_up=warm_up, num_integration_steps=num_integration_steps, thin=thin, chains=len(u)
+    )
     total = warm_up + draws * thin
+    accepted, diverged = torch.zeros_like(u[0, :, 0]), torch.zeros_like(u[0, :, 0])
     with seeded(seed):
-        graded = ValueAndGrad(density)
-        state, size, scale = _warmed(graded, u, warm_up, leapfrogs, scale, lambda done: progress(done / total))
-        kept, acceptance, divergent = [], torch.zeros_like(size), torch.zeros_like(size)
+        density = ValueAndGrad(density)
+        kernel = partial(transition, density, num_integration_steps=num_integration_steps, jitter=1.0)
+        state, scale = init(density, u), torch.ones_like(u[0]) if scale is None else scale
+        size = initial_step_size(density, state, scale)
+        state, size, scale = _warm_up(kernel, state, size, scale, warm_up, lambda done: progress(done / total))
+        positions = []
         for done in range(1, draws * thin + 1):
-            state, accepted, diverged = transition(graded, state, size, leapfrogs=leapfrogs, scale=scale, jitter=1.0)
-            acceptance, divergent = acceptance + accepted.mean(0), divergent + diverged.to(size).mean(0)
+            state, acceptance_rate, is_divergent = kernel(state, size, scale=scale)
+            accepted, diverged = accepted + acceptance_rate.mean(0), diverged + is_divergent.to(size).mean(0)
             if done % thin == 0:
-                kept.append(state.position)
+                positions.append(state.position)
             progress((warm_up + done) / total)
-    acceptance, divergent = acceptance / (draws * thin), divergent / (draws * thin)
-    lost = refuse_if_all_diverge(divergent)
-    return Chains(_without(torch.stack(kept, 1), lost), acceptance, size, scale, divergent)
+    accepted, diverged = accepted / (draws * thin), diverged / (draws * thin)
+    lost = refuse_if_all_diverge(diverged).view(-1, 1)
+    return Chains(torch.where(lost, torch.nan, torch.stack(positions, 1)), accepted, size, scale, diverged)
 
 
-def _warmed(
-    density: ValueAndGrad, u: Tensor, steps: int, leapfrogs: int, scale: Tensor | None, progress: Callable[[int], None]
+def _warm_up(
+    kernel: Callable[..., HMCInfo],
+    state: HMCState,
+    step_size: Tensor,
+    scale: Tensor,
+    steps: int,
+    progress: Callable[[int], None],
 ) -> tuple[HMCState, Tensor, Tensor]:
-    """Chains after their warm-up, the step sizes [B] and the scales [B, D] that they found."""
-    state, scale = init(density, u), torch.ones_like(u[0]) if scale is None else scale
-    size, spread = StepSize(initial_step_size(density, state, scale)), _Spread(u.mean(0))
+    """Return the chains after their warm-up, the adapted step sizes [B] and scales [B, D]."""
+    adaptation, variance = DualAveraging(step_size), _PooledVariance(state.position.mean(0))
     ends = {round(share * steps) for share in WINDOWS}
     for done in range(1, steps + 1):
-        state, accepted, _ = transition(density, state, size.step, leapfrogs=leapfrogs, scale=scale, jitter=1.0)
-        size.learn(accepted.mean(0))
-        spread.see(state.position)
+        state, acceptance_rate, _ = kernel(state, adaptation.step_size, scale=scale)
+        adaptation.update(acceptance_rate.mean(0))
+        variance.update(state.position)
         if done in ends:
-            scale, spread = spread.scale(scale), _Spread(state.position.mean(0))
-            size = StepSize(size.settled)
+            scale, variance = variance.shrunk_sd(scale), _PooledVariance(state.position.mean(0))
+            adaptation = DualAveraging(adaptation.step_size_avg)
         progress(done)
-    return state, size.settled, scale
+    return state, adaptation.step_size_avg, scale
 
 
-def refuse_if_all_diverge(divergent: Tensor) -> Tensor:
-    """The datapoints [B] of which every trajectory diverged; if these are all, there is no number to give."""
-    lost = divergent == 1
+def refuse_if_all_diverge(divergence_rate: Tensor) -> Tensor:
+    """Return a mask [B] of datapoints whose trajectories all diverged; raise if these are all datapoints."""
+    lost = divergence_rate == 1
     if lost.all():
         raise AllChainsDiverged
     return lost
-
-
-def _without(draws: Tensor, lost: Tensor) -> Tensor:
-    return torch.where(lost.view(-1, 1), torch.nan, draws)

@@ -1,4 +1,4 @@
-"""What samplers explore: log p(x, z) of given rows as a function of the real vectors behind their latents."""
+"""Log joint density log p(x, u) of given rows over the unconstrained latents u, and draws from the joint."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from pvae.runtime.torch_state import no_validation, seeded
 
 
 class JointDraws(NamedTuple):
-    """Draws from the joint density p(x, z): u [N, D] behind the latents is an exact posterior draw of its row of x."""
+    """Draws from the joint p(x, u): each row of u [N, D] is an exact posterior draw given its row of x."""
 
     u: Tensor
     x: Tensor
@@ -29,18 +29,18 @@ class JointDraws(NamedTuple):
 
 @dataclass(frozen=True)
 class LogJoint:
-    r"""The posterior of each row but for its constant, :math:`\log p(x, T(u)) + \log |\det \partial T / \partial u|`.
+    r"""Log joint density in unconstrained space, :math:`\log p(x, T(u)) + \log |\det \partial T / \partial u|`.
 
     Arguments:
         model: a Pyro program; it is put in ``eval`` mode where it has a mode.
-        x, index: rows [B, ...] and which training datapoints they are.
-        sites: the latents, see `find_latent_sites`, which finds them unless they are given.
+        x, index: rows [B, ...] and their numbers among the training datapoints.
+        sites: the latent sites; `find_latent_sites` finds them by default.
 
     Attributes:
-        latents: these sites; u is their real vector [D], and T takes it to their values.
+        latents: these sites; T maps their unconstrained vector u [D] to their values.
 
-    Calling it with u [C, B, D] gives [C, B] in nats, with gradients, C chains for every row. A u too far off to score
-    gives -inf or NaN, no error.
+    Calling it with u [C, B, D], C chains for every row, returns [C, B] in nats, with gradients; a u that can't be
+    scored gives -inf or NaN, no error.
 
     >>> from pvae.generative.vae import VAE
     >>> from pvae.generative.likelihoods import Bernoulli
@@ -62,35 +62,35 @@ class LogJoint:
         object.__setattr__(self, "latents", self.sites or find_latent_sites(self.model, self.x))
 
     def rows(self, part: slice) -> LogJoint:
-        """The target of some of the rows."""
+        """Return the log joint of a slice of the rows."""
         return LogJoint(self.model, self.x[part], None if self.index is None else self.index[part], self.latents)
 
-    def parts(self, u: Tensor) -> tuple[Tensor, Tensor]:
-        """log p(x|T(u)) and log p(u) = log p(T(u)) + log |det dT/du|, [C, B] each in nats, of u [C, B, D]."""
-        values = u if len(u) > 1 else u[0]  # the waist draws once without a plate of samples
+    def log_lik_and_prior(self, u: Tensor) -> tuple[Tensor, Tensor]:
+        """Return log p(x|T(u)) and log p(u) = log p(T(u)) + log |det dT/du|, [C, B] each in nats, at u [C, B, D]."""
+        values = u if len(u) > 1 else u[0]  # `score_draws` has no plate of samples for a single draw
 
         def guide(x: Tensor, index: Tensor | None = None) -> None:
             with pyro.plate("data", len(x), dim=-1):
                 self.latents.sample(dist.Delta(values, event_dim=1))
 
-        with _quiet(self.model):
+        with _unvalidated(self.model):
             w = score_draws(self.model, guide, self.x, self.index, len(u))
         return w.log_lik, w.log_prior - w.log_q
 
     def __call__(self, u: Tensor) -> Tensor:
-        log_lik, log_prior = self.parts(u)
+        log_lik, log_prior = self.log_lik_and_prior(u)
         return log_lik + log_prior
 
     @torch.no_grad()
     def prior(self, chains: int) -> Tensor:
-        """Draws u [C, B, D] from the program's prior, by the random stream outside."""
-        with _quiet(self.model), pyro.plate("samples", chains, dim=-2):
+        """Draw u [C, B, D] from the program's prior, by the random stream outside."""
+        with _unvalidated(self.model), pyro.plate("samples", chains, dim=-2):
             trace = poutine.trace(self.model).get_trace(self.x, self.index)
         return unconstrain(self.latents, {name: site["value"] for name, site in random_sites(trace)})
 
 
 def unconstrain(sites: LatentSites, latents: dict[str, Tensor]) -> Tensor:
-    """The real vectors u [..., D] behind values of the latents by site, [..., event shape] each.
+    """Return the unconstrained vectors u [..., D] of latent values by site, [..., event shape] each.
 
     >>> from torch.distributions import constraints; from pvae.inference.latents import Site
     >>> unconstrain(LatentSites((Site("s", (), constraints.positive),)), {"s": torch.ones(3)})
@@ -104,58 +104,59 @@ def unconstrain(sites: LatentSites, latents: dict[str, Tensor]) -> Tensor:
 
 @torch.no_grad()
 def simulate_joint(model: Program, like: Tensor, sites: LatentSites | None = None, *, seed: int = 0) -> JointDraws:
-    """Draw latents and rows from the program itself, as many and of the shape as the rows ``like`` [N, ...].
+    """Draw latents and rows from the joint of the program (ancestral sampling), in the shape of ``like`` [N, ...].
 
     Arguments:
         model: a Pyro program.
-        like: rows; what the program does not observe of them, such as labels, is kept, and NaN, which is missing.
-        sites: the latents, found unless they are given.
+        like: rows; entries that the program does not observe, such as labels, are copied, and so is NaN (missing).
+        sites: the latent sites, found by default.
         seed: of the draws; the random stream outside is left alone.
 
     Raises:
-        UserError: what the program observes is not a part of its rows, so that what it draws makes no row.
+        UserError: the values that the program observes are not entries of its rows.
     """
     sites = sites or find_latent_sites(model, like)
     index = torch.zeros(len(like), dtype=torch.long, device=like.device)
-    with seeded(seed), _quiet(model):
+    with seeded(seed), _unvalidated(model):
         trace = poutine.trace(poutine.uncondition(model)).get_trace(like, index)
-    drawn = {name: site["value"] for name, site in random_sites(trace)}
-    seen = {name: drawn[name] for name in drawn if name not in {site.name for site in sites.sites}}
-    return JointDraws(unconstrain(sites, drawn), torch.where(like.isnan(), like, _put_back(model, seen, like)))
+    values = {name: site["value"] for name, site in random_sites(trace)}
+    observed = {name: values[name] for name in values if name not in {site.name for site in sites.sites}}
+    x = _fill_observed(model, observed, like)
+    return JointDraws(unconstrain(sites, values), torch.where(like.isnan(), like, x))
 
 
-def _put_back(model: Program, seen: dict[str, Tensor], like: Tensor) -> Tensor:
-    """The rows ``like`` with drawn values in the places that the program observes."""
-    if [value.shape for value in seen.values()] == [like.shape]:
-        return next(iter(seen.values())).to(like)
+def _fill_observed(model: Program, observed: dict[str, Tensor], like: Tensor) -> Tensor:
+    """Return the rows ``like`` with drawn values in the entries that the program observes."""
+    if [value.shape for value in observed.values()] == [like.shape]:
+        return next(iter(observed.values())).to(like)
     rows = like.flatten(1).clone()
-    for name, places in _observed_places(model, like).items():
-        rows[:, places] = seen[name].to(like).reshape(len(like), -1)
+    for name, columns in _observed_columns(model, like).items():
+        rows[:, columns] = observed[name].to(like).reshape(len(like), -1)
     return rows.view_as(like)
 
 
-def _observed_places(model: Program, like: Tensor) -> dict[str, Tensor]:
-    """Which entries of a flat row each observed site sees: those whose number, put in their place, comes back."""
+def _observed_columns(model: Program, like: Tensor) -> dict[str, Tensor]:
+    """Return the columns of a flat row that each site observes: a row of column numbers shows them."""
     numbers = torch.arange(like[0].numel(), dtype=like.dtype, device=like.device)
     marked = numbers.view(like[:1].shape)
     try:
-        with seeded(0), _quiet(model):
+        with seeded(0), _unvalidated(model):
             trace: Any = poutine.trace(model).get_trace(marked, torch.zeros(1, dtype=torch.long, device=like.device))
     except Exception as error:  # a user's program may raise anything
         raise UserError(f"no rows can be simulated: the program fails where its rows are numbered ({error})") from error
-    places = {name: site["value"].flatten() for name, site in random_sites(trace) if site["is_observed"]}
-    every = torch.cat(list(places.values())) if places else numbers[:0]
-    if not torch.isin(every, numbers).all() or len(every.unique()) < len(every):
+    columns = {name: site["value"].flatten() for name, site in random_sites(trace) if site["is_observed"]}
+    joined = torch.cat(list(columns.values())) if columns else numbers[:0]
+    if not torch.isin(joined, numbers).all() or len(joined.unique()) < len(joined):
         raise UserError(
-            f"no rows can be simulated: what the program observes ({', '.join(places)}) is not a part of its rows "
-            f"of shape {tuple(like.shape[1:])}"
+            f"no rows can be simulated: the values that the program observes ({', '.join(columns)}) are not entries of "
+            f"its rows of shape {tuple(like.shape[1:])}"
         )
-    return {name: values.long() for name, values in places.items()}
+    return {name: values.long() for name, values in columns.items()}
 
 
 @contextmanager
-def _quiet(model: Program) -> Iterator[None]:
-    """Run a program unchecked, since chains may stray, and its module's parameters in a store of their own."""
+def _unvalidated(model: Program) -> Iterator[None]:
+    """Run a program without validation, since chains may stray, and its module in its own parameter store."""
     try:
         module_of(model)
     except UserError:

@@ -130,7 +130,7 @@ class Fixed(Guide):
         super().__init__(DiagonalNormal(1))
 
     def params(self, x, index=None):
-        return self.family.initial().expand(len(x), -1)
+        return self.family.initial_params().expand(len(x), -1)
 
 
 @pytest.fixture(scope="module")
@@ -202,7 +202,7 @@ def test_a_seed_fixes_all_and_the_stream_outside_goes_on():
     assert third[-1] == pytest.approx(1)
 
 
-@pytest.mark.parametrize("name", ["chains", "draws", "warm_up", "temperatures", "leapfrogs"])
+@pytest.mark.parametrize("name", ["chains", "draws", "warm_up", "temperatures", "num_integration_steps"])
 def test_counts_below_one_are_refused(name):
     oracle = LinearGaussian(2, 5)
     with pytest.raises(UserError, match=f"{name} is 0, but it must be at least 1"):

@@ -71,7 +71,7 @@ def test_annealed_weights_from_the_prior_average_to_the_evidence(dim, conditioni
     found = anneal(LogJoint(oracle.model, x), chains=8, temperatures=temperatures, seed=1)
     assert abs(off((found.log_w - oracle.evidence(x)).exp())) < 4  # standard errors
     assert above(found.evidence - oracle.evidence(x)) < 4  # a lower bound in expectation
-    assert found.divergent.max() < 0.2
+    assert found.divergence_rate.max() < 0.2
 
 
 @each_case
@@ -134,8 +134,8 @@ def test_a_single_temperature_is_importance_sampling_from_the_prior():
     oracle, _, x = linear(2, 3.0, 0.5)
     target = LogJoint(oracle.model, x)
     found = anneal(target, chains=8, temperatures=1, seed=1)
-    torch.testing.assert_close(found.log_w, target.parts(found.position)[0])
-    assert found.acceptance.isnan().all()
+    torch.testing.assert_close(found.log_w, target.log_lik_and_prior(found.position)[0])
+    assert found.acceptance_rate.isnan().all()
 
 
 def test_an_exact_guide_leaves_nothing_to_anneal():
@@ -157,7 +157,7 @@ def test_step_sizes_meet_their_acceptance_for_every_datapoint():
     """Rows whose posteriors differ much in width: a step of all would suit none."""
     x = torch.tensor([[0.0, 1.0, 0.0], [20.0, 30.0, 4.0], [90.0, 100.0, 200.0], [0.0, 0.0, 0.0]])
     found = anneal(LogJoint(counts, x), chains=16, temperatures=100, seed=1)
-    assert ((found.acceptance - hmc.TARGET_ACCEPT).abs() < 0.1).all()
+    assert ((found.acceptance_rate - hmc.TARGET_ACCEPT).abs() < 0.1).all()
 
 
 # Both directions
@@ -247,7 +247,7 @@ def test_a_sigmoid_schedule_is_dense_at_both_ends_and_a_geometric_one_at_the_sta
 # Calls
 
 
-@pytest.mark.parametrize("name", ["temperatures", "chains", "leapfrogs"])
+@pytest.mark.parametrize("name", ["temperatures", "chains", "num_integration_steps"])
 @pytest.mark.parametrize("value", [0, -3])
 def test_counts_below_one_are_refused(name, value):
     oracle, x = curved()
@@ -279,7 +279,7 @@ def test_a_datapoint_that_diverges_everywhere_gives_no_number_and_the_others_the
     x[1] = math.nan
     found = anneal(LogJoint(oracle.model, x), chains=8, temperatures=50, seed=1)
     assert found.evidence.isnan().nonzero().flatten().tolist() == [1]
-    assert (found.divergent == 1).nonzero().flatten().tolist() == [1]
+    assert (found.divergence_rate == 1).nonzero().flatten().tolist() == [1]
 
 
 def test_the_seed_fixes_the_weights_and_the_stream_outside_is_left_alone():
@@ -294,8 +294,10 @@ def test_the_seed_fixes_the_weights_and_the_stream_outside_is_left_alone():
 def test_many_datapoints_go_in_pieces(monkeypatch):
     monkeypatch.setattr(ais, "ROWS_PER_PASS", {True: 100})
     oracle, _, x = linear(2, 3.0, 0.5)
-    seen, own = [], LogJoint.parts
-    monkeypatch.setattr(LogJoint, "parts", lambda self, u: seen.append(u.shape[0] * u.shape[1]) or own(self, u))
+    seen, own = [], LogJoint.log_lik_and_prior
+    monkeypatch.setattr(
+        LogJoint, "log_lik_and_prior", lambda self, u: seen.append(u.shape[0] * u.shape[1]) or own(self, u)
+    )
     found = anneal(LogJoint(oracle.model, x), chains=8, temperatures=30, seed=1)
     assert 96 in seen
     assert max(seen) <= 100
@@ -305,14 +307,14 @@ def test_many_datapoints_go_in_pieces(monkeypatch):
 
 def test_a_device_without_memory_gets_smaller_pieces_and_the_evidence_stays(monkeypatch, capsys):
     oracle, _, x = linear(2, 3.0, 0.5)
-    own = LogJoint.parts
+    own = LogJoint.log_lik_and_prior
 
     def parts(self, u):
         if u.shape[1] > 15:
             raise torch.OutOfMemoryError
         return own(self, u)
 
-    monkeypatch.setattr(LogJoint, "parts", parts)
+    monkeypatch.setattr(LogJoint, "log_lik_and_prior", parts)
     found = anneal(LogJoint(oracle.model, x), chains=8, temperatures=30, seed=1)
     assert abs(off((found.log_w - oracle.evidence(x)).exp())) < 4  # standard errors
     assert "going on with 10 instead of" in capsys.readouterr().err

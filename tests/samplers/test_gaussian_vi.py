@@ -90,7 +90,7 @@ def covariances(dim, count, seed=0):
 def test_full_rank_takes_any_covariance():
     mean, covariance = torch.randn(7, 5, dtype=torch.double), covariances(5, 7)
     family = FullRankNormal(5)
-    q = family(family.shaped(mean, covariance))
+    q = family(family.params_from_gaussian(mean, covariance))
     torch.testing.assert_close(q.mean, mean)
     torch.testing.assert_close(q.covariance_matrix, covariance)
 
@@ -99,7 +99,7 @@ def test_low_rank_takes_the_directions_that_are_wider():
     # One common direction on top of independent scales. Measured by KL(q, p), 0.51 nats for independent normals.
     mean, covariance = torch.zeros(6).double(), (torch.eye(6) + torch.ones(6, 6)).double()
     family = LowRankNormal(6, rank=1)
-    found = family(family.shaped(mean, covariance)).covariance_matrix
+    found = family(family.params_from_gaussian(mean, covariance)).covariance_matrix
     independent = torch.linalg.inv(covariance).diagonal().reciprocal().diag()
     assert _loss(found, covariance) < _loss(independent, covariance) / 5
 

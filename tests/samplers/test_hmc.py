@@ -30,11 +30,13 @@ def whitened(oracle, x, u):
     return (u - oracle.mean(x)) @ torch.linalg.cholesky(oracle.precision)
 
 
-def moved(density, u, step, transitions=20, leapfrogs=5):
+def moved(density, u, step, transitions=20, num_integration_steps=5):
     """Where single chains [N, D] stand after some transitions."""
     state = hmc.init(density, u.unsqueeze(0))
     for _ in range(transitions):
-        state = hmc.transition(density, state, torch.full((len(u),), step), leapfrogs=leapfrogs).state
+        state = hmc.transition(
+            density, state, torch.full((len(u),), step), num_integration_steps=num_integration_steps
+        ).state
     return state.position[0]
 
 
@@ -101,8 +103,8 @@ def test_chains_from_far_off_find_the_posterior(dim, conditioning):
     assert (((draws.mean((0, 1)) - oracle.mean(x)) / sd).abs() < 4.5 * errors).all()  # 4.5 standard errors
     spread = ((draws - oracle.mean(x)) / sd) ** 2
     assert ((spread.mean((0, 1)) - 1).abs() < 4.5 * 2**0.5 * chain_ess(spread).rsqrt()).all()
-    assert (chains.acceptance - hmc.TARGET_ACCEPT).abs().max() < 0.15
-    assert (chains.divergent == 0).all()
+    assert (chains.acceptance_rate - hmc.TARGET_ACCEPT).abs().max() < 0.15
+    assert (chains.divergence_rate == 0).all()
 
 
 def test_chains_find_the_moments_that_quadrature_knows():
@@ -119,7 +121,7 @@ def test_chains_find_the_moments_that_quadrature_knows():
 def test_the_scale_of_every_dimension_of_every_datapoint_is_learned():
     chains = hmc.sample(normal, torch.randn(16, 2, 3), draws=50, warm_up=300, seed=1)
     assert ((chains.scale / SCALES).log().abs() < 0.25).all()
-    assert (chains.acceptance - hmc.TARGET_ACCEPT).abs().max() < 0.15
+    assert (chains.acceptance_rate - hmc.TARGET_ACCEPT).abs().max() < 0.15
 
 
 def test_a_step_is_in_units_of_the_scale():
@@ -147,11 +149,13 @@ def test_datapoints_do_not_see_each_other():
 
 def test_energy_errors_vanish_with_the_square_of_the_step():
     u, errors = SCALES * torch.randn(200, 2, 3), []
-    for leapfrogs in (8, 16):
+    for num_integration_steps in (8, 16):
         torch.manual_seed(0)
-        step = torch.full((2,), 1 / leapfrogs)
-        move = hmc.transition(normal, hmc.init(normal, u), step, leapfrogs=leapfrogs, scale=SCALES, jitter=0.0)
-        errors.append((1 - move.acceptance).mean().item())
+        step = torch.full((2,), 1 / num_integration_steps)
+        move = hmc.transition(
+            normal, hmc.init(normal, u), step, num_integration_steps=num_integration_steps, scale=SCALES, jitter=0.0
+        )
+        errors.append((1 - move.acceptance_rate).mean().item())
     assert errors[0] / errors[1] == pytest.approx(4, rel=0.1)
 
 
@@ -162,11 +166,11 @@ def test_a_leapfrog_costs_one_gradient():
         calls.append(len(u))
         return normal(u)
 
-    hmc.transition(density, hmc.init(density, torch.randn(4, 2, 3)), torch.ones(2), leapfrogs=7, jitter=0.0)
+    hmc.transition(density, hmc.init(density, torch.randn(4, 2, 3)), torch.ones(2), num_integration_steps=7, jitter=0.0)
     assert calls == [4] * 8  # one at the start, then one each
 
 
-def test_parts_are_mixed_by_their_powers():
+def test_parts_are_mixed_by_their_inverse_temperatures():
     def parts(u):
         return -(u**2).sum(-1), u.sin().sum(-1)
 
@@ -179,7 +183,7 @@ def test_parts_are_mixed_by_their_powers():
     torch.testing.assert_close(state.gradient, mixed.gradient)
 
 
-def test_a_part_without_power_may_be_infinite():
+def test_a_part_of_inverse_temperature_0_may_be_infinite():
     def parts(u):
         return normal(u), (u * 0).sum(-1) - torch.inf
 
@@ -193,8 +197,8 @@ def test_a_part_without_power_may_be_infinite():
 
 def test_trajectories_that_leave_their_level_set_are_counted():
     move = hmc.transition(normal, hmc.init(normal, SCALES * torch.randn(50, 2, 3)), torch.tensor([5.0, 0.05]))
-    assert move.divergent.double().mean(0).tolist() == [1.0, 0.0]
-    assert (move.acceptance[:, 0] == 0).all()
+    assert move.is_divergent.double().mean(0).tolist() == [1.0, 0.0]
+    assert (move.acceptance_rate[:, 0] == 0).all()
 
 
 @pytest.mark.parametrize("value", [math.nan, -math.inf])
@@ -209,7 +213,7 @@ def test_a_datapoint_that_diverges_everywhere_gives_no_draws_and_the_others_thei
         return normal(u) + torch.tensor([0.0, math.nan])
 
     chains = hmc.sample(density, SCALES * torch.randn(4, 2, 3), draws=5, warm_up=20)
-    assert chains.divergent.tolist() == [0.0, 1.0]
+    assert chains.divergence_rate.tolist() == [0.0, 1.0]
     assert chains.draws[:, :, 0].isfinite().all()
     assert chains.draws[:, :, 1].isnan().all()
 
@@ -217,7 +221,7 @@ def test_a_datapoint_that_diverges_everywhere_gives_no_draws_and_the_others_thei
 # Calls
 
 
-@pytest.mark.parametrize("name", ["draws", "warm_up", "leapfrogs", "thin"])
+@pytest.mark.parametrize("name", ["draws", "warm_up", "num_integration_steps", "thin"])
 def test_counts_below_one_are_refused(name):
     with pytest.raises(UserError, match=f"{name} is 0, but it must be at least 1"):
         hmc.sample(normal, torch.randn(4, 2, 3), **{name: 0})

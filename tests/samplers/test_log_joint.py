@@ -27,7 +27,7 @@ pytestmark = pytest.mark.usefixtures("double")
 def test_a_target_is_the_joint_density_written_by_hand(chains):
     oracle = LinearGaussian(2, 5)
     x, u = oracle.sample(4), torch.randn(chains, 4, 2)
-    log_lik, log_prior = LogJoint(oracle.model, x).parts(u)
+    log_lik, log_prior = LogJoint(oracle.model, x).log_lik_and_prior(u)
     torch.testing.assert_close(log_lik, dist.Normal(oracle.decoder(u), oracle.scale).log_prob(x).sum(-1))
     torch.testing.assert_close(log_prior, dist.Normal(0.0, 1.0).log_prob(u).sum(-1))
     torch.testing.assert_close(LogJoint(oracle.model, x)(u), log_lik + log_prior)
@@ -35,7 +35,7 @@ def test_a_target_is_the_joint_density_written_by_hand(chains):
 
 def test_bounded_latents_bring_the_volume_of_their_change_of_variables():
     x, u = torch.tensor([[0.0, 1.0, 0.0], [2.0, 3.0, 4.0]]), torch.randn(4, 2, 3)
-    log_lik, log_prior = LogJoint(counts, x).parts(u)
+    log_lik, log_prior = LogJoint(counts, x).log_lik_and_prior(u)
     rate, share = u[..., :1].exp(), dist.transforms.StickBreakingTransform()(u[..., 1:])
     torch.testing.assert_close(log_lik, dist.Poisson(rate * share).log_prob(x).sum(-1))
     volume = dist.transforms.StickBreakingTransform().log_abs_det_jacobian(u[..., 1:], share) + u[..., 0]
@@ -54,7 +54,7 @@ def positive(x, index=None):
 
 def test_the_prior_of_u_integrates_to_one_and_is_what_its_draws_have():
     target, line = LogJoint(positive, torch.ones(1, 1)), torch.linspace(-25, 5, 6001)
-    density = target.parts(line.view(-1, 1, 1))[1].exp()
+    density = target.log_lik_and_prior(line.view(-1, 1, 1))[1].exp()
     assert abs((density.sum() * (line[1] - line[0])).item() - 1) < 1e-6
     torch.manual_seed(0)
     u = target.prior(20_000).flatten()
@@ -177,7 +177,9 @@ def test_rows_that_are_changed_before_they_are_observed_can_not_be_simulated():
             z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
             pyro.sample("x", dist.Normal(z, 1.0).to_event(1), obs=(x[:, :2] + 0.5).log())
 
-    with pytest.raises(UserError, match=r"what the program observes \(x\) is not a part of its rows of shape \(3,\)"):
+    with pytest.raises(
+        UserError, match=r"the values that the program observes \(x\) are not entries of its rows of shape \(3,\)"
+    ):
         simulate_joint(model, torch.ones(4, 3))
 
 
