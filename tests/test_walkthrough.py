@@ -1,6 +1,6 @@
-"""The page docs/walkthrough.md: its examples repeat, and its tables are what the library and formulas by hand give.
+"""docs/walkthrough.md: its examples reproduce, and its tables agree with the library and with formulas by hand.
 
-``python tests/test_walkthrough.py`` runs the page and draws its picture.
+``python tests/test_walkthrough.py`` runs the page and draws its figure.
 """
 
 import doctest
@@ -22,12 +22,12 @@ from pvae.reporting.style import COLOURS, SMALL, STYLE, subplots
 PAGE = Path(__file__).parents[1] / "docs" / "walkthrough.md"
 PICTURE = PAGE.parent / "images" / "walkthrough.png"
 KINDS = ("reparametrized", "score", "baseline")
-# Half of a table's last decimal, and what is lost in adding floating-point numbers.
+# Half of a table's last decimal, and rounding errors.
 HALF = 0.5e-4 + 1e-9
 
 
 def run(text):
-    """Examples of a text run as a doctest: their names' values, outputs that differ, and how many were tried."""
+    """Run the examples of a text as a doctest: the values of their names, outputs that differ, and the number tried."""
     before, said = torch.get_default_dtype(), []
     examples = doctest.DocTestParser().get_doctest(text, {}, PAGE.name, str(PAGE), 0)
     try:
@@ -49,7 +49,7 @@ def page():
 
 
 def tables(text):
-    """Tables of numbers in the order of the page, each [rows, columns] without the columns that count."""
+    """Return the tables of numbers in the order of the page, each [rows, columns] without the counting columns."""
     blocks = re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE)
     lines = [[line.strip("|\n").split("|") for line in block.splitlines()] for block in blocks]
     counted = [(rows[0].index(" $d$ ") + 1 if " $d$ " in rows[0] else 1, rows[2:]) for rows in lines]
@@ -57,10 +57,10 @@ def tables(text):
 
 
 def forward(w, x, epsilon):
-    """Everything on the way from rows to the ELBO, by hand."""
+    """Compute everything from the rows to the ELBO, by hand."""
     hidden = np.maximum(x @ w["W1"].T + w["b1"], 0)
-    lam = hidden @ w["W2"].T + w["b2"]
-    mean, log_sigma = lam[:, :2], lam[:, 2:]
+    q_params = hidden @ w["W2"].T + w["b2"]
+    mean, log_sigma = q_params[:, :2], q_params[:, 2:]
     sigma = np.exp(log_sigma)
     z = mean + sigma * epsilon
     code = np.maximum(z @ w["V1"].T + w["c1"], 0)
@@ -69,34 +69,36 @@ def forward(w, x, epsilon):
     log_lik, kl = -half - 2 * np.log(2 * np.pi), (mean**2 + sigma**2 - 1 - 2 * log_sigma).sum(1) / 2
     latent = {"mean": mean, "log_sigma": log_sigma, "sigma": sigma, "epsilon": epsilon, "z": z}
     terms = {"half": half, "log_lik": log_lik, "kl": kl, "elbo": log_lik - kl}
-    return SimpleNamespace(x=x, hidden=hidden, lam=lam, **latent, code=code, y=y, **terms)
+    return SimpleNamespace(x=x, hidden=hidden, q_params=q_params, **latent, code=code, y=y, **terms)
 
 
 def backward(w, f):
-    """The rows' gradients by hand, and those of the mean ELBO by the weights."""
+    """Compute the rows' gradients by hand, and those of the mean ELBO with respect to the weights."""
     by_code = (f.x - f.y) @ w["V2"] * (f.code > 0)
     by_z = by_code @ w["V1"]
     by_mean = by_z - f.mean
     by_sigma = by_z * f.epsilon + 1 / f.sigma - f.sigma
-    by_lam = np.hstack([by_mean, f.sigma * by_sigma])
-    by_hidden = by_lam @ w["W2"] * (f.hidden > 0)
-    layers = {"W1 b1": (by_hidden, f.x), "W2 b2": (by_lam, f.hidden), "V1 c1": (by_code, f.z)}
+    by_q_params = np.hstack([by_mean, f.sigma * by_sigma])
+    by_hidden = by_q_params @ w["W2"] * (f.hidden > 0)
+    layers = {"W1 b1": (by_hidden, f.x), "W2 b2": (by_q_params, f.hidden), "V1 c1": (by_code, f.z)}
     of_weights = {}
     for names, (out, into) in (layers | {"V2 c2": (f.x - f.y, f.code)}).items():
         weight, bias = names.split()
         of_weights |= {weight: out.T @ into / len(f.x), bias: out.mean(0)}
-    return SimpleNamespace(by_z=by_z, by_mean=by_mean, by_sigma=by_sigma, by_lam=by_lam, of_weights=of_weights)
+    return SimpleNamespace(
+        by_z=by_z, by_mean=by_mean, by_sigma=by_sigma, by_q_params=by_q_params, of_weights=of_weights
+    )
 
 
 def written_weights():
-    """The weights as the page writes them, by their letters."""
+    """Return the weights that the page prints, by letter."""
     found = re.findall(r"tensor\((\[.*\])\),\s+# (\w)_(\d)$", text(), re.MULTILINE)
     return {letter + digit: np.array(eval(value)) for value, letter, digit in found}
 
 
 @pytest.fixture(scope="module")
 def by_hand():
-    """What the tables should hold, computed without the library."""
+    """The tables computed without the library."""
     w = written_weights()
     x = np.array([[1.0, 1, 0, 0], [0, 0, 1, 1], [0, 1, 1, 0]])
     epsilon = np.array([[0.5, -1.0], [-0.5, 0.2], [1.0, 0.5]])
@@ -110,7 +112,7 @@ def by_hand():
     log_var = 2 * f.log_sigma
     wrong = f.mean + log_var * epsilon
     expected = [
-        np.hstack([f.hidden, f.lam]),
+        np.hstack([f.hidden, f.q_params]),
         np.hstack([f.sigma, epsilon, f.z]),
         np.hstack([f.sigma, abs(log_var), wrong]),
         np.hstack([f.code, f.y]),
@@ -124,13 +126,13 @@ def by_hand():
 
 
 def by_library(names):
-    """The same from the values that the page's examples gave their names."""
+    """The tables computed by the page's examples."""
     n = SimpleNamespace(**{k: v.detach() if isinstance(v, torch.Tensor) else v for k, v in names.items()})
     by_sigma = n.by_log_sigma / n.sigma
     kinds = [-n.mean, n.by_mean, n.by_z * n.epsilon, 1 / n.sigma - n.sigma, by_sigma, n.by_log_sigma]
     after = [n.after.log_lik, -n.after.log_prior, n.after.log_w]
     rows = [
-        [n.hidden, n.lam],
+        [n.hidden, n.q_params],
         [n.sigma, n.epsilon, n.z],
         [n.sigma, n.log_var.abs(), n.wrong],
         [n.code, n.y],
@@ -193,10 +195,10 @@ def test_gradients_by_hand_are_those_of_differences(by_hand):
 def test_the_step_by_hand(page, by_hand):
     for (name, gradient), weight in zip(by_hand.gradients.of_weights.items(), page.names["weights"], strict=True):
         assert abs(by_hand.weights[name] + 0.1 * gradient - weight.detach().numpy()).max() < 1e-12
-    promised = 0.1 * sum((g**2).sum() for g in by_hand.gradients.of_weights.values())
-    won = (by_hand.after.elbo - by_hand.before.elbo).mean()
+    predicted = 0.1 * sum((g**2).sum() for g in by_hand.gradients.of_weights.values())
+    gain = (by_hand.after.elbo - by_hand.before.elbo).mean()
     by_kl = (by_hand.before.kl - by_hand.after.kl).mean()
-    assert f"won {won:.4f}, of which by the KL {by_kl:.4f}; promised {promised:.4f}" in text()
+    assert f"gain {gain:.4f}, from the KL {by_kl:.4f}; first-order prediction {predicted:.4f}" in text()
 
 
 def test_the_elbo_of_many_draws_is_that_of_quadrature(by_hand):
@@ -226,18 +228,18 @@ def test_variances_are_the_closed_forms(page):
         assert abs(value - page.names["exact"](*key)) < 4.5 * error
 
 
-def variances(vae, x, lam, K):
+def variances(vae, x, q_params, K):
     r"""Variances [D] of the estimates by mu for correlated posteriors, each kind's.
 
     With S = diag(sigma), c = L (m - mu), u = S c and M = I - S L S, log w is a constant and u' e + e' M e / 2; the
     reparametrized gradient is c - L S e. Normal moments give E[(log w - ELBO)^2 e_i^2]; the baseline of the other draws
     makes the estimate the sample covariance of log w and the score.
     """
-    mu, sigma = lam[: len(lam) // 2].double(), lam[len(lam) // 2 :].double().exp()
+    mu, sigma = q_params[: len(q_params) // 2].double(), q_params[len(q_params) // 2 :].double().exp()
     L = vae.precision
     u = sigma * (L @ (vae.mean(x[None])[0] - mu))
     M = torch.eye(len(mu)).double() - sigma[:, None] * L * sigma
-    elbo, spread = vae.elbo(lam[None], x[None])[0], (u**2).sum() + (M**2).sum() / 2
+    elbo, spread = vae.elbo(q_params[None], x[None])[0], (u**2).sum() + (M**2).sum() / 2
     second = spread + 2 * u**2 + 2 * (M @ M).diag()
     covariance = second - (K - 2) / (K - 1) * u**2 + spread / (K - 1)
     score = second - u**2 + elbo**2 + 2 * elbo * M.diag()
@@ -258,21 +260,21 @@ def test_the_pages_closed_forms_are_those_of_any_linear_gaussian(page, double, D
 @pytest.mark.parametrize("how", KINDS)
 def test_correlated_posteriors_too(page, double, how):
     vae, K, repeats = LinearGaussian(3, 5), 4, 20_000
-    x, lam = vae.sample(1)[0], torch.tensor([0.3, -0.2, 0.1, -0.4, -0.8, -0.2])
+    x, q_params = vae.sample(1)[0], torch.tensor([0.3, -0.2, 0.1, -0.4, -0.8, -0.2])
     torch.manual_seed(1)
-    found = page.names["gradients"](vae, x.expand(repeats, -1), lam.expand(repeats, -1), K, how)
-    leaf = lam.clone().requires_grad_()
+    found = page.names["gradients"](vae, x.expand(repeats, -1), q_params.expand(repeats, -1), K, how)
+    leaf = q_params.clone().requires_grad_()
     (exact,) = torch.autograd.grad(vae.elbo(leaf[None], x[None]).sum(), leaf)
     assert (abs(found.mean(0) - exact) < 4.5 * found.std(0) / repeats**0.5).all()
     squared = ((found - exact) ** 2)[:, :3]
-    assert (abs(squared.mean(0) - variances(vae, x, lam, K)[how]) < 4.5 * squared.std(0) / repeats**0.5).all()
+    assert (abs(squared.mean(0) - variances(vae, x, q_params, K)[how]) < 4.5 * squared.std(0) / repeats**0.5).all()
 
 
 def test_a_baseline_that_knows_the_draw_is_noticed(page, double, monkeypatch):
     """The mean of all draws, the own one too, shrinks the gradient by (K - 1) / K."""
     K = 4
     own = {"baseline": lambda w: (w.log_w - w.log_w.mean(0)).detach() * w.log_q}
-    monkeypatch.setitem(page.names, "climb", own)
+    monkeypatch.setitem(page.names, "surrogates", own)
     torch.manual_seed(2)
     found = page.names["repeated"](4, K, "baseline", 20_000)[:, :4].mean(1)
     error = found.std() / 20_000**0.5
@@ -284,7 +286,7 @@ def test_the_baseline_of_others_is_a_sample_covariance(page, double):
     log_w, score = torch.randn(2, 5, 7)
     w = LogWeights(log_w + score, torch.zeros(5, 7), score)
     covariance = ((log_w - log_w.mean(0)) * (score - score.mean(0))).sum(0) / 4
-    assert torch.allclose(page.names["climb"]["baseline"](w).mean(0), covariance)
+    assert torch.allclose(page.names["surrogates"]["baseline"](w).mean(0), covariance)
 
 
 def test_noise_of_a_steep_wave_by_quadrature():
