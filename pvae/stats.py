@@ -1,4 +1,4 @@
-"""Estimates and their standard errors: arrays in, arrays out; nothing here knows of models."""
+"""Estimates and their standard errors, diagnostics of importance weights and of chains, p-values."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# k-hat beyond which no number of draws that one can afford makes importance weights reliable.
+# k-hat beyond which no affordable number of draws makes importance weights reliable.
 UNRELIABLE = 0.7
 
 
@@ -21,11 +21,10 @@ class Estimate(NamedTuple):
 
 
 def mean_se(values: Tensor) -> Estimate:
-    r"""Mean of independent values and its standard error, :math:`s / \sqrt{n}`.
+    r"""Return the mean of independent values and its standard error, :math:`s / \sqrt{n}`.
 
     Arguments:
-        values: one value per datapoint, [B]; each may carry Monte Carlo noise of its own, which the
-            spread over datapoints then includes.
+        values: one value per datapoint, [B]; the spread over datapoints includes the Monte Carlo noise of each.
 
     >>> mean_se(torch.tensor([1.0, 2.0, 3.0, 4.0])).mean
     2.5
@@ -62,7 +61,7 @@ def impute_column_means(x: Tensor, observed: Tensor | None = None, means: Tensor
 
 
 def number(estimate: Estimate) -> str:
-    """A mean with its standard error, with as many digits as the error bears out; alone where it has none.
+    """Format a mean with its standard error to the digits that the error supports; alone if it has none.
 
     >>> number(Estimate(-16.8912, 0.0312))
     '-16.89 ± 0.03'
@@ -74,7 +73,7 @@ def number(estimate: Estimate) -> str:
 
 
 def percent(estimate: Estimate) -> str:
-    """A share with its standard error, in percent.
+    """Format a share with its standard error in percent.
 
     >>> percent(Estimate(0.9765, 0.0078))
     '97.7 ± 0.8%'
@@ -84,7 +83,7 @@ def percent(estimate: Estimate) -> str:
 
 
 def log_mean_exp(log_w: Tensor, dim: int = 0) -> Tensor:
-    r""":math:`\log \frac1K \sum_k e^{\log w_k}`, without overflow.
+    r"""Compute :math:`\log \frac1K \sum_k e^{\log w_k}` without overflow.
 
     >>> log_mean_exp(torch.zeros(5, 2))
     tensor([0., 0.])
@@ -93,19 +92,19 @@ def log_mean_exp(log_w: Tensor, dim: int = 0) -> Tensor:
 
 
 def log_mean_exp_se(log_w: Tensor, dim: int = 0) -> Tensor:
-    r"""Standard error of `log_mean_exp` by the delta method, :math:`s_w / (\bar w \sqrt K)`.
+    r"""Return the standard error of `log_mean_exp` by the delta method, :math:`s_w / (\bar w \sqrt K)`.
 
     >>> log_mean_exp_se(torch.zeros(5, 2))
     tensor([0., 0.])
     """
     w = (log_w - log_w.amax(dim, keepdim=True)).exp()
     if log_w.shape[dim] == 1:
-        return torch.full_like(w.mean(dim), torch.nan)  # one draw tells nothing of its own error
+        return torch.full_like(w.mean(dim), torch.nan)  # a single draw has no error estimate
     return w.std(dim) / w.mean(dim) / math.sqrt(log_w.shape[dim])
 
 
 def effective_sample_size(log_w: Tensor, dim: int = 0) -> Tensor:
-    r"""Kish's effective number of samples, :math:`(\sum_k w_k)^2 / \sum_k w_k^2`, between 1 and K.
+    r"""Compute Kish's effective sample size, :math:`(\sum_k w_k)^2 / \sum_k w_k^2`, between 1 and K.
 
     Source: Kish (1965), *Survey Sampling*.
 
@@ -117,7 +116,7 @@ def effective_sample_size(log_w: Tensor, dim: int = 0) -> Tensor:
 
 
 def bootstrap(values: Tensor, *, level: float = 0.95, repeats: int = 2000, seed: int = 0) -> tuple[float, float]:
-    r"""Percentile bootstrap interval of the mean over datapoints.
+    r"""Compute the percentile bootstrap interval of the mean over datapoints; the mean itself for a single one.
 
     Arguments:
         values: one value per datapoint, [B].
@@ -131,30 +130,36 @@ def bootstrap(values: Tensor, *, level: float = 0.95, repeats: int = 2000, seed:
     >>> low < 49.5 < high
     True
     """
-    own, random = values.double().cpu().numpy(), np.random.default_rng(seed)
-    size = max(1, 1_000_000 // max(1, len(own)))
-    means = np.concatenate(
-        [
-            own[random.integers(len(own), size=(min(size, repeats - done), len(own)))].mean(1)
-            for done in range(0, repeats, size)
-        ]
-    )
-    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
-    return float(low), float(high)
+    from scipy import stats
+
+    if len(values) < 2 or not values.isfinite().all():
+        return (values.double().mean().item(),) * 2
+    interval = stats.bootstrap(
+        (values.double().cpu().numpy(),),
+        np.mean,
+        n_resamples=repeats,
+        batch=max(1, 1_000_000 // len(values)),
+        confidence_level=level,
+        method="percentile",
+        rng=np.random.default_rng(seed),
+    ).confidence_interval
+    return float(interval.low), float(interval.high)
 
 
 def k_hat(log_w: Tensor) -> Tensor:
-    r"""Pareto shape of each datapoint's importance weights, [B]: how heavy the tail of :math:`p(x, z) / q(z|x)` is.
+    r"""Compute the Pareto shape (k-hat) of each datapoint's importance weights :math:`p(x, z) / q(z|x)`, [B].
 
     Arguments:
         log_w: log weights [K, B], at least 30 draws.
 
     Returns:
-        k-hat; below 0.5 the weights have a variance, above 0.7 no number of draws that one can afford is enough, and
-        importance sampling from q is not to be trusted. -inf where the largest weights are equal.
+        k-hat; below 0.5 the weights have a variance, above 0.7 no affordable number of draws is enough, and importance
+        sampling from q is unreliable. -inf where the largest weights are equal.
 
     Source: Vehtari, Simpson, Gelman, Yao, Gabry (2024), *Pareto Smoothed Importance Sampling*, arXiv:1507.02646;
     computed by arviz-stats.
+
+    See also: `draws_needed`, `k_hat_threshold`.
 
     >>> k_hat(torch.zeros(100, 2))
     tensor([-inf, -inf])
@@ -163,7 +168,7 @@ def k_hat(log_w: Tensor) -> Tensor:
 
 
 def tail_length(K: int) -> int:
-    r"""How many of K draws' largest weights make the tail, :math:`\lfloor \min(K / 5, 3 \sqrt K) \rfloor`.
+    r"""Return the number of the largest of K weights that are the tail, :math:`\lfloor \min(K / 5, 3 \sqrt K) \rfloor`.
 
     >>> tail_length(100), tail_length(10_000)
     (20, 300)
@@ -172,37 +177,26 @@ def tail_length(K: int) -> int:
 
 
 def k_hat_of_tail(top: Tensor, K: int) -> Tensor:
-    """`k_hat` from the largest log weights alone.
-
-    Arguments:
-        top: the ``tail_length(K) + 1`` largest log weights [M + 1, B] of K draws, at least 30.
-        K: the number of draws.
-    """
+    """Compute `k_hat` from the ``tail_length(K) + 1`` largest of K log weights, [M + 1, B], in descending order."""
     from arviz_stats.base import array_stats
 
-    # It is told the number of draws by the length of what it gets, and takes K / r_eff for it in longer tails: that
-    # spares K - 15 sqrt(K) numbers. The hundredth keeps rounding from taking one off where 3 sqrt(K) is whole.
-    length = min(K, 16 + 15 * math.isqrt(K))
-    r_eff = length / (K + 0.01) if length < K else 1.0
-
-    def one(tail: np.ndarray) -> float:
+    def fit(tail: np.ndarray) -> float:
+        """Fit one datapoint's log weights in ascending order, the first of which is the cutoff."""
         if not np.isfinite(tail.max()):
             return math.nan
-        weights = np.exp(tail - tail.max())
         if np.ptp(tail) < 1e-6:  # a constant has no tail
             return -math.inf
-        if weights[len(tail) - 1 - int(len(tail) / 4 + 0.25)] == weights[-1]:
+        weights = np.exp(tail - tail.max())
+        if weights[int(len(tail) / 4 + 0.25)] == weights[0]:
             # The fit measures by the tail's lower quartile. Ties there are rounding, or weights that leave a double.
             return -math.inf if np.ptp(tail) < 700 else math.inf
-        padded = np.full(length, tail.min())
-        padded[: len(tail)] = tail
-        return float(array_stats.psislw(-padded, r_eff=r_eff)[1])  # it takes log likelihoods: weights are inverses
+        return float(array_stats._gpdfit(weights[1:] - weights[0])[0])
 
-    return torch.tensor([one(tail) for tail in top.detach().double().cpu().numpy().T], dtype=top.dtype)
+    return torch.tensor([fit(tail) for tail in top.flip(0).detach().double().cpu().numpy().T], dtype=top.dtype)
 
 
 def k_hat_threshold(K: int) -> float:
-    r"""k-hat up to which K draws give a dependable estimate, :math:`\min(1 - 1 / \log_{10} K, 0.7)`.
+    r"""Return the k-hat up to which K draws give a reliable estimate, :math:`\min(1 - 1 / \log_{10} K, 0.7)`.
 
     Source: as `k_hat`.
 
@@ -213,9 +207,9 @@ def k_hat_threshold(K: int) -> float:
 
 
 def draws_needed(k: Tensor) -> Tensor:
-    r"""Number of draws from which an estimate with this k-hat is dependable, :math:`10^{1 / (1 - \max(k, 0))}`.
+    r"""Return the number of draws that make an estimate with this k-hat reliable, :math:`10^{1 / (1 - \max(k, 0))}`.
 
-    Beyond 0.7 it grows past what one can afford (2,154 draws at 0.7, 10^10 at 0.9); infinite from 1 on.
+    It is 2,154 draws at 0.7, 10^10 at 0.9 and infinite from 1 on.
 
     Source: as `k_hat`.
 
@@ -227,7 +221,7 @@ def draws_needed(k: Tensor) -> Tensor:
 
 
 def r_hat(draws: Tensor) -> Tensor:
-    r"""Rank-normalized split R-hat of chains [C, T, ...] over the last dimensions; 1 when the chains agree.
+    r"""Compute the rank-normalized split R-hat of chains [C, T, ...] over the last dimensions; 1 when they agree.
 
     Source: Vehtari, Gelman, Simpson, Carpenter, Buerkner (2021), *Rank-Normalization, Folding, and Localization*,
     arXiv:1903.08008; computed by arviz-stats.
@@ -241,7 +235,7 @@ def r_hat(draws: Tensor) -> Tensor:
 
 
 def chain_ess(draws: Tensor) -> Tensor:
-    r"""Bulk effective sample size of chains [C, T, ...] over the last dimensions, all chains together.
+    r"""Compute the bulk effective sample size (ESS) of all chains [C, T, ...] together, over the last dimensions.
 
     Source: as `r_hat`.
 
@@ -254,7 +248,7 @@ def chain_ess(draws: Tensor) -> Tensor:
 
 
 def uniform_p(u: Tensor) -> Tensor:
-    r"""p-value of each column of u [N, D] in (0, 1) for being uniform, by Kolmogorov and Smirnov's test, [D].
+    r"""Return the p-value of each column of u [N, D] for uniformity on (0, 1), by the Kolmogorov-Smirnov test, [D].
 
     >>> bool(uniform_p(torch.linspace(0.001, 0.999, 500)[:, None]) > 0.99)
     True
@@ -265,7 +259,7 @@ def uniform_p(u: Tensor) -> Tensor:
 
 
 def holm(p: Tensor) -> Tensor:
-    r"""p-values [D] adjusted for being D of them: the smallest is the p-value of "none of them is off".
+    r"""Return the Holm-adjusted p-values, [D]; the smallest tests the joint null hypothesis.
 
     Source: Holm (1979), *A Simple Sequentially Rejective Multiple Test Procedure*, Scand. J. Statistics 6.
 

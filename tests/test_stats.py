@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from pvae.stats import (
+    bootstrap,
     draws_needed,
     effective_sample_size,
     k_hat,
@@ -24,7 +25,7 @@ def log_w():
 
 
 @pytest.mark.parametrize("dim", [0, 1, -1])
-def test_log_mean_exp_is_what_it_says(log_w, dim):
+def test_log_mean_exp_is_the_log_of_the_mean_weight(log_w, dim):
     torch.testing.assert_close(log_mean_exp(log_w, dim), log_w.exp().mean(dim).log())
 
 
@@ -102,6 +103,15 @@ def test_k_hat_needs_the_tail_alone(K):
     assert k_hat(log_w).tolist() == pytest.approx(whole, rel=1e-12)
 
 
+def test_a_bootstrap_interval_is_made_of_quantiles_of_resampled_means():
+    values = torch.randn(50, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    resampled = values.numpy()[np.random.default_rng(3).integers(50, size=(2000, 50))].mean(1)
+    expected = np.quantile(resampled, [0.05, 0.95])
+    assert bootstrap(values, level=0.9, seed=3) == pytest.approx(tuple(expected), rel=1e-12)
+    assert bootstrap(torch.tensor([2.0])) == (2, 2)
+    assert all(math.isnan(end) for end in bootstrap(torch.tensor([1.0, math.nan])))
+
+
 @pytest.mark.parametrize("k", [0.2, 0.5, 0.75, 0.9])
 def test_k_hat_is_the_shape_of_a_pareto_tail(k):
     K, tail = 10_000, 300
@@ -111,7 +121,7 @@ def test_k_hat_is_the_shape_of_a_pareto_tail(k):
     assert abs(found.mean - (tail * k + 5) / (tail + 10)) < 5 * found.se
 
 
-def test_k_hat_of_what_is_not_a_number_is_none():
+def test_k_hat_of_weights_that_are_not_finite_is_nan():
     assert k_hat(torch.full((30, 1), math.nan)).isnan().all()
     assert k_hat(torch.full((30, 1), -math.inf)).isnan().all()
 
