@@ -1,11 +1,11 @@
-"""The stages of a diagnosis: how closely to look, and the pieces of work that make it up."""
+"""Battery of diagnostics: its budgets, and the tasks that make it up."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache, cached_property, partial
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -17,31 +17,31 @@ from pvae.diagnostics.evaluation import bounds
 from pvae.diagnostics.latent_usage import LatentUsage, measure_latent_usage
 from pvae.diagnostics.mcmc_reference import MCMCReference, compare_with_chains, run_long_chains
 from pvae.diagnostics.predictive_checks import PredictiveChecks, run_predictive_checks
-from pvae.inference.guides import Guide
+from pvae.inference.guides import Guide, RefinedGuide
 from pvae.runtime.pyro_params import Program
 from pvae.samplers.ais import sandwich
 from pvae.samplers.hmc import Chains
 from pvae.stats import UNRELIABLE, Estimate, draws_needed, mean_se
 
-# Rows of a part: small, so that a long job can stop and go on anywhere, and shows how far it is.
-SOME = 10
-# Leapfrogs of a transition of long chains, on average: about a quarter of a period at usual steps, after which a draw
-# has forgotten the one before. Transitions of their warm-up, and chains for each row.
+# Rows of a task: few, so that a long job can stop and go on anywhere, and shows its progress.
+TASK_ROWS = 10
+# Mean leapfrog steps of a transition of long chains: about a quarter of a period at usual step sizes, after which a
+# draw has forgotten the one before. Transitions of their warm-up, and chains for each row.
 LEAPFROGS, WARM_UP, CHAINS = 3, 300, 8
 
 
 @dataclass(frozen=True)
 class DiagnosisBudget:
-    """How closely a diagnosis looks; its cost follows.
+    """Size of a diagnosis, from which its cost follows.
 
     Attributes:
-        rows: test rows whose weights, codes and columns are looked at.
+        rows: rows whose importance weights, latents and columns are diagnosed.
         draws: K, for each of them.
         steps: the most refinement steps of a row.
-        annealed: simulated rows whose evidence is put between two bounds.
-        temperatures, chains: of annealing.
+        annealed: simulated rows whose evidence AIS puts between two bounds.
+        temperatures, chains: of AIS.
         simulated: rows that are simulated for calibration.
-        references: test rows that long chains are run for.
+        references: rows that long HMC chains are run for.
         length: draws of each of these eight chains.
     """
 
@@ -56,7 +56,7 @@ class DiagnosisBudget:
     length: int
 
     def passes(self) -> dict[str, int]:
-        """About how many rows go through the decoder in each stage; a gradient counts as two more."""
+        """Return about how many rows each kind of task passes through the decoder; a gradient counts as two more."""
         refine = 24 * self.steps
         return {
             "weights": self.rows * (2 * self.draws + refine),
@@ -77,7 +77,7 @@ DIAGNOSIS_BUDGETS = {
 
 @dataclass(frozen=True)
 class Rows:
-    """The test rows that are looked at, [B, ...], and their labels [B]; no labels where the data have none."""
+    """Diagnosed rows [B, ...] and their labels [B]; no labels where the data have none."""
 
     x: Tensor
     labels: Tensor
@@ -94,14 +94,14 @@ class Bounds:
     upper: Tensor
 
     def summary(self) -> dict[str, Estimate]:
-        """Nats between the bounds, of the rows that annealing did not lose."""
+        """Return the nats between the bounds, over rows on which annealing did not diverge."""
         width = self.upper - self.lower
         return {"evidence_width": mean_se(width[width.isfinite()])}
 
 
 @dataclass(frozen=True)
 class Weights:
-    """Of each test row under a q, [B]: bounds in nats, k-hat of its importance weights and their effective number."""
+    """Importance weights of rows under a posterior: bounds in nats, Pareto k-hat, effective sample size, [B] each."""
 
     elbo: Tensor
     iwae: Tensor
@@ -109,8 +109,8 @@ class Weights:
     ess: Tensor
 
     def summary(self) -> dict[str, Estimate]:
-        """Means over the rows, the share whose k-hat is above 0.7, and the draws that half of the rows need."""
-        above = (~(self.k_hat <= UNRELIABLE)).double()  # a row whose weights are all zero has none, and is no better
+        """Return means over rows, the share of rows with k-hat above 0.7, and the draws that half of the rows need."""
+        above = (~(self.k_hat <= UNRELIABLE)).double()  # NaN, of a row whose weights are all zero, is above too
         needed = Estimate(draws_needed(self.k_hat).median().item(), math.nan)
         means = {"ess": mean_se(self.ess), "iwae": mean_se(self.iwae)}
         return {"k_hat_above": mean_se(above), "draws_needed": needed} | means
@@ -127,22 +127,10 @@ KINDS: dict[str, type] = {
 }
 
 
-class Subject(NamedTuple):
-    """A variant under diagnosis: its program, its guide, the same guide refined; and the rows."""
-
-    name: str
-    model: Program
-    guide: Guide
-    best: Guide
-    x: Tensor
-    labels: Tensor
-    seed: int
-
-
 class Task(NamedTuple):
-    """A piece of work that the ledger keeps: its name, about how many decoder passes it takes, and the work.
+    """Piece of a diagnosis whose result is cached: its name, about how many decoder passes it takes, and the work.
 
-    A name is that of what is made, the q of which it is made after a dash, and the number of its first row after a dot.
+    A name is a key of ``KINDS``, then the posterior's after a dash, then the number of the first row after a dot.
     """
 
     name: str
@@ -150,88 +138,119 @@ class Task(NamedTuple):
     compute: Callable[[], Any]
 
     @property
-    def of(self) -> str:
-        """The name without the number."""
+    def part(self) -> str:
+        """Name of the part that the result belongs to: without the number."""
         return self.name.partition(".")[0]
 
     @property
     def kind(self) -> type:
-        return KINDS[self.of.partition("-")[0]]
+        return KINDS[self.part.partition("-")[0]]
 
 
-def list_tasks(subject: Subject, plan: DiagnosisBudget) -> Iterator[Task]:
-    """The pieces of work, cheap ones first; what follows a dot in a name numbers its batches of rows."""
-    cost, model, x, seed = plan.passes(), subject.model, subject.x, subject.seed
-    yield Task("rows", 0, lambda: Rows(x, subject.labels))
-    yield Task("health", cost["health"], partial(measure_latent_usage, model, subject.guide, x, seed=seed))
-    checks = partial(run_predictive_checks, model, subject.guide, x, K=plan.draws, steps=plan.steps, seed=seed)
-    yield Task("predictive", cost["predictive"], checks)
-    if subject.guide.family.point_mass:
-        return
-    both = (("guide", subject.guide), ("best", subject.best))
-    for who, q in both:
-        yield Task(f"weights-{who}", cost["weights"] / 2, partial(_weights, subject, q, plan))
-    for who, q in both:
-        work: Callable[[], Any] = partial(calibrate, model, q, x, rows=plan.simulated, seed=seed)
-        yield Task(f"calibration-{who}", cost["calibration"] / 2, work)
-    for batch in _batches(plan.annealed):
-        work = partial(_bounds, subject, plan, batch)
-        yield Task(f"sandwich.{batch.start:05}", cost["sandwich"] * (batch.stop - batch.start) / plan.annealed, work)
-    for batch in _batches(min(plan.references, len(x))):
-        chains = cache(partial(_chains, subject, plan, batch))
-        for who, q in both:
-            work = partial(_reference, chains, q, x[batch], seed + batch.start)
-            cost_of = cost["reference"] * (batch.stop - batch.start) / plan.references / 2
-            yield Task(f"reference-{who}.{batch.start:05}", cost_of, work)
+@dataclass(frozen=True)
+class Battery:
+    """Battery of diagnostics of a guide, and of the same guide refined, on rows.
+
+    Arguments:
+        model, guide: a Pyro program and its approximate posterior.
+        x, index: rows [B, ...], and which training datapoints they are; None for new rows.
+        labels: [B], or empty.
+        budget: the battery's size.
+        seed: of all noise.
+    """
+
+    model: Program
+    guide: Guide
+    x: Tensor
+    index: Tensor | None
+    labels: Tensor
+    budget: DiagnosisBudget
+    seed: int
+
+    @cached_property
+    def posteriors(self) -> dict[str, Guide]:
+        """The guide and the same guide refined, by the words that stand for them in names of parts."""
+        return {"guide": self.guide, "best": RefinedGuide(self.guide, self.model, steps=self.budget.steps).eval()}
+
+    def list_tasks(self) -> Iterator[Task]:
+        """Yield the tasks, cheap ones first; run each before the next is asked for: tasks share the chains of rows."""
+        budget, cost = self.budget, self.budget.passes()
+        about = (self.model, self.guide, self.x, self.index)
+        yield Task("rows", 0, lambda: Rows(self.x, self.labels))
+        yield Task("health", cost["health"], partial(measure_latent_usage, *about, seed=self.seed))
+        checks = partial(run_predictive_checks, *about, K=budget.draws, steps=budget.steps, seed=self.seed)
+        yield Task("predictive", cost["predictive"], checks)
+        if self.guide.family.point_mass:
+            return
+        for who, q in self.posteriors.items():
+            yield Task(f"weights-{who}", cost["weights"] / 2, partial(self._weights, q))
+        for who, q in self.posteriors.items():
+            work = partial(calibrate, self.model, q, self.x, rows=budget.simulated, seed=self.seed)
+            yield Task(f"calibration-{who}", cost["calibration"] / 2, work)
+        for rows in _slices(budget.annealed):
+            share = (rows.stop - rows.start) / budget.annealed
+            yield Task(f"sandwich.{rows.start:05}", cost["sandwich"] * share, partial(self._bounds, rows))
+        for rows in _slices(min(budget.references, len(self.x))):
+            chains, share = cache(partial(self._chains, rows)), (rows.stop - rows.start) / budget.references
+            for who, q in self.posteriors.items():
+                compare = partial(self._compare_with_chains, chains, q, rows)
+                yield Task(f"reference-{who}.{rows.start:05}", cost["reference"] * share / 2, compare)
+
+    def _weights(self, q: Guide) -> Weights:
+        values = bounds(self.model, q, self.x, self.index, K=self.budget.draws, seed=self.seed).values
+        return Weights(**{name: values[name] for name in ("elbo", "iwae", "k_hat", "ess")})
+
+    def _bounds(self, rows: slice) -> Bounds:
+        like = torch.arange(rows.start, rows.stop, device=self.x.device) % len(self.x)
+        bracket = sandwich(
+            self.model,
+            self.x[like],
+            chains=self.budget.chains,
+            temperatures=self.budget.temperatures,
+            seed=self.seed + 1000 * rows.start,
+        )
+        return Bounds(bracket.lower, bracket.upper)
+
+    def _chains(self, rows: slice) -> Chains:
+        return run_long_chains(
+            self.model,
+            *self._batch(rows),
+            self.guide.sites,
+            chains=CHAINS,
+            draws=self.budget.length,
+            warm_up=WARM_UP,
+            num_integration_steps=LEAPFROGS,
+            seed=self.seed + rows.start,
+        )
+
+    def _compare_with_chains(self, chains: Callable[[], Chains], q: Guide, rows: slice) -> MCMCReference:
+        return compare_with_chains(chains(), q, *self._batch(rows), seed=self.seed + rows.start)
+
+    def _batch(self, rows: slice) -> tuple[Tensor, Tensor | None]:
+        return self.x[rows], None if self.index is None else self.index[rows]
 
 
-def _batches(rows: int) -> Iterator[slice]:
-    """Slices of some rows each; the last one takes what is left over."""
-    ends = [*range(SOME, rows - SOME + 1, SOME), rows]
+def _slices(rows: int) -> Iterator[slice]:
+    """Split rows into slices of ``TASK_ROWS`` each; the last one takes what is left over."""
+    ends = [*range(TASK_ROWS, rows - TASK_ROWS + 1, TASK_ROWS), rows]
     return (slice(begin, end) for begin, end in pairwise([0, *ends]))
 
 
-def _weights(subject: Subject, q: Guide, plan: DiagnosisBudget) -> Weights:
-    found = bounds(subject.model, q, subject.x, K=plan.draws, seed=subject.seed).values
-    return Weights(**{name: found[name] for name in ("elbo", "iwae", "k_hat", "ess")})
+def join_parts(results: Mapping[str, Any]) -> dict[str, Any]:
+    """Join the results of tasks, by name, into parts; results may be the tensors by name that a cache has loaded."""
+    pieces: dict[str, list[Any]] = {}
+    for name, result in results.items():
+        task = Task(name, 0, lambda: None)
+        pieces.setdefault(task.part, []).append(task.kind(**result) if isinstance(result, Mapping) else result)
+    return {part: _concatenate(batches) for part, batches in pieces.items()}
 
 
-def _bounds(subject: Subject, plan: DiagnosisBudget, batch: slice) -> Bounds:
-    rows = torch.arange(batch.start, batch.stop, device=subject.x.device) % len(subject.x)
-    found = sandwich(
-        subject.model,
-        subject.x[rows],
-        chains=plan.chains,
-        temperatures=plan.temperatures,
-        seed=subject.seed + 1000 * batch.start,
-    )
-    return Bounds(found.lower, found.upper)
-
-
-def _chains(subject: Subject, plan: DiagnosisBudget, batch: slice) -> Chains:
-    return run_long_chains(
-        subject.model,
-        subject.x[batch],
-        None,
-        subject.guide.sites,
-        chains=CHAINS,
-        draws=plan.length,
-        warm_up=WARM_UP,
-        num_integration_steps=LEAPFROGS,
-        seed=subject.seed + batch.start,
-    )
-
-
-def _reference(chains: Callable[[], Chains], q: Guide, x: Tensor, seed: int) -> MCMCReference:
-    return compare_with_chains(chains(), q, x, seed=seed)
-
-
-def concatenate(pieces: list[Any]) -> Any:
-    """One part of several batches of rows; what is not of rows is the first one's."""
-    if len(pieces) == 1:
-        return pieces[0]
+def _concatenate(batches: list[Any]) -> Any:
+    """Concatenate batches of rows of one kind; tensors without rows are the first one's."""
+    if len(batches) == 1:
+        return batches[0]
     values = {
-        name: torch.cat([getattr(p, name) for p in pieces]) if value.dim() else value
-        for name, value in vars(pieces[0]).items()
+        name: torch.cat([getattr(batch, name) for batch in batches]) if value.dim() else value
+        for name, value in vars(batches[0]).items()
     }
-    return type(pieces[0])(**values)
+    return type(batches[0])(**values)

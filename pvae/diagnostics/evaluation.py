@@ -1,56 +1,50 @@
-"""Evaluation: bounds, evidence and gaps of each datapoint, by the waist and by refinement."""
+"""Evaluation of a guide: bounds, evidence and inference gaps of each row."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import Any
 
-import pyro
 import torch
 from torch import Tensor
 
-from pvae.diagnostics.gaps import (
-    Annealing,
-    FamilyGain,
-    PosteriorBatch,
-    anneal_evidence,
-    family_gain,
-    find_best_params,
-    paired_moments,
-)
-from pvae.errors import AllChainsDiverged, UserError, nearest
+from pvae.diagnostics.gaps import ANNEAL, FamilyGain, FamilySearch, PosteriorBatch, paired_moments
+from pvae.diagnostics.quantities import summary_frame, summary_html, summary_text
+from pvae.errors import AllChainsDiverged, UserError, check_range, nearest
+from pvae.inference.batching import Progress, RowBatch, map_batches, silent
 from pvae.inference.families import Family
 from pvae.inference.guides import Guide
 from pvae.inference.refinement import REFINE_DRAWS, LocalELBO, default_update_rule, maximize_local_elbo, refine
 from pvae.inference.streaming import MIN_DRAWS_FOR_K_HAT, StreamingWeights
-from pvae.runtime.pyro_params import Program, module_of
+from pvae.runtime.pyro_params import Program
 from pvae.runtime.result_cache import ResultCache
-from pvae.runtime.torch_state import halve_on_oom, no_validation, seeded
-from pvae.samplers.ais import inverse_temperatures as temperatures_of
+from pvae.runtime.torch_state import seeded
+from pvae.samplers.ais import anneal, inverse_temperatures
+from pvae.samplers.log_joint import LogJoint
 from pvae.stats import Estimate, bootstrap, mean_se
 
-# Datapoints that are evaluated together.
+# Rows that are evaluated together.
 ROWS = 250
 
 STARTS = ("prior", "guide")
-# What a kept part calls the time that it took when it was made.
+# Name of the wall time of a batch among its cached values.
 SECONDS = "seconds"
 
 
 @dataclass(frozen=True)
 class Budget:
-    """What an evaluation may cost.
+    """Cost of an evaluation: draws, refinement steps, annealing and other families.
 
-    Attributes:
-        K: draws for each datapoint and bound.
-        steps: the most refinement steps in search of the best q_params of the family.
-        temperatures: of annealed importance sampling, see `anneal`; 0 goes without it.
-        chains, schedule: of it.
-        start: ``prior``, or ``guide`` for the best q_params of the guide's family.
-        families: makers of other posterior families by name, from the number of dimensions; each is asked what it
-            would buy, see `family_gains`.
+    Arguments:
+        K: draws for each row and bound.
+        steps: the most refinement steps in the search for the best variational parameters of the family.
+        temperatures: of annealed importance sampling (AIS), see `anneal`; 0 for no annealing.
+        chains, schedule: of AIS.
+        start: AIS starts from the ``prior``, or from the best q of the guide's family (``guide``).
+        families: makers of other variational families by name, from the number of dimensions, see `family_gains`.
 
     Raises:
         UserError: a count that is too small, an unknown schedule or start.
@@ -65,58 +59,76 @@ class Budget:
     families: Mapping[str, Callable[[int], Family]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name, least in {"K": 1, "steps": 0, "temperatures": 0, "chains": 1}.items():
-            if getattr(self, name) < least:
-                raise UserError(f"budget: {name} is {getattr(self, name)}, but it must be at least {least}")
-        temperatures_of(self.schedule, max(self.temperatures, 1))
+        check_range(least=1, K=self.K, chains=self.chains)
+        check_range(least=0, steps=self.steps, temperatures=self.temperatures)
+        inverse_temperatures(self.schedule, max(self.temperatures, 1))
         if self.start not in STARTS:
-            raise UserError(f"budget: unknown start '{self.start}'{nearest(self.start, STARTS)}")
-
-    @property
-    def annealing(self) -> Annealing:
-        """What concerns annealing alone."""
-        return Annealing(self.temperatures, self.chains, self.schedule, self.start)
+            raise UserError(f"unknown start '{self.start}'{nearest(self.start, STARTS)}")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Evaluation:
-    """Quantities of each datapoint in nats, by name, [B] each, and what it took.
+    """Bounds, evidence and gaps of each row, [B] nats each.
 
-    ``elbo``, ``iwae``, ``kl``, ``reconstruction`` belong to the guide, and so do ``ess``, the number of its draws that
-    count, and ``k_hat``, the Pareto shape of its weights (from 30 draws on). ``best_elbo`` belongs to the best q_params of
-    its family that refinement found, and ``best_iwae`` is IWAE-K from there. ``ais`` is annealed, with its mean
-    acceptance probability ``ais_acceptance``, where the budget asks for it. ``evidence`` is that of ``best_iwae`` and
-    ``ais`` with the highest mean over rows: each is a lower bound of log p(x) in expectation. ``estimator`` names it.
-
-    ``approximation_gap`` = evidence - best_elbo, ``amortization_gap`` = best_elbo - elbo under common noise;
-    ``inference_gap`` is their sum. ``optimization_gap`` is what the search for the best may have left (see
-    `Refined`). ``best_elbo[F]`` and ``family_gain[F]`` belong to another family F of the budget.
-    A name with ``_se`` is the Monte Carlo error for each datapoint of the name before it.
-
-    A point-mass family has ``log_joint`` and ``reconstruction`` alone: it bounds no evidence.
+    Attributes:
+        values: quantities by name. ``elbo``, ``iwae``, ``kl``, ``reconstruction`` belong to the guide, and so do the
+            effective sample size ``ess`` and Pareto ``k_hat`` (from 30 draws on) of its importance weights.
+            ``best_elbo`` and ``best_iwae`` belong to the best variational parameters that refinement found in its
+            family. ``ais`` is annealed, with its mean acceptance rate ``ais_acceptance``, where the budget asks for it.
+            ``evidence`` is that of ``best_iwae`` and ``ais`` with the higher mean: each is a lower bound of log p(x) in
+            expectation. ``approximation_gap`` = evidence - best_elbo, ``amortization_gap`` = best_elbo - elbo under
+            common noise, ``inference_gap`` is their sum; ``optimization_gap`` is the convergence error of the search.
+            A name with ``_se`` is the Monte Carlo error of each row. A point-mass family has ``log_joint`` and
+            ``reconstruction`` alone: it bounds no evidence.
+        K: draws for each row.
+        seconds: wall time.
+        estimator: how the evidence was estimated.
+        family_gains: of the budget's other families, by name.
     """
 
     values: dict[str, Tensor]
     K: int
     seconds: float
     estimator: str = ""
+    family_gains: dict[str, FamilyGain] = field(default_factory=dict)
+
+    def named_values(self) -> dict[str, Tensor]:
+        """Return all values; a family F adds ``best_elbo[F]``, ``family_gain[F]`` and ``family_gain[F]_se``."""
+        return self.values | _named_gains(self.family_gains)
 
     def summary(self) -> dict[str, Estimate]:
-        """Mean over datapoints and standard error of every quantity."""
-        return {name: mean_se(values) for name, values in self.values.items() if not name.endswith("_se")}
+        """Return mean over rows and standard error of every quantity."""
+        return {name: mean_se(values) for name, values in self.named_values().items() if not name.endswith("_se")}
 
     def intervals(self, level: float = 0.95) -> dict[str, tuple[float, float]]:
-        """Bootstrap interval of each gap's mean over datapoints."""
-        gaps = [name for name in self.values if name.endswith("_gap") or name.startswith("family_gain[")]
-        return {name: bootstrap(self.values[name], level=level) for name in gaps if not name.endswith("_se")}
+        """Return the bootstrap interval of each gap's and family gain's mean over rows."""
+        gaps = {name: gap for name, gap in self.values.items() if name.endswith("_gap")}
+        gaps |= {_gain_keys(family)[1]: gain.gain for family, gain in self.family_gains.items()}
+        return {name: bootstrap(values, level=level) for name, values in gaps.items()}
+
+    def to_frame(self) -> Any:
+        """Return the summary as a pandas.DataFrame: label, unit, mean and se of each quantity."""
+        return summary_frame(self.summary())
+
+    def __repr__(self) -> str:
+        return summary_text(self._title(), self.summary())
+
+    def _repr_html_(self) -> str:
+        return summary_html(self._title(), self.summary())
+
+    def _title(self) -> str:
+        estimator = f"; evidence by {self.estimator}" if self.estimator else ""
+        return f"Evaluation of {len(next(iter(self.values.values())))} rows, K = {self.K}{estimator}"
 
 
 @dataclass(frozen=True)
 class RefinementCurve:
-    """What refinement steps buy: the ELBO after ``steps[m]`` steps, [M, B] nats, and the price of one step.
+    """ELBO after refinement steps, and the price of a step.
 
     Attributes:
-        seconds_per_step: of wall time, for one step of one datapoint in a batch.
+        steps: numbers of steps, M of them, 0 first.
+        elbo: the ELBO after so many, [M, B] nats.
+        seconds_per_step: wall time of one step of one row in a batch.
     """
 
     steps: tuple[int, ...]
@@ -125,33 +137,26 @@ class RefinementCurve:
 
 
 def bounds(
-    model: Program,
-    guide: Program,
-    x: Tensor,
-    index: Tensor | None = None,
-    *,
-    K: int = 100,
-    seed: int = 0,
-    ledger: ResultCache | None = None,
-    prefix: str = "bounds",
+    model: Program, guide: Program, x: Tensor, index: Tensor | None = None, *, K: int = 100, seed: int = 0
 ) -> Evaluation:
-    r"""ELBO, IWAE-K, KL, reconstruction and the weights' diagnostics of each datapoint, from K draws under a guide.
+    r"""Compute ELBO, importance-weighted bound (IWAE-K), KL, reconstruction and weight diagnostics of each row.
 
     Arguments:
         model, guide: Pyro programs of one signature.
-        x, index: rows [B, D] and which training datapoints they are; None for new ones.
-        K: draws for each datapoint, in memory that K does not change.
+        x, index: rows [B, D] and which training datapoints they are; None for new rows.
+        K: draws for each row; memory does not grow with it.
         seed: of the draws; the random stream outside is left alone.
-        ledger, prefix: where finished batches of rows are kept, and what their names begin with.
+
+    See also: `evaluate` for the gaps and the evidence; `pvae.diagnostics.diagnose` for everything.
 
     Source of IWAE: Burda, Grosse, Salakhutdinov (2016), arXiv:1509.00519.
     """
 
-    def judge(rows: PosteriorBatch) -> dict[str, Tensor]:
-        (own,), _ = paired_moments(model, [rows.q], rows, K)
-        return _bounds(own, guide)
+    def compute(rows: PosteriorBatch) -> dict[str, Tensor]:
+        (weights,), _ = paired_moments(model, [rows.q], rows, K)
+        return _bounds(weights, guide)
 
-    return _collect(_Job(model, guide, x, index, seed, ledger, prefix), K, judge)
+    return _map_posteriors(model, guide, compute, x, index, K, seed)
 
 
 def evaluate(
@@ -162,11 +167,11 @@ def evaluate(
     *,
     budget: Budget | None = None,
     seed: int = 0,
-    progress: Callable[[int], None] = lambda rows: None,
-    ledger: ResultCache | None = None,
+    progress: Progress = silent,
+    cache: ResultCache | None = None,
     prefix: str = "rows",
 ) -> Evaluation:
-    r"""All quantities of `Evaluation`: the bounds, and the gap between ELBO and evidence split into its causes.
+    r"""Estimate the evidence of each row, and split the gap between ELBO and evidence into its causes.
 
     .. math::
         \log p(x) - \mathrm{ELBO}(\lambda) = \underbrace{\log p(x) - \mathrm{ELBO}(\lambda^*)}_{\text{approximation}}
@@ -174,29 +179,32 @@ def evaluate(
 
     Arguments:
         model: a Pyro program.
-        guide: a family with a source of its parameters.
-        x, index: rows [B, D] and which training datapoints they are; None for new ones.
-        budget: draws, refinement steps, and what is asked beyond.
-        seed: of all noise.
+        guide: the approximate posterior, with variational parameters lambda.
+        x, index: rows [B, D] and which training datapoints they are; None for new rows.
+        budget: draws, refinement steps, annealing and other families.
+        seed: of all noise; the random stream outside is left alone.
         progress: called with the number of rows done.
-        ledger, prefix: where finished batches of rows are kept, and what their names begin with. The ledger's key must
-            hold everything that they depend on; the budget's own numbers and the seed among it.
+        cache, prefix: keeps finished batches of rows, under names with this prefix. The cache's key must hold
+            everything that they depend on, the budget's numbers and the seed included.
 
-    The search for q_params* starts at the guide's q_params and once more, by another rule, at the family's initial one; the
-    best of both ends and of the guide's own q_params counts.
+    The search for the best variational parameters lambda* starts at the guide's own and, by another update rule, at the
+    family's initial ones; the best of both ends and of the guide's own counts.
+
+    See also: `bounds` without the search; `family_gains`; `refinement_curve`; `pvae.diagnostics.diagnose`.
 
     Source: Cremer, Li, Duvenaud (2018), *Inference Suboptimality in Variational Autoencoders*, arXiv:1801.03558.
     """
-    budget = budget or Budget()
+    budget, point_mass = budget or Budget(), guide.family.point_mass
 
-    def judge(rows: PosteriorBatch) -> dict[str, Tensor]:
-        if not guide.family.point_mass:
+    def compute(rows: PosteriorBatch) -> dict[str, Tensor]:
+        if not point_mass:
             return _gaps(model, guide, rows, budget)
-        (own,), _ = paired_moments(model, [rows.q], rows, budget.K)
-        return _bounds(own, guide)
+        (weights,), _ = paired_moments(model, [rows.q], rows, budget.K)
+        return _bounds(weights, guide)
 
-    found = _collect(_Job(model, guide, x, index, seed, ledger, prefix, progress), budget.K, judge)
-    return found if guide.family.point_mass else _with_evidence(found, budget)
+    options: Any = {"progress": progress, "cache": cache, "prefix": prefix}
+    evaluation = _map_posteriors(model, guide, compute, x, index, budget.K, seed, budget.families, **options)
+    return evaluation if point_mass else _with_evidence(evaluation, budget)
 
 
 def family_gains(
@@ -209,29 +217,24 @@ def family_gains(
     budget: Budget | None = None,
     seed: int = 0,
 ) -> dict[str, FamilyGain]:
-    """What other posterior families would buy: the best ELBO that each reaches for each row, the decoder frozen.
+    """Compute the best ELBO of other variational families for each row, the decoder frozen.
 
     Arguments:
         model, guide, x, index, seed: as of `evaluate`.
         families: makers of families by name, from the number of dimensions.
         budget: draws of each comparison and steps of each search.
 
-    A gain is on the best q_params of the guide's own family. Parameters that rows share, such as a flow's, are fitted to
-    each batch of rows together with these: any q is a bound, so a gain is a lower estimate, as good as its search.
+    A gain is on the best ELBO in the guide's own family. Parameters that rows share, such as a flow's, are fitted to
+    each batch of rows together with the rows' own: any q is a bound, so a gain is a lower estimate, as good as its
+    search.
     """
     budget = budget or Budget()
 
-    def judge(rows: PosteriorBatch) -> dict[str, Tensor]:
-        q_params, _ = find_best_params(model, guide, rows, budget.K, budget.steps)
-        return _family_gains(model, guide, q_params, rows, replace(budget, families=families))
+    def compute(rows: PosteriorBatch) -> dict[str, Tensor]:
+        search = FamilySearch(model, guide.family, guide.sites, rows, budget.K, budget.steps)
+        return _family_gains(search, search.from_guide()[0], families)
 
-    found = _collect(_Job(model, guide, x, index, seed), budget.K, judge).values
-    return {
-        name: FamilyGain(
-            *(found[key] for key in (f"best_elbo[{name}]", f"family_gain[{name}]", f"family_gain[{name}]_se"))
-        )
-        for name in families
-    }
+    return _map_posteriors(model, guide, compute, x, index, budget.K, seed, families).family_gains
 
 
 def refinement_curve(
@@ -243,139 +246,145 @@ def refinement_curve(
     steps: Sequence[int] = (1, 2, 5, 10, 20, 50, 100),
     seed: int = 0,
 ) -> RefinementCurve:
-    """The ELBO of the guide's q_params after so many refinement steps, under noise common to all of them."""
-    bound, rule = LocalELBO(model, guide.family, guide.sites), default_update_rule(guide.family)
-    curves, seconds = [], 0.0
-    with no_validation():
-        for rows in _Job(model, guide, x, index, seed).batches():
-            watched = maximize_local_elbo(
-                bound,
-                rows.q_params,
-                rows.x,
-                rows.index,
-                steps=max(steps),
-                rule=rule,
-                tolerance=-torch.inf,
-                seed=rows.seed,
-            )
-            curves.append(watched.curve[[watched.marks.index(s) for s in (0, *steps)]])
-            start = time.perf_counter()
-            with seeded(rows.seed):
-                refine(partial(bound, x=rows.x, index=rows.index, K=REFINE_DRAWS), rows.q_params, 10, rule=rule)
-            seconds += (time.perf_counter() - start) / 10
-    return RefinementCurve((0, *steps), torch.cat(curves, 1), seconds / len(x))
+    """Compute the ELBO after refinement steps from the guide's variational parameters, under noise common to all."""
+    local_elbo, rule = LocalELBO(model, guide.family, guide.sites), default_update_rule(guide.family)
+
+    def compute(batch: RowBatch) -> dict[str, Tensor]:
+        rows = _posterior_batch(guide, batch)
+        refined = maximize_local_elbo(
+            local_elbo,
+            rows.q_params,
+            rows.x,
+            rows.index,
+            steps=max(steps),
+            rule=rule,
+            tolerance=-torch.inf,
+            seed=rows.seed,
+        )
+        start = time.perf_counter()
+        with seeded(rows.seed):
+            refine(partial(local_elbo, x=rows.x, index=rows.index, K=REFINE_DRAWS), rows.q_params, 10, rule=rule)
+        price = torch.tensor((time.perf_counter() - start) / 10)
+        return {"elbo": refined.curve[[refined.check_steps.index(s) for s in (0, *steps)]].T, SECONDS: price}
+
+    values = map_batches(model, guide, compute, x, index, batch_size=ROWS, seed_of=partial(_batch_seed, seed))
+    return RefinementCurve((0, *steps), values["elbo"].T, values[SECONDS].sum().item() / len(x))
 
 
-@dataclass(frozen=True)
-class _Job:
-    """What is evaluated, and where its parts are kept."""
-
-    model: Program
-    guide: Program
-    x: Tensor
-    index: Tensor | None
-    seed: int
-    ledger: ResultCache | None = None
-    prefix: str = ""
-    progress: Callable[[int], None] = lambda rows: None
-
-    def rows(self, part: slice) -> PosteriorBatch:
-        """Some of the rows, under a posterior that stays fixed for all draws."""
-        x, index = self.x[part], None if self.index is None else self.index[part]
-        number, inside = divmod(part.start, ROWS)
-        seed = self.seed + 100 * number + 1_000_003 * inside
-        if not isinstance(self.guide, Guide):
-            return PosteriorBatch(x, index, self.guide, x.new_zeros(len(x), 0), seed)
-        with seeded(seed), torch.no_grad():
-            q_params = self.guide.params(x, index).detach()
-        return PosteriorBatch(x, index, self.guide.with_params(q_params), q_params, seed)
-
-    def batches(self) -> Iterator[PosteriorBatch]:
-        return (self.rows(slice(start, start + ROWS)) for start in range(0, len(self.x), ROWS))
+def _batch_seed(seed: int, start: int) -> int:
+    number, inside = divmod(start, ROWS)
+    return seed + 100 * number + 1_000_003 * inside
 
 
-def _bounds(own: StreamingWeights, guide: Program) -> dict[str, Tensor]:
+def _posterior_batch(guide: Program, batch: RowBatch) -> PosteriorBatch:
+    """Fix the posterior of a batch for all draws."""
+    x, index, _, seed = batch
+    if not isinstance(guide, Guide):
+        return PosteriorBatch(x, index, guide, x.new_zeros(len(x), 0), seed)
+    with seeded(seed):
+        q_params = guide.params(x, index).detach()
+    return PosteriorBatch(x, index, guide.with_params(q_params), q_params, seed)
+
+
+def _map_posteriors(
+    model: Program,
+    guide: Program,
+    compute: Callable[[PosteriorBatch], dict[str, Tensor]],
+    x: Tensor,
+    index: Tensor | None,
+    K: int,
+    seed: int,
+    families: Mapping[str, Any] | None = None,
+    **options: Any,
+) -> Evaluation:
+    """Compute the values of batches under their posteriors, with the time that it took."""
+
+    def timed(batch: RowBatch) -> dict[str, Tensor]:
+        start = time.perf_counter()
+        values = compute(_posterior_batch(guide, batch))
+        return values | {SECONDS: torch.tensor(time.perf_counter() - start)}
+
+    seed_of = partial(_batch_seed, seed)
+    values = map_batches(model, guide, timed, x, index, batch_size=ROWS, seed_of=seed_of, **options)
+    seconds = values.pop(SECONDS).sum().item()
+    gains = {name: FamilyGain(*(values.pop(key) for key in _gain_keys(name))) for name in families or {}}
+    return Evaluation(values, K, seconds, family_gains=gains)
+
+
+def _gain_keys(family: str) -> tuple[str, str, str]:
+    """Names of a `FamilyGain`'s tensors among the values of a batch, and in results."""
+    return f"best_elbo[{family}]", f"family_gain[{family}]", f"family_gain[{family}]_se"
+
+
+def _named_gains(gains: Mapping[str, FamilyGain]) -> dict[str, Tensor]:
+    return {
+        key: value
+        for family, gain in gains.items()
+        for key, value in zip(_gain_keys(family), (gain.elbo, gain.gain, gain.gain_se), strict=True)
+    }
+
+
+def _bounds(weights: StreamingWeights, guide: Program) -> dict[str, Tensor]:
     if isinstance(guide, Guide) and guide.family.point_mass:
-        return {"log_joint": own.reconstruction - own.kl, "reconstruction": own.reconstruction}
-    names = ["elbo", "elbo_se", "iwae", "iwae_se", "kl", "reconstruction", "ess"] + ["k_hat"] * (
-        own.K >= MIN_DRAWS_FOR_K_HAT
-    )
-    return {name: getattr(own, name) for name in names}
+        return {"log_joint": weights.reconstruction - weights.kl, "reconstruction": weights.reconstruction}
+    names = ["elbo", "elbo_se", "iwae", "iwae_se", "kl", "reconstruction", "ess"]
+    return {name: getattr(weights, name) for name in names + ["k_hat"] * (weights.K >= MIN_DRAWS_FOR_K_HAT)}
 
 
 def _gaps(model: Program, guide: Guide, rows: PosteriorBatch, budget: Budget) -> dict[str, Tensor]:
-    q_params, left = find_best_params(model, guide, rows, budget.K, budget.steps)
-    (own, found), (_, gain) = paired_moments(model, [rows.q, guide.with_params(q_params)], rows, budget.K)
-    values = _bounds(own, guide) | {
-        "best_elbo": found.elbo,
-        "best_iwae": found.iwae,
+    search = FamilySearch(model, guide.family, guide.sites, rows, budget.K, budget.steps)
+    q_params, optimization_gap = search.from_guide()
+    (weights, best), (_, gain) = paired_moments(model, [rows.q, guide.with_params(q_params)], rows, budget.K)
+    values = _bounds(weights, guide) | {
+        "best_elbo": best.elbo,
+        "best_iwae": best.iwae,
         "amortization_gap": gain.mean.to(rows.q_params.dtype),
         "amortization_gap_se": gain.se.to(rows.q_params.dtype),
-        "optimization_gap": left,
+        "optimization_gap": optimization_gap,
     }
     if budget.temperatures:
-        values |= anneal_evidence(model, guide, q_params, rows, budget.annealing)
-    return values | _family_gains(model, guide, q_params, rows, budget)
+        values |= _anneal(model, guide, q_params, rows, budget)
+    return values | _family_gains(search, q_params, budget.families)
 
 
 def _family_gains(
-    model: Program, guide: Guide, q_params: Tensor, rows: PosteriorBatch, budget: Budget
+    search: FamilySearch, q_params: Tensor, families: Mapping[str, Callable[[int], Family]]
 ) -> dict[str, Tensor]:
-    values: dict[str, Tensor] = {}
-    for name, make in budget.families.items():
-        found = family_gain(model, guide, q_params, rows, make, budget.K, budget.steps)
-        values |= {
-            f"best_elbo[{name}]": found.elbo,
-            f"family_gain[{name}]": found.gain,
-            f"family_gain[{name}]_se": found.gain_se,
-        }
-    return values
+    return _named_gains({name: search.gain_of(make, q_params) for name, make in families.items()})
 
 
-def _with_evidence(found: Evaluation, budget: Budget) -> Evaluation:
-    """The evidence by the estimator that is highest over all rows, and the gaps to it."""
-    values = dict(found.values)
-    estimators = {"best_iwae": f"IWAE-{budget.K} from the best q_params of the family"}
+def _anneal(model: Program, guide: Guide, q_params: Tensor, rows: PosteriorBatch, budget: Budget) -> dict[str, Tensor]:
+    """Evidence of the rows by annealed importance sampling, from the prior or from q = family(q_params), [B] each."""
+    try:
+        estimate = anneal(
+            LogJoint(model, rows.x, rows.index, guide.sites),
+            *((guide.family, q_params) if budget.start == "guide" else ()),
+            chains=budget.chains,
+            temperatures=budget.temperatures,
+            schedule=budget.schedule,
+            seed=rows.seed + ANNEAL,
+        )
+    except AllChainsDiverged:  # the rows may be few; `_with_evidence` raises if all rows of the data are lost
+        return dict.fromkeys(("ais", "ais_se", "ais_acceptance"), torch.full_like(rows.q_params[:, 0], torch.nan))
+    return {"ais": estimate.evidence, "ais_se": estimate.evidence_se, "ais_acceptance": estimate.acceptance_rate}
+
+
+def _with_evidence(evaluation: Evaluation, budget: Budget) -> Evaluation:
+    """Add the evidence by the estimator with the highest mean over rows, and the gaps to it."""
+    values = evaluation.values
+    estimators = {"best_iwae": f"IWAE-{budget.K} from the best q of the family"}
     if "ais" in values:
         if values["ais"].isnan().all():
             raise AllChainsDiverged
-        start = "the prior" if budget.start == "prior" else "the best q_params of the family"
+        start = "the prior" if budget.start == "prior" else "the best q of the family"
         estimators["ais"] = f"AIS over {budget.temperatures} temperatures of {budget.chains} chains from {start}"
-    bound = {name: _without_holes(values[name], values["best_iwae"]) for name in estimators}
-    chosen = max(bound, key=lambda name: bound[name].double().mean().item())
-    evidence, lost = bound[chosen], int(values[chosen].isnan().sum())
-    values |= {
-        "evidence": evidence,
-        "approximation_gap": evidence - values["best_elbo"],
-        "inference_gap": evidence - values["elbo"],
+    filled = {
+        name: torch.where(values[name].isnan(), values["best_iwae"].to(values[name]), values[name])
+        for name in estimators
     }
-    rest = f", but {estimators['best_iwae']} for {lost} rows where every chain diverged" if lost else ""
-    return replace(found, values=values, estimator=estimators[chosen] + rest)
-
-
-def _without_holes(values: Tensor, others: Tensor) -> Tensor:
-    return torch.where(values.isnan(), others.to(values), values)
-
-
-def _collect(job: _Job, K: int, judge: Callable[[PosteriorBatch], dict[str, Tensor]]) -> Evaluation:
-    """Apply ``judge`` to batches of rows, smaller ones where the device has no memory for them."""
-    for program in (job.model, job.guide):
-        module_of(program).eval()
-    ledger = job.ledger or ResultCache(None, {})
-
-    def judged(part: slice) -> dict[str, Tensor]:
-        def compute() -> dict[str, Tensor]:
-            start, rows = time.perf_counter(), job.rows(part)
-            with seeded(rows.seed):
-                values = judge(rows)
-            return values | {SECONDS: torch.tensor(time.perf_counter() - start)}
-
-        values = ledger.get_or_compute_tensors(f"{job.prefix}-{part.start:06}-{part.stop:06}", compute)
-        job.progress(part.stop - part.start)
-        return values
-
-    with torch.no_grad(), no_validation(), pyro.get_param_store().scope():
-        parts = list(halve_on_oom(judged, len(job.x), ROWS, "rows"))
-    seconds = sum(part.pop(SECONDS).item() for part in parts)
-    # On the CPU whether they were kept or made just now.
-    return Evaluation({name: torch.cat([part[name].cpu() for part in parts]) for name in parts[0]}, K, seconds)
+    chosen = max(filled, key=lambda name: filled[name].double().mean().item())
+    evidence, lost = filled[chosen], int(values[chosen].isnan().sum())
+    gaps = {"approximation_gap": evidence - values["best_elbo"], "inference_gap": evidence - values["elbo"]}
+    besides = f", but {estimators['best_iwae']} for {lost} rows where every chain diverged" if lost else ""
+    values = values | {"evidence": evidence} | gaps
+    return replace(evaluation, values=values, estimator=estimators[chosen] + besides)

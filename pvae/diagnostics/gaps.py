@@ -106,7 +106,7 @@ class FamilySearch:
         return self._maximize(starts, candidates)
 
     def from_gaussian(self, diagonal: Sequence[Tensor]) -> Tensor:
-        """Search from near Gaussians, given the best diagonal ones' means and log scales [B, D]; return q_params [B, P].
+        """Search from near the best diagonal Gaussians, given as mean and log scale [B, D]; return q_params [B, P].
 
         Parameters that the family's rows share, such as a flow's, are fitted first, together with the rows' own.
         """
@@ -137,21 +137,21 @@ class FamilySearch:
 
     @property
     def _correlated(self) -> bool:
-        around = type(self.family).around is not Family.around
+        around = self.family.has_diagonal_start
         return around and not self.family.point_mass and type(self.family) is not DiagonalNormal
 
     @property
     def _takes_covariance(self) -> bool:
-        return type(self.family).shaped is not Family.shaped
+        return self.family.has_gaussian_start
 
     def _initial(self) -> Tensor:
-        return self.family.initial().to(self.rows.q_params).expand(len(self.rows.x), -1)
+        return self.family.initial_params().to(self.rows.q_params).expand(len(self.rows.x), -1)
 
     def _short_steps(self) -> UpdateRule:
         """Steps half as long: near an optimum of many entries a step is mostly noise, and loses a quarter as much."""
         rule = default_update_rule(self.family)
         if isinstance(rule, NaturalAscent):
-            return NaturalAscent(rule.natural, rule.learning_rate / 2)
+            return NaturalAscent(rule.natural_gradient, rule.learning_rate / 2)
         return RowAdam(0.005 if self._takes_covariance else 0.02)
 
     def _best_diagonal(self) -> tuple[Tensor, ...]:
@@ -162,12 +162,12 @@ class FamilySearch:
 
     def _near_gaussian(self, diagonal: Sequence[Tensor]) -> Tensor:
         """q_params [B, P] near these diagonal Gaussians or, where that is better for a row, near the best Gaussian."""
-        around = self.family.around(*diagonal).to(self.rows.q_params)
+        around = self.family.params_from_diagonal(*diagonal).to(self.rows.q_params)
         if not self._takes_covariance:
             return around
         target = LogJoint(self.model, self.rows.x, self.rows.index, self.sites)
         gaussian = fit_gaussian(target, *diagonal, seed=self.rows.seed + SHAPE)
-        return self._select([around, self.family.shaped(*gaussian).to(self.rows.q_params)])
+        return self._select([around, self.family.params_from_gaussian(*gaussian).to(self.rows.q_params)])
 
     def _maximize(
         self, starts: Sequence[tuple[Tensor, UpdateRule]], candidates: Sequence[Tensor]
@@ -186,7 +186,7 @@ class FamilySearch:
                 )
                 for start, rule in starts
             ]
-        gap = torch.stack([end.gap for end in ends]).amin(0)
+        gap = torch.stack([end.optimization_gap for end in ends]).amin(0)
         return self._select([*candidates, *(end.q_params for end in ends)]), gap
 
     def _select(self, candidates: Sequence[Tensor]) -> Tensor:

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Mapping
+from html import escape
+from typing import Any, NamedTuple
+
+from pvae.stats import Estimate, number
+
+Figures = Mapping[str, Estimate]
 
 
 class Quantity(NamedTuple):
@@ -200,3 +206,42 @@ def describe(key: str) -> Quantity:
     if not family:
         raise KeyError(key)
     return QUANTITIES[name]._replace(key=key, label=f"{QUANTITIES[name].label} of {family.removesuffix(']')}")
+
+
+def summary_frame(figures: Figures, refined: Figures | None = None) -> Any:
+    """Return a pandas.DataFrame of label, unit, mean and se by key; with ``refined``, also refined_mean, refined_se."""
+    import pandas
+
+    frame = pandas.DataFrame(
+        [(key, *describe(key)[1:3], *figures[key]) for key in _ordered(figures)],
+        columns=["quantity", "label", "unit", "mean", "se"],
+    ).set_index("quantity")
+    if refined is not None:
+        for column, name in enumerate(Estimate._fields):
+            frame[f"refined_{name}"] = [refined[key][column] if key in refined else float("nan") for key in frame.index]
+    return frame
+
+
+def summary_text(title: str, figures: Figures, refined: Figures | None = None) -> str:
+    """Return a title and a table of headings and numbers with their errors, for a terminal."""
+    return f"{title}\n{_number_frame(figures, refined).to_string(index_names=False)}"
+
+
+def summary_html(title: str, figures: Figures, refined: Figures | None = None) -> str:
+    """Return the same as HTML, for a notebook."""
+    return f"<p>{escape(title)}</p>{_number_frame(figures, refined).to_html(index_names=False)}"
+
+
+def _number_frame(figures: Figures, refined: Figures | None) -> Any:
+    import pandas
+
+    keys = _ordered(figures)
+    columns = {"guide": [number(figures[key]) for key in keys]}
+    if refined is not None:
+        columns["refined"] = [number(refined[key]) if key in refined else "" for key in keys]
+    return pandas.DataFrame(columns, index=[describe(key).heading for key in keys])
+
+
+def _ordered(figures: Figures) -> list[str]:
+    """Keys in the order of the table; those of other families and statistics last."""
+    return [key for key in QUANTITIES if key in figures] + [key for key in figures if key not in QUANTITIES]

@@ -107,7 +107,7 @@ def compare(
         UserError: anything that the user can mend; nothing has been overwritten if it could be known before.
     """
     given = (vary or {"guide": INFERENCE_METHODS}).items()
-    axes = {name: [registry.rooted(v) if name in KINDS else v for v in values] for name, values in given}
+    axes = {name: [registry.with_absolute_path(v) if name in KINDS else v for v in values] for name, values in given}
     if job.jobs < 1:
         raise UserError(f"--jobs is {job.jobs}, but it must be at least 1")
     device, shelf = pick_device(job.device), DatasetCache(data_folder)
@@ -119,7 +119,7 @@ def compare(
     for name, reason in left_out.items():
         job.say(f"{name} is left out: {reason}")
     for cell in wanted:
-        for warning in preflight.warnings(cell.recipe):
+        for warning in preflight.recipe_warnings(cell.recipe):
             job.say(f"warning: {cell.place}: {warning}")
     run_folder.prepare_folder(job.folder, recipe.resolve(own), axes, overwrite=overwrite, resume=resume)
     pool = Workers(job.jobs, job.device, data_folder, job.progress, job.say)
@@ -135,7 +135,7 @@ def load_variants(job: RunOptions, data_folder: str | Path | None = None) -> lis
     """
     if not (job.folder / "recipe.toml").is_file():
         raise UserError(f"{job.folder} is not a run: it has no recipe.toml")
-    own, axes, _ = recipe.open_file(job.folder / "recipe.toml", trust=job.trust)
+    own, axes, _ = recipe.read_recipe_file(job.folder / "recipe.toml", trust=job.trust)
     shelf = DatasetCache(data_folder)
     if not axes:
         variant = run_folder.load_fit(job.folder, shelf[own], device=job.device, trust=job.trust)
@@ -144,7 +144,7 @@ def load_variants(job: RunOptions, data_folder: str | Path | None = None) -> lis
         return [TrainedVariant(own.name("guide"), [variant], shelf[own])]
     begun = [cell for cell in sweep.sweep_points(own, axes) if (job.folder / cell.place / "recipe.toml").is_file()]
     there = [
-        replace(cell, recipe=recipe.read(job.folder / cell.place, trust=job.trust))
+        replace(cell, recipe=recipe.read_recipe(job.folder / cell.place, trust=job.trust))
         for cell in begun
         if (job.folder / cell.place / checkpoints.FILE).is_file()
     ]
@@ -286,7 +286,7 @@ def _judged(entry: TrainedVariant, splits: dict[str, Batch], job: RunOptions) ->
                     budget=budget,
                     seed=own.seed,
                     progress=count,
-                    ledger=ledger,
+                    cache=ledger,
                     prefix=f"{split}-{own.seed}",
                 )
                 for split, (x, index) in splits.items()
@@ -298,7 +298,7 @@ def _judged(entry: TrainedVariant, splits: dict[str, Batch], job: RunOptions) ->
 
 def _maker(word: str) -> Callable[[int], Family]:
     """From a number of dimensions to the family of a word, as ``LowRankNormal(rank=4)``."""
-    component = registry.parse(word)
+    component = registry.parse_component(word)
     registry.find_class("family", registry.as_table(component)["type"])
     return lambda dim: registry.make("family", component, dim=dim)
 
@@ -310,7 +310,7 @@ def _ledger(entry: TrainedVariant, variant: FittedModel, job: RunOptions) -> Res
         "data": entry.data.digest,
         "rows": job.rows,
         "budget": asdict(job.budget),
-        "families": {word: registry.source_code(registry.parse(word)) for word in job.families},
+        "families": {word: registry.source_code(registry.parse_component(word)) for word in job.families},
         "version": version("pvae-pyro"),
     }
     return ResultCache(job.folder / CACHE_DIRS[0] / folder_name(entry.name), key)
@@ -333,7 +333,7 @@ def _same_decoder(base: FittedModel, chosen: Mapping[str, Any], x: Tensor, K: in
 
 def _draws(variant: FittedModel, judged: EvaluatedVariant, x: Tensor) -> arviz_export.Draws:
     """What the export and the page show of a variant, for the test rows x."""
-    values = {split: {n: v.cpu() for n, v in getattr(judged, split).values.items()} for split in ("train", "test")}
+    values = {split: {n: v.cpu() for n, v in getattr(judged, split).named_values().items()} for split in ("train", "test")}
     return replace(
         arviz_export.draw_for_export(variant.model, variant.guide, x, seed=variant.recipe.seed), values=values
     )

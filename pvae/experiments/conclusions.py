@@ -96,6 +96,12 @@ def _mean(one: EvaluatedVariant, quantity: str, split: str = "test") -> Estimate
     return mean_se(every[0] if len(every) == 1 else torch.stack([values.mean() for values in every]))
 
 
+def _mean_gain(one: EvaluatedVariant, family: str) -> Estimate:
+    """A family gain's mean and its error: over rows, or over seeds where there are several."""
+    every = [j.test.family_gains[family].gain for j in (one, *one.further)]
+    return mean_se(every[0] if len(every) == 1 else torch.stack([values.mean() for values in every]))
+
+
 def _own_decoders(judged: list[EvaluatedVariant]) -> Iterator[str]:
     if len(judged) < 2:
         return
@@ -153,11 +159,10 @@ def _amortization(
 
 def _families(judged: list[EvaluatedVariant]) -> Iterator[str]:
     for j in judged:
-        gains = {name: _mean(j, name) for name in j.test.values if name.startswith("family_gain[")}
-        gains = {name: gain for name, gain in gains.items() if not name.endswith("_se")}
+        gains = {name: _mean_gain(j, name) for name in j.test.family_gains}
         if gains:
-            told = [f"{name[12:-1]} {'+' if gain.mean >= 0 else ''}{number(gain)}" for name, gain in gains.items()]
-            yield f"The best q of another family on the decoder of {j.name}, nats of test ELBO won: {_listed(told)}."
+            phrases = [f"{name} {'+' if gain.mean >= 0 else ''}{number(gain)}" for name, gain in gains.items()]
+            yield f"The best q of another family on the decoder of {j.name}, nats of test ELBO won: {_listed(phrases)}."
 
 
 def _rows(judged: list[EvaluatedVariant]) -> Iterator[str]:

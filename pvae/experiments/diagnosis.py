@@ -11,15 +11,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
+from torch import Tensor
 
-from pvae.diagnostics.battery import DiagnosisBudget, Subject, Task, concatenate, list_tasks
-from pvae.diagnostics.evaluation import bounds
-from pvae.diagnostics.trust import assess_trust
+from pvae.diagnostics.battery import DiagnosisBudget, join_parts
+from pvae.diagnostics.diagnosis import Diagnosis, diagnose, estimate_seconds
 from pvae.errors import UserError, nearest
 from pvae.experiments import run_folder
 from pvae.experiments.compare import RunOptions, TrainedVariant
-from pvae.inference.guides import RefinedGuide
 from pvae.runtime.files import read_json, write_json
 from pvae.runtime.progress import progress_bar
 from pvae.runtime.result_cache import ResultCache, load_all
@@ -53,27 +51,26 @@ def diagnose_run(
     wanted = select_variants(entries, only)
     kept = [own for own in _readable(job.folder) if only and own["name"] not in only]
     rows = {row["name"]: row for group in results["groups"] for row in group["rows"]}
-    found = []
+    variants = []
     for entry in wanted:
-        subject = _subject(entry, job, plan)
+        variant, x = entry.variants[0], entry.data.test[: plan.rows].to(pick_device(job.device))
         if entry is wanted[0]:
-            job.say(_price(subject, plan, len(wanted)))
-        start, ledger = time.perf_counter(), _ledger(entry, job, plan)
-        made = _made(subject, ledger, plan, job)
-        guide, best = _figures(made, rows[entry.name])
-        found.append(
+            job.say(_price(estimate_seconds(variant.model, variant.guide, x, plan), plan, len(wanted)))
+        start, cache = time.perf_counter(), _cache(entry, job, plan)
+        diagnosis = _diagnose(entry, x, plan, cache, dict(_of_evaluation(rows[entry.name])), job)
+        variants.append(
             {
                 "name": entry.name,
                 "plan": asdict(plan),
-                "fitted": run_folder.fingerprint(entry.variants[0]),
-                "parts": ledger.key,
+                "fitted": run_folder.fingerprint(variant),
+                "parts": cache.key,
                 "seconds": time.perf_counter() - start,
-                "figures": {name: value._asdict() for name, value in guide.items()},
-                "refined": {name: value._asdict() for name, value in best.items()},
-                "verdicts": [verdict._asdict() for verdict in assess_trust(guide, best, **_classes(entry))],
+                "figures": {name: value._asdict() for name, value in diagnosis.figures.items()},
+                "refined": {name: value._asdict() for name, value in diagnosis.refined.items()},
+                "verdicts": [verdict._asdict() for verdict in diagnosis.verdicts.values()],
             }
         )
-    whole = {"schema": SCHEMA, "variants": found + kept}
+    whole = {"schema": SCHEMA, "variants": variants + kept}
     write_json(job.folder / FILE, whole)
     return whole
 
@@ -104,11 +101,7 @@ def _readable(folder: Path) -> list[dict[str, Any]]:
 
 def parts(folder: Path, variant: Mapping[str, Any]) -> dict[str, Any]:
     """The arrays behind a variant's figures, by part; what is not there is left out."""
-    found: dict[str, list[Any]] = {}
-    for name, tensors in load_all(folder / FOLDER / run_folder.folder_name(variant["name"]), variant["parts"]).items():
-        part = Task(name, 0, lambda: None)
-        found.setdefault(part.of, []).append(part.kind(**tensors))
-    return {name: concatenate(pieces) for name, pieces in found.items()}
+    return join_parts(load_all(folder / FOLDER / run_folder.folder_name(variant["name"]), variant["parts"]))
 
 
 def select_variants(entries: Sequence[TrainedVariant], only: Sequence[str]) -> list[TrainedVariant]:
@@ -124,15 +117,7 @@ def select_variants(entries: Sequence[TrainedVariant], only: Sequence[str]) -> l
     return [known[name] for name in only] or list(entries)
 
 
-def _subject(entry: TrainedVariant, job: RunOptions, plan: DiagnosisBudget) -> Subject:
-    variant, device = entry.variants[0], pick_device(job.device)
-    x = entry.data.test[: plan.rows].to(device)
-    best = RefinedGuide(variant.guide, variant.model, steps=plan.steps).to(device).eval()
-    labels = torch.empty(0) if entry.data.test_labels is None else entry.data.test_labels[: plan.rows]
-    return Subject(entry.name, variant.model, variant.guide, best, x, labels, variant.recipe.seed)
-
-
-def _ledger(entry: TrainedVariant, job: RunOptions, plan: DiagnosisBudget) -> ResultCache:
+def _cache(entry: TrainedVariant, job: RunOptions, plan: DiagnosisBudget) -> ResultCache:
     variant = entry.variants[0]
     key = {
         "fitted": run_folder.fingerprint(variant),
@@ -144,48 +129,36 @@ def _ledger(entry: TrainedVariant, job: RunOptions, plan: DiagnosisBudget) -> Re
     return ResultCache(job.folder / FOLDER / run_folder.folder_name(entry.name), key)
 
 
-def _price(subject: Subject, plan: DiagnosisBudget, variants: int) -> str:
-    """What a diagnosis is going to cost, by the time that a few thousand passes take here."""
-    passes, rows = sum(plan.passes().values()), subject.x[:50]
-    for _ in range(2):  # the first time is slow
-        start = time.perf_counter()
-        bounds(subject.model, subject.guide, rows, K=100)
-    minutes = passes * (time.perf_counter() - start) / (100 * len(rows)) / 60
-    told = "less than a minute" if minutes < 1 else f"about {minutes:.0f} min"
+def _price(seconds: float, plan: DiagnosisBudget, variants: int) -> str:
+    """Say what a diagnosis is going to cost."""
+    passes, minutes = sum(plan.passes().values()), seconds / 60
+    wait = "less than a minute" if minutes < 1 else f"about {minutes:.0f} min"
     each = f" for each of {variants} variants" if variants > 1 else ""
-    return f"diagnosis: {passes / 1e6:.2g} million rows through the decoder, {told}{each}"
+    return f"diagnosis: {passes / 1e6:.2g} million rows through the decoder, {wait}{each}"
 
 
-def _made(subject: Subject, ledger: ResultCache, plan: DiagnosisBudget, job: RunOptions) -> dict[str, Any]:
-    """All parts of a variant's diagnosis, by name, from the ledger or made now."""
-    found: dict[str, list[Any]] = {}
-    done, total = 0.0, sum(part.passes for part in list_tasks(subject, plan))
+def _diagnose(
+    entry: TrainedVariant,
+    x: Tensor,
+    plan: DiagnosisBudget,
+    cache: ResultCache,
+    evaluation: Mapping[str, Estimate],
+    job: RunOptions,
+) -> Diagnosis:
+    """Diagnose a variant's first seed, with a progress bar."""
+    variant = entry.variants[0]
     with progress_bar("%", 100, wanted=job.progress) as show:
-        for part in list_tasks(subject, plan):  # one after the other: a part may hold the chains of its rows
-            show(int(100 * done / total), f"{subject.name}: {part.name}")
-            found.setdefault(part.of, []).append(ledger.get_or_compute(part.name, part.kind, part.compute))
-            done += part.passes
-        show(100, subject.name)
-    return {name: concatenate(pieces) for name, pieces in found.items()}
-
-
-def _classes(entry: TrainedVariant) -> dict[str, str]:
-    own = entry.variants[0].recipe
-    return {"source": own.name("guide"), "family": own.name("family")}
-
-
-def _figures(parts: dict[str, Any], row: Mapping[str, Any]) -> tuple[dict[str, Estimate], dict[str, Estimate]]:
-    """What the rules look at: of the guide, and of the same q refined."""
-    guide, best = dict(_of_evaluation(row)), dict[str, Estimate]()
-    for name, part in parts.items():
-        found = part.summary()
-        if name.endswith("-best"):
-            best |= found
-        else:
-            guide |= found
-    if "approximation_gap" in guide:
-        best["inference_gap"] = guide["approximation_gap"]
-    return guide, best
+        return diagnose(
+            variant.model,
+            variant.guide,
+            x,
+            budget=plan,
+            labels=entry.data.test_labels,
+            seed=variant.recipe.seed,
+            progress=lambda share, task: show(int(100 * share), f"{entry.name}: {task}" if task else entry.name),
+            cache=cache,
+            evaluation=evaluation,
+        )
 
 
 def _of_evaluation(row: Mapping[str, Any]) -> Iterator[tuple[str, Estimate]]:

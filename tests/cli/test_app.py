@@ -173,8 +173,8 @@ def test_history_is_one_row_for_each_epoch(compared, guide):
 @pytest.mark.parametrize("guide", GUIDES)
 def test_recipes_are_those_of_the_flags(compared, guide):
     said = Recipe(epochs=2, latent=2, network={"type": "MLP", "hidden": [16]}, guide=guide)
-    assert recipe.read(compared / guide) == recipe.resolve(said)
-    assert recipe.read(compared) == recipe.read(compared / GUIDES[0])
+    assert recipe.read_recipe(compared / guide) == recipe.resolve(said)
+    assert recipe.read_recipe(compared) == recipe.read_recipe(compared / GUIDES[0])
 
 
 def test_the_screen_has_tables_verdict_and_page(compared):
@@ -271,7 +271,7 @@ def test_overwriting_replaces_the_run_and_spares_what_is_not_its_own(compared, p
     Path("run/plots").mkdir()
     assert pvae(f"fit --epochs 1 {TINY} --out run --overwrite").status == 0
     assert set(snapshot("run")) == {*FITTED, "notes.txt", "plots"}
-    assert recipe.read(Path("run")).epochs == 1
+    assert recipe.read_recipe(Path("run")).epochs == 1
 
 
 @pytest.mark.parametrize("suffix", ["npy", "csv"])
@@ -618,15 +618,15 @@ def test_with_debug_the_traceback_comes_through(pvae, kept):
     ],
 )
 def test_every_flag_of_annealing_anneals(given, found):
-    own = options.job_flags(**given)(Path()).budget
+    own = options.BudgetOptions(**given).run_options(Path()).budget
     assert (own.temperatures, own.chains, own.schedule, own.start) == found
 
 
 def test_a_budget_is_one_word_and_a_flag_goes_before_it():
     for word, (rows, own) in BUDGETS.items():
-        job = options.job_flags(budget=word)(Path())
+        job = options.BudgetOptions(word).run_options(Path())
         assert (job.rows, job.budget) == (rows, own)
-        job = options.job_flags(budget=word, rows=7, samples=30)(Path())
+        job = options.BudgetOptions(word, rows=7, samples=30).run_options(Path())
         assert (job.rows, job.budget.K, job.budget.steps) == (7, 30, own.steps)
 
 
@@ -636,7 +636,7 @@ def test_the_help_says_what_a_budget_holds(pvae):
     assert f"quick ({rows} rows of each split, K = {quick.K}, {quick.steps} steps)" in words
     assert f"standard ({more}, {standard.K}, {standard.steps})" in words
     assert f"thorough ({most}, {thorough.K}, {thorough.steps})" in words
-    job = options.job_flags(ais=True)(Path()).budget
+    job = options.BudgetOptions(ais=True).run_options(Path()).budget
     assert f"(default {job.temperatures})" in words
     assert f"(default {job.chains})" in words
 
@@ -653,10 +653,10 @@ def test_the_help_says_how_a_diagnosis_grows(pvae):
 @pytest.fixture
 def quickly(monkeypatch):
     """Let a diagnosis at any budget take a second, and the page, which is looked at elsewhere, none."""
-    monkeypatch.setattr(html_report, "write_report", lambda folder: folder / "report.html")
+    monkeypatch.setattr(html_report, "write_report", lambda folder, results=None: folder / "report.html")
     monkeypatch.setattr(battery, "WARM_UP", 8)
     monkeypatch.setattr(ais, "SETTLE", 4)
-    monkeypatch.setattr(ais, "LEAST", 8)
+    monkeypatch.setattr(ais, "MIN_TRANSITIONS", 8)
     plan = battery.DiagnosisBudget(
         rows=12, draws=30, steps=3, annealed=3, temperatures=4, chains=2, simulated=20, references=2, length=8
     )
@@ -750,7 +750,7 @@ def test_divergence_names_epoch_and_site_and_keeps_the_last_good_checkpoint(pvae
     tensors, header = checkpoints.read(Path("run"))
     assert header["epoch"] == 1
     assert all(tensor.isfinite().all() for tensor in tensors.values())
-    own = recipe.read(Path("run"))
+    own = recipe.read_recipe(Path("run"))
     assert len(run_folder.load_fit(Path("run"), recipe.load_recipe_data(own)).fit.history) == 1
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from pvae.applications.coding import reconstruct, sample
 from pvae.diagnostics import evaluation
 from pvae.diagnostics.evaluation import Budget, Evaluation, bounds, evaluate, refinement_curve
+from pvae.diagnostics.gaps import FamilySearch
 from pvae.errors import UserError
 from pvae.inference.families import Delta, DiagonalNormal, FullRankNormal
 from pvae.inference.guides import Amortized, Guide, PerDatapoint
@@ -27,7 +28,7 @@ LEFT = 0.01
 
 # id: what is added to the best q_params = (mu, log sigma)
 ASIDE = {
-    "find_best_params": [0.0, 0.0, 0.0, 0.0],
+    "best": [0.0, 0.0, 0.0, 0.0],
     "shifted": [0.4, -0.3, 0.0, 0.0],
     "widened": [0.0, 0.0, 0.5, 0.5],
     "narrowed": [0.1, 0.0, -0.4, -0.4],
@@ -105,7 +106,7 @@ def test_quantities_match_their_closed_forms(case, name, least, most):
     assert least - 4 * off.se <= off.mean <= most + 4 * off.se
 
 
-@pytest.mark.parametrize("case", [name for name in ASIDE if name != "find_best_params"], indirect=True)
+@pytest.mark.parametrize("case", [name for name in ASIDE if name != "best"], indirect=True)
 def test_the_noise_of_a_rows_amortization_gap_is_what_it_says(case):
     off = (case.found["amortization_gap"] - case.exact["amortization_gap"]) / case.found["amortization_gap_se"]
     assert off.std().item() == pytest.approx(1, abs=0.25)  # standard error 0.05
@@ -117,8 +118,8 @@ def test_amortization_gaps_are_not_negative_beyond_their_noise(case):
     assert beyond.double().mean() <= 0.01
 
 
-@pytest.mark.parametrize("case", ["find_best_params"], indirect=True)
-def test_the_best_lam_has_no_amortization_gap(case):
+@pytest.mark.parametrize("case", ["best"], indirect=True)
+def test_the_best_variational_parameters_have_no_amortization_gap(case):
     # Common noise: the standard error of a row is about 0.001 nats, where that of each bound is 0.02.
     assert case.found["amortization_gap"].abs().max() < 0.02
     assert case.found["amortization_gap_se"].mean() < 0.003
@@ -231,11 +232,9 @@ def test_more_draws_tighten_iwae_and_leave_the_elbo(oracle):
 def test_a_negative_gap_is_reported_as_it_is(monkeypatch):
     oracle = LinearGaussian(LATENT, COLUMNS)
     monkeypatch.setattr(
-        evaluation,
-        "find_best_params",
-        lambda model, guide, rows, K, steps: (rows.q_params + 1, torch.zeros(len(rows.x))),
+        FamilySearch, "from_guide", lambda search: (search.rows.q_params + 1, torch.zeros(len(search.rows.x)))
     )
-    found = evaluate(oracle.model, amortized(oracle, "find_best_params"), oracle.sample(20), budget=Budget(50, 1))
+    found = evaluate(oracle.model, amortized(oracle, "best"), oracle.sample(20), budget=Budget(50, 1))
     assert (found.values["amortization_gap"] < -0.5).all()
     low, high = found.intervals()["amortization_gap"]
     assert low < found.summary()["amortization_gap"].mean < high < 0
@@ -324,13 +323,13 @@ def test_an_evaluation_goes_on_where_it_stopped(oracle, monkeypatch, tmp_path):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        evaluate(oracle.model, guide, x, budget=budget, ledger=ResultCache(tmp_path, {}), prefix="test", progress=stop)
+        evaluate(oracle.model, guide, x, budget=budget, cache=ResultCache(tmp_path, {}), prefix="test", progress=stop)
     names = ["test-000000-000004", "test-000004-000008"]
     assert sorted(path.stem for path in tmp_path.iterdir()) == names
     searched = []
-    best = evaluation.find_best_params
-    monkeypatch.setattr(evaluation, "find_best_params", lambda *args: searched.append(len(args[2].x)) or best(*args))
-    again = evaluate(oracle.model, guide, x, budget=budget, ledger=ResultCache(tmp_path, {}), prefix="test")
+    search = FamilySearch.from_guide
+    monkeypatch.setattr(FamilySearch, "from_guide", lambda own: searched.append(len(own.rows.x)) or search(own))
+    again = evaluate(oracle.model, guide, x, budget=budget, cache=ResultCache(tmp_path, {}), prefix="test")
     assert searched == [2]
     assert equal(whole, again)
 
@@ -443,7 +442,7 @@ def test_evaluation_trains_nothing(training):
 
 def test_a_reconstruction_is_the_decoders_mean_at_a_draw_of_z(oracle):
     x = oracle.sample(7)
-    certain = amortized(oracle, "find_best_params")
+    certain = amortized(oracle, "best")
     certain.encoder.aside = torch.tensor([0.0, 0.0, -2000.0, -2000.0])  # log scales near -30
     found = reconstruct(oracle.model, certain, x)
     assert found.shape == x.shape

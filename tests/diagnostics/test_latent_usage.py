@@ -195,10 +195,10 @@ def test_families_without_moments_in_closed_form_agree_with_normals(oracle, fami
     class Wide(nn.Module):
         def forward(self, x):
             q_params = oracle.best(x)
-            start = family.initial().expand(len(x), -1)
+            start = family.initial_params().expand(len(x), -1)
             return (
                 torch.cat([start[:, :1], q_params], -1)
-                if family.size == 2 * D + 1
+                if family.num_params == 2 * D + 1
                 else torch.cat([q_params, start[:, 4:]], -1)
             )
 

@@ -37,7 +37,7 @@ def run(tmp_path_factory):
 def short_warm_up(monkeypatch):
     monkeypatch.setattr(battery, "WARM_UP", 8)
     monkeypatch.setattr(ais, "SETTLE", 4)
-    monkeypatch.setattr(ais, "LEAST", 8)
+    monkeypatch.setattr(ais, "MIN_TRANSITIONS", 8)
 
 
 def diagnosed(run, plan=SMALL, only=(), say=lambda line: None):

@@ -1,0 +1,158 @@
+"""Diagnosis of a posterior: the battery and the gaps, summed up in a verdict for each use."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from html import escape
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pvae.diagnostics.battery import DIAGNOSIS_BUDGETS, Battery, DiagnosisBudget, Rows, join_parts
+from pvae.diagnostics.evaluation import Budget, Evaluation, bounds, evaluate
+from pvae.diagnostics.quantities import SECTIONS, Figures, summary_frame, summary_html, summary_text
+from pvae.diagnostics.trust import USES, TrustVerdict, assess_trust
+from pvae.errors import UserError, nearest, param
+from pvae.inference.batching import as_rows
+from pvae.inference.guides import Guide
+from pvae.runtime.pyro_params import Program
+from pvae.runtime.result_cache import ResultCache
+from pvae.stats import Estimate
+
+
+@dataclass(frozen=True, repr=False)
+class Diagnosis:
+    """Figures of a guide and of the same guide refined, and how far each use of it may be trusted.
+
+    Attributes:
+        figures: of the guide, by keys of ``QUANTITIES``.
+        refined: those that differ once each row's variational parameters are refined.
+        verdicts: by use: posterior, proposal, bound, model.
+        parts: the diagnostics behind the figures, by name, with the values of each row or dimension.
+    """
+
+    figures: dict[str, Estimate]
+    refined: dict[str, Estimate]
+    verdicts: dict[str, TrustVerdict]
+    parts: dict[str, Any]
+
+    def to_frame(self) -> Any:
+        """Return a pandas.DataFrame: label, unit, mean, se, refined_mean and refined_se of each quantity."""
+        return summary_frame(self.figures, self.refined)
+
+    def __repr__(self) -> str:
+        lines = []
+        for verdict in self.verdicts.values():
+            lines += [f"{verdict.level.upper()}: {USES[verdict.use]}", *(f"  - {line}" for line in _sentences(verdict))]
+        return "\n".join([*lines, "", summary_text(self._title(), self.figures, self.refined)])
+
+    def _repr_html_(self) -> str:
+        verdicts = "".join(
+            f"<dt><b>{escape(verdict.level)}</b>: {escape(USES[verdict.use])}</dt>"
+            + "".join(f"<dd>{escape(line)}</dd>" for line in _sentences(verdict))
+            for verdict in self.verdicts.values()
+        )
+        return f"<dl>{verdicts}</dl>{summary_html(self._title(), self.figures, self.refined)}"
+
+    def _title(self) -> str:
+        rows: Rows = self.parts["rows"]
+        return f"Diagnosis of {len(rows.x)} rows"
+
+
+def _sentences(verdict: TrustVerdict) -> list[str]:
+    return verdict.because + [f"Change first: {verdict.first}"] * bool(verdict.first)
+
+
+def diagnose(
+    model: Program,
+    guide: Guide,
+    x: Tensor,
+    index: Tensor | None = None,
+    *,
+    budget: str | DiagnosisBudget = "quick",
+    labels: Tensor | None = None,
+    seed: int = 0,
+    progress: Callable[[float, str], None] | None = None,
+    cache: ResultCache | None = None,
+    evaluation: Evaluation | Figures | None = None,
+) -> Diagnosis:
+    """Diagnose a posterior: gaps, importance weights, calibration, MCMC reference, latent usage, predictive checks.
+
+    Arguments:
+        model: a fitted Pyro program.
+        guide: its approximate posterior, which is diagnosed as it is and with each row refined.
+        x, index: rows [B, D], at least 2, of which the first ``budget.rows`` are used, and which training datapoints
+            they are; None for new rows, as of a test set.
+        budget: ``quick``, ``standard`` or ``thorough``, or numbers of your own.
+        labels: of the rows, [B]; they are passed on to figures.
+        seed: of all noise; the random stream outside is left alone.
+        progress: called with the share of the work done and the name of the task that begins.
+        cache: keeps finished tasks. Its key must hold everything that they depend on, budget and seed included.
+        evaluation: bounds and gaps from `evaluate`, or their summary; computed from ``budget`` unless given.
+
+    Raises:
+        UserError: an unknown budget, fewer than 2 rows, or HMC diverges everywhere.
+
+    See also: `evaluate` for bounds and gaps alone; `assess_trust` for the rules of the verdicts.
+    """
+    plan = _budget(budget)
+    x, index = as_rows(x[: plan.rows], model), None if index is None else index[: plan.rows]
+    labels = torch.empty(0) if labels is None else labels[: plan.rows]
+    results, show = cache or ResultCache(None, {}), progress or (lambda share, task: None)
+    if evaluation is None:
+        show(0.0, "evaluation")
+        gaps = Budget(plan.draws, plan.steps)
+        evaluation = evaluate(model, guide, x, index, budget=gaps, seed=seed, cache=cache, prefix="evaluation")
+    parts = _run(Battery(model, guide, x, index, labels, plan, seed), results, show)
+    figures, refined = _summaries(parts, _bounds_and_gaps(evaluation))
+    classes = {"inference": type(guide).__name__, "family": type(guide.family).__name__}
+    return Diagnosis(figures, refined, assess_trust(figures, refined, **classes), parts)
+
+
+def estimate_seconds(model: Program, guide: Guide, x: Tensor, budget: DiagnosisBudget) -> float:
+    """Estimate the wall time of a diagnosis from that of a few thousand decoder passes."""
+    rows = x[:50]
+    for _ in range(2):  # the first time is slow
+        start = time.perf_counter()
+        bounds(model, guide, rows, K=100)
+    return sum(budget.passes().values()) * (time.perf_counter() - start) / (100 * len(rows))
+
+
+def _budget(budget: str | DiagnosisBudget) -> DiagnosisBudget:
+    if isinstance(budget, DiagnosisBudget):
+        return budget
+    if budget not in DIAGNOSIS_BUDGETS:
+        raise UserError(f"{param('budget')} is '{budget}'{nearest(budget, DIAGNOSIS_BUDGETS)}")
+    return DIAGNOSIS_BUDGETS[budget]
+
+
+def _run(battery: Battery, cache: ResultCache, progress: Callable[[float, str], None]) -> dict[str, Any]:
+    """Run the tasks that the cache does not hold, one after the other, and join their results into parts."""
+    results: dict[str, Any] = {}
+    done, total = 0.0, sum(task.passes for task in battery.list_tasks())
+    for task in battery.list_tasks():
+        progress(done / total, task.name)
+        results[task.name] = cache.get_or_compute(task.name, task.kind, task.compute)
+        done += task.passes
+    progress(1.0, "")
+    return join_parts(results)
+
+
+def _bounds_and_gaps(evaluation: Evaluation | Figures) -> Figures:
+    if not isinstance(evaluation, Evaluation):
+        return evaluation
+    return {key: value for key, value in evaluation.summary().items() if key not in SECTIONS["Importance weights"]}
+
+
+def _summaries(parts: Mapping[str, Any], evaluation: Figures) -> tuple[dict[str, Estimate], dict[str, Estimate]]:
+    """Figures of the guide and, where they differ, of the same guide refined."""
+    figures, refined = dict(evaluation), dict[str, Estimate]()
+    for name, part in parts.items():
+        (refined if name.endswith("-best") else figures).update(part.summary())
+    for after, before in {"inference_gap": "approximation_gap", "elbo": "best_elbo"}.items():
+        if before in figures:
+            refined[after] = figures[before]
+    return figures, refined
