@@ -9,10 +9,12 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
+import numpy as np
 import pyro
 import torch
+from torch import Tensor
 
 from pvae.errors import UserError, nearest, param
 
@@ -132,3 +134,8 @@ def available_memory() -> float:
         place = words.index("MemAvailable:") + 1 if "MemAvailable:" in words else 0
         limits += [unit * int(word) for word in words[place : place + 1] if word.isdigit()]
     return min(limits)
+
+
+def to_numpy(values: Tensor, dtype: Any = None) -> np.ndarray:
+    """Return a tensor's values as an array in the CPU's memory, of another type if one is given."""
+    return np.asarray(values.detach().cpu(), dtype=dtype)
