@@ -1,4 +1,4 @@
-"""A conditional VAE: the label is given, and the latent holds what the label does not say."""
+"""Conditional VAE: the label is given, and the latent describes the rest of the row."""
 
 from __future__ import annotations
 
@@ -6,16 +6,15 @@ import pyro
 import torch
 from torch import Tensor, nn
 
-from pvae.generative.likelihoods import Likelihood
-from pvae.generative.priors import Prior
-from pvae.runtime.pyro_params import LocalModule, local_method
+import pvae
+from pvae.runtime import LocalModule, local_method
 
 
 class ConditionalVAE(LocalModule):
-    r"""Rows given their labels, :math:`p(x | y) = \int p(x | \eta(z + E y))\, p(z)\, dz`.
+    r"""Conditional VAE, :math:`p(x | y) = \int p(x | \eta(z + E y))\, p(z)\, dz`.
 
-    Story: a datapoint comes with its label y, one-hot, which is not modelled; its style z ~ p(z) knows nothing of
-    it; the label moves z to its class's place, and the row is drawn there, x ~ p(x | decoder(z + E y)).
+    Story: a datapoint comes with its one-hot label y, which is not modelled; its style z ~ p(z) is independent of
+    the label; the label shifts z by its class's embedding, and the row is drawn, x ~ p(x | decoder(z + E y)).
 
     Arguments:
         columns: number of values in a row without its label.
@@ -25,17 +24,16 @@ class ConditionalVAE(LocalModule):
         prior: p(z).
         decoder: z [..., D] to the likelihood's parameters eta.
 
-    Rows hold columns + classes values, the label last; "x" observes the first, and a guide sees both. The same z
-    under two labels gives one style in two classes.
+    Rows hold columns + classes values, the label last; "x" observes the first columns, and the guide receives both.
+    The same z under two labels gives one style in two classes.
 
     Edit: let the label change eta as well, or give each class its own prior.
 
     Source: Sohn, Lee, Yan (2015), *Learning Structured Output Representation using Deep Conditional Generative
     Models*, NeurIPS 28.
 
-    >>> from pvae.generative.likelihoods import Bernoulli; from pvae.generative.priors import StandardNormal
-    >>> parts = {"likelihood": Bernoulli(), "prior": StandardNormal(4), "decoder": nn.Linear(4, 64)}
-    >>> program = ConditionalVAE(columns=64, latent=4, classes=10, **parts)
+    >>> parts = {"likelihood": pvae.likelihoods.Bernoulli(), "prior": pvae.priors.StandardNormal(4)}
+    >>> program = ConditionalVAE(columns=64, latent=4, classes=10, decoder=nn.Linear(4, 64), **parts)
     >>> trace = pyro.poutine.trace(program.model).get_trace(torch.zeros(5, 64 + 10))
     >>> trace.nodes["x"]["value"].shape
     torch.Size([5, 64])
@@ -44,7 +42,14 @@ class ConditionalVAE(LocalModule):
     uses_labels = True
 
     def __init__(
-        self, *, columns: int, latent: int, classes: int, likelihood: Likelihood, prior: Prior, decoder: nn.Module
+        self,
+        *,
+        columns: int,
+        latent: int,
+        classes: int,
+        likelihood: pvae.likelihoods.Likelihood,
+        prior: pvae.priors.Prior,
+        decoder: nn.Module,
     ) -> None:
         super().__init__()
         self.columns, self.classes = columns, classes

@@ -1,4 +1,4 @@
-"""Factor analysis: a linear decoder and noise of its own in every column; the evidence is known in closed form."""
+"""Factor analysis: a linear decoder and one noise variance per column; the evidence has a closed form."""
 
 from __future__ import annotations
 
@@ -10,13 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import constraints
 
-from pvae.errors import UserError
-from pvae.generative.priors import StandardNormal
-from pvae.runtime.pyro_params import LocalModule, local_method
+import pvae
+from pvae.runtime import LocalModule, local_method
 
 
 class FactorAnalysis(LocalModule):
-    r"""Linear Gaussian factors, :math:`p(x) = N(x; b, W W^T + \mathrm{diag}(\psi))`.
+    r"""Factor analysis, :math:`p(x) = N(x; b, W W^T + \mathrm{diag}(\psi))`.
 
     Story: a datapoint has a few factors z ~ N(0, I); its row is x ~ N(W z + b, diag psi).
 
@@ -25,11 +24,11 @@ class FactorAnalysis(LocalModule):
         latent: D, the number of factors.
         noise: square root of psi at the start of training, in the data's units.
 
-    The posterior is one normal with a full covariance, the same for every row, so that bounds, gaps and diagonal
-    families can be checked against the truth.
+    The posterior is a normal whose full covariance is the same for every row, so that bounds, gaps and diagonal
+    families can be checked exactly.
 
-    Edit: tie psi to one number for probabilistic PCA, or put a sparse prior on z (the evidence is then no longer
-    closed).
+    Edit: tie psi to one number for probabilistic PCA, or put a sparse prior on z (the evidence then has no closed
+    form).
 
     Raises:
         UserError: the noise is not positive.
@@ -45,8 +44,8 @@ class FactorAnalysis(LocalModule):
     def __init__(self, *, columns: int, latent: int, noise: float = 1.0) -> None:
         super().__init__()
         if not (noise > 0 and math.isfinite(noise)):
-            raise UserError(f"FactorAnalysis: noise is {noise}, but it must be positive")
-        self.prior = StandardNormal(latent)
+            raise pvae.UserError(f"FactorAnalysis: noise is {noise}, but it must be positive")
+        self.prior = pvae.priors.StandardNormal(latent)
         self.loadings = nn.Parameter(torch.randn(columns, latent) / math.sqrt(latent))
         self.offset = nn.Parameter(torch.zeros(columns))
         self.log_psi = nn.Parameter(torch.full((columns,), 2 * math.log(noise)))
@@ -60,5 +59,5 @@ class FactorAnalysis(LocalModule):
             pyro.sample("x", dist.Normal(mean, (self.log_psi / 2).exp()).to_event(1), obs=x)
 
     def evidence(self, x: Tensor) -> Tensor:
-        """log p(x) of each row, [B] in nats."""
+        """Return log p(x) of each row, [B] in nats."""
         return dist.LowRankMultivariateNormal(self.offset, self.loadings, self.log_psi.exp()).log_prob(x)

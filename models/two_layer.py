@@ -1,4 +1,4 @@
-"""Two stochastic layers: a latent above the latent, so that the prior of the lower one is learned."""
+"""Two stochastic layers: the prior of the lower latent is a learned function of the upper latent."""
 
 from __future__ import annotations
 
@@ -7,17 +7,14 @@ from collections.abc import Sequence
 import pyro
 from torch import Tensor, nn
 
-from pvae.generative.likelihoods import Likelihood
-from pvae.generative.networks import MLP
-from pvae.generative.priors import StandardNormal
-from pvae.inference.families import DiagonalNormal
-from pvae.runtime.pyro_params import LocalModule, local_method
+import pvae
+from pvae.runtime import LocalModule, local_method
 
 
 class TwoLayer(LocalModule):
-    r"""Two latents in a chain, :math:`p(x) = \int p(x | z_1)\, N(z_1; f(z_2), s^2(z_2))\, N(z_2; 0, I)\, dz`.
+    r"""VAE with two stochastic layers, :math:`p(x) = \int p(x | z_1)\, N(z_1; f(z_2), s^2(z_2))\, N(z_2; 0, I)\, dz`.
 
-    Story: the coarse latent is z2 ~ N(0, I); a network turns it into mean and scale of the fine latent,
+    Story: the upper latent is z2 ~ N(0, I); a network maps it to mean and scale of the lower latent,
     z1 ~ N(f(z2), diag s(z2)^2); the row is drawn from the likelihood, x ~ p(x | decoder(z1)).
 
     Arguments:
@@ -28,12 +25,12 @@ class TwoLayer(LocalModule):
         hidden: widths of the network from z2 to z1.
         activation: of that network.
 
-    Edit: add a third layer, let x see z2 as well, or put another prior on z2.
+    Edit: add a third layer, let x depend on z2 as well, or put another prior on z2.
 
     Source: Burda, Grosse, Salakhutdinov (2016), *Importance Weighted Autoencoders*, arXiv:1509.00519.
 
-    >>> import torch; from pvae.generative.likelihoods import Bernoulli
-    >>> program = TwoLayer(latent=4, likelihood=Bernoulli(), decoder=MLP(4, 64))
+    >>> import torch
+    >>> program = TwoLayer(latent=4, likelihood=pvae.likelihoods.Bernoulli(), decoder=pvae.networks.MLP(4, 64))
     >>> trace = pyro.poutine.trace(program.model).get_trace(torch.zeros(5, 64))
     >>> trace.nodes["z2"]["value"].shape, trace.nodes["z1"]["value"].shape
     (torch.Size([5, 2]), torch.Size([5, 4]))
@@ -43,7 +40,7 @@ class TwoLayer(LocalModule):
         self,
         *,
         latent: int,
-        likelihood: Likelihood,
+        likelihood: pvae.likelihoods.Likelihood,
         decoder: nn.Module,
         top: int = 2,
         hidden: Sequence[int] = (64,),
@@ -51,8 +48,8 @@ class TwoLayer(LocalModule):
     ) -> None:
         super().__init__()
         self.likelihood, self.decoder = likelihood, decoder
-        self.upper, self.lower = StandardNormal(top), DiagonalNormal(latent)
-        self.network = MLP(top, self.lower.size, hidden=hidden, activation=activation)
+        self.upper, self.lower = pvae.priors.StandardNormal(top), pvae.families.DiagonalNormal(latent)
+        self.network = pvae.networks.MLP(top, self.lower.num_params, hidden=hidden, activation=activation)
 
     @local_method
     def model(self, x: Tensor, index: Tensor | None = None) -> None:
