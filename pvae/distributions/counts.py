@@ -1,4 +1,4 @@
-"""distributions.counts."""
+"""Count distributions with log-rates as parameters, scored in float64."""
 
 from __future__ import annotations
 
@@ -10,19 +10,18 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.distributions import constraints
 
-from pvae.distributions.univariate import _Values
+from pvae.distributions.univariate import _Univariate
 
-# Rates are exp(eta) for |eta| up to KNEE: e^20 = 5e8 is far above the counts that float32 tells apart, 2^24.
+# Rates are exp(eta) for |eta| up to KNEE: e^20 = 5e8 is far above 2^24, up to which float32 holds all counts.
 KNEE = 20.0
-
 
 # From this rate on a Poisson draw is a rounded normal one: their distribution functions differ by less than 1e-5,
 # and PyTorch's own draws overflow on CUDA.
 LARGE = 1e8
 
 
-class _Counts(_Values):
-    """Counts, scored in float64."""
+class _Counts(_Univariate):
+    """Count distribution, scored in float64: differences of lgamma near 1e7 keep no digit of float32."""
 
     support = constraints.nonnegative_integer
 
@@ -36,11 +35,11 @@ class _Counts(_Values):
     @property
     def mean(self) -> Tensor:
         log_mean = getattr(self, next(iter(self.arg_constraints)))
-        return _tamed(log_mean).exp().to(log_mean.dtype)
+        return _limit_log_rate(log_mean).exp().to(log_mean.dtype)
 
 
 class Poisson(_Counts):
-    r""":math:`p(x) = r^x e^{-r} / x!` with log r = eta up to \|eta\| = 20, growing as its logarithm beyond.
+    r"""Poisson distribution, :math:`p(x) = r^x e^{-r} / x!`, log r = eta up to \|eta\| = 20 and logarithmic beyond.
 
     >>> Poisson(torch.zeros(2)).log_prob(torch.tensor([0.0, 1.0]))
     tensor([-1., -1.])
@@ -50,7 +49,7 @@ class Poisson(_Counts):
     log_rate: Tensor
 
     def _log_mass(self, x: Tensor, *parameters: Tensor) -> Tensor:
-        log_rate = _tamed(*parameters)
+        log_rate = _limit_log_rate(*parameters)
         return x * log_rate - log_rate.exp() - (x + 1).lgamma()
 
     @property
@@ -58,11 +57,11 @@ class Poisson(_Counts):
         return self.mean
 
     def _draw(self, shape: torch.Size) -> Tensor:
-        return _poisson(_tamed(self.log_rate).exp().expand(shape)).to(self.log_rate.dtype)
+        return _draw_poisson(_limit_log_rate(self.log_rate).exp().expand(shape)).to(self.log_rate.dtype)
 
 
 class NegativeBinomial(_Counts):
-    r"""Poisson with a gamma-distributed rate, of mean m and variance m + m^2 / r; logs of m and r as in Poisson.
+    r"""Negative binomial distribution of mean m and variance m + m^2 / r; log m and log r as `Poisson`'s log-rate.
 
     :math:`p(x) = \frac{\Gamma(x + r)}{\Gamma(r)\, x!} (1 - q)^r q^x` with :math:`q = m / (m + r)`.
 
@@ -75,26 +74,26 @@ class NegativeBinomial(_Counts):
     log_concentration: Tensor
 
     def _log_mass(self, x: Tensor, *parameters: Tensor) -> Tensor:
-        log_mean, log_concentration = map(_tamed, parameters)
+        log_mean, log_concentration = map(_limit_log_rate, parameters)
         r, log_odds = log_concentration.exp(), log_mean - log_concentration
         ways = (x + r).lgamma() - r.lgamma() - (x + 1).lgamma()
         return ways + r * F.logsigmoid(-log_odds) + x * F.logsigmoid(log_odds)
 
     @property
     def variance(self) -> Tensor:
-        mean = _tamed(self.log_mean).exp()
-        return (mean + mean**2 / _tamed(self.log_concentration).exp()).to(self.log_mean.dtype)
+        mean = _limit_log_rate(self.log_mean).exp()
+        return (mean + mean**2 / _limit_log_rate(self.log_concentration).exp()).to(self.log_mean.dtype)
 
     def _draw(self, shape: torch.Size) -> Tensor:
-        log_mean, log_concentration = _tamed(self.log_mean), _tamed(self.log_concentration)
+        log_mean, log_concentration = _limit_log_rate(self.log_mean), _limit_log_rate(self.log_concentration)
         rate = dist.Gamma(log_concentration.exp(), (log_concentration - log_mean).exp()).expand(shape).sample()
-        return _poisson(rate).to(self.log_mean.dtype)
+        return _draw_poisson(rate).to(self.log_mean.dtype)
 
 
 class ZeroInflatedNegativeBinomial(NegativeBinomial):
-    """NegativeBinomial of which a part with log-odds ``dropout`` is replaced by zeros.
+    """Zero-inflated negative binomial distribution (ZINB): a draw becomes 0 with log-odds ``dropout``.
 
-    Pyro's has forgotten its log-odds, and with them how to expand, once it was asked for its mean.
+    Pyro's loses its log-odds, and can't be expanded any more, once its mean was computed.
     """
 
     arg_constraints: ClassVar = {**NegativeBinomial.arg_constraints, "dropout": constraints.real}
@@ -111,17 +110,17 @@ class ZeroInflatedNegativeBinomial(NegativeBinomial):
 
     @property
     def variance(self) -> Tensor:
-        kept = (-self.dropout).sigmoid()
-        return kept * (super().variance + (1 - kept) * super().mean ** 2)
+        weight = (-self.dropout).sigmoid()
+        return weight * (super().variance + (1 - weight) * super().mean ** 2)
 
     def _draw(self, shape: torch.Size) -> Tensor:
         return super()._draw(shape) * torch.bernoulli((-self.dropout).sigmoid().expand(shape))
 
 
-def _tamed(log_rate: Tensor) -> Tensor:
-    """The logarithm itself up to KNEE, then with the same slope asinh, so that rates and their gradients are finite.
+def _limit_log_rate(log_rate: Tensor) -> Tensor:
+    """Return the log-rate up to KNEE and asinh of the excess beyond, so that rates and their gradients are finite.
 
-    >>> _tamed(torch.tensor([-1.0, 20.0, 80.0])).round(decimals=2).tolist()
+    >>> _limit_log_rate(torch.tensor([-1.0, 20.0, 80.0])).round(decimals=2).tolist()
     [-1.0, 20.0, 24.79]
     """
     log_rate = log_rate.double()
@@ -129,6 +128,6 @@ def _tamed(log_rate: Tensor) -> Tensor:
     return inner + (log_rate - inner).asinh()
 
 
-def _poisson(rate: Tensor) -> Tensor:
+def _draw_poisson(rate: Tensor) -> Tensor:
     small = torch.poisson(rate.clamp(max=LARGE))
     return torch.where(rate < LARGE, small, (rate + rate.sqrt() * torch.randn_like(rate)).round())

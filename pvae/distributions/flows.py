@@ -1,4 +1,4 @@
-"""Normalizing flows as Pyro distributions. The splines come from zuko."""
+"""Normalizing flows as Pyro distributions, with zuko's neural splines."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ Kind = Literal["coupling", "autoregressive"]
 
 
 class Flow(dist.TorchDistribution):
-    r""":math:`z = \mu + \sigma T^{-1}(\epsilon)` with :math:`\epsilon \sim N(0, I)` and an invertible T.
+    r"""Normalizing flow :math:`z = \mu + \sigma T^{-1}(\epsilon)`, :math:`\epsilon \sim N(0, I)`, of an invertible T.
 
     Arguments:
         mean: mu, [..., D].
         scale: sigma, [..., D].
-        transform: T of zuko, from z's side to the noise: scoring is the direction that always takes a single pass.
+        transform: T of zuko, from z to the noise: scoring is the direction that always takes a single pass.
         temperature: standard deviation of the noise.
 
     >>> transform = spline(3, transforms=2, hidden=[8], bins=4)()
@@ -60,14 +60,14 @@ class Flow(dist.TorchDistribution):
 def spline(
     dim: int, context: int = 0, *, kind: Kind = "coupling", transforms: int, hidden: Sequence[int], bins: int
 ) -> nn.Module:
-    """Rational-quadratic splines, near the identity: a module that maps a context [..., C] (or nothing) to T.
+    """Make a neural spline flow (NSF) near the identity: a module that maps a context [..., C] (or nothing) to T.
 
     Arguments:
-        dim: D, the number of values; a single one gets a spline that only the context moves.
-        context: C, the number of values that the splines depend on besides.
-        kind: "coupling": every other value moves, given the rest; "autoregressive": each, given all before it.
-        transforms: number of layers. The next one moves the other half, or takes the values in reversed order.
-        hidden: widths of the networks that give the splines' knots.
+        dim: D, the number of values; the spline of a single one depends on the context alone.
+        context: C, the number of values that the splines depend on besides z.
+        kind: "coupling": every other value is transformed, given the rest; "autoregressive": each, given all before it.
+        transforms: number of layers. The next one transforms the other half, or takes the values in reversed order.
+        hidden: widths of the networks that compute the splines' knots.
         bins: of each spline. It covers [-5, 5]; beyond, T is the identity, so that densities stay normalized.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Missing values: programs of which only the entries that are there are scored."""
+"""Masked distributions: log-densities of the observed entries of a row."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pvae.errors import Incompatible
 
 
 def entry_log_prob(fn: Any, value: Tensor) -> Tensor:
-    r"""Log-density of each entry of a row, :math:`\log p(x_d|z)`, [..., *event] nats.
+    r"""Return the log-density of each entry of a row, :math:`\log p(x_d|z)`, [..., *event] nats; 0 where masked.
 
     Arguments:
         fn: p(x|z) whose entries are independent given z, as every likelihood's are.
@@ -28,54 +28,53 @@ def entry_log_prob(fn: Any, value: Tensor) -> Tensor:
     torch.Size([2, 3])
     """
     if isinstance(fn, MaskedDistribution):
-        return torch.where(fn.there, entry_log_prob(fn.fn, fn.filled(value)), 0)
+        return torch.where(fn.observed, entry_log_prob(fn.fn, fn.fill_missing(value)), 0)
     if isinstance(fn, Categorical):
-        batch = torch.broadcast_shapes(fn.batch_shape, value.shape[:-1])
-        level = value.long().expand(*batch, -1).unsqueeze(-2)
-        return fn.expand(batch).logits.gather(-2, level).squeeze(-2)
+        return fn.entry_log_prob(value)
     if is_factorized(fn):
         return fn.base_dist.log_prob(value)
     raise Incompatible(not_factorized_reason(fn))
 
 
 def is_factorized(fn: Any) -> bool:
-    """Whether each entry has a density of its own."""
+    """Whether the entries of a row are independent, so that each has a density."""
     independent = isinstance(fn, torch.distributions.Independent) and not fn.base_dist.event_shape
     return independent or isinstance(fn, Categorical | MaskedDistribution)
 
 
 def not_factorized_reason(fn: Any) -> str:
-    """Why a row has no entries with densities of their own."""
-    return f"its {type(fn).__name__} scores whole rows; single entries have a density of their own under .to_event(1)"
+    """Return why the entries of a row have no densities, for an error."""
+    return f"its {type(fn).__name__} scores whole rows; declare independent entries by .to_event(1)"
 
 
 class MaskedDistribution(dist.TorchDistribution):
-    r"""p(x|z) of the entries that are there, :math:`\sum_{d : m_d} \log p(x_d|z)`; draws and means are of all.
+    r"""Masked likelihood of the observed entries, :math:`\sum_{d : m_d} \log p(x_d|z)`; draws and means are of all.
 
     Arguments:
         fn: p(x|z) with event shape [*event].
-        there: m, which entries are there, [..., *event].
+        observed: m, True for observed entries, [..., *event].
     """
 
     arg_constraints: ClassVar[dict[str, constraints.Constraint]] = {}
 
-    def __init__(self, fn: Any, there: Tensor) -> None:
+    def __init__(self, fn: Any, observed: Tensor) -> None:
         if isinstance(fn, MaskedDistribution):  # of a program that is masked twice
-            fn, there = fn.fn, fn.there & there
+            fn, observed = fn.fn, fn.observed & observed
         self.fn: Any = fn
-        self.there, self.has_rsample = there, fn.has_rsample
+        self.observed, self.has_rsample = observed, fn.has_rsample
         super().__init__(fn.batch_shape, fn.event_shape, validate_args=False)
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> MaskedDistribution:
-        return MaskedDistribution(self.fn.expand(batch_shape), self.there)
+        return MaskedDistribution(self.fn.expand(batch_shape), self.observed)
 
     def log_prob(self, value: Tensor) -> Tensor:
-        found = entry_log_prob(self, value)
-        return found.sum(tuple(range(-len(self.event_shape), 0)))
+        return entry_log_prob(self, value).sum(tuple(range(-len(self.event_shape), 0)))
 
-    def filled(self, value: Tensor) -> Tensor:
-        """The values, with one that is possible in place of those that are missing: 0 times NaN would be NaN."""
-        return torch.where(self.there, value, _value_in_support(getattr(self.fn, "base_dist", self.fn).support, value))
+    def fill_missing(self, value: Tensor) -> Tensor:
+        """Replace missing values by one in the support: the gradient of 0 times NaN would be NaN."""
+        return torch.where(
+            self.observed, value, _value_in_support(getattr(self.fn, "base_dist", self.fn).support, value)
+        )
 
     @property
     def support(self) -> Any:
@@ -93,7 +92,7 @@ class MaskedDistribution(dist.TorchDistribution):
 
 
 def _value_in_support(support: Any, like: Tensor) -> Tensor:
-    """A value inside a support, away from its ends where it is continuous."""
+    """Return a value inside a support, away from its ends if it is continuous."""
     zero = like.new_zeros(())
     if not support.is_discrete:
         with suppress(NotImplementedError):

@@ -1,4 +1,4 @@
-"""Mixtures of diagonal normals that PyTorch and Pyro lack: fast to score, and one whose draws have gradients."""
+"""Mixtures of diagonal Gaussians: one that is fast to score, and one with reparametrized draws."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch.special import ndtri
 
 
 def well_spread(count: int, dim: int) -> Tensor:
-    """Points [count, dim] that fill a standard normal evenly, the same at every call.
+    """Return quasi-random points [count, dim] of a standard normal (scrambled Sobol), the same at every call.
 
     >>> well_spread(100, 2).mean().abs() < 0.1
     tensor(True)
@@ -24,19 +24,19 @@ def well_spread(count: int, dim: int) -> Tensor:
     return ndtri(points.clamp(1e-6, 1 - 1e-6)).to(torch.get_default_dtype())
 
 
-def _below(t: Tensor) -> Tensor:
-    """The standard normal's distribution function, precise in the lower tail, where torch's ``ndtr`` rounds to 0."""
+def _normal_cdf(t: Tensor) -> Tensor:
+    """Compute the standard normal CDF, precise in the lower tail, where torch's ``ndtr`` rounds to 0."""
     return torch.erfc(-t * math.sqrt(0.5)) / 2
 
 
 class DiagonalMixture(dist.TorchDistribution):
-    r""":math:`p(z) = \sum_c \pi_c \prod_d N(z_d; \mu_{cd}, \sigma_{cd}^2)`.
+    r"""Mixture of diagonal Gaussians, :math:`p(z) = \sum_c \pi_c \prod_d N(z_d; \mu_{cd}, \sigma_{cd}^2)`.
 
     Arguments:
-        logits: log of the weights pi but for a constant, [..., C].
+        logits: log of the weights pi up to a constant, [..., C].
         means: mu, [..., C, D].
         scales: sigma, [..., C, D].
-        batch_shape: that of the distribution, if it is larger than the arguments' own [...].
+        batch_shape: of the distribution; that of the arguments, [...], unless given.
 
     >>> DiagonalMixture(torch.zeros(4), torch.zeros(4, 2), torch.ones(4, 2)).expand([3]).sample((5,)).shape
     torch.Size([5, 3, 2])
@@ -48,8 +48,9 @@ class DiagonalMixture(dist.TorchDistribution):
 
     def __init__(self, logits: Tensor, means: Tensor, scales: Tensor, batch_shape: torch.Size | None = None) -> None:
         self.log_weights, self.means, self.scales = logits.log_softmax(-1), means, scales
-        own = torch.broadcast_shapes(logits.shape[:-1], means.shape[:-2], scales.shape[:-2])
-        super().__init__(own if batch_shape is None else batch_shape, means.shape[-1:])
+        if batch_shape is None:
+            batch_shape = torch.broadcast_shapes(logits.shape[:-1], means.shape[:-2], scales.shape[:-2])
+        super().__init__(batch_shape, means.shape[-1:])
 
     def expand(self, batch_shape: Sequence[int], _instance: object = None) -> DiagonalMixture:
         return type(self)(self.log_weights, self.means, self.scales, torch.Size(batch_shape))
@@ -67,7 +68,7 @@ class DiagonalMixture(dist.TorchDistribution):
         return log_p.expand(torch.broadcast_shapes(log_p.shape, self.batch_shape))
 
     def _squares(self, z: Tensor) -> Tensor:
-        """Squared distances in standard deviations, [..., C]."""
+        """Return squared distances in standard deviations, [..., C]."""
         return ((z.unsqueeze(-2) - self.means) / self.scales).square().sum(-1)
 
     def _squares_shared(self, z: Tensor) -> Tensor:
@@ -92,7 +93,7 @@ class DiagonalMixture(dist.TorchDistribution):
 
 
 class ReparametrizedMixture(DiagonalMixture):
-    r"""The same mixture, with draws z through which gradients pass, of the first and the second order.
+    r"""Mixture of diagonal Gaussians with reparametrized draws z: their first and second derivatives are right.
 
     The conditional distribution functions :math:`F_d(z_d | z_{<d}; \lambda)` of a draw are uniform noise u that does
     not depend on lambda, so that z(lambda) solves F(z, lambda) = u. A draw starts on the solution, where a chord
@@ -121,19 +122,19 @@ class ReparametrizedMixture(DiagonalMixture):
         return z
 
     def _conditionals(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Standardized z, the components' weights given z_<d, and their distribution functions at z_d, [..., C, D]."""
+        """Return standardized z, the components' weights given z_<d, and their CDFs at z_d, [..., C, D]."""
         t = (z.unsqueeze(-2) - self.means) / self.scales
         log_p = -t.square() / 2 - self.scales.log()
         before = pad(log_p.cumsum(-1)[..., :-1], (1, 0))
         weights = (self.log_weights.unsqueeze(-1) + before).softmax(-2)
         # Beyond the median F - 1 takes the place of F: near 1 the weights' derivatives would be lost in rounding.
         with torch.no_grad():
-            beyond = (weights * _below(t)).sum(-2, keepdim=True) > 0.5
+            beyond = (weights * _normal_cdf(t)).sum(-2, keepdim=True) > 0.5
         side = 1 - 2 * beyond.to(t.dtype)
-        return t, weights, side * _below(side * t)
+        return t, weights, side * _normal_cdf(side * t)
 
     def _jacobian(self, t: Tensor, weights: Tensor, tails: Tensor) -> Tensor:
-        """dF_d / dz_j [..., D, D], lower triangular."""
+        """Return dF_d / dz_j [..., D, D], lower triangular."""
         density = (weights * (-t.square() / 2).exp() / self.scales).sum(-2) / math.sqrt(2 * math.pi)
         centred = weights * (tails - (weights * tails).sum(-2, keepdim=True))
         below = (centred.mT @ (-t / self.scales)).tril(-1)

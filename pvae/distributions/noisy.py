@@ -1,4 +1,4 @@
-"""distributions.noisy."""
+"""Noisy observations: the density of entries seen through noise, and the moments of the clean ones."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch.distributions import constraints
 from pvae.distributions.supports import base_constraint
 from pvae.distributions.univariate import Categorical
 
-# From x [..., *event] to p(y|x) of the same batch shape: every entry on its own.
+# From x [..., *event] to p(y|x) of the same batch shape: noise is independent by entry.
 Channel = Callable[[Tensor], Any]
 
 
@@ -25,11 +25,11 @@ class Moments(NamedTuple):
 
 
 class NoiseConvolution(dist.TorchDistribution):
-    r"""p(y|z) of each entry of a row that is seen through noise, :math:`\int p(y_d|x_d)\, p(x_d|z)\, dx_d`.
+    r"""Convolution of a likelihood with noise, :math:`p(y_d|z) = \int p(y_d|x_d)\, p(x_d|z)\, dx_d`, entry by entry.
 
-    Exact where x has finitely many values, which are summed over, and for Gaussian x and noise. Elsewhere p(y|z) is
-    taken for a Gaussian of the same mean and variance, and x for jointly Gaussian with y, so that E[x|y, z] is the
-    best linear estimate.
+    It is exact if x has finitely many values, which are summed over, and for Gaussian x and noise. Otherwise p(y|z) is
+    approximated by a Gaussian of the same mean and variance, x being jointly Gaussian with y (moment matching), so that
+    E[x|y, z] is the best linear estimate.
 
     Arguments:
         clean: p(x|z) with event shape [*event], whose entries are independent.
@@ -61,23 +61,23 @@ class NoiseConvolution(dist.TorchDistribution):
         return dist.Normal(mean, (variance + self.noise(mean).variance).sqrt()).log_prob(value)
 
     def clean_moments(self, value: Tensor) -> Moments:
-        """Mean and variance of p(x|y, z) at y, [..., *event]."""
+        """Return mean and variance of p(x|y, z) at y, [..., *event]."""
         if num_levels(self.clean):
             x, joint = self._joint(value)
             return _weighted_moments(x, joint.softmax(0))
         mean, variance = entry_moments(self.clean)
-        other = self.noise(mean).variance
-        share = variance / (variance + other)
-        return Moments(clamp_to_support(self.clean, mean + share * (value - mean)), share * other)
+        noise_variance = self.noise(mean).variance
+        gain = variance / (variance + noise_variance)
+        return Moments(clamp_to_support(self.clean, mean + gain * (value - mean)), gain * noise_variance)
 
     def _joint(self, value: Tensor) -> tuple[Tensor, Tensor]:
-        """The values of x, [L, 1, ...], and log p(x, y|z) at each, [L, ..., *event]."""
+        """Return the values of x, [L, 1, ...], and log p(x, y|z) at each, [L, ..., *event]."""
         x, log_p = _enumerate_levels(self.clean, value.dim())
         return x, log_p + self.noise(x).log_prob(value)
 
 
 def num_levels(fn: Any) -> int:
-    """How many values an entry of x has, from 0 on; 0 where there are infinitely many."""
+    """Return the number of values of an entry of x, 0, 1, ...; 0 if it is infinite."""
     support = base_constraint(fn.support)
     if support is constraints.boolean:
         return 2
@@ -85,18 +85,18 @@ def num_levels(fn: Any) -> int:
 
 
 def clamp_to_support(fn: Any, values: Tensor) -> Tensor:
-    """Values [..., *event] no lower and no higher than p(x|z) has them."""
+    """Clamp values [..., *event] to the support of p(x|z)."""
     support = base_constraint(fn.support)
     if support is constraints.boolean:
         return values.clamp(0, 1)
-    for name, within in (("lower_bound", torch.maximum), ("upper_bound", torch.minimum)):
+    for name, clamp in (("lower_bound", torch.maximum), ("upper_bound", torch.minimum)):
         if (bound := getattr(support, name, None)) is not None:
-            values = within(values, torch.as_tensor(bound).to(values))
+            values = clamp(values, torch.as_tensor(bound).to(values))
     return values
 
 
 def _enumerate_levels(fn: Any, dims: int = 0) -> tuple[Tensor, Tensor]:
-    """The values of x, [L, 1, ...], and log p(x|z) of each entry, [L, ..., *event], of so many dimensions after L."""
+    """Return the values of x, [L, 1, ...], and log p(x|z) of each entry, [L, ..., *event] with ``dims`` after L."""
     if isinstance(fn, Categorical):
         log_p = fn.logits.movedim(-2, 0)
         x = torch.arange(len(log_p), dtype=log_p.dtype, device=log_p.device).view(-1, *(1,) * (log_p.dim() - 1))
@@ -104,12 +104,12 @@ def _enumerate_levels(fn: Any, dims: int = 0) -> tuple[Tensor, Tensor]:
         like = fn.mean
         x = torch.arange(num_levels(fn), dtype=like.dtype, device=like.device).view(-1, *(1,) * like.dim())
         log_p = fn.base_dist.log_prob(x)
-    more = (1,) * (dims + 1 - log_p.dim())
-    return x.view(len(x), *more, *x.shape[1:]), log_p.view(len(x), *more, *log_p.shape[1:])
+    ones = (1,) * (dims + 1 - log_p.dim())
+    return x.view(len(x), *ones, *x.shape[1:]), log_p.view(len(x), *ones, *log_p.shape[1:])
 
 
 def entry_moments(fn: Any) -> Moments:
-    """Mean and variance of each entry of p(x|z), [..., *event]."""
+    """Return mean and variance of each entry of p(x|z), [..., *event]."""
     if num_levels(fn):
         x, log_p = _enumerate_levels(fn)
         return _weighted_moments(x, log_p.exp())

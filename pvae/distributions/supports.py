@@ -1,4 +1,4 @@
-"""distributions.supports."""
+"""Supports of distributions."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 
 def base_constraint(support: Any) -> Any:
-    """The constraint on one entry, whatever it is wrapped in."""
+    """Return the constraint on a single entry, without the wrappers for events."""
     while hasattr(support, "base_constraint"):
         support = support.base_constraint
     return support

@@ -1,7 +1,4 @@
-"""Distributions over single values that PyTorch and Pyro lack, or compute unsafely: numbers in, log-densities out.
-
-Counts are scored in float64 inside, whatever comes in: differences of lgamma near 1e7 keep no digit of float32.
-"""
+"""Univariate distributions that PyTorch and Pyro lack, or compute unsafely in float32."""
 
 from __future__ import annotations
 
@@ -19,12 +16,11 @@ from torch.types import _size
 SERIES = (1 / 6, -1 / 180, 1 / 2835, -1 / 37800, 1 / 467775, -691 / 3831077250, 2 / 127702575)
 BRANCH = 0.25
 
-
 NO_DIMS = torch.Size()
 
 
-class _Values(dist.TorchDistribution):
-    """A distribution of one value for each entry of its parameters, which are named by ``arg_constraints``."""
+class _Univariate(dist.TorchDistribution):
+    """Univariate distribution for each entry of its parameters, which are named by ``arg_constraints``."""
 
     arg_constraints: ClassVar[dict[str, constraints.Constraint]]
 
@@ -34,8 +30,8 @@ class _Values(dist.TorchDistribution):
             setattr(self, name, tensor)
         super().__init__(tensors[0].shape)
 
-    def expand(self, batch_shape: _size, _instance: _Values | None = None) -> _Values:
-        # Pyro's own default changes the distribution it is asked of when asked twice.
+    def expand(self, batch_shape: _size, _instance: _Univariate | None = None) -> _Univariate:
+        # Pyro's default changes the distribution itself when called twice.
         new = copy.copy(self)
         for name in self.arg_constraints:
             setattr(new, name, getattr(self, name).expand(batch_shape))
@@ -59,7 +55,7 @@ class _Values(dist.TorchDistribution):
 
 
 class Bernoulli(dist.Bernoulli):
-    r"""Truth values from log-odds, :math:`\log p(x) = \log \sigma(\eta) - (1 - x) \eta`, in few passes over memory.
+    r"""Bernoulli distribution, :math:`\log p(x) = \log \sigma(\eta) - (1 - x) \eta`, in few passes over memory.
 
     >>> Bernoulli(logits=torch.tensor([0.0, 1e4])).log_prob(torch.ones(2))
     tensor([-0.6931,  0.0000])
@@ -73,7 +69,7 @@ class Bernoulli(dist.Bernoulli):
 
 
 class _BernoulliScore(torch.autograd.Function):
-    """log p(x) of log-odds eta [...] and x, which broadcasts to them; its gradient for eta is x - sigma(eta)."""
+    """Compute log p(x) of log-odds eta [...] and x, which broadcasts to them; d/d eta is x - sigma(eta)."""
 
     generate_vmap_rule = True
 
@@ -92,7 +88,7 @@ class _BernoulliScore(torch.autograd.Function):
         to_eta = to_x = None
         if ctx.needs_input_grad[0]:
             sigma = eta.sigmoid()
-            # Memory is what costs time here; a gradient that is to be differentiated needs its steps kept.
+            # Memory traffic costs the time here; a second derivative needs the intermediate values.
             to_eta = (x - sigma) * slope if torch.is_grad_enabled() else torch.sub(x, sigma, out=sigma).mul_(slope)
         if ctx.needs_input_grad[1]:
             to_x = (eta * slope).sum_to_size(x.shape)
@@ -100,7 +96,7 @@ class _BernoulliScore(torch.autograd.Function):
 
 
 class StudentT(dist.StudentT):
-    """Student's t, whose ``mean`` is its location even where no mean exists."""
+    """Student's t distribution, whose ``mean`` is its location even where no mean exists."""
 
     @property
     def mean(self) -> Tensor:
@@ -108,9 +104,10 @@ class StudentT(dist.StudentT):
 
 
 class Categorical(dist.TorchDistribution):
-    """Rows of D levels 0 to L - 1, floating-point numbers, from logits [..., L, D], the layout of decoders.
+    """Categorical distribution of each of D levels 0 to L - 1, floating-point numbers, from logits [..., L, D].
 
-    ``torch.distributions.Categorical`` wants the levels last, which takes twice the time, and has no mean.
+    This is the layout of decoders; ``torch.distributions.Categorical`` takes the levels last, which needs twice the
+    time, and has no mean.
 
     >>> Categorical(torch.zeros(3, 4, 64)).log_prob(torch.ones(3, 64)).shape
     torch.Size([3])
@@ -135,9 +132,13 @@ class Categorical(dist.TorchDistribution):
     def log_prob(self, value: Tensor) -> Tensor:
         if self._validate_args:
             self._validate_sample(value)
+        return self.entry_log_prob(value).sum(-1)
+
+    def entry_log_prob(self, value: Tensor) -> Tensor:
+        """Return the log-probability of each level, [..., D] nats."""
         batch = torch.broadcast_shapes(self.batch_shape, value.shape[:-1])
         level = value.long().expand(*batch, -1).unsqueeze(-2)
-        return self.expand(batch).logits.gather(-2, level).sum((-2, -1))
+        return self.expand(batch).logits.gather(-2, level).squeeze(-2)
 
     @property
     def mean(self) -> Tensor:
@@ -149,8 +150,8 @@ class Categorical(dist.TorchDistribution):
         return draws.to(self.logits.dtype)
 
 
-class ContinuousBernoulli(_Values):
-    r""":math:`p(x) = e^{\eta x} / \int_0^1 e^{\eta t} dt` on [0, 1], exact at every log-odds eta.
+class ContinuousBernoulli(_Univariate):
+    r"""Continuous Bernoulli distribution, :math:`p(x) = e^{\eta x} / \int_0^1 e^{\eta t} dt`, exact at all log-odds.
 
     With h = eta / 2 the log-density is :math:`\eta (x - 1/2) - \log(\sinh h / h)` and the mean
     :math:`(1 + \coth h - 1/h) / 2`, both by their series near 0. ``torch.distributions.ContinuousBernoulli``
@@ -190,14 +191,14 @@ class ContinuousBernoulli(_Values):
 
 
 def _log_sinhc(h: Tensor) -> Tensor:
-    """log(sinh h / h)."""
+    """Return log(sinh h / h)."""
     steep = _away_from_zero(h).abs()
     far = steep + (-torch.expm1(-2 * steep)).log() - (2 * steep).log()
     return torch.where(h.abs() < BRANCH, _series(SERIES, h * h) * h * h, far)
 
 
 def _away_from_zero(h: Tensor) -> Tensor:
-    """h, with values whose branch is not taken replaced by one whose gradient is finite."""
+    """Replace values near 0, whose branch is not taken, by one with a finite gradient."""
     return h.where(h.abs() >= BRANCH, 1.0)
 
 
@@ -208,10 +209,11 @@ def _series(coefficients: list[float] | tuple[float, ...], t: Tensor) -> Tensor:
     return total
 
 
-class DiscretizedLogistic(_Values):
-    r"""Levels 0 to L - 1, :math:`P(k) = \sigma(b) - \sigma(a)`, a and b = (k -+ 1/2 - m) / s, open at both ends.
+class DiscretizedLogistic(_Univariate):
+    r"""Discretized logistic distribution of levels 0 to L - 1.
 
-    The difference is :math:`\sigma(b)\, \sigma(-a)\, (1 - e^{-1/s})`, whose logarithm loses no digits.
+    :math:`P(k) = \sigma(b) - \sigma(a)` with a and b = (k -+ 1/2 - m) / s, open at both ends. The difference
+    is :math:`\sigma(b)\, \sigma(-a)\, (1 - e^{-1/s})`, whose logarithm loses no digits.
 
     Arguments:
         location: m, in levels.
@@ -254,7 +256,7 @@ class DiscretizedLogistic(_Values):
 
 
 class Mixture(dist.MixtureSameFamily):
-    """A mixture over the last batch dimension, whose gradient stands in float32 however unlikely a value is."""
+    """Mixture over the last batch dimension, whose gradient is exact in float32 for very unlikely values too."""
 
     @property
     def support(self) -> constraints.Constraint:

@@ -128,7 +128,7 @@ class ObserveThroughNoise(Messenger):
 
     def _noisy(self, name: str, fn: Any) -> Any:
         if isinstance(fn, MaskedDistribution):
-            return MaskedDistribution(self._noisy(name, fn.fn), fn.there)
+            return MaskedDistribution(self._noisy(name, fn.fn), fn.observed)
         if not is_factorized(fn):
             raise Incompatible(f"noise on observed site '{name}': {not_factorized_reason(fn)}")
         takes, has = getattr(self.noise, "takes", constraints.real), base_constraint(fn.support)

@@ -146,7 +146,7 @@ def test_labels_in_words_are_numbered_in_alphabetical_order(tmp_path):
     assert torch.equal(data.test_labels, (data.test[:, 0] % 2).long())
 
 
-def test_words_of_labels_are_kept_whatever_only_leaves(tmp_path):
+def test_label_names_stay_when_only_some_labels_are_selected(tmp_path):
     file = tmp_path / "rows.csv"
     file.write_text("0,label\n" + "".join(f"{row},{['dog', 'eel', 'cat'][row % 3]}\n" for row in range(30)))
     data = load_data(str(file), only=[1, 2])
@@ -156,7 +156,7 @@ def test_words_of_labels_are_kept_whatever_only_leaves(tmp_path):
 
 
 @pytest.mark.parametrize("part", ["train", "validation", "test"])
-def test_a_label_that_one_part_alone_has_is_a_kind_of_all(tmp_path, part):
+def test_a_label_of_one_split_alone_is_a_label_of_all(tmp_path, part):
     arrays = {f"x_{side}": X for side in ("train", "test")} | {f"y_{side}": 1 + Y % 2 for side in ("train", "test")}
     row = rows_of(getattr(load_data(put("all.npz", arrays)(tmp_path), validation_size=0.25), part))[0]
     arrays["y_test" if part == "test" else "y_train"][row] = 0

@@ -1,4 +1,4 @@
-"""Rows that stay on disk are those that memory would hold, in the same batches, at a bounded price in memory."""
+"""Memory-mapped rows equal those in memory, in the same batches, at a bounded cost of memory."""
 
 import os
 import subprocess
@@ -65,7 +65,7 @@ def readers():
 
 
 @pytest.mark.parametrize(("values", "binarize"), CASES.values(), ids=CASES)
-def test_streamed_data_are_the_resident_data(save, small_pieces, values, binarize):
+def test_memory_mapped_data_equal_data_in_memory(save, small_pieces, values, binarize):
     options = {"binarize": binarize, "test_size": 9, "validation_size": 0.2, "seed": 3}
     resident, streamed = (load_data(save(values), **options, stream=stream) for stream in (False, True))
     assert isinstance(resident.train, Tensor)
@@ -84,7 +84,7 @@ def test_streamed_data_are_the_resident_data(save, small_pieces, values, binariz
 
 @pytest.mark.parametrize("start", [0, 2, 9])
 @pytest.mark.parametrize(("values", "binarize"), CASES.values(), ids=CASES)
-def test_batches_and_the_random_stream_are_the_resident_ones(save, values, binarize, start):
+def test_batches_and_the_random_stream_equal_those_in_memory(save, values, binarize, start):
     found = []
     for stream in (False, True):
         data = load_data(save(values), binarize=binarize, test_size=9, stream=stream)
@@ -108,7 +108,7 @@ def test_batches_reach_the_gpu(streamed):
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_pieces_are_all_rows_once(save, small_pieces, stream):
+def test_chunks_are_all_rows_once(save, small_pieces, stream):
     data = load_data(save(BYTES), test_size=20, stream=stream)
     pieces = list(data.iter_chunks("train"))
     index = torch.cat([index for _, index in pieces])
@@ -117,7 +117,7 @@ def test_pieces_are_all_rows_once(save, small_pieces, stream):
     assert max(len(x) for x, _ in pieces) == 4
 
 
-def test_pieces_on_disk_come_in_the_order_of_the_file(save, small_pieces):
+def test_chunks_on_disk_come_in_the_order_of_the_file(save, small_pieces):
     data = load_data(save(np.arange(ROWS * COLUMNS).reshape(ROWS, COLUMNS)), stream=True)
     x = torch.cat([x for x, _ in data.iter_chunks("train")])[:, 0]
     assert x.equal(x.sort().values)
@@ -174,7 +174,7 @@ def touched(path):
 @pytest.mark.parametrize(
     ("change", "words"), [(changed, "has changed"), (touched, "has changed"), (os.remove, "No such file")]
 )
-def test_a_file_that_changes_under_training_is_told_of(save, change, words):
+def test_a_file_that_changes_during_training_is_refused(save, change, words):
     path = save(BYTES)
     data = load_data(path, stream=True)
     batches = data.batches(1, seed=0, epoch=0)
@@ -186,18 +186,18 @@ def test_a_file_that_changes_under_training_is_told_of(save, change, words):
     assert not readers()
 
 
-def test_streaming_begins_at_half_of_the_memory_that_is_left(save, monkeypatch):
+def test_rows_are_memory_mapped_from_half_of_the_available_memory_on(save, monkeypatch):
     path = save(BYTES)
     for left, kind in ((8 * ROWS * COLUMNS, Tensor), (8 * ROWS * COLUMNS - 1, MemmapRows)):
         monkeypatch.setattr(loading, "available_memory", lambda left=left: left)
         assert isinstance(load_data(path).train, kind)
 
 
-def test_memory_that_is_left_is_less_than_there_is():
+def test_available_memory_is_less_than_the_physical_one():
     assert 2**26 < available_memory() <= os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def test_test_rows_unless_told_are_a_fifth_up_to_a_limit(save, monkeypatch):
+def test_test_rows_by_default_are_a_fifth_up_to_a_limit(save, monkeypatch):
     path = save(BYTES)
     assert len(load_data(path, stream=True).test) == 12
     monkeypatch.setattr(sources, "HELD_OUT", 5 * COLUMNS)
@@ -231,7 +231,7 @@ BAD = {
 
 
 @pytest.mark.parametrize(("values", "options", "words"), BAD.values(), ids=BAD)
-def test_what_can_not_be_streamed_is_refused_in_one_line(save, values, options, words):
+def test_files_that_can_not_be_memory_mapped_are_refused_in_one_line(save, values, options, words):
     path = save(values)
     with pytest.raises(UserError) as error:
         load_data(path, **options, stream=True)
@@ -246,7 +246,7 @@ def test_a_truncated_file_is_refused(save):
         load_data(path, stream=True)
 
 
-def test_other_formats_are_not_streamed(tmp_path):
+def test_other_formats_are_not_memory_mapped(tmp_path):
     (tmp_path / "rows.csv").write_text("1,2\n3,4\n5,6\n")
     for name in ("digits", str(tmp_path / "rows.csv")):
         with pytest.raises(UserError, match=r"only a \.npy file"):

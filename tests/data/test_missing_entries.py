@@ -1,4 +1,4 @@
-"""Data with missing entries, and of some labels alone: from the file to the page, and what is refused."""
+"""Data with missing entries or selected labels: from the file to the report, and errors."""
 
 import numpy as np
 import pytest
@@ -64,7 +64,7 @@ def test_wrong_uses_are_refused_in_one_line(pvae, tmp_path, arrays, flags, words
     assert not (tmp_path / "run").exists()
 
 
-def test_rows_on_disk_have_no_labels_to_choose(tmp_path):
+def test_rows_on_disk_have_no_labels_to_select(tmp_path):
     np.save(tmp_path / "rows.npy", X)
     with pytest.raises(UserError, match=r"only takes labels, and a \.npy file has none"):
         load_data(str(tmp_path / "rows.npy"), only=[1], stream=True)
@@ -147,7 +147,7 @@ def test_class_models_hold_out_the_same_rows(binarize):
     assert load_data("digits", only=range(10), **options).digest == whole.digest
 
 
-def test_labels_to_choose_are_put_in_order():
+def test_selected_labels_are_sorted():
     own = [resolve(Recipe(only=only)) for only in ([7, 0, 7], None)]
     assert own[0].only == [0, 7]
     assert [len(load_recipe_data(each).train) for each in own] == [

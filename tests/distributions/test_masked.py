@@ -1,4 +1,4 @@
-"""Missing values: what is scored is what is there, whatever stands in the place of what is not."""
+"""Missing entries: observed entries alone are scored, whatever value the missing ones hold."""
 
 import pyro
 import pyro.distributions as dist
@@ -63,7 +63,7 @@ def likelihood(request):
     return LIKELIHOODS[request.param]()
 
 
-def test_the_entries_that_are_there_are_scored_and_no_others(likelihood):
+def test_observed_entries_alone_are_scored(likelihood):
     vae, x, mask = program(likelihood), rows(likelihood), some()
     with seeded(3):
         found = log_weights(mask_missing(vae.model, mask), posterior(), x, K=K, keep_latents=True)
@@ -78,7 +78,7 @@ def test_the_entries_that_are_there_are_scored_and_no_others(likelihood):
     assert ((found.log_lik - full.log_lik)[:, 1:-1].abs() > 1e-3).any()
 
 
-def test_what_stands_in_the_place_of_a_missing_entry_matters_to_no_value_and_no_gradient(likelihood):
+def test_the_value_of_a_missing_entry_changes_no_score_and_no_gradient(likelihood):
     vae, x, mask = program(likelihood), rows(likelihood), some()
 
     def scored(x, mask):
@@ -165,7 +165,7 @@ class Partly:
         return torch.stack(found)
 
 
-def test_under_the_exact_posterior_of_what_is_there_every_weight_is_its_evidence():
+def test_under_the_exact_posterior_of_observed_entries_every_weight_is_their_evidence():
     case = Partly()
     w = log_weights(mask_missing(case.oracle.model, case.mask), case.guide, case.x, K=10).log_w
     assert (w - case.evidence()).abs().max() < 2e-4  # float32
@@ -174,13 +174,13 @@ def test_under_the_exact_posterior_of_what_is_there_every_weight_is_its_evidence
 
 
 @pytest.mark.parametrize("nan", [True, False])
-def test_refinement_finds_the_posterior_of_the_entries_that_are_there(nan):
+def test_refinement_finds_the_posterior_of_the_observed_entries(nan):
     case, family = Partly(), FullRankNormal(2)
     program = mask_missing(case.oracle.model, None if nan else case.mask)
     x = torch.where(case.mask, case.x, torch.nan if nan else 0.0)
     bound = LocalELBO(program, family)
     found = maximize_local_elbo(
-        bound, torch.zeros(len(x), family.size), x, steps=200, rule=default_update_rule(family)
+        bound, torch.zeros(len(x), family.num_params), x, steps=200, rule=default_update_rule(family)
     ).q_params
     q = dist.MultivariateNormal(family(found).mean.double(), scale_tril=family(found).scale_tril.double())
     lost = kl_divergence(q, case.posterior)

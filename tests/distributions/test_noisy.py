@@ -1,4 +1,4 @@
-"""Noise between a row and what is seen of it: densities against sums, quadrature and draws, and who is refused."""
+"""Noisy observations: densities against sums, quadrature and draws, and programs that are refused."""
 
 import math
 
@@ -134,7 +134,7 @@ def test_any_function_to_a_distribution_of_y_is_a_noise():
     assert torch.allclose(counts.log_prob(torch.zeros(1)), dist.Normal(4.0, 8**0.5).log_prob(torch.zeros(1)))
 
 
-def test_a_noisy_program_scores_what_is_seen_and_keeps_its_latents(p):
+def test_a_noisy_program_scores_noisy_values_and_keeps_its_latents(p):
     class Fixed(nn.Module):
         def forward(self, x, index=None):
             with pyro.plate("data", len(x), dim=-1):
@@ -213,7 +213,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("name", WRONG)
-def test_mistakes_are_told(name):
+def test_mistakes_are_refused(name):
     make, line = WRONG[name]
     with pytest.raises(UserError, match=line):
         make()

@@ -1,4 +1,4 @@
-"""The ledger: parts come back as they were made, and are made anew exactly when what they depend on has changed."""
+"""Result cache: parts are loaded as they were saved, and computed anew exactly when their key has changed."""
 
 from dataclasses import dataclass
 
@@ -73,7 +73,7 @@ def test_a_part_of_another_shape_is_made_anew(tmp_path, made):
     assert torch.equal(found.more, torch.ones(1))
 
 
-def test_without_a_folder_nothing_is_kept(tmp_path, made, monkeypatch):
+def test_without_a_folder_nothing_is_cached(tmp_path, made, monkeypatch):
     monkeypatch.chdir(tmp_path)
     compute, calls = made
     for _ in range(2):
@@ -82,7 +82,7 @@ def test_without_a_folder_nothing_is_kept(tmp_path, made, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-def test_numbers_that_share_memory_are_kept_each(tmp_path):
+def test_tensors_that_share_memory_are_cached_each(tmp_path):
     one = torch.ones(3)
     found = ResultCache(tmp_path, {}).get_or_compute("here", Found, lambda: Found(one, one, one[:1]))
     assert torch.equal(found.values, found.sound)
@@ -97,7 +97,7 @@ def test_a_part_that_fails_leaves_nothing(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_contents_are_of_one_key_and_in_order(tmp_path, made):
+def test_load_all_gives_the_parts_of_one_key_in_order(tmp_path, made):
     now, before = ResultCache(tmp_path, {"K": 5}), ResultCache(tmp_path, {"K": 4})
     for name in ("b.00010", "b.00000", "a"):
         now.get_or_compute(name, Found, made[0])

@@ -1,4 +1,4 @@
-"""Recordings give what the function gives, of state and random stream as they are, to the bit; or they are refused."""
+"""Graphs give the function's own values, of the present state and random stream, to the bit; or they are refused."""
 
 import numpy as np
 import pytest
@@ -31,10 +31,10 @@ def same(found, expected):
 def test_replays_are_the_function_to_the_bit_while_parameters_move():
     net, x = network(), torch.randn(5, 3, generator=torch.Generator().manual_seed(1))
     function, torch_stream = noisy(net), torch.get_rng_state()
-    recorded = TracedFunction(function, net)
+    traced = TracedFunction(function, net)
     for step in range(4):
         with seeded(step):
-            found, after = recorded(x + step), torch.rand(1)
+            found, after = traced(x + step), torch.rand(1)
         with seeded(step):
             expected = function(x + step)
             assert same(found, expected)
@@ -43,17 +43,17 @@ def test_replays_are_the_function_to_the_bit_while_parameters_move():
             for parameter, gradient in zip(net.parameters(), expected[1:], strict=True):
                 parameter -= 0.1 * gradient
     assert torch_stream.equal(torch.get_rng_state())
-    assert recorded.compile_cost.seconds > recorded.compile_cost.saved > 0
+    assert traced.compile_cost.seconds > traced.compile_cost.saved > 0
 
 
-def test_other_shapes_and_strides_are_recorded_too():
+def test_other_shapes_and_strides_are_traced_too():
     function = lambda x: (x.view(-1).cumsum(0) if x.is_contiguous() else x.flatten() * 2,)  # noqa: E731
-    recorded, x = TracedFunction(function), torch.arange(6.0).view(2, 3)
+    traced, x = TracedFunction(function), torch.arange(6.0).view(2, 3)
     for inputs in (x, x.mT, x[:, :2], x, x.mT.contiguous()):
-        assert recorded(inputs)[0].equal(function(inputs)[0])
+        assert traced(inputs)[0].equal(function(inputs)[0])
 
 
-def test_recording_leaves_buffers_and_the_stream_where_they_were():
+def test_tracing_restores_buffers_and_the_random_stream():
     norm = nn.BatchNorm1d(3)
     x = torch.randn(8, 3, generator=torch.Generator().manual_seed(0))
     with seeded(3):
@@ -94,7 +94,7 @@ def test_values_that_leave_for_numpy_are_noticed():
 
 
 @pytest.mark.parametrize("breaks", [False, True])
-def test_what_is_repeated_is_recorded_only_if_it_can_be(breaks):
+def test_a_repeated_function_is_traced_only_if_it_can_be(breaks):
     calls = []
 
     def function(x):
@@ -107,7 +107,7 @@ def test_what_is_repeated_is_recorded_only_if_it_can_be(breaks):
     assert (len(calls) < 10) is not breaks
 
 
-def test_a_recording_that_gives_other_values_is_not_used():
+def test_a_graph_that_gives_other_values_is_not_used():
     state = {"calls": 0}
 
     def changing(x):
@@ -120,7 +120,7 @@ def test_a_recording_that_gives_other_values_is_not_used():
     assert found == sorted(set(found))
 
 
-def test_what_is_repeated_is_compiled_when_that_would_have_paid(monkeypatch):
+def test_a_repeated_function_is_compiled_when_that_would_have_paid(monkeypatch):
     asked = []
     monkeypatch.setattr("pvae.runtime.tracing.compile_graph", lambda graph, inputs: asked.append(len(calls)) or graph)
     monkeypatch.setattr("pvae.runtime.tracing.COMPILING", 1e-5)
@@ -134,17 +134,17 @@ def test_what_is_repeated_is_compiled_when_that_would_have_paid(monkeypatch):
             found.append(repeated(torch.full((2,), float(k)))[0])
     with seeded(0):
         assert all(one.equal(2 * torch.full((2,), float(k)) + torch.rand(2)) for k, one in enumerate(found))
-    # Recorded at 4, tried at 5; compiling at 10 microseconds pays after one more call of three operations, 7 each.
+    # Traced at 4, validated at 5; compiling at 10 microseconds pays after one more call of three operations, 7 each.
     assert asked == [6]
 
 
 @pytest.mark.slow
-def test_compiled_recordings_round_differently_and_draw_alike():
+def test_compiled_graphs_round_differently_and_draw_alike():
     net, x = network().double(), torch.randn(5, 3, generator=torch.Generator().manual_seed(1)).double()
-    recorded = TracedFunction(noisy(net), net, compile=True)
+    traced = TracedFunction(noisy(net), net, compile=True)
     for step in range(3):
         with seeded(step):
-            found = recorded(x + step)
+            found = traced(x + step)
         with seeded(step):
             for one, other in zip(found, noisy(net)(x + step), strict=True):
                 torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
