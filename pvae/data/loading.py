@@ -83,15 +83,16 @@ def _load_in_memory(name: str, arrays: dict[str, Any], binarize: str, sizes: Spl
             check_shape(where, x)
             arrays[f"x_{part}"] = check_values(where, x, binarize, TOP_LEVEL.get(name, 1), missing=missing)
     split_rows(name, arrays, arrays["x_train"][0].size, sizes)
-    x = {part: torch.from_numpy(arrays[f"x_{part}"]) for part in SPLITS}
-    shape, test_shape = x["train"].shape[1:], x["test"].shape[1:]
+    shape, test_shape = arrays["x_train"].shape[1:], arrays["x_test"].shape[1:]
     if test_shape != shape:
-        raise UserError(f"{name}: test rows have shape {tuple(test_shape)}, but training rows {tuple(shape)}")
+        raise UserError(f"{name}: test rows have shape {test_shape}, but training rows {shape}")
+    rows = {part: torch.from_numpy(arrays[f"x_{part}"]).flatten(1).contiguous() for part in SPLITS}
+    binarized: dict[str, Any] = apply_binarization(rows, binarize)
     labels, label_names = encode_labels(name, arrays)
     return Dataset(
         name if name in NAMES else Path(name).stem,
-        **apply_binarization({part: values.flatten(1).contiguous() for part, values in x.items()}, binarize),
-        shape=tuple(shape),
+        **binarized,
+        shape=shape,
         binarize=binarize,
         train_labels=labels["train"],
         validation_labels=labels["validation"],
@@ -130,7 +131,8 @@ def _load_on_disk(path: Path, x: np.ndarray, binarize: str, sizes: SplitSizes, m
     for first in (size * number for number in distributed.shard(-(-len(x) // size))):
         check_values(str(path), x[first : first + size], binarize, 1, first, missing=missing)
     rows = {part: MemmapRows(path, positions[f"x_{part}"], threshold=binarize == "threshold") for part in SPLITS}
-    in_memory = apply_binarization({part: rows[part].to_tensor() for part in ("validation", "test")}, binarize)
+    held_out_rows = {part: rows[part].to_tensor() for part in ("validation", "test")}
+    in_memory: dict[str, Any] = apply_binarization(held_out_rows, binarize)
     return Dataset(path.stem, rows["train"], **in_memory, shape=x.shape[1:], binarize=binarize)
 
 
@@ -163,13 +165,13 @@ def _select(name: str, data: Dataset, only: Sequence[int]) -> Dataset:
 def _append_labels(name: str, data: Dataset) -> Dataset:
     """Append each row's label as one-hot columns."""
     _check_labels(name, data, "the program takes")
-    labels, rows = data.labels, {}
+    labels = data.labels
     assert labels is not None  # training rows have labels
+    changes: dict[str, Any] = {"num_label_columns": len(labels)}
     for part in SPLITS:
-        places = torch.searchsorted(labels, getattr(data, f"{part}_labels"))
-        x = getattr(data, part)
-        rows[part] = torch.cat([x, torch.nn.functional.one_hot(places, len(labels)).to(x)], 1)
-    return replace(data, **rows, num_label_columns=len(labels))
+        x, places = getattr(data, part), torch.searchsorted(labels, getattr(data, f"{part}_labels"))
+        changes[part] = torch.cat([x, torch.nn.functional.one_hot(places, len(labels)).to(x)], 1)
+    return replace(data, **changes)
 
 
 def _column_means(name: str, data: Dataset) -> Tensor:

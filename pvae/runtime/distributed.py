@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from pvae.errors import UserError, param
 from pvae.runtime.torchrun import PeerFailed, RankInfo, rank_info
@@ -85,28 +87,25 @@ def rank_seed(seed: int) -> int:
     return seed if world_size() == 1 else int(np.random.SeedSequence([seed, rank()]).generate_state(1)[0])
 
 
+def _collect(tensor: Tensor, collective: Callable[..., Any], *args: Any) -> Any:
+    if world_size() > 1:
+        collective(tensor, *args)
+    return tensor.item()
+
+
 def broadcast_int(value: int) -> int:
     """Broadcast an integer from rank 0."""
-    tensor = torch.tensor(int(value))
-    if world_size() > 1:
-        dist.broadcast(tensor, 0)
-    return int(tensor)
+    return _collect(torch.tensor(int(value)), dist.broadcast, 0)
 
 
 def all_reduce_max(value: int) -> int:
     """Return the maximum over all ranks."""
-    tensor = torch.tensor(int(value))
-    if world_size() > 1:
-        dist.all_reduce(tensor, dist.ReduceOp.MAX)
-    return int(tensor)
+    return _collect(torch.tensor(int(value)), dist.all_reduce, dist.ReduceOp.MAX)
 
 
 def all_reduce_sum(value: float) -> float:
     """Return the sum over all ranks, in double precision."""
-    tensor = torch.tensor(value, dtype=torch.double)
-    if world_size() > 1:
-        dist.all_reduce(tensor)
-    return float(tensor)
+    return _collect(torch.tensor(value, dtype=torch.double), dist.all_reduce)
 
 
 @contextmanager
