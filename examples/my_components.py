@@ -1,4 +1,4 @@
-"""A likelihood, a prior and a family of your own: write each as a class here, and name it as file.py:Class.
+"""Your own likelihood, prior and posterior family: write each as a class, and refer to it as file.py:Class.
 
 python examples/my_components.py [epochs]
 pvae fit --likelihood examples/my_components.py:Geometric --epochs 2
@@ -16,7 +16,7 @@ from pvae import recipes
 
 
 class Geometric(pvae.likelihoods.Likelihood):
-    r"""Counts that fall off by a constant factor, :math:`p(x|z) = \prod_d q_d^{x_d} (1 - q_d)`, log-odds of q eta."""
+    r"""Geometric likelihood of counts, :math:`p(x|z) = \prod_d q_d^{x_d} (1 - q_d)`, log-odds of q eta."""
 
     support = constraints.nonnegative_integer
     base_measure = "mass"
@@ -26,7 +26,7 @@ class Geometric(pvae.likelihoods.Likelihood):
 
 
 class SpikeAndSlab(pvae.priors.Prior):
-    r"""Codes of which many are nearly 0, :math:`p(z) = \prod_d w N(z_d; 0, s^2) + (1 - w) N(z_d; 0, 1)`, w learned."""
+    r"""Spike-and-slab prior, :math:`p(z) = \prod_d w N(z_d; 0, s^2) + (1 - w) N(z_d; 0, 1)`, w learned."""
 
     def __init__(self, dim: int, *, spike: float = 0.1) -> None:
         super().__init__(dim)
@@ -39,11 +39,11 @@ class SpikeAndSlab(pvae.priors.Prior):
 
 
 class Laplace(pvae.families.Family):
-    r"""Independent Laplace distributions, :math:`q(z|x) = \prod_d e^{-|z_d - m_d| / b_d} / 2 b_d`, of m and log b."""
+    r"""Independent Laplace family, :math:`q(z|x) = \prod_d e^{-|z_d - m_d| / b_d} / 2 b_d`, of m and log b."""
 
     def __init__(self, dim: int) -> None:
         super().__init__(dim)
-        self.size = 2 * dim
+        self.num_params = 2 * dim
 
     def forward(self, q_params: Tensor) -> dist.TorchDistribution:
         mean, log_scale = q_params.chunk(2, -1)
@@ -63,6 +63,6 @@ if __name__ == "__main__":
     data = recipes.load_recipe_data(recipe)
     print(data.summary())
     fitted = recipes.fit_recipe(recipes.build_model(recipe, data), data)
-    found = pvae.diagnostics.bounds(fitted.model, fitted.guide, data.test, K=100).summary()
-    print(f"test IWAE-100: {found['iwae'].mean:.2f} ± {found['iwae'].se:.2f} nats of mass per row")
-    print(f"share of the spike: {fitted.program.prior.logits.softmax(-1)[0].item():.2f}")
+    iwae = pvae.diagnostics.bounds(fitted.model, fitted.guide, data.test, K=100).summary()["iwae"]
+    print(f"test IWAE-100: {pvae.stats.number(iwae)} nats per row (log probability mass)")
+    print(f"weight of the spike: {fitted.program.prior.logits.softmax(-1)[0].item():.2f}")

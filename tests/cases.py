@@ -31,7 +31,7 @@ UNIT_ROWS = torch.linspace(0, 1, 20 * COLUMNS).view(20, COLUMNS)
 
 def vamp(family, data):
     """A VampPrior over a fixed encoder that follows its inputs' type."""
-    weights = torch.arange(family.size * COLUMNS).view(family.size, COLUMNS).sin()
+    weights = torch.arange(family.num_params * COLUMNS).view(family.num_params, COLUMNS).sin()
     return priors.VampPrior(LATENT, pseudo_inputs=30, posterior=lambda u: family(u @ weights.mT.to(u) / 2), data=data)
 
 

@@ -19,7 +19,7 @@ from pvae.inference import families
 N = 40_000
 POINT = {name: make for name, make in FAMILIES.items() if make().point_mass}
 SMOOTH = {name: make for name, make in FAMILIES.items() if not make().point_mass}
-NATURAL = {name: make for name, make in FAMILIES.items() if type(make()).natural is not families.Family.natural}
+NATURAL = {name: make for name, make in FAMILIES.items() if make().has_natural_gradient}
 
 
 def each(*tables):
@@ -40,7 +40,7 @@ def given(component, *batch):
         case likelihoods.Likelihood():
             size = COLUMNS * component.params_per_value
         case families.Family():
-            size = component.size
+            size = component.num_params
         case _:
             size = COLUMNS
     return (torch.randn(*batch, size).requires_grad_(),)
@@ -432,7 +432,7 @@ def test_second_pathwise_derivative_is_the_score_functions(make):
     # d2 E_q[h] = E[h (s s' + ds)] with s the score, along some direction; h as above
     family = make()
     rows = (given(family)[0].detach() / 2).expand(N, -1).clone().requires_grad_()
-    direction = torch.randn(family.size) / family.size**0.5
+    direction = torch.randn(family.num_params) / family.num_params**0.5
     h = (family(rows).rsample() - 1).sin().sum(-1)
     pathwise = curvature(torch.autograd.grad(h.sum(), rows, create_graph=True)[0], rows, direction)
     q = family(rows)
@@ -449,7 +449,7 @@ def test_second_pathwise_derivative_is_the_score_functions(make):
 def test_second_derivatives_are_differences_of_first_ones_under_the_same_noise(make):
     family = make()
     (q_params,) = given(family, 4)
-    direction = torch.randn(4, family.size)
+    direction = torch.randn(4, family.num_params)
 
     def slope(q_params):
         torch.manual_seed(1)
@@ -465,7 +465,7 @@ def test_second_derivatives_are_differences_of_first_ones_under_the_same_noise(m
 @pytest.mark.parametrize("output", [-80.0, 80.0])
 def test_extreme_parameters_in_float32_give_finite_values_and_gradients(make, output):
     family = make().float()
-    q_params = torch.full((4, family.size), output, dtype=torch.float32, requires_grad=True)
+    q_params = torch.full((4, family.num_params), output, dtype=torch.float32, requires_grad=True)
     draws = family(q_params).rsample((5,))
     values = draws.tanh().sum() + (0 if family.point_mass else family(q_params).log_prob(draws.detach()).sum())
     assert values.isfinite()
@@ -501,7 +501,7 @@ def test_each_place_under_plates_has_a_draw_of_its_own(make):
 def test_no_entry_of_the_initial_lam_is_stuck(make):
     # not by symmetry, that is: some bound with correlated latents moves every entry
     family = make()
-    q_params = family.initial().expand(200, -1).clone().requires_grad_()
+    q_params = family.initial_params().expand(200, -1).clone().requires_grad_()
     draws = family(q_params).rsample()
     log_q = 0.0 if family.point_mass else family(q_params).log_prob(draws).sum()
     slope = torch.autograd.grad(-((draws.sum(-1) - 1) ** 2).sum() - log_q, q_params)[0].mean(0)
@@ -510,10 +510,10 @@ def test_no_entry_of_the_initial_lam_is_stuck(make):
 
 @each(NATURAL)
 def test_natural_gradient_times_the_fisher_information_is_the_gradient(make):
-    # F n = E[s (s . n)] = g with s the score, n = natural(q_params, g)
+    # F n = E[s (s . n)] = g with s the score, n = natural_gradient(q_params, g)
     family = make()
-    q_params, gradient = given(family, 2)[0].detach() / 2, torch.randn(2, family.size)
-    for row, wanted, natural in zip(q_params, gradient, family.natural(q_params, gradient), strict=True):
+    q_params, gradient = given(family, 2)[0].detach() / 2, torch.randn(2, family.num_params)
+    for row, wanted, natural in zip(q_params, gradient, family.natural_gradient(q_params, gradient), strict=True):
         _, score = scores(family, row)
         found = score * (score @ natural)[:, None]
         assert ((found.mean(0) - wanted).abs() <= 5 * se(found)).all()
@@ -521,17 +521,17 @@ def test_natural_gradient_times_the_fisher_information_is_the_gradient(make):
 
 
 @each(FAMILIES)
-def test_natural_gradient_has_the_shape_of_lam(make):
+def test_natural_gradient_has_the_shape_of_the_parameters(make):
     family = make()
     q_params = given(family, 2, 4)[0]
-    assert family.natural(q_params, torch.ones_like(q_params)).shape == q_params.shape
+    assert family.natural_gradient(q_params, torch.ones_like(q_params)).shape == q_params.shape
 
 
 @each(FAMILIES)
 def test_initial_lam_is_one_finite_row(make):
     family = make()
-    initial = family.initial()
-    assert initial.shape == (family.size,)
+    initial = family.initial_params()
+    assert initial.shape == (family.num_params,)
     assert initial.isfinite().all()
     assert family(initial).sample().isfinite().all()
 

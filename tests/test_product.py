@@ -73,7 +73,7 @@ def train(changes, steps=2):
             named = [(f"{k}.{n}", p) for k, m in modules.items() for n, p in m.named_parameters() if p.requires_grad]
             missing.update(n for n, p in named if p.grad is None or not p.grad.isfinite().all())
             if isinstance(guide, PerDatapoint):
-                q_params = guide._visited[1]
+                q_params = guide._visit.q_params
                 missing.update(["rows"] if q_params.grad is None or not q_params.grad.isfinite().all() else [])
             super().__call__(*args, **kwargs)
 

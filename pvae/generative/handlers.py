@@ -1,9 +1,10 @@
-"""generative.handlers."""
+"""Effect handlers that change a program's sites: masked and noisy observations, tempered priors."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from types import MethodType
 from typing import Any
 
 import pyro.distributions as dist
@@ -23,45 +24,44 @@ from pvae.runtime.pyro_params import Program
 
 
 class MaskMissing(Messenger):
-    r"""A block in which observed sites score the entries that are there: :math:`\log p(x_{obs}|z)` for log p(x|z).
+    r"""Effect handler that scores observed entries alone: :math:`\log p(x_{obs}|z)` in place of log p(x|z).
 
     Arguments:
-        mask: which entries are there, [B, *event] of the observed value; None for those that are not NaN.
+        mask: True for observed entries, [B, *event] of the observed value; None: those that are not NaN.
 
-    What stands in x where the mask is False matters neither to values nor to gradients. Rows repeated n times
-    (B, then B again) take the mask repeated.
+    Values of x where the mask is False matter neither to densities nor to gradients. If rows are repeated n times (B,
+    then B again), so is the mask.
 
     Raises:
         Incompatible: entries are missing at an observed site that scores whole rows.
-        UserError: the mask is not of truth values, or does not fit the observed site.
+        UserError: the mask is not boolean, or does not fit the observed site.
 
     >>> import pyro
     >>> x = torch.tensor([[1.0, torch.nan]])
-    >>> with MaskMissing(), pyro.poutine.trace() as seen:
+    >>> with MaskMissing(), pyro.poutine.trace() as tracer:
     ...     _ = pyro.sample("x", dist.Normal(torch.zeros(2), 1.0).to_event(1), obs=x)
-    >>> seen.trace.nodes["x"]["fn"].log_prob(x)
+    >>> tracer.trace.nodes["x"]["fn"].log_prob(x)
     tensor([-1.4189])
     """
 
     def __init__(self, mask: Tensor | None = None) -> None:
         super().__init__()
         if mask is not None and mask.dtype != torch.bool:
-            raise UserError(f"the mask holds {mask.dtype}; it must be bool, True where a value is there")
+            raise UserError(f"the mask holds {mask.dtype}; it must be bool, True where a value is observed")
         self.mask = mask
 
     def _pyro_sample(self, msg: Any) -> None:
-        if not msg["is_observed"] or site_is_subsample(msg) or msg["infer"].get("_deterministic"):
+        if not _is_data_site(msg):
             return
-        mask = self._of(msg["name"], msg["value"])
-        if is_factorized(msg["fn"]):  # whatever the mask holds: a recording can't look
-            msg["fn"] = MaskedDistribution(msg["fn"], mask)
-        elif not mask.all():
+        observed = self._mask_of(msg["name"], msg["value"])
+        if is_factorized(msg["fn"]):  # whatever the mask holds: a traced step must not depend on its values
+            msg["fn"] = MaskedDistribution(msg["fn"], observed)
+        elif not observed.all():
             raise Incompatible(
                 f"entries of observed site '{msg['name']}' are missing, but {not_factorized_reason(msg['fn'])}"
             )
 
-    def _of(self, name: str, value: Tensor) -> Tensor:
-        """The mask of a site's value."""
+    def _mask_of(self, name: str, value: Tensor) -> Tensor:
         if self.mask is None:
             return ~value.isnan()
         times, left = divmod(len(value), max(1, len(self.mask))) if value.dim() else (0, 1)
@@ -72,48 +72,64 @@ class MaskMissing(Messenger):
         return self.mask if times == 1 else self.mask.repeat(times, *(1,) * (value.dim() - 1))
 
 
+def _is_data_site(msg: Any) -> bool:
+    return msg["is_observed"] and not site_is_subsample(msg) and not msg["infer"].get("_deterministic")
+
+
 def mask_missing(model: Program, mask: Tensor | None = None) -> Program:
-    """The program under `MaskMissing`: the same latents and parameters, scored on the entries that are there.
+    """Run a program inside `MaskMissing`: the same latents and parameters, scored on the observed entries.
 
     >>> program = mask_missing(lambda x: None, torch.ones(2, 3, dtype=torch.bool))
     >>> program(torch.zeros(2, 3))
     """
-    MaskMissing(mask)  # refuses what is no mask, here and not at the first call
+    MaskMissing(mask)  # refuses a wrong mask here, not at the first call
     return HandledProgram(model, partial(MaskMissing, mask))
 
 
 class HandledProgram:
-    """A program under a messenger, which still tells whose method it is, and so where its parameters are.
+    """Program inside an effect handler. Keeps ``__self__``, so that `module_of` finds the parameters.
 
     Arguments:
         model: the program.
-        block: makes the messenger of each run.
+        handler: makes the handler of each run.
     """
 
-    def __init__(self, model: Program, block: Callable[[], Messenger]) -> None:
-        self.model, self.block = model, block
+    def __init__(self, model: Program, handler: Callable[[], Messenger]) -> None:
+        self.model, self.handler = model, handler
         self.__self__ = model if isinstance(model, torch.nn.Module) else getattr(model, "__self__", None)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        with self.block():
+        with self.handler():
             return self.model(*args, **kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A method goes by its class: a module that has this program in the method's place would give this program.
+        method = isinstance(self.model, MethodType)
+        return {
+            "model": self.model.__self__ if method else self.model,
+            "method": self.model.__name__ if method else None,
+            "handler": self.handler,
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        model, method = state["model"], state["method"]
+        self.__init__(MethodType(getattr(type(model), method), model) if method else model, state["handler"])
 
 
 class ObserveThroughNoise(Messenger):
-    r"""A block in which observed sites are seen through noise: :math:`\log p(y|z)` for log p(x|z), where y is observed.
+    r"""Effect handler that observes sites through noise: :math:`\log p(y|z)` in place of log p(x|z), y observed.
 
     Arguments:
         noise: p(y|x).
         name: of the site that is noisy; None for all that are observed.
 
     Raises:
-        Incompatible: a site that scores whole rows, or whose values the noise does not take.
+        Incompatible: a site that scores whole rows, or whose values are outside the noise's support.
 
-    >>> import pyro
-    >>> from pvae.generative.noise import FlipNoise
-    >>> with ObserveThroughNoise(FlipNoise(rate=0.5)), pyro.poutine.trace() as seen:
+    >>> import pvae, pyro
+    >>> with ObserveThroughNoise(pvae.noise.FlipNoise(rate=0.5)), pyro.poutine.trace() as tracer:
     ...     _ = pyro.sample("x", dist.Bernoulli(torch.tensor([0.9])).to_event(1), obs=torch.ones(1))
-    >>> seen.trace.nodes["x"]["fn"].log_prob(torch.ones(1)).exp()
+    >>> tracer.trace.nodes["x"]["fn"].log_prob(torch.ones(1)).exp()
     tensor(0.5000)
     """
 
@@ -122,31 +138,30 @@ class ObserveThroughNoise(Messenger):
         self.noise, self.name = noise, name
 
     def _pyro_sample(self, msg: Any) -> None:
-        aside = site_is_subsample(msg) or msg["infer"].get("_deterministic")
-        if msg["is_observed"] and not aside and self.name in (None, msg["name"]):
-            msg["fn"] = self._noisy(msg["name"], msg["fn"])
+        if _is_data_site(msg) and self.name in (None, msg["name"]):
+            msg["fn"] = self._convolve(msg["name"], msg["fn"])
 
-    def _noisy(self, name: str, fn: Any) -> Any:
+    def _convolve(self, name: str, fn: Any) -> Any:
         if isinstance(fn, MaskedDistribution):
-            return MaskedDistribution(self._noisy(name, fn.fn), fn.observed)
+            return MaskedDistribution(self._convolve(name, fn.fn), fn.observed)
         if not is_factorized(fn):
             raise Incompatible(f"noise on observed site '{name}': {not_factorized_reason(fn)}")
-        takes, has = getattr(self.noise, "takes", constraints.real), base_constraint(fn.support)
-        if takes is constraints.boolean and has is not constraints.boolean:
+        support, values = getattr(self.noise, "support", constraints.real), base_constraint(fn.support)
+        if support is constraints.boolean and values is not constraints.boolean:
             raise Incompatible(
                 f"{type(self.noise).__name__} takes binary values, but observed site '{name}' is "
-                f"{type(getattr(fn, 'base_dist', fn)).__name__}, {has}; use GaussianNoise, or a binary likelihood"
+                f"{type(getattr(fn, 'base_dist', fn)).__name__}, {values}; use GaussianNoise, or a binary likelihood"
             )
         return NoiseConvolution(fn, self.noise).to_event(fn.event_dim)
 
 
 def with_noise(model: Program, noise: Channel, name: str | None = None) -> Program:
-    """Run a program inside `ObserveThroughNoise`: the same latents and parameters, y observed in the place of x."""
+    """Run a program inside `ObserveThroughNoise`: the same latents and parameters, y observed in place of x."""
     return HandledProgram(model, partial(ObserveThroughNoise, noise, name))
 
 
 class TemperPrior(Messenger):
-    """A block in which the noise behind each latent is multiplied by a temperature."""
+    """Effect handler that multiplies the noise behind each latent by a temperature."""
 
     def __init__(self, temperature: float) -> None:
         super().__init__()
@@ -159,7 +174,7 @@ class TemperPrior(Messenger):
 
 
 def _temper_distribution(name: str, fn: Any, t: float) -> Any:
-    """The distribution with its noise multiplied by t."""
+    """Return the distribution with its noise multiplied by t."""
     if isinstance(fn, torch.distributions.Independent):
         return dist.Independent(_temper_distribution(name, fn.base_dist, t), fn.reinterpreted_batch_ndims)
     if isinstance(fn, torch.distributions.Normal | torch.distributions.Laplace):

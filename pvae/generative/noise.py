@@ -1,7 +1,4 @@
-"""Noise: what an observation says of a row when noise came between, and programs of which only that is seen.
-
-A noise model is a function of x that returns p(y|x), entry by entry; ``__all__`` has those that have a word.
-"""
+"""Noise models p(y|x): functions of x that return the distribution of y, entry by entry."""
 
 from __future__ import annotations
 
@@ -13,45 +10,40 @@ import torch
 from torch import Tensor
 from torch.distributions import constraints
 
-from pvae.errors import UserError, check_range, fits, nearest
+from pvae.errors import UserError, check_range, fits, nearest, refuse_first
 
 __all__ = ["FlipNoise", "GaussianNoise"]
 
 
 class Noise:
-    """What every noise model states. Calling one with x gives p(y|x), each entry's own.
+    """Base class of noise models. Calling one with x returns p(y|x), independent by entry.
 
-    A function will do as well. Where x has infinitely many values, E[y|x] must be x.
+    A function will do as well. If x has infinitely many values, E[y|x] must be x.
 
     Attributes:
-        takes: the values that x may have.
+        support: the values that x may have.
     """
 
-    takes: ClassVar[constraints.Constraint] = constraints.real
+    support: ClassVar[constraints.Constraint] = constraints.real
 
     def __call__(self, x: Tensor) -> dist.TorchDistribution:
-        """p(y|x) with the batch shape of x."""
+        """Return p(y|x) with the batch shape of x."""
         raise NotImplementedError
 
-    def added(self, x: Tensor) -> Tensor:
-        """y drawn from p(y|x) for rows x [B, C]; what is missing stays so.
+    def add_to(self, x: Tensor) -> Tensor:
+        """Draw y from p(y|x) for rows x [B, C]; missing values (NaN) stay missing.
 
         Raises:
-            UserError: a value that the noise does not take.
+            UserError: a value outside the noise's support.
         """
-        missing = x.isnan()
-        outside = (~self.takes.check(x) & ~missing).nonzero().tolist()
-        if outside:
-            where = tuple(outside[0])
-            raise UserError(
-                f"row {where[0]}, column {', '.join(map(str, where[1:]))} is {x[where].item():g}, which "
-                f"{type(self).__name__} does not take ({self.takes}); use another noise, or binarize the rows"
-            )
+        missing, who = x.isnan(), type(self).__name__
+        message = f", which {who} does not take ({self.support}); use another noise, or binarize the rows"
+        refuse_first(~self.support.check(x) & ~missing, x, message)
         return self(torch.where(missing, 0, x)).sample().masked_fill(missing, torch.nan)
 
 
 class GaussianNoise(Noise):
-    r"""Added noise, :math:`y_d = x_d + s \epsilon_d` with standard normal epsilon.
+    r"""Additive Gaussian noise, :math:`y_d = x_d + s \epsilon_d` with standard normal epsilon.
 
     Arguments:
         scale: s, in the data's units.
@@ -72,10 +64,10 @@ class GaussianNoise(Noise):
 
 
 class FlipNoise(Noise):
-    """Binary values of which each is turned into the other with some probability.
+    """Bit-flip noise on binary values (binary symmetric channel).
 
     Arguments:
-        rate: this probability.
+        rate: the probability that a value is flipped.
 
     Raises:
         UserError: the rate is not between 0 and 1.
@@ -84,7 +76,7 @@ class FlipNoise(Noise):
     tensor([0.2500, 0.7500])
     """
 
-    takes = constraints.boolean
+    support = constraints.boolean
 
     def __init__(self, *, rate: float = 0.1) -> None:
         if not 0 < rate < 1:
@@ -96,23 +88,23 @@ class FlipNoise(Noise):
 
 
 def make_noise(component: Mapping[str, Any]) -> Noise:
-    """A noise model from its word and its arguments, a table with ``type``.
+    """Return a noise model from a table of its class (``type``) and arguments.
 
     Raises:
-        UserError: an unknown word or argument, or a value that the noise model refuses.
+        UserError: an unknown class or argument, or a value that the noise model refuses.
 
     >>> make_noise({"type": "FlipNoise", "rate": 0.2}).rate
     0.2
     """
-    own = dict(component)
-    word = str(own.pop("type", ""))
+    arguments = dict(component)
+    word = str(arguments.pop("type", ""))
     if word not in __all__:
         raise UserError(f"unknown noise '{word}'{nearest(word, __all__)}")
-    takes = {name: hint for name, hint in get_type_hints(globals()[word].__init__).items() if name != "return"}
-    for name, value in own.items():
-        if name not in takes:
-            raise UserError(f"noise {word} takes no argument '{name}'{nearest(name, takes)}")
-        if not fits(value, takes[name]):
+    hints = {name: hint for name, hint in get_type_hints(globals()[word].__init__).items() if name != "return"}
+    for name, value in arguments.items():
+        if name not in hints:
+            raise UserError(f"noise {word} takes no argument '{name}'{nearest(name, hints)}")
+        if not fits(value, hints[name]):
             raise UserError(f"noise {word}: {name} is {value!r}, but it takes a number")
-    noise: Noise = globals()[word](**own)
+    noise: Noise = globals()[word](**arguments)
     return noise

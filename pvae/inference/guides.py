@@ -1,11 +1,11 @@
-"""Guides: a posterior family plus a source of its parameters q_params. Three sources serve any family."""
+"""Guides: a variational family and an inference method, which supplies its variational parameters q_params."""
 
 from __future__ import annotations
 
+from typing import Any, ClassVar, NamedTuple
+
 import torch
-from pyro.poutine.runtime import effectful
 from torch import Tensor, nn
-from torch.distributions import constraints
 
 from pvae.errors import UserError, check_range
 from pvae.inference.families import Family
@@ -19,21 +19,23 @@ from pvae.inference.refinement import (
     maximize_local_elbo,
     refine,
 )
-from pvae.runtime.pyro_params import LocalModule, Program, mark_as_parameter
+from pvae.runtime.pyro_params import LocalModule, Program, declare_param
 
 __all__ = ["Amortized", "PerDatapoint", "SemiAmortized"]
 
 
 class Guide(LocalModule):
-    """What every guide states: ``guide(x, index)`` is a Pyro program that draws the model's latents in plate "data".
+    """Base class of guides: ``guide(x, index)`` is a Pyro program that draws the model's latents in plate "data".
 
     Arguments:
-        family: the posterior family.
-        sites: the latents it is over, see `find_sites`; one vector "z" unless given.
+        family: the variational family.
+        sites: the latents it is over, see `find_latent_sites`; one vector "z" unless given.
 
     Attributes:
-        encodes: whether q_params of new rows follow from the rows as the guide sees them, by an encoder.
-        kl_weight: of the bound that rows climb while training, so that it is the objective's.
+        encodes: whether new rows' q_params come from an encoder, and not from a search alone.
+        kl_weight: of the local ELBO while training, so that it is the objective's.
+
+    A guide pickles with the model that it refines on, and without data.
 
     Raises:
         UserError: the family has another number of dimensions than the sites.
@@ -49,34 +51,36 @@ class Guide(LocalModule):
             raise UserError(f"the family has {family.dim} dimensions, but the program's latents have {self.sites.dim}")
 
     def params(self, x: Tensor, index: Tensor | None = None) -> Tensor:
-        """q_params [B, P] of the rows x [B, D]; ``index`` [B] tells which datapoints they are, None that they are new."""
+        """Return q_params [B, P] of rows x [B, D]; ``index`` [B]: which training datapoints they are, None if new."""
         raise NotImplementedError
 
     def with_params(self, q_params: Tensor) -> Program:
-        """Return the guide of the same family and sites with the variational parameters q_params [B, P]."""
+        """Return the guide of the same family and sites with given q_params [B, P]."""
         return fixed_guide(self.family, q_params, self.sites)
 
     def forward(self, x: Tensor, index: Tensor | None = None) -> None:
         self.with_params(self.params(x, index))(x, index)
 
     @property
-    def _weight(self) -> float | Tensor:
+    def _train_kl_weight(self) -> float | Tensor:
         return self.kl_weight if self.training else 1.0
 
 
 class Amortized(Guide):
-    r"""One network for all datapoints, :math:`\lambda_i = f_\phi(x_i)`.
+    r"""Amortized inference: one encoder for all datapoints, :math:`\lambda_i = f_\phi(x_i)`.
 
     Arguments:
-        encoder: x [B, D] to q_params [B, P].
-        family: the posterior family.
+        encoder: maps x [B, D] to q_params [B, P].
+        family: the variational family.
         sites: the latents that q is over.
+
+    See also `SemiAmortized` and `PerDatapoint`, which optimize each datapoint's own parameters.
 
     Source: Kingma and Welling (2014), *Auto-Encoding Variational Bayes*, arXiv:1312.6114.
 
-    >>> from pvae.inference.families import DiagonalNormal; from pvae.generative.networks import MLP
-    >>> family = DiagonalNormal(2)
-    >>> Amortized(MLP(64, family.size), family).params(torch.zeros(5, 64)).shape
+    >>> import pvae
+    >>> family = pvae.families.DiagonalNormal(2)
+    >>> pvae.Amortized(pvae.networks.MLP(64, family.num_params), family).params(torch.zeros(5, 64)).shape
     torch.Size([5, 4])
     """
 
@@ -89,14 +93,14 @@ class Amortized(Guide):
 
 
 class SemiAmortized(Guide):
-    r"""The network's q_params, refined on the datapoint's own ELBO, :math:`\lambda_i = \mathrm{refine}(f_\phi(x_i))`.
+    r"""Semi-amortized inference: an encoder and a few steps, :math:`\lambda_i = \mathrm{refine}(f_\phi(x_i))`.
 
     Arguments:
-        encoder: x [B, D] to q_params [B, P].
-        family: the posterior family.
+        encoder: maps x [B, D] to q_params [B, P].
+        family: the variational family.
         steps: number of refinement steps.
-        bound: the datapoints' own bound, see `local_elbo`.
-        draws: of each step's gradient; near the optimum a single draw's noise costs more than a step wins.
+        model: the Pyro program whose ELBO the steps maximize.
+        draws: of each step's gradient; near the optimum a single draw's noise costs more than a step gains.
         learning_rate: of a refinement step, see `NaturalAscent`.
         unroll: train the encoder through the steps; otherwise as if the steps added a constant.
         sites: the latents that q is over.
@@ -128,94 +132,98 @@ class SemiAmortized(Guide):
 
     def params(self, x: Tensor, index: Tensor | None = None) -> Tensor:
         q_params = self.encoder(x)
-        through = self.unroll and torch.is_grad_enabled()
-        found = refine(
-            lambda q_params: self.local_elbo(q_params, x, index, self.draws, self._weight),
-            q_params,
-            self.steps,
-            rule=self.rule,
-            unroll=through,
-        )
-        return found.q_params if through else q_params + (found.q_params - q_params).detach()
+        unroll = self.unroll and torch.is_grad_enabled()
+
+        def bound(q_params: Tensor) -> Tensor:
+            return self.local_elbo(q_params, x, index, self.draws, self._train_kl_weight)
+
+        refined = refine(bound, q_params, self.steps, rule=self.rule, unroll=unroll).q_params
+        return refined if unroll else q_params + (refined - q_params).detach()
 
 
 class RefinedGuide(Guide):
-    r"""Another guide's q_params, each row's refined until it comes to rest: the best q of the family as far as it is found.
-
-    Not a source one trains with: evaluation asks with it what is left once the source of q_params is out of the way.
+    r"""Refinement of another guide's q_params for each row until convergence, for evaluation, not for training.
 
     Arguments:
-        guide: where the rows start.
-        model: the program whose ELBO they climb.
+        guide: gives the q_params from which the rows start.
+        model: the Pyro program whose ELBO is maximized.
         steps: the most steps.
     """
 
     def __init__(self, guide: Guide, model: Program, *, steps: int = 300) -> None:
         super().__init__(guide.family, guide.sites)
-        check_range("Optimized", steps=steps)
+        check_range("RefinedGuide", steps=steps)
         self.start, self.steps = guide, steps
         self.local_elbo = LocalELBO(model, guide.family, guide.sites)
 
     def params(self, x: Tensor, index: Tensor | None = None) -> Tensor:
-        q_params = self.start.params(x, index).detach()
-        return maximize_local_elbo(
-            self.local_elbo, q_params, x, index, steps=self.steps, rule=default_update_rule(self.family)
-        ).q_params
+        start, rule = self.start.params(x, index).detach(), default_update_rule(self.family)
+        return maximize_local_elbo(self.local_elbo, start, x, index, steps=self.steps, rule=rule).q_params
 
 
 class FrozenGuide(Guide):
-    """Another guide whose variational parameters for some rows were computed once, see `freeze`, and are looked up.
+    """Guide whose q_params for given rows were computed once, see `freeze`; for diagnostics, not for training.
 
-    Rows are known by their values and by their index, in any order and subset; other rows go to the guide itself.
-    It serves diagnostics of a fitted guide, not training.
+    Rows are recognized by value and index, in any order and subset; other rows go to the wrapped guide.
 
     Arguments:
-        guide: the guide.
+        guide: the wrapped guide.
         q_params: its variational parameters of the rows, [N, P].
-        x, index: the rows [N, C], and which training datapoints they are; None for new ones.
+        x, index: the rows [N, C], and which training datapoints they are; None for new rows.
     """
+
+    q_params: Tensor
 
     def __init__(self, guide: Guide, q_params: Tensor, x: Tensor, index: Tensor | None = None) -> None:
         super().__init__(guide.family, guide.sites)
         self.guide, self.encodes = guide, guide.encodes
         self.register_buffer("q_params", q_params, persistent=False)
         self._keys = _row_keys(x, index)
-        self._position = {key: place for place, key in reversed(list(enumerate(self._keys)))}
-
-    q_params: Tensor
+        self._positions = {key: position for position, key in reversed(list(enumerate(self._keys)))}
 
     def params(self, x: Tensor, index: Tensor | None = None) -> Tensor:
         keys = _row_keys(x, index)
-        if not all(key in self._position for key in keys):
+        if not all(key in self._positions for key in keys):
             return self.guide.params(x, index)
-        # Of rows that are alike, a stretch of the rows in their order finds its own.
+        # A slice of the rows gets its own q_params, even where rows are alike.
         for start, key in enumerate(self._keys):
-            if keys and key == keys[0] and self._keys[start : start + len(keys)] == keys:
+            if key == keys[0] and self._keys[start : start + len(keys)] == keys:
                 return self.q_params[start : start + len(keys)]
-        return self.q_params[[self._position[key] for key in keys]]
+        return self.q_params[[self._positions[key] for key in keys]]
 
 
 def _row_keys(x: Tensor, index: Tensor | None) -> list[bytes]:
-    """What tells rows from each other: their values' bytes and their index."""
+    """The bytes of each row's values and index."""
     rows = x.detach().cpu().contiguous().flatten(1).numpy()
     numbers = [-1] * len(rows) if index is None else index.tolist()
     return [row.tobytes() + int(number).to_bytes(8, signed=True) for row, number in zip(rows, numbers, strict=True)]
 
 
+class Visit(NamedTuple):
+    """Rows of a batch in training: their index [B], q_params [B, P] as a leaf that takes gradients, and their state."""
+
+    index: Tensor  # type: ignore[assignment]
+    q_params: Tensor
+    state: RowState
+
+
 class PerDatapoint(Guide):
-    r"""A row of parameters for every datapoint, :math:`\lambda_i = \Lambda_{i\cdot}`, as before there were encoders.
+    r"""Stochastic variational inference (SVI): q_params for every datapoint, :math:`\lambda_i = \Lambda_{i\cdot}`.
 
     Arguments:
         num_data: N, the number of datapoints.
-        family: the posterior family.
-        model: the Pyro program whose ELBO rows climb; needed for more than one local step and for new data.
+        family: the variational family.
+        model: the Pyro program whose ELBO is maximized; needed for more than one local step and for new data.
         local_steps: steps of a row at each visit. The last is taken together with the decoder's.
         local_learning_rate: of these steps, see `RowAdam`.
-        new_steps: the most steps with which rows of new data are fitted, from the initial value, decoder frozen.
+        num_steps_new_data: the most steps that fit new rows, from the initial q_params, with the decoder frozen.
         sites: the latents that q is over.
 
-    Each row has its own Adam moments and step count, so that rows outside a batch keep their bits. Memory is
-    the table and its moments, 3 N P + N numbers.
+    Each row has Adam moments and a step count of its own, so that rows outside a batch stay as they are. Memory is the
+    table and its moments, 3 N P + N numbers.
+
+    In training, `params` leaves a `Visit`: the optimizer's step takes it by `step_local_params`, a traced step by
+    `take_visit`, `updated_rows` and `write_rows`.
 
     Raises:
         UserError: a count below 1 or a learning rate that is not positive.
@@ -223,7 +231,7 @@ class PerDatapoint(Guide):
     Source: Hoffman, Blei, Wang, Paisley (2013), *Stochastic Variational Inference*, arXiv:1206.7051.
     """
 
-    encodes = False
+    encodes: ClassVar[bool] = False  # type: ignore[misc]
     table: Tensor
     first: Tensor
     second: Tensor
@@ -237,80 +245,84 @@ class PerDatapoint(Guide):
         model: Program | None = None,
         local_steps: int = 5,
         local_learning_rate: float = 0.1,
-        new_steps: int = 200,
+        num_steps_new_data: int = 200,
         sites: LatentSites | None = None,
     ) -> None:
         super().__init__(family, sites)
-        check_range(
-            "PerDatapoint",
-            num_data=num_data,
-            local_steps=local_steps,
-            local_learning_rate=local_learning_rate,
-            new_steps=new_steps,
-        )
+        counts = {"num_data": num_data, "local_steps": local_steps, "num_steps_new_data": num_steps_new_data}
+        check_range("PerDatapoint", **counts, local_learning_rate=local_learning_rate)
         self.local_elbo = None if model is None else LocalELBO(model, family, self.sites)
-        self.local_steps, self.new_steps = local_steps, new_steps
+        self.local_steps, self.num_steps_new_data = local_steps, num_steps_new_data
         self.rule = RowAdam(local_learning_rate)
-        start = family.initial()
-        self.register_buffer("table", start.repeat(num_data, 1))
-        self.register_buffer("first", torch.zeros(num_data, family.size, dtype=start.dtype))
-        self.register_buffer("second", torch.zeros(num_data, family.size, dtype=start.dtype))
+        table = family.initial_params().repeat(num_data, 1)
+        self.register_buffer("table", table)
+        self.register_buffer("first", torch.zeros_like(table))
+        self.register_buffer("second", torch.zeros_like(table))
         self.register_buffer("row_steps", torch.zeros(num_data, dtype=torch.int32))
-        self._visited: tuple[Tensor, Tensor, RowState] | None = None
+        self._visit: Visit | None = None
 
     def params(self, x: Tensor, index: Tensor | None = None) -> Tensor:
         if index is None:
-            start = self.family.initial().to(self.table).expand(len(x), -1)
-            return maximize_local_elbo(self._own_bound(), start, x, steps=self.new_steps, rule=self.rule).q_params
+            start = self.family.initial_params().to(self.table).expand(len(x), -1)
+            steps = self.num_steps_new_data
+            return maximize_local_elbo(self._required_elbo(), start, x, steps=steps, rule=self.rule).q_params
         if not (self.training and torch.is_grad_enabled()):
             return self.table[index]
+        self._visit = self._visit_rows(x, index)
+        # Even where no other parameter is trained, SVI takes gradients of what it sees as a parameter.
+        return declare_param("rows", self._visit.q_params)
+
+    def _visit_rows(self, x: Tensor, index: Tensor) -> Visit:
+        """Take the local steps of a batch but the last, which is the joint one."""
         q_params, state = self.table[index], RowState(self.first[index], self.second[index], self.row_steps[index])
         if self.local_steps > 1:
-            bound = self._own_bound()
-            found = refine(
-                lambda q_params: bound(q_params, x, index, 1, self._weight),
-                q_params,
-                self.local_steps - 1,
-                rule=self.rule,
-                state=state,
-            )
-            q_params, state = found.q_params, found.state
-        q_params = mark_as_parameter(q_params.detach().requires_grad_())
-        # Told as a parameter, so that SVI takes gradients even where no other parameter is left to train.
-        effectful(type="param")(lambda *_, **__: q_params)("rows", q_params, constraint=constraints.real, name="rows")
-        self._visited = (index, q_params, state)
-        return q_params
+            local_elbo = self._required_elbo()
 
-    def visited(self) -> tuple[Tensor, Tensor, RowState]:
-        """Of the last visit in training, once: which rows these were, their q_params as a leaf, and their state."""
-        if self._visited is None:
+            def bound(q_params: Tensor) -> Tensor:
+                return local_elbo(q_params, x, index, 1, self._train_kl_weight)
+
+            refined = refine(bound, q_params, self.local_steps - 1, rule=self.rule, state=state)
+            q_params, state = refined.q_params, refined.state
+        return Visit(index, q_params.detach().requires_grad_(), state)
+
+    def take_visit(self) -> Visit:
+        """Return the last visit in training, once.
+
+        Raises:
+            UserError: there was none since the last one was taken.
+        """
+        if self._visit is None:
             raise UserError("PerDatapoint: the rows were not visited in training")
-        found, self._visited = self._visited, None
-        return found
+        visit, self._visit = self._visit, None
+        return visit
 
-    def forget(self) -> None:
-        """Let a visit go without a step."""
-        self._visited = None
+    def drop_visit(self) -> None:
+        """Discard the last visit, so that no step follows."""
+        self._visit = None
 
-    def moved(self, q_params: Tensor, gradient: Tensor, state: RowState) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Rows after their joint step on the loss's gradient, as `write_rows` takes them."""
+    def updated_rows(self, visit: Visit, gradient: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return visited rows after a step on the loss's gradient (None is 0), in the form that `write_rows` takes."""
+        start = visit.q_params.detach()
         # The loss is the negative bound, summed over the batch.
-        q_params, state = self.rule.step(q_params.detach(), -gradient, state)
-        return q_params, state.first, state.second, state.steps
+        q_params, state = self.rule.step(start, torch.zeros_like(start) if gradient is None else -gradient, visit.state)
+        return q_params, state.exp_avg, state.exp_avg_sq, state.steps
 
     def write_rows(self, index: Tensor, q_params: Tensor, first: Tensor, second: Tensor, steps: Tensor) -> None:
-        """Put rows and their state back into the table."""
+        """Write rows and their state back into the table."""
         self.table[index], self.first[index], self.second[index], self.row_steps[index] = q_params, first, second, steps
 
-    def step_rows(self) -> None:
-        """After the loss's backward pass: let the visited rows take their joint step, and write them back."""
-        if self._visited is None:
+    def step_local_params(self) -> None:
+        """Take the visited rows' joint step after the loss's backward pass, and write them back."""
+        if self._visit is None:
             return
-        index, q_params, state = self.visited()
-        if q_params.grad is not None:
-            self.write_rows(index, *self.moved(q_params, q_params.grad, state))
+        visit = self.take_visit()
+        if visit.q_params.grad is not None:
+            self.write_rows(visit.index, *self.updated_rows(visit, visit.q_params.grad))
 
-    def _own_bound(self) -> LocalELBO:
+    def _required_elbo(self) -> LocalELBO:
         if self.local_elbo is None:
             raise UserError("PerDatapoint needs model= for local steps and for new data")
         return self.local_elbo
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_visit": None}

@@ -1,4 +1,4 @@
-"""The waist: the only place that scores traces. Everything that is evaluated is a function of its log-weights."""
+"""Importance weights: the only place that scores traces; every bound is a function of the log-weights it returns."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.distributions import kl_divergence
 
-from pvae.errors import Incompatible, UserError
+from pvae.errors import Incompatible, UserError, param
 from pvae.runtime.pyro_params import Program
 from pvae.runtime.torch_state import RandomState, halve_on_oom
 from pvae.runtime.tracing import AutoTraced
 
 Site = dict[str, Any]
-Through = Callable[[Tensor, int], Tensor]
+Hook = Callable[[Tensor, int], Tensor]
 
-# Passes from which on it is worth while to record one.
+# Chunks of draws from which on tracing one pays.
 MIN_CALLS_TO_TRACE = 100
 
-# Datapoints times samples in one pass through the program: large enough for the matrix products to rule,
-# small enough to stay near the cache.
+# Datapoints times samples in one pass through the program: large enough for matrix products to dominate, small enough
+# to stay near the cache.
 ROWS_PER_PASS = 4096
 
 
@@ -42,7 +42,7 @@ class LogWeights:
         log_q: log q(z|x), [K, B].
         latents: the draws by site, [K, B, ...], a site's plates inside "data" before B; empty unless asked for.
         scale: rows in the data for each row in the batch, where the program's plate "data" subsamples; else 1.
-        point_mass: the guide's draws have no density of their own.
+        point_mass: the guide's draws have no density.
     """
 
     log_lik: Tensor
@@ -54,7 +54,7 @@ class LogWeights:
 
     @property
     def log_w(self) -> Tensor:
-        """log p(x, z) - log q(z|x), [K, B]."""
+        """Log importance weights, log p(x, z) - log q(z|x), [K, B]."""
         return self.log_lik + self.log_prior - self.log_q
 
 
@@ -79,25 +79,25 @@ def log_weights(
         keep_latents: return the draws as well; memory then grows with K.
 
     Returns:
-        Log-densities without the scales of plates and ``poutine.scale``, masks kept. Draws are made in chunks, so
+        Log-densities without the scales of plates and ``poutine.scale``, masks kept. Draws are scored in chunks, so
         that without gradients memory is what one chunk takes and three numbers for each draw.
+
+    See also `iter_log_weights`, in memory that K does not change.
 
     Raises:
         UserError: K below 1, or a program that is not of this form; the message names the site.
     """
-    parts = [
-        w
-        for (w,) in iter_log_weights(
-            model, [guide], x, index, K, max_plate_nesting=max_plate_nesting, keep_latents=keep_latents
-        )
-    ]
-    if len(parts) == 1:
-        return parts[0]
-    log_lik, log_prior, log_q = (
-        torch.cat(p) for p in zip(*((p.log_lik, p.log_prior, p.log_q) for p in parts), strict=True)
-    )
-    latents = {name: torch.cat([p.latents[name] for p in parts]) for name in parts[0].latents}
-    return LogWeights(log_lik, log_prior, log_q, latents, parts[0].scale, parts[0].point_mass)
+    options: dict[str, Any] = {"max_plate_nesting": max_plate_nesting, "keep_latents": keep_latents}
+    chunks = [w for (w,) in iter_log_weights(model, [guide], x, index, K, **options)]
+    if len(chunks) == 1:
+        return chunks[0]
+    log_lik, log_prior, log_q = (torch.cat(parts) for parts in zip(*map(_log_densities, chunks), strict=True))
+    latents = {name: torch.cat([w.latents[name] for w in chunks]) for name in chunks[0].latents}
+    return replace(chunks[0], log_lik=log_lik, log_prior=log_prior, log_q=log_q, latents=latents)
+
+
+def _log_densities(w: LogWeights) -> tuple[Tensor, Tensor, Tensor]:
+    return w.log_lik, w.log_prior, w.log_q
 
 
 def iter_log_weights(
@@ -110,11 +110,11 @@ def iter_log_weights(
     max_plate_nesting: int = 1,
     keep_latents: bool = False,
 ) -> Iterator[tuple[LogWeights, ...]]:
-    """The K draws of `log_weights` chunk by chunk, in memory that K does not change.
+    """Score the K draws of `log_weights` chunk by chunk, in memory that K does not change.
 
     Arguments:
-        guides: one or several; each sees the same random numbers, so that two of one family are compared without
-            their noise. The next chunk goes on where the first guide's stream ended.
+        guides: one or several, under common random numbers, so that guides of one family are compared without their
+            noise. The random stream goes on where the first guide's draws end.
 
     Returns:
         The guides' log-weights [k, B] of one chunk after the other, k adding up to K. Where the device has no memory
@@ -132,37 +132,35 @@ def iter_log_weights(
     sources: list[Callable[[int], LogWeights]]
     sources = [functools.partial(score_draws, model, guide, x, index, **options) for guide in guides]
     if size * MIN_CALLS_TO_TRACE <= K and not (keep_latents or torch.is_grad_enabled()):
-        sources = [_Draws(each) for each in sources]
+        sources = [_TracedDraws(source) for source in sources]
 
-    def chunk(part: slice) -> tuple[LogWeights, ...]:
-        before, found = RandomState(), list[LogWeights]()
-        after = before
-        for source in sources:
-            before.restore()
-            own = source(part.stop - part.start)
-            after = after if found else RandomState()
-            found.append(own)
-        after.restore()
-        return tuple(found)
+    def score_chunk(draws: slice) -> tuple[LogWeights, ...]:
+        count, start = draws.stop - draws.start, RandomState()
+        chunk, end = [sources[0](count)], RandomState()
+        for source in sources[1:]:
+            start.restore()
+            chunk.append(source(count))
+        end.restore()
+        return tuple(chunk)
 
-    yield from halve_on_oom(chunk, K, size, "draws for each row")
+    yield from halve_on_oom(score_chunk, K, size, "draws for each row")
 
 
-class _Draws:
-    """Chunks of a guide's draws for the same rows, recorded because there are many and they need no gradient."""
+class _TracedDraws:
+    """Draws of one guide for the same rows, traced because they are many and need no gradient."""
 
-    def __init__(self, draw: Callable[[int], LogWeights]) -> None:
-        self.draw = draw
-        self.by_size: dict[int, AutoTraced] = {}
+    def __init__(self, score: Callable[[int], LogWeights]) -> None:
+        self.score = score
+        self.first: LogWeights | None = None
+        self.traced: dict[int, AutoTraced] = {}
 
     def __call__(self, K: int) -> LogWeights:
-        repeated = self.by_size.setdefault(K, AutoTraced(functools.partial(self._parts, K)))
-        log_lik, log_prior, log_q = repeated()
-        return replace(self.last, log_lik=log_lik, log_prior=log_prior, log_q=log_q)
-
-    def _parts(self, K: int) -> tuple[Tensor, ...]:
-        self.last = self.draw(K)  # which has what replays do not change
-        return self.last.log_lik, self.last.log_prior, self.last.log_q
+        if self.first is None:  # has all that is the same for every draw
+            self.first = self.score(K)
+            return self.first
+        traced = self.traced.setdefault(K, AutoTraced(lambda: _log_densities(self.score(K))))
+        log_lik, log_prior, log_q = traced()
+        return replace(self.first, log_lik=log_lik, log_prior=log_prior, log_q=log_q)
 
 
 def elbo(
@@ -173,7 +171,7 @@ def elbo(
     K: int = 1,
     kl_weight: float | Tensor = 1.0,
 ) -> Tensor:
-    r"""Evidence lower bound of each datapoint, :math:`\frac1K \sum_k \log w_k`, [B] in nats, with gradients.
+    r"""Compute the evidence lower bound (ELBO) of each datapoint, :math:`\frac1K \sum_k \log w_k`, [B] in nats.
 
     With a KL weight beta other than 1 it is :math:`E_q[\log p(x|z)] - \beta\, KL(q \| p)`, for training alone.
     """
@@ -190,57 +188,56 @@ def score_draws(
     *,
     max_plate_nesting: int = 1,
     keep_latents: bool = False,
-    through: Through | None = None,
-    learning: bool = False,
-    path: bool = False,
-    analytic: bool = False,
+    hook: Hook | None = None,
+    require_rsample: bool = False,
+    path_gradient: bool = False,
+    analytic_kl: bool = False,
 ) -> LogWeights:
-    r"""Like `log_weights`, in one pass, with what the gradients of an objective need.
+    r"""Score draws as `log_weights` does, in one pass, with the gradients that an objective needs.
 
     Arguments:
-        through: (value, event dimensions) to the latent that the model is to see in the value's place.
-        learning: refuse latents whose draws pass no gradient.
-        path: gradients of log_q reach the guide's parameters through the draws alone, not through q's density.
-        analytic: log_prior is :math:`-KL(q \| p)` in closed form and log_q is 0.
+        hook: maps a draw and its event dimensions to the value that the model sees in its place.
+        require_rsample: refuse latents that are not reparametrized.
+        path_gradient: let gradients of log_q reach the guide's parameters through the draws alone, not through q's
+            density.
+        analytic_kl: log_prior is :math:`-KL(q \| p)` in closed form and log_q is 0.
     """
     dim, shape = -1 - max_plate_nesting, (K, len(x))
-    scored, drawn = _sites(model, guide, x, index, K, dim, through)
-    if learning or path:
-        _check_gradients(drawn, path)
-    if analytic and [name for name in drawn if name in scored] != [name for name in scored if name in drawn]:
-        raise Incompatible("the guide draws its latents in another order than the model: there is no KL in closed form")
+    scored, drawn = _trace_sites(model, guide, x, index, K, dim, hook)
+    if require_rsample or path_gradient:
+        _check_gradients(drawn, path_gradient)
     log_lik, log_prior, log_q = (x.new_zeros(shape) for _ in range(3))
+    if analytic_kl:
+        _check_closed_form(scored, drawn)
     for name, site in scored.items():
         if site["is_observed"]:
-            log_lik = log_lik + _rows(name, site, _density(site), shape, dim)
+            log_lik = log_lik + _sum_plates(name, site, _log_prob(site), shape, dim)
         else:
-            log_p = -_kl(name, drawn[name], site) if analytic else _density(site)
-            log_prior = log_prior + _rows(name, site, log_p, shape, dim)
-    for name, site in drawn.items():
-        if not analytic:
-            log_q = log_q + _rows(name, site, _path_density(site) if path else _density(site), shape, dim)
-        elif name not in scored:
-            raise Incompatible(f"the guide draws '{name}' jointly for all latents: there is no KL in closed form")
+            log_p = -_kl(name, drawn[name], site) if analytic_kl else _log_prob(site)
+            log_prior = log_prior + _sum_plates(name, site, log_p, shape, dim)
+    for name, site in () if analytic_kl else drawn.items():
+        log_q_site = _path_log_prob(site) if path_gradient else _log_prob(site)
+        log_q = log_q + _sum_plates(name, site, log_q_site, shape, dim)
     latents = {
         name: _own_dims(site) if K > 1 else _own_dims(site).unsqueeze(0)
         for name, site in scored.items()
         if keep_latents and not site["is_observed"]
     }
     point_mass = all(isinstance(site["fn"], pyro.distributions.Delta) for site in drawn.values())
-    return LogWeights(log_lik, log_prior, log_q, latents, _subsampling(scored), point_mass)
+    return LogWeights(log_lik, log_prior, log_q, latents, _subsampling_scale(scored), point_mass)
 
 
-def _sites(
-    model: Program, guide: Program, x: Tensor, index: Tensor | None, K: int, dim: int, through: Through | None
+def _trace_sites(
+    model: Program, guide: Program, x: Tensor, index: Tensor | None, K: int, dim: int, hook: Hook | None
 ) -> tuple[dict[str, Site], dict[str, Site]]:
-    """The model's sites at the guide's draws, and the guide's own."""
+    """Trace the guide, and the model at the guide's draws; return the sites of the model and of the guide."""
     # A single draw goes without the samples' plate: a guide that refines inside its own trace draws this way.
     with pyro.plate("samples", K, dim=dim) if K > 1 else nullcontext():
         guide_trace = poutine.trace(guide).get_trace(x, index)
         drawn = {name: dict(site) for name, site in random_sites(guide_trace)}
-        if through:
+        if hook:
             for name, site in drawn.items():
-                guide_trace.nodes[name]["value"] = through(site["value"], site["fn"].event_dim)
+                guide_trace.nodes[name]["value"] = hook(site["value"], site["fn"].event_dim)
         model_trace = poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(x, index)
     scored = dict(random_sites(model_trace))
     _check_match(scored, drawn)
@@ -248,7 +245,7 @@ def _sites(
 
 
 def random_sites(trace: Any) -> Iterator[tuple[str, Site]]:
-    """The sites of a trace that are drawn or observed."""
+    """Yield the sites of a trace that are drawn or observed."""
     for name, site in trace.nodes.items():
         if site["type"] == "sample" and not site_is_subsample(site) and not site["infer"].get("_deterministic"):
             yield name, site
@@ -263,30 +260,29 @@ def _check_match(scored: dict[str, Site], drawn: dict[str, Site]) -> None:
             raise UserError(f"the model draws '{name}', but the guide has no such site")
 
 
-def _subsampling(sites: dict[str, Site]) -> float:
-    """Rows of the data over rows of the batch, as the plate "data" states them; what ``poutine.scale`` adds is left."""
+def _subsampling_scale(sites: dict[str, Site]) -> float:
+    """Rows of the data over rows of the batch, as the plate "data" states them, without ``poutine.scale``."""
     frames = [f for site in sites.values() for f in site["cond_indep_stack"] if f.name == "data"]
     return frames[0].full_size / frames[0].size if frames and frames[0].full_size else 1.0
 
 
-def _density(site: Site) -> Tensor:
+def _log_prob(site: Site) -> Tensor:
     return site["fn"].log_prob(site["value"])
 
 
-def _check_gradients(drawn: dict[str, Site], path: bool) -> None:
+def _check_gradients(drawn: dict[str, Site], path_gradient: bool) -> None:
     for name, site in drawn.items():
         if not site["fn"].has_rsample:
             raise Incompatible(
                 f"latent '{name}' is not reparametrized: only ELBO(), without weights, has a gradient for it"
             )
-    several = [name for name, site in drawn.items() if not isinstance(site["fn"], pyro.distributions.Delta)]
-    if path and len(several) > 1:
-        raise Incompatible(
-            f"the guide draws {', '.join(several)} one by one: a path gradient needs them drawn jointly, as ours do"
-        )
+    with_density = [name for name, site in drawn.items() if not isinstance(site["fn"], pyro.distributions.Delta)]
+    if path_gradient and len(with_density) > 1:
+        names = ", ".join(with_density)
+        raise Incompatible(f"the guide draws {names} one by one: a path gradient needs them drawn jointly, as ours do")
 
 
-def _path_density(site: Site) -> Tensor:
+def _path_log_prob(site: Site) -> Tensor:
     """log q of a draw, whose gradient is the score at the draw times the draw's own."""
     fn, value = site["fn"], site["value"]
     log_q = fn.log_prob(value)
@@ -294,8 +290,16 @@ def _path_density(site: Site) -> Tensor:
         return log_q
     leaf = value.detach().requires_grad_()
     (score,) = torch.autograd.grad(fn.log_prob(leaf).sum(), leaf)
-    moved = (value - value.detach()) * score
-    return log_q.detach() + moved.reshape((*log_q.shape, -1)).sum(-1)
+    change = (value - value.detach()) * score
+    return log_q.detach() + change.reshape((*log_q.shape, -1)).sum(-1)
+
+
+def _check_closed_form(scored: dict[str, Site], drawn: dict[str, Site]) -> None:
+    if [name for name in drawn if name in scored] != [name for name in scored if name in drawn]:
+        raise Incompatible("the guide draws its latents in another order than the model: there is no KL in closed form")
+    for name in drawn:
+        if name not in scored:
+            raise Incompatible(f"the guide draws '{name}' jointly for all latents: there is no KL in closed form")
 
 
 def _kl(name: str, q: Site, p: Site) -> Tensor:
@@ -304,7 +308,9 @@ def _kl(name: str, q: Site, p: Site) -> Tensor:
         with suppress(NotImplementedError):
             return kl_divergence(q["fn"], prior)
     kinds = " and ".join(type(getattr(site["fn"], "base_dist", site["fn"])).__name__ for site in (q, p))
-    raise Incompatible(f"KL(q || p) of '{name}' has no closed form for {kinds}; use --objective ELBO, which samples it")
+    raise Incompatible(
+        f"KL(q || p) of '{name}' has no closed form for {kinds}; set {param('objective', 'ELBO')}, which samples it"
+    )
 
 
 def _as_multivariate(fn: Any) -> Any:
@@ -315,7 +321,7 @@ def _as_multivariate(fn: Any) -> Any:
     return fn
 
 
-def _rows(name: str, site: Site, log_p: Tensor, shape: tuple[int, int], samples_dim: int) -> Tensor:
+def _sum_plates(name: str, site: Site, log_p: Tensor, shape: tuple[int, int], samples_dim: int) -> Tensor:
     """Unscaled log-density of a site, summed over plates inside "data", [K, B]."""
     data = [frame for frame in site["cond_indep_stack"] if frame.name == "data"]
     if not data or data[0].dim != -1:

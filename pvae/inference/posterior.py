@@ -187,12 +187,12 @@ def decode_latents(
 
 
 def prior_predictive(model: Program, x: Tensor) -> PredictiveDraw:
-    """Draw every row's latents from the prior, for as many rows as x [B, ...], from which the program takes the rest."""
+    """Draw latents from the prior for as many rows as x [B, ...], from which the program takes all else it is given."""
     return _predictive(poutine.trace(model).get_trace(x, x.new_zeros(len(x), dtype=torch.long)), x)
 
 
 def posterior_predictive(model: Program, guide: Program, x: Tensor, index: Tensor | None = None) -> PredictiveDraw:
-    """Draw every row's latents from the guide, for rows x [B, ...]; for several draws see `with_fixed_params`."""
+    """Draw latents of rows x [B, ...] from the guide; for several draws see `with_fixed_params`."""
     guide_trace = poutine.trace(guide).get_trace(x, index)
     return _predictive(poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(x, index), x)
 
@@ -276,7 +276,7 @@ def refit_params(
             values = local_elbo(q_params, x, index, START_DRAWS)
         return values.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
 
-    best = guide.family.initial().to(x).expand(len(x), -1)
+    best = guide.family.initial_params().to(x).expand(len(x), -1)
     value = value_of(best)
     for rows in candidates if guide.encodes else ():
         with seeded(seed + 2):  # a guide that refines draws

@@ -21,8 +21,11 @@ from pvae.training.optimizer import FusedAdam
 from pvae.training.support import check_support
 
 
-def check_recipe(recipe: Recipe, data: Dataset) -> FittedModel:
+def check_recipe(recipe: Recipe, data: Dataset, *, check_data: bool = True) -> FittedModel:
     """Build a resolved recipe's model and refuse what training would refuse, before anything is written.
+
+    Arguments:
+        check_data: refuse data outside the support, by a pass over all rows.
 
     Returns:
         The untrained model, which `fit_recipe` may train: nothing of the check is left in it.
@@ -38,7 +41,8 @@ def check_recipe(recipe: Recipe, data: Dataset) -> FittedModel:
     shard = data.shard()
     buffers = [buffer for module in untrained.modules.values() for buffer in module.buffers()]
     with restore_state(buffers):
-        check_support(untrained.model, shard)
+        if check_data:
+            check_support(untrained.model, shard)
         x, index = next(shard.batches(2, recipe.seed, 0))
         try:
             with seeded(recipe.seed), no_validation():
@@ -47,7 +51,7 @@ def check_recipe(recipe: Recipe, data: Dataset) -> FittedModel:
             likelihood = param("likelihood")
             raise UserError(f"at the first step {error}; choose another {likelihood} or scale the data") from error
     if isinstance(untrained.guide, PerDatapoint):
-        untrained.guide.forget()
+        untrained.guide.drop_visit()
     return untrained
 
 
@@ -88,7 +92,7 @@ class _GradientKeepingAdam(FusedAdam):
         if self.adam:
             self.adam.step()
         for table in self.tables:
-            table.step_rows()
+            table.step_local_params()
 
 
 def _take_two_steps(untrained: FittedModel, data: Dataset) -> float:

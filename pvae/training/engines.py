@@ -1,10 +1,11 @@
-"""Engines: how a step of training is made. Each makes the step that Pyro's ``SVI`` makes, in less and less time."""
+"""Engines: each makes the step of Pyro's stochastic variational inference (``SVI``), in less and less time."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
 
 import torch
 from pyro.infer import SVI
@@ -13,28 +14,29 @@ from torch import Tensor
 from pvae.errors import UserError, nearest
 from pvae.inference.guides import Guide
 from pvae.runtime.pyro_params import Program, module_of
+from pvae.runtime.threads import OpSizes
 from pvae.runtime.torch_state import RandomState
 from pvae.runtime.tracing import Outputs, TracedFunction, TraceError, restore_state
 from pvae.training.objectives import NonFiniteLoss, Objective
 from pvae.training.optimizer import FusedAdam
 
-ENGINES = ("auto", "pyro", "traced", "compiled", "graph")
+EngineName = Literal["pyro", "traced", "compiled", "graph"]
+ENGINES = ("auto", *get_args(EngineName))
 
-# Steps after which a recording has paid for itself, as measured on two cores.
+# Steps from which on tracing pays for itself, as measured on two cores.
 MIN_STEPS_TO_TRACE = 200
-
 
 # Model, guide, optimizer and objective, as ``SVI`` takes them; rows and index of a batch.
 Parts = tuple[Program, Program, FusedAdam, Objective]
 Rows = tuple[Tensor, Tensor]
 
-# One step of training on a batch, rows x [B, D] and index [B], of everything that is trained; what gathers the rows by
-# itself takes the index alone. It gives the loss before the step in nats, summed over the rows.
+# One step of training on a batch, rows x [B, D] and index [B]; a CUDA graph, which gathers the rows itself, takes the
+# index alone. It returns the loss before the step in nats, summed over the rows.
 Step = Callable[..., Tensor | float]
 
 
 class PyroStep:
-    """Pyro's own: ``SVI.step``."""
+    """Step of Pyro's own ``SVI``."""
 
     def __init__(self, model: Program, guide: Program, optimizer: FusedAdam, objective: Objective) -> None:
         self.svi = SVI(model, guide, optimizer, objective)
@@ -44,11 +46,14 @@ class PyroStep:
 
 
 class TracedStep:
-    r"""The same loss, its gradients :math:`\nabla_{\theta, \phi, \Lambda}` and the rows' step, recorded and replayed.
+    r"""Step that replays the traced loss, its gradients :math:`\nabla_{\theta, \phi, \Lambda}` and the rows' update.
 
     Arguments:
         model, guide, optimizer, objective: as for ``SVI``.
-        compile: compile what is recorded.
+        compile: compile the traced graph.
+
+    Attributes:
+        op_size: mean size of the graph's operations, see `OpSizes`; NaN before `check` and for compiled graphs.
 
     Raises:
         TraceError: when it is called, see `TracedFunction`.
@@ -66,35 +71,36 @@ class TracedStep:
         self.model, self.guide, self.optimizer, self.objective = model, guide, optimizer, objective
         self.modules = [module_of(model), module_of(guide)]
         self.gradients = TracedFunction(self._gradients, *self.modules, compile=compile)
-        self.plain = PyroStep(model, guide, optimizer, objective)
+        self.fallback = PyroStep(model, guide, optimizer, objective)
         self.refused: set[int] = set()
+        self.op_size = math.nan
 
     def __call__(self, x: Tensor, index: Tensor) -> Tensor | float:
         if len(x) in self.refused:
-            return self.plain(x, index)
+            return self.fallback(x, index)
         stream = None if x.is_cuda else RandomState()
         try:
-            loss, *found = self.gradients(*self._inputs(x, index))
+            loss, *updates = self.gradients(*self._inputs(x, index))
         except TraceError:  # of a batch of this size, which the last of an epoch may be the first to have
             self.refused.add(len(x))
-            return self.plain(x, index)
+            return self.fallback(x, index)
         assert loss is not None
         if stream is None:  # no look at the loss, which would wait for the device
-            self.apply(index, found)
+            self.apply(index, updates)
             return loss.double()
         if not math.isfinite(loss.item()):
             stream.restore()
-            raise self._broken(x, index)
-        self.apply(index, found)
+            raise self._find_cause(x, index)
+        self.apply(index, updates)
         return loss.item()
 
-    def apply(self, index: Tensor, found: Sequence[Tensor | None]) -> None:
-        """Let all parameters take their step on these gradients, and put the rows of tables that moved back."""
+    def apply(self, index: Tensor, updates: Sequence[Tensor | None]) -> None:
+        """Step all parameters on these gradients, and write the updated rows of per-datapoint tables back."""
         parameters = self.optimizer.parameters
-        for parameter, gradient in zip(parameters, found, strict=False):
+        for parameter, gradient in zip(parameters, updates, strict=False):
             parameter.grad = gradient
         self.optimizer.step_parameters()
-        rows = [values for values in found[len(parameters) :] if values is not None]
+        rows = [values for values in updates[len(parameters) :] if values is not None]
         for place, table in enumerate(self.optimizer.tables):
             table.write_rows(index, *rows[4 * place : 4 * place + 4])
 
@@ -105,48 +111,49 @@ class TracedStep:
 
     def _gradients(self, x: Tensor, index: Tensor, *weight: Tensor) -> Outputs:
         if weight:
-            self._weigh(*weight)
+            self._set_kl_weight(*weight)
         loss = self.objective.tensor_loss(self.model, self.guide, x, index)
-        visits = [(table, *table.visited()) for table in self.optimizer.tables]
-        leaves = [*self.optimizer.parameters, *(q_params for _, _, q_params, _ in visits)]
+        visits = [table.take_visit() for table in self.optimizer.tables]
+        leaves = [*self.optimizer.parameters, *(visit.q_params for visit in visits)]
         gradients = torch.autograd.grad(loss, leaves, allow_unused=True)
         of_rows = gradients[len(self.optimizer.parameters) :]
-        moved = [
-            rows
-            for (table, _, q_params, state), gradient in zip(visits, of_rows, strict=True)
-            for rows in table.moved(q_params, torch.zeros_like(q_params) if gradient is None else gradient, state)
+        updated = [
+            values
+            for table, visit, gradient in zip(self.optimizer.tables, visits, of_rows, strict=True)
+            for values in table.updated_rows(visit, gradient)
         ]
-        return (loss.detach(), *gradients[: len(self.optimizer.parameters)], *moved)
+        return (loss.detach(), *gradients[: len(self.optimizer.parameters)], *updated)
 
-    def _weigh(self, weight: Tensor) -> None:
-        """Put the KL weight that changes in training where recording sees it as an input."""
+    def _set_kl_weight(self, weight: Tensor) -> None:
+        """Put the KL weight that changes in training where tracing sees it as an input."""
         self.objective.weight = weight
         for module in self.modules:
             if isinstance(module, Guide):
                 module.kl_weight = weight
 
     def check(self, x: Tensor, index: Tensor) -> None:
-        """Compare with the loss that Pyro takes on these rows, from the same draws.
+        """Compare the replayed loss with Pyro's own on these rows, from the same draws.
 
         Raises:
             TraceError: they differ: the program does what its trace on other rows did not show.
         """
         buffers = [b for module in self.modules for b in module.buffers()]
+        self.gradients.prepare(*self._inputs(x, index)) if False else None
         with restore_state(buffers):
             loss = self.gradients(*self._inputs(x, index))[0]
         with restore_state(buffers):
             try:
                 expected = self.objective.differentiable_loss(self.model, self.guide, x, index).item()
-            except NonFiniteLoss:  # which is for the step to tell
+            except NonFiniteLoss:  # which the step reports
                 return
             finally:
                 for table in self.optimizer.tables:
-                    table.forget()
+                    table.drop_visit()
         # Sums of float32 in another order.
         if loss is not None and not abs(loss.item() - expected) <= 1e-5 * abs(expected) + 1e-4 * len(x):
             raise TraceError(f"replayed, the loss is {loss.item():g}, but Pyro's is {expected:g}")
 
-    def _broken(self, x: Tensor, index: Tensor) -> NonFiniteLoss:
+    def _find_cause(self, x: Tensor, index: Tensor) -> NonFiniteLoss:
         try:
             self.objective.differentiable_loss(self.model, self.guide, x, index)
         except NonFiniteLoss as error:
@@ -154,77 +161,87 @@ class TracedStep:
         return NonFiniteLoss("the loss is not finite")
 
 
-class EngineChoice(NamedTuple):
-    """An engine's step, its name, and why it was chosen, in a line."""
+@dataclass(frozen=True)
+class EngineChoice:
+    """An engine's step, its name, and the reason for the choice, in a line.
+
+    Attributes:
+        traced: the traced step behind ``step``, which `recheck_engine` compares with Pyro's.
+        batches: what yields the step's arguments, as `Dataset.batches` does; that method itself if None.
+        op_size: mean size of the step's operations, see `cpu_threads`.
+    """
 
     step: Step
-    name: str
-    why: str
+    name: EngineName
+    reason: str
+    traced: TracedStep | None = None
+    batches: Callable[..., Iterator[Any]] | None = None
+    op_size: float = math.nan
 
 
-def choose_engine(
-    name: str,
-    parts: Parts,
-    batches: Sequence[Rows],
-    steps: int,
-) -> EngineChoice:
-    """The step of the engine that is asked for; of Pyro's where the program can't be recorded.
+def choose_engine(name: str, parts: Parts, batches: Sequence[Rows], steps: int) -> EngineChoice:
+    """Choose the engine that is asked for, or Pyro's where the program can't be traced.
 
     Arguments:
         name: of :data:`ENGINES`; ``auto`` takes the one that suits the device and the number of steps.
         parts: model, guide, optimizer and objective.
-        batches: two: what is recorded on the first must hold on the other.
-        steps: that will be made in all.
+        batches: two: the step is traced on the first and must hold on the other.
+        steps: number of steps to come.
 
     Raises:
         UserError: no engine of that name.
     """
     check_engine(name)
     if name == "pyro":
-        return EngineChoice(PyroStep(*parts), name, "as asked")
+        return _choose_pyro(parts, "as asked")
     if name == "auto" and steps < MIN_STEPS_TO_TRACE:
-        return EngineChoice(PyroStep(*parts), "pyro", f"{steps} steps are too few to pay for recording one")
+        return _choose_pyro(parts, f"{steps} steps are too few to pay for tracing one")
     try:
         return _trace_step(name, parts, batches, steps)
     except TraceError as error:
-        return EngineChoice(PyroStep(*parts), "pyro", f"the step can't be recorded ({error})")
+        return _choose_pyro(parts, f"the step can't be traced ({error})")
 
 
 def recheck_engine(choice: EngineChoice, parts: Parts, batch: Sequence[Tensor]) -> EngineChoice:
-    """The same choice, if its recording still agrees with Pyro now that parameters have moved; else Pyro's step."""
+    """Return the same choice if its trace still agrees with Pyro's loss after training, else Pyro's step."""
     try:
-        if isinstance(choice.step, TracedStep):
-            choice.step.check(*batch)
+        if choice.traced:
+            choice.traced.check(*batch)
     except TraceError as error:
-        return EngineChoice(PyroStep(*parts), "pyro", f"what was recorded no longer holds ({error})")
+        return _choose_pyro(parts, f"the traced step no longer holds ({error})")
     return choice
 
 
 def check_engine(name: str) -> None:
-    """Refuse the name of no engine."""
+    """Refuse an unknown engine."""
     if name not in ENGINES:
         raise UserError(f"unknown engine '{name}'{nearest(name, ENGINES)}")
 
 
+def _choose_pyro(parts: Parts, reason: str) -> EngineChoice:
+    return EngineChoice(PyroStep(*parts), "pyro", reason)
+
+
 def _trace_step(name: str, parts: Parts, batches: Sequence[Rows], steps: int) -> EngineChoice:
-    compile, why, step = name == "compiled", "as asked", None
-    if not compile:
-        step = _check_step(parts, batches)
+    compile, reason = name == "compiled", "as asked"
+    step = None if compile else _checked_step(parts, batches)
     if step and name in ("auto", "graph"):
-        cost, saved = step.gradients.compile_cost
+        cost, saved = step.gradients.worth
         compile = steps * saved > cost
-        why = f"compiling takes about {cost:.0f} s and saves about {steps * saved:.2g} s in {steps:,} steps"
+        reason = f"compiling takes about {cost:.0f} s and saves about {steps * saved:.2g} s in {steps:,} steps"
     if compile:
         try:
-            return EngineChoice(_check_step(parts, batches, compile=True), "compiled", why)
+            compiled = _checked_step(parts, batches, compile=True)
+            return EngineChoice(compiled, "compiled", reason, compiled)
         except TraceError as error:
-            why = f"the step can't be compiled ({error})"
+            reason = f"the step can't be compiled ({error})"
     if name == "graph" and not batches[0][0].is_cuda:
-        why = "a CUDA graph needs a CUDA device"
-    return EngineChoice(step or _check_step(parts, batches), "traced", why)
+        reason = "a CUDA graph needs a CUDA device"
+    step = step or _checked_step(parts, batches)
+    return EngineChoice(step, "traced", reason, step, op_size=step.op_size)
 
 
-def _check_step(parts: Parts, batches: Sequence[Rows], *, compile: bool = False) -> TracedStep:
+def _checked_step(parts: Parts, batches: Sequence[Rows], *, compile: bool = False) -> TracedStep:
     step = TracedStep(*parts, compile=compile)
     for batch in batches:
         step.check(*batch)

@@ -75,7 +75,7 @@ class Objective(pyro.infer.ELBO):
 
     def draw(self, model: Program, guide: Program, x: Tensor, index: Tensor | None = None) -> LogWeights:
         """Log-densities of K draws, with the gradients that the estimator takes."""
-        return score_draws(model, guide, x, index, self.K, learning=torch.is_grad_enabled())
+        return score_draws(model, guide, x, index, self.K, require_rsample=torch.is_grad_enabled())
 
     def bound(self, w: LogWeights) -> Tensor:
         """The bound of each datapoint, [B] in nats, from log-weights that bear the KL weight."""
@@ -168,7 +168,7 @@ class AnalyticKL(Objective):
     """
 
     def draw(self, model: Program, guide: Program, x: Tensor, index: Tensor | None = None) -> LogWeights:
-        return score_draws(model, guide, x, index, self.K, learning=torch.is_grad_enabled(), analytic=True)
+        return score_draws(model, guide, x, index, self.K, require_rsample=torch.is_grad_enabled(), analytic_kl=True)
 
     def bound(self, w: LogWeights) -> Tensor:
         return w.log_w.mean(0)
@@ -237,7 +237,7 @@ class StickingTheLanding(Objective):
     """
 
     def draw(self, model: Program, guide: Program, x: Tensor, index: Tensor | None = None) -> LogWeights:
-        return score_draws(model, guide, x, index, self.K, path=True)
+        return score_draws(model, guide, x, index, self.K, path_gradient=True)
 
     def bound(self, w: LogWeights) -> Tensor:
         return w.log_w.mean(0)
@@ -254,9 +254,9 @@ class DReG(_MultiSample):
 
     def draw(self, model: Program, guide: Program, x: Tensor, index: Tensor | None = None) -> LogWeights:
         self._factor: Tensor | None = None
-        return score_draws(model, guide, x, index, self.K, through=self._through, path=True)
+        return score_draws(model, guide, x, index, self.K, hook=self._hook, path_gradient=True)
 
-    def _through(self, z: Tensor, event_dim: int) -> Tensor:
+    def _hook(self, z: Tensor, event_dim: int) -> Tensor:
         """The draw itself, whose gradient is multiplied on its way back by a factor known only then."""
         if not z.requires_grad:
             return z

@@ -36,7 +36,7 @@ class FusedAdam(PyroOptim):
     def __call__(self, params: Any, *args: Any, **kwargs: Any) -> None:
         self.step_parameters()
         for table in self.tables:
-            table.step_rows()
+            table.step_local_params()
 
     def step_parameters(self) -> None:
         """Adam's step on the parameters' gradients, which are then gone."""

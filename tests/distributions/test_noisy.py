@@ -87,7 +87,7 @@ def test_the_linear_estimate_is_unbiased_and_its_variance_right(name):
     p, draws, noise = clean(LIKELIHOODS[name]()), 40_000, GaussianNoise(scale=0.5)
     with seeded(1):
         x = p.sample((draws,))
-        y = noise.added(x)
+        y = noise.add_to(x)
     mean, variance = NoiseConvolution(p, noise).clean_moments(y)
     error = x - mean
     assert (error.mean(0).abs() < 5 * error.std(0) / draws**0.5).all()
@@ -99,7 +99,7 @@ def test_the_linear_estimate_is_unbiased_and_its_variance_right(name):
 def test_clean_means_stay_where_x_may_be_and_are_y_without_noise(p):
     with seeded(2):
         x = p.sample()
-        y = GaussianNoise(scale=3.0).added(x)
+        y = GaussianNoise(scale=3.0).add_to(x)
     inside = base_constraint(p.support)
     found = NoiseConvolution(p, GaussianNoise(scale=3.0)).clean_moments(y)
     assert torch.equal(noisy_module.clamp_to_support(p, found.mean), found.mean)
@@ -144,7 +144,7 @@ def test_a_noisy_program_scores_noisy_values_and_keeps_its_latents(p):
     program, noise = Fixed(), GaussianNoise(scale=0.5)
     with seeded(3):
         x = p.sample()
-        y = noise.added(x)
+        y = noise.add_to(x)
     guide = fixed_guide(DiagonalNormal(LATENT), torch.zeros(B, 2 * LATENT))
     with pyro.validation_enabled(False):
         found = log_weights(with_noise(program, noise), guide, y, K=3).log_lik
@@ -188,14 +188,14 @@ def test_gradients_are_those_of_the_sum_by_hand():
 def test_added_noise_keeps_what_is_missing_and_follows_the_seed():
     x = torch.tensor([[0.0, torch.nan, 1.0]]).repeat(20_000, 1)
     with seeded(0):
-        flipped = FlipNoise(rate=0.2).added(x)
+        flipped = FlipNoise(rate=0.2).add_to(x)
     with seeded(0):
-        assert torch.equal(FlipNoise(rate=0.2).added(x)[:, 0], flipped[:, 0])
+        assert torch.equal(FlipNoise(rate=0.2).add_to(x)[:, 0], flipped[:, 0])
     assert flipped[:, 1].isnan().all()
     se = (0.2 * 0.8 / len(x)) ** 0.5
     assert abs(flipped[:, 0].mean().item() - 0.2) < 5 * se
     assert abs(flipped[:, 2].mean().item() - 0.8) < 5 * se
-    noisy_rows = GaussianNoise(scale=2.0).added(x)[:, 0]
+    noisy_rows = GaussianNoise(scale=2.0).add_to(x)[:, 0]
     assert abs(noisy_rows.std().item() - 2) < 5 * 2 / (2 * len(x)) ** 0.5
 
 
@@ -206,7 +206,7 @@ WRONG = {
     "argument": (lambda: make_noise({"type": "FlipNoise", "scale": 1}), "takes no argument 'scale'"),
     "type": (lambda: make_noise({"type": "FlipNoise", "rate": "a"}), "rate is 'a', but it takes a number"),
     "grey": (
-        lambda: FlipNoise().added(torch.tensor([[0.0, 0.5]])),
+        lambda: FlipNoise().add_to(torch.tensor([[0.0, 0.5]])),
         "row 0, column 1 is 0.5, which FlipNoise does not take",
     ),
 }

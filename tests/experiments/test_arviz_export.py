@@ -23,7 +23,7 @@ from pvae.inference.families import DiagonalNormal, FullRankNormal
 from pvae.inference.guides import Amortized
 from pvae.inference.importance import LogWeights
 from pvae.inference.latents import find_latent_sites
-from pvae.recipes.recipe import Recipe, read
+from pvae.recipes.recipe import Recipe, read_recipe
 
 K, M, B, C, S, P, D, TRAIN = 4, 3, 3, 5, 6, 2, 2, 7
 VARIANTS = ("Amortized", "PerDatapoint")
@@ -200,7 +200,7 @@ def exact(model, rows=1000):
     with torch.no_grad():
         M, D = model.weight.shape
         family = FullRankNormal(D)
-        guide = Amortized(nn.Linear(M, family.size), family)
+        guide = Amortized(nn.Linear(M, family.num_params), family)
         lower = torch.linalg.cholesky(model.covariance)
         below = torch.tril_indices(D, D, -1)
         guide.encoder.weight.zero_()
@@ -255,7 +255,7 @@ def test_a_program_of_several_sites_has_each_under_its_name():
     x = torch.randn(30, 4)
     family = DiagonalNormal(7)
     found = draw_for_export(
-        two_sites, Amortized(nn.Linear(4, family.size), family, sites=find_latent_sites(two_sites, x)), x
+        two_sites, Amortized(nn.Linear(4, family.num_params), family, sites=find_latent_sites(two_sites, x)), x
     )
     made = to_datatree({"one": found}, x, None, {})
     row = ("chain", "draw", "variant", "row")
@@ -298,7 +298,7 @@ def test_a_runs_file_says_what_made_it(run):
     assert list(parts["variants"]) == names
     whole = [parts["recipe"] | own for own in parts["variants"].values()]
     assert whole == [
-        json.loads(json.dumps(asdict(read(run / place))))
+        json.loads(json.dumps(asdict(read_recipe(run / place))))
         for place in sorted(path.parent.name for path in run.glob("*/recipe.toml"))
     ]
     assert [own["latent"] for own in parts["variants"].values()] == [2, 3]

@@ -17,7 +17,7 @@ def seeded():
 
 
 def posterior(family, calls=None):
-    encoder = nn.Linear(6, family.size)
+    encoder = nn.Linear(6, family.num_params)
 
     def q(u):
         if calls is not None:

@@ -1,22 +1,28 @@
-"""Guides: three sources of q_params, each with its own memory, all within reach of the best diagonal Gaussian."""
+"""Guides: three inference methods, each with its own memory, all within reach of the best diagonal Gaussian."""
 
+import copy
 import math
+import pickle
 
 import pyro
 import pytest
 import torch
+from cases import COLUMNS, FAMILIES, LATENT
+from joblib import Parallel, delayed
 from oracles import SOURCES, LinearGaussian
 from pyro.infer import SVI, Trace_ELBO
 from torch import nn
 
 from pvae.errors import UserError
+from pvae.generative.handlers import mask_missing
 from pvae.generative.likelihoods import Bernoulli
 from pvae.generative.networks import MLP
 from pvae.generative.priors import StandardNormal
 from pvae.generative.vae import VAE
 from pvae.inference.families import Delta, DiagonalNormal
-from pvae.inference.guides import Amortized, PerDatapoint, SemiAmortized
+from pvae.inference.guides import Amortized, FrozenGuide, PerDatapoint, SemiAmortized
 from pvae.inference.importance import log_weights
+from pvae.inference.posterior import freeze
 from pvae.inference.refinement import LocalELBO, fixed_guide, maximize_local_elbo, refine
 from pvae.runtime.torch_state import seeded
 from pvae.training.loop import fit
@@ -172,7 +178,7 @@ def test_rows_outside_the_batch_keep_their_bits():
             assert torch.equal(changed.all(-1), inside), name
             assert torch.equal(changed.any(-1), inside), name
     assert torch.equal(guide.row_steps, 4 * visits)
-    assert (guide.table[visits == 0] == FAMILY.initial()).all()
+    assert (guide.table[visits == 0] == FAMILY.initial_params()).all()
 
 
 def test_a_row_does_not_know_with_whom_it_was_visited(oracle):
@@ -183,7 +189,7 @@ def test_a_row_does_not_know_with_whom_it_was_visited(oracle):
         guide = PerDatapoint(8, family, model=oracle.model, local_steps=4)
         for index in map(torch.tensor, batches):
             (-bound(guide.params(x[index], index), x[index])).sum().backward()
-            guide.step_rows()
+            guide.step_local_params()
         return guide
 
     one = visited([0, 1], [0, 2, 3], [1, 4], [0, 1])
@@ -191,9 +197,9 @@ def test_a_row_does_not_know_with_whom_it_was_visited(oracle):
     for name in MEMORY:
         torch.testing.assert_close(getattr(one, name)[0], getattr(other, name)[0], atol=1e-6, rtol=1e-6)
     # The steps at a visit and the joint one after them are steps of one refinement.
-    whole = refine(lambda q_params: bound(q_params, x[:1]), family.initial().expand(1, -1), 12, rule=one.rule)
+    whole = refine(lambda q_params: bound(q_params, x[:1]), family.initial_params().expand(1, -1), 12, rule=one.rule)
     torch.testing.assert_close(one.table[:1], whole.q_params, atol=1e-6, rtol=1e-6)
-    torch.testing.assert_close(one.second[:1], whole.state.second, atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(one.second[:1], whole.state.exp_avg_sq, atol=1e-6, rtol=1e-6)
     assert one.row_steps.tolist() == [12, 12, 4, 4, 4, 0, 0, 0]
 
 
@@ -205,7 +211,7 @@ def test_rows_stand_still_without_training(oracle):
         assert torch.equal(guide.params(x, index), guide.table[index])
     guide.eval()
     assert torch.equal(guide.params(x, index), guide.table[index])
-    guide.step_rows()
+    guide.step_local_params()
     assert torch.equal(guide.table, torch.arange(16.0).view(4, 4))
     assert not guide.row_steps.any()
 
@@ -221,7 +227,7 @@ def test_new_rows_are_fitted_and_leave_no_trace(oracle, training):
     assert all(torch.equal(getattr(guide, name), before[name]) for name in MEMORY)
     assert shortfall(oracle, q_params, x).mean() < 0.02
     assert torch.equal(q_params, guide.params(x))
-    guide.step_rows()
+    guide.step_local_params()
     assert all(torch.equal(getattr(guide, name), before[name]) for name in MEMORY)
 
 
@@ -229,8 +235,8 @@ def test_gap_of_a_local_optimum_covers_what_is_left(oracle):
     x, bound = oracle.sample(50, seed=2), LocalELBO(oracle.model, FAMILY)
     gaps, left = [], []
     for steps in (20, 50, 200):
-        found = maximize_local_elbo(bound, FAMILY.initial().expand(50, -1), x, steps=steps, tolerance=0.0)
-        gaps.append(found.gap.mean().item())
+        found = maximize_local_elbo(bound, FAMILY.initial_params().expand(50, -1), x, steps=steps, tolerance=0.0)
+        gaps.append(found.optimization_gap.mean().item())
         left.append(shortfall(oracle, found.q_params, x).mean().item())
     assert gaps == sorted(gaps, reverse=True)
     assert left == sorted(left, reverse=True)
@@ -246,7 +252,7 @@ def test_semi_amortized_refuses_what_is_not_positive(oracle, name, wrong):
 
 
 @pytest.mark.parametrize("wrong", [0, -1, math.nan, math.inf])
-@pytest.mark.parametrize("name", ["num_data", "local_steps", "local_learning_rate", "new_steps"])
+@pytest.mark.parametrize("name", ["num_data", "local_steps", "local_learning_rate", "num_steps_new_data"])
 def test_per_datapoint_refuses_what_is_not_positive(name, wrong):
     with pytest.raises(UserError, match=f"PerDatapoint: {name} is {wrong}, but it must be positive"):
         PerDatapoint(**{"num_data": 5, "family": FAMILY, name: wrong})
@@ -261,3 +267,114 @@ def test_per_datapoint_needs_a_bound_only_for_steps_of_its_own(oracle):
         with pytest.raises(UserError, match="PerDatapoint needs model="):
             call()
     assert PerDatapoint(3, FAMILY, local_steps=1).params(x, index).requires_grad
+
+
+METHODS = {
+    "Amortized": lambda model, family: Amortized(MLP(COLUMNS, family.num_params, hidden=[4]), family),
+    "SemiAmortized": lambda model, family: SemiAmortized(
+        MLP(COLUMNS, family.num_params, hidden=[4]), family, steps=2, model=model
+    ),
+    "PerDatapoint": lambda model, family: PerDatapoint(6, family, model=model, num_steps_new_data=5),
+}
+
+
+def fitted_pair(method, family, training, missing=False):
+    """A small VAE's program and its guide, trained for a moment on the rows that are returned too."""
+    torch.manual_seed(0)
+    vae = VAE(MLP(LATENT, COLUMNS, hidden=[4]), Bernoulli(), StandardNormal(LATENT))
+    if missing:
+        vae.model = mask_missing(vae.model)
+    guide = METHODS[method](vae.model, FAMILIES[family]())
+    x, index = torch.bernoulli(torch.full((6, COLUMNS), 0.4)), torch.arange(6)
+    if training == "svi":
+        loop = SVI(vae.model, guide, FusedAdam(vae, guide), Trace_ELBO())
+        for _ in range(2):
+            loop.step(x, index)
+    elif training == "visit":  # an interrupted step
+        Trace_ELBO().differentiable_loss(vae.model, guide, x, index).backward()
+    elif training == "fit":
+        fit(vae.model, guide, x, epochs=1, batch_size=3)
+    return vae, guide, x
+
+
+def new_params(guide, x):
+    with torch.no_grad(), seeded(1):
+        return guide.eval().params(x)
+
+
+@pytest.mark.parametrize(
+    ("family", "training"),
+    [*((name, "svi") for name in FAMILIES), *(("LowRankNormal", t) for t in ("none", "visit", "fit"))],
+)
+@pytest.mark.parametrize("method", METHODS)
+def test_guides_pickle_and_copy_with_their_model_and_without_rows(method, family, training):
+    vae, guide, x = fitted_pair(method, family, training)
+    for other in (pickle.loads(pickle.dumps(guide)), copy.deepcopy(guide)):
+        torch.testing.assert_close(new_params(other, x), new_params(guide, x))
+        if method != "Amortized":
+            model = other.local_elbo.model.__self__
+            assert model is not vae
+            assert all(torch.equal(*pair) for pair in zip(model.parameters(), vae.parameters(), strict=True))
+    together = pickle.loads(pickle.dumps([getattr(guide, "encoder", None), guide, vae.decoder, vae]))
+    assert method == "Amortized" or together[1].local_elbo.model.__self__ is together[3]
+    assert together[0] is getattr(together[1], "encoder", None)
+    assert x.numpy().tobytes() not in pickle.dumps(guide)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_copied_pair_trains_on_as_the_first_one_does(method):
+    vae, guide, x = fitted_pair(method, "DiagonalNormal", "svi")
+    pairs = [(vae, guide), pickle.loads(pickle.dumps((vae, guide))), copy.deepcopy((vae, guide))]
+    for model, own in pairs:
+        with seeded(2):
+            svi(model, own).step(x, torch.arange(6))
+    for model, own in pairs[1:]:
+        for one, other in zip(
+            [*vae.parameters(), *guide.buffers()], [*model.parameters(), *own.buffers()], strict=True
+        ):
+            torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("method", ["SemiAmortized", "PerDatapoint"])
+def test_a_guide_that_scores_observed_entries_pickles_alone(method):
+    _, guide, x = fitted_pair(method, "DiagonalNormal", "svi", missing=True)
+    x[0, 0] = torch.nan if method == "PerDatapoint" else x[0, 0]
+    for other in (pickle.loads(pickle.dumps(guide)), copy.deepcopy(guide)):
+        torch.testing.assert_close(new_params(other, x), new_params(guide, x))
+
+
+def test_guides_go_through_joblib():
+    pairs = [fitted_pair(method, "DiagonalNormal", "svi") for method in METHODS]
+    remote = Parallel(n_jobs=2)(delayed(new_params)(guide, x) for _, guide, x in pairs)
+    for params, (_, guide, x) in zip(remote, pairs, strict=True):
+        torch.testing.assert_close(params, new_params(guide, x))
+
+
+@every_source
+def test_a_frozen_guide_looks_its_rows_up(oracle, source, monkeypatch):
+    torch.manual_seed(0)
+    x, guide = oracle.sample(20), SOURCES[source](oracle.model, 2, 5, 20)
+    x[7] = x[3]  # rows that are alike have each its own q_params in a slice
+    frozen = freeze(oracle.model, guide, x, seed=1)
+    assert isinstance(frozen, FrozenGuide)
+    assert frozen.encodes == guide.encodes
+    other = guide.params(x + 1).shape, guide.params(x, torch.arange(20)).detach()
+    monkeypatch.setattr(guide, "params", lambda x, index=None: pytest.fail("asked anew"))
+    assert torch.equal(frozen.params(x), frozen.q_params)
+    assert torch.equal(frozen.params(x[5:9]), frozen.q_params[5:9])
+    order = torch.tensor([4, 2, 19, 2])
+    assert torch.equal(frozen.params(x[order]), frozen.q_params[order])
+    monkeypatch.undo()
+    assert frozen.params(x + 1).shape == other[0]  # rows that it does not know
+    with torch.no_grad():
+        assert frozen.params(x, torch.arange(20)).shape == other[1].shape
+
+
+def test_a_frozen_guide_knows_training_rows_by_their_index(oracle):
+    x, index = oracle.sample(10), torch.arange(10)
+    guide = PerDatapoint(10, FAMILY, model=oracle.model).eval()
+    guide.table.copy_(torch.arange(40.0).view(10, 4))
+    frozen = freeze(oracle.model, guide, x, index)
+    guide.table.zero_()
+    assert torch.equal(frozen.params(x[3:5], index[3:5]), torch.arange(12.0, 20.0).view(2, 4))
+    assert not frozen.params(x[3:5], torch.tensor([4, 3])).any()

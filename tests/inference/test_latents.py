@@ -88,7 +88,7 @@ def test_density_of_a_draw_is_that_of_the_change_of_variables(prior, shape, free
     K, B, model = 3, len(ROWS), program(other=LATENTS["LogNormal"][0], w=prior)
     sites, family = find_latent_sites(model, ROWS), DiagonalNormal(1 + free)
     with seeded(1):
-        q_params = 0.5 * torch.randn(B, family.size)
+        q_params = 0.5 * torch.randn(B, family.num_params)
         w = log_weights(model, fixed_guide(family, q_params, sites), ROWS.double(), K=K, keep_latents=True)
     assert w.latents.keys() == {"other", "w"}
     assert w.latents["w"].shape == (K, B, *shape)
@@ -106,7 +106,7 @@ def test_density_of_a_draw_is_that_of_the_change_of_variables(prior, shape, free
 
 def test_one_real_vector_is_drawn_by_its_own_name_alone():
     family = DiagonalNormal(3)
-    trace = pyro.poutine.trace(fixed_guide(family, torch.zeros(4, family.size))).get_trace(ROWS)
+    trace = pyro.poutine.trace(fixed_guide(family, torch.zeros(4, family.num_params))).get_trace(ROWS)
     assert [name for name, site in trace.nodes.items() if site["type"] == "sample"] == ["data", "z"]
 
 
@@ -141,7 +141,7 @@ def test_weights_of_bounded_latents_average_to_the_evidence(family):
     x = torch.tensor([[0.0, 1.0, 0.0], [2.0, 3.0, 4.0], [0.0, 0.0, 0.0], [9.0, 1.0, 2.0]])
     sites = find_latent_sites(counts, x)
     assert sites.dim == 3
-    q_params = family.initial().to(x).expand(len(x), -1)
+    q_params = family.initial_params().to(x).expand(len(x), -1)
     q_params = maximize_local_elbo(LocalELBO(counts, family, sites), q_params, x, steps=100).q_params.detach()
     with seeded(2):
         log_w = log_weights(counts, fixed_guide(family, q_params, sites), x, K=20_000).log_w
@@ -232,7 +232,7 @@ def test_a_guide_refuses_a_family_of_another_size():
     sites = LatentSites((Site("z", (3,), constraints.real_vector), Site("s", (), constraints.positive)))
     family = DiagonalNormal(3)
     with pytest.raises(UserError, match="the family has 3 dimensions, but the program's latents have 4"):
-        Amortized(MLP(3, family.size), family, sites=sites)
+        Amortized(MLP(3, family.num_params), family, sites=sites)
 
 
 @pytest.mark.parametrize(
@@ -272,7 +272,7 @@ def test_bounds_given_by_row_do_not_make_rows_dimensions(latent, shape):
     sites = find_latent_sites(model, x)
     assert (sites.sites[0].shape, sites.dim) == (shape, 4 if shape else 1)
     q = DiagonalNormal(sites.dim)
-    assert log_weights(model, fixed_guide(q, torch.zeros(7, q.size), sites), x, K=3).log_w.isfinite().all()
+    assert log_weights(model, fixed_guide(q, torch.zeros(7, q.num_params), sites), x, K=3).log_w.isfinite().all()
 
 
 def test_bounds_that_differ_by_row_are_refused():

@@ -67,7 +67,13 @@ def starts(rows):
 def test_every_row_passes_once_in_its_order(oracle, size):
     x, index, done = oracle.sample(ROWS), torch.randperm(ROWS), []
     found = map_batches(
-        oracle.model, None, lambda rows: {"x": rows.x, "index": rows.index}, x, index, batch_size=size, progress=done.append
+        oracle.model,
+        None,
+        lambda rows: {"x": rows.x, "index": rows.index},
+        x,
+        index,
+        batch_size=size,
+        progress=done.append,
     )
     assert found["x"].equal(x)
     assert found["index"].equal(index)
@@ -120,7 +126,7 @@ def test_batches_share_no_noise_with_what_small_seeds_and_constants_draw(oracle,
     own = map_batches(
         oracle.model, None, lambda rows: {"draw": torch.randn(len(rows.x), 4)}, oracle.sample(6), seed=seed
     )
-    constants = (0, *range(100), 10_000, REFERENCE, SEARCH, LOOK, 1_000_003, 2_000_003, posterior.MOMENTS)
+    constants = (0, *range(100), 10_000, REFERENCE, SEARCH, LOOK, 1_000_003, 2_000_003, posterior.MOMENTS_SEED)
     others = {each + offset for each in constants for offset in (0, seed)} | {batching.STREAM + REFERENCE + seed}
     for other in others:
         with torch_state.seeded(other):
@@ -201,7 +207,7 @@ def test_batches_are_halved_where_memory_is_short_and_nothing_else_changes(oracl
             raise torch.OutOfMemoryError
         return {"x": rows.x, "draw": torch.rand(len(rows.x))}
 
-    found = map_batches(oracle.model, None, greedy, x, size=ROWS, seed=3, progress=done.append)
+    found = map_batches(oracle.model, None, greedy, x, batch_size=ROWS, seed=3, progress=done.append)
     assert sizes == [23, 11, 5, 5, 5, 5, 3]
     assert found["x"].equal(x)
     assert found["draw"].equal(map_batches(oracle.model, None, greedy, x, batch_size=5, seed=3)["draw"])
@@ -241,7 +247,7 @@ def test_chunks_cover_all_draws_and_repeat_rows_as_often(monkeypatch):
     monkeypatch.setattr(batching, "ROWS_PER_PASS", 20)
     assert [(part.start, part.stop) for part in draw_chunks(7, 10)] == [(0, 2), (2, 4), (4, 6), (6, 7)]
     assert [(part.start, part.stop) for part in draw_chunks(2, 100)] == [(0, 1), (1, 2)]
-    assert [(part.start, part.stop) for part in draw_chunks(3, 2, together=4)] == [(0, 2), (2, 3)]
+    assert [(part.start, part.stop) for part in draw_chunks(3, 2, max_batch=4)] == [(0, 2), (2, 3)]
     x, index = torch.arange(6.0).view(3, 2), torch.arange(3)
     rows, which = tile_rows(x, index, slice(1, 3))
     assert rows.equal(torch.cat([x, x]))
@@ -263,7 +269,7 @@ def test_a_fixed_guide_finds_its_lam_once(oracle, guide):
 def test_moments_are_those_of_draws_and_a_rows_own(name):
     family = FAMILIES[name]()
     with torch_state.seeded(0), torch.no_grad():
-        q_params = torch.randn(6, family.size) / 2
+        q_params = torch.randn(6, family.num_params) / 2
         z = family(q_params).sample((20_000,))
         torch.manual_seed(5)
         undisturbed = torch.rand(1)
@@ -280,9 +286,9 @@ def test_moments_are_those_of_draws_and_a_rows_own(name):
 
 def test_a_row_has_one_code_whatever_asks_and_whatever_stands_beside_it(oracle):
     family = FlowFamily(2, hidden=[4], bins=4, context=2)
-    guide, x = Amortized(nn.Linear(5, family.size), family), oracle.sample(12)
+    guide, x = Amortized(nn.Linear(5, family.num_params), family), oracle.sample(12)
     codes = encode(oracle.model, guide, x).mean
-    mapped = map_latents(oracle.model, guide, x, batch_size=2, seed=1).codes
+    mapped = map_latents(oracle.model, guide, x, size=2, seed=1).codes
     torch.testing.assert_close(mapped, codes)
     torch.testing.assert_close(encode(oracle.model, guide, x[5:7], K=1, seed=1).mean, codes[5:7])
     torch.testing.assert_close(interpolate(oracle.model, guide, x[3:5], seed=2).z[[0, -1]], codes[3:5])
@@ -363,7 +369,7 @@ def test_rows_are_refitted_to_their_best_lam_whatever_the_guide_knows(oracle, na
     lost = oracle.elbo(oracle.best(x), x) - oracle.elbo(q_params.detach(), x)
     assert lost.min() > -1e-9  # the closed form's best is best
     assert lost.mean() < 0.05  # steps of 8 draws come no nearer
-    assert (oracle.elbo(oracle.best(x), x) - oracle.elbo(guide.family.initial().expand(6, -1), x)).mean() > 0.5
+    assert (oracle.elbo(oracle.best(x), x) - oracle.elbo(guide.family.initial_params().expand(6, -1), x)).mean() > 0.5
 
 
 def test_a_row_starts_from_the_best_offer_and_never_from_nan(oracle, guide):
@@ -373,13 +379,15 @@ def test_a_row_starts_from_the_best_offer_and_never_from_nan(oracle, guide):
         q_params = refit_params(oracle.model, guide, x, candidates=[worse, x, missing], steps=0)
         torch.testing.assert_close(q_params, guide.params(x))
         q_params = refit_params(oracle.model, guide, x, candidates=[missing], steps=0)
-    assert q_params.equal(guide.family.initial().expand(4, -1))
+    assert q_params.equal(guide.family.initial_params().expand(4, -1))
 
 
 def test_an_offer_takes_the_place_of_a_start_that_is_nan(oracle, guide, monkeypatch):
     def bound(model, family, sites):
         exact = LocalELBO(model, family, sites)
-        return lambda q_params, *rest: exact(q_params, *rest).where((q_params != family.initial()).any(1), torch.nan)
+        return lambda q_params, *rest: exact(q_params, *rest).where(
+            (q_params != family.initial_params()).any(1), torch.nan
+        )
 
     x = oracle.sample(4)
     monkeypatch.setattr(posterior, "LocalELBO", bound)

@@ -36,22 +36,22 @@ def test_rows_reach_the_optimum_of_a_quadratic(rule):
     assert (found.q_params - TARGET).abs().max() < 1e-3
     assert found.steps == 500
     assert (found.state.steps == 500).all()
-    assert found.marks == ()
+    assert found.check_steps == ()
     assert found.curve.shape == (0, 3)
     assert found.value.isnan().all()
-    assert found.gap.isnan().all()
+    assert found.optimization_gap.isnan().all()
 
 
 def test_rows_reach_the_best_diagonal_of_their_own_elbo():
     oracle = LinearGaussian(2, 5)
     x = oracle.sample(10)
-    for rule in (RowAdam(), NaturalAscent(DiagonalNormal(2).natural)):
+    for rule in (RowAdam(), NaturalAscent(DiagonalNormal(2).natural_gradient)):
         found = refine(lambda q_params: oracle.elbo(q_params, x), torch.zeros(10, 4), 300, rule=rule)
         assert (oracle.elbo(oracle.best(x), x) - oracle.elbo(found.q_params, x)).max() < 1e-3
 
 
 def test_adam_is_torch_adam_for_rows_that_do_not_slow_down():
-    rule, q_params, target = RowAdam(0.05, slow=float("inf")), torch.zeros(3, 2).double(), TARGET.double()
+    rule, q_params, target = RowAdam(0.05, decay_steps=float("inf")), torch.zeros(3, 2).double(), TARGET.double()
     theirs = torch.zeros(3, 2).double().requires_grad_()
     adam, state = torch.optim.Adam([theirs], lr=0.05), rule.start(q_params)
     for _ in range(20):
@@ -68,7 +68,7 @@ def test_natural_ascent_jumps_to_the_optimum_of_a_gaussian_posterior():
     x = oracle.sample(5)
     best = oracle.best(x)
     start = best - torch.tensor([0.05, 0.0])
-    rule = NaturalAscent(DiagonalNormal(1).natural, learning_rate=1.0)
+    rule = NaturalAscent(DiagonalNormal(1).natural_gradient, learning_rate=1.0)
     found = refine(lambda q_params: oracle.elbo(q_params, x), start, 1, rule=rule)
     torch.testing.assert_close(found.q_params, best, atol=1e-5, rtol=1e-5)
 
@@ -87,7 +87,7 @@ def test_the_rate_falls_with_the_rows_own_steps(rule):
 
 
 def test_a_step_is_bounded_however_far_the_start():
-    rule = NaturalAscent(lambda q_params, gradient: gradient, 0.2, largest=1.0)
+    rule = NaturalAscent(lambda q_params, gradient: gradient, 0.2, max_entry=1.0)
     found = refine(lambda q_params: -1e6 * (q_params**2).sum(-1), torch.full((2, 2), 100.0), 1, rule=rule)
     torch.testing.assert_close(found.q_params, torch.full((2, 2), 99.8))
 
@@ -106,7 +106,7 @@ def test_going_on_equals_going_through(rule):
     part = refine(quadratic, torch.zeros(3, 2), 5, rule=rule)
     rest = refine(quadratic, part.q_params, 7, rule=rule, state=part.state)
     assert torch.equal(rest.q_params, whole.q_params)
-    for name in ("first", "second", "steps"):
+    for name in ("exp_avg", "exp_avg_sq", "steps"):
         assert torch.equal(getattr(rest.state, name), getattr(whole.state, name))
 
 
@@ -114,8 +114,8 @@ def test_no_steps_change_nothing():
     q_params = torch.randn(3, 2, generator=torch.Generator().manual_seed(0))
     found = refine(quadratic, q_params, 0, check=quadratic)
     assert torch.equal(found.q_params, q_params)
-    assert found.marks == (0,)
-    assert found.gap.isinf().all()
+    assert found.check_steps == (0,)
+    assert found.optimization_gap.isinf().all()
 
 
 @every_rule
@@ -169,7 +169,7 @@ class Harmonic:
         return RowState(q_params[:, :0], q_params[:, :0], torch.zeros(len(q_params), dtype=torch.int32))
 
     def step(self, q_params, gradient, state):
-        after = RowState(state.first, state.second, state.steps + 1)
+        after = RowState(state.exp_avg, state.exp_avg_sq, state.steps + 1)
         return torch.full_like(q_params, 1 / after.steps[0].item()), after
 
 
@@ -180,8 +180,8 @@ def distance(q_params):
 def test_curve_is_the_bound_at_each_mark():
     q_params, steps = torch.full((2, 1), 3.0, dtype=torch.double), 70
     found = refine(distance, q_params, steps, rule=Harmonic(), check=distance)
-    assert found.marks == (0, *(m for m in CHECK_STEPS if m <= 50), 70)
-    at = torch.tensor([3.0, *(1 / mark for mark in found.marks[1:])]).double()
+    assert found.check_steps == (0, *(m for m in CHECK_STEPS if m <= 50), 70)
+    at = torch.tensor([3.0, *(1 / mark for mark in found.check_steps[1:])]).double()
     torch.testing.assert_close(found.curve, -torch.tensor([1.0, 50.0]) * at.unsqueeze(-1))
 
 
@@ -189,9 +189,9 @@ def test_gap_covers_what_is_left_at_one_over_steps():
     gaps = {}
     for steps in (1, 2, 3, 5, 7, 9, 10, 20, 33, 50, 100, 150, 200, 500):
         found = refine(distance, torch.full((2, 1), 3.0).double(), steps, rule=Harmonic(), check=distance)
-        assert (found.gap >= -distance(found.q_params) * (1 - 1e-9)).all()
-        half = max(mark for mark in found.marks if mark <= steps / 2)
-        gaps[steps] = found.gap[0].item()
+        assert (found.optimization_gap >= -distance(found.q_params) * (1 - 1e-9)).all()
+        half = max(mark for mark in found.check_steps if mark <= steps / 2)
+        gaps[steps] = found.optimization_gap[0].item()
         assert gaps[steps] == pytest.approx((1 / half if half else 3.0) - 1 / steps)
     at_marks = [gap for steps, gap in gaps.items() if steps in CHECK_STEPS]
     assert at_marks == sorted(at_marks, reverse=True)
@@ -201,8 +201,8 @@ def test_gap_covers_what_is_left_at_one_over_steps():
 def test_refinement_stops_when_doubling_wins_less_than_the_tolerance():
     def stop(tolerance):
         found = refine(distance, torch.full((2, 1), 3.0), 1000, rule=Harmonic(), check=distance, tolerance=tolerance)
-        assert found.marks[-1] == found.steps
-        assert len(found.curve) == len(found.marks)
+        assert found.check_steps[-1] == found.steps
+        assert len(found.curve) == len(found.check_steps)
         return found.steps
 
     # The rows' mean gain is 25.5 (1 / half - 1 / t): 0.77 nats at t = 50, 0.077 at 500, 0.026 at 1000.
@@ -224,7 +224,7 @@ def test_best_is_never_below_the_start_nor_any_mark():
         assert torch.equal(found.curve[0], check(start))
         assert torch.equal(found.value, check(found.q_params))
         assert (found.value >= found.curve.amax(0)).all()
-        assert (found.gap >= 0).all()
+        assert (found.optimization_gap >= 0).all()
 
 
 @dataclass(frozen=True)
@@ -232,7 +232,7 @@ class Swing(Harmonic):
     """A rule that stays far away for 20 steps, and then jumps from one side of 0 to the other."""
 
     def step(self, q_params, gradient, state):
-        after = RowState(state.first, state.second, state.steps + 1)
+        after = RowState(state.exp_avg, state.exp_avg_sq, state.steps + 1)
         t = after.steps[0].item()
         return torch.full_like(q_params, 10.0 if t <= 20 else (-1.0) ** t), after
 
@@ -241,7 +241,7 @@ def test_rows_that_swing_end_at_their_mean_since_the_last_mark():
     found = refine(distance, torch.full((2, 1), 3.0), 50, rule=Swing(), check=distance)
     assert (found.q_params == 0).all()
     assert (found.value == 0).all()
-    assert found.marks == (0, 1, 2, 5, 10, 20, 50)
+    assert found.check_steps == (0, 1, 2, 5, 10, 20, 50)
     assert found.curve[:, 0].tolist() == [-3.0, *[-10.0] * 5, -1.0]
 
 
@@ -249,5 +249,5 @@ def test_a_refinement_that_only_harms_gives_back_the_start():
     start = torch.randn(3, 2, generator=torch.Generator().manual_seed(6))
     found = refine(lambda q_params: -quadratic(q_params), start, 40, check=quadratic)
     assert torch.equal(found.q_params, start)
-    assert (found.gap == 0).all()
+    assert (found.optimization_gap == 0).all()
     assert (found.curve[1:] < found.curve[0]).all()

@@ -223,7 +223,7 @@ def by_hand(source):
                 ELBO().differentiable_loss(vae.model, guide, x, index).backward()
                 streams[rank] = RandomState()
                 for table in optimizer.tables:
-                    table.step_rows()
+                    table.step_local_params()
             optimizer.step_parameters()
     owners = {"model": vae, "guide": guide}
     names = {id(p): f"adam.{kind}.{n}" for kind, owner in owners.items() for n, p in owner.named_parameters()}

@@ -160,7 +160,7 @@ def test_analytic_kl_knows_correlated_normals_and_refuses_mixtures(oracle):
     assert math.isfinite(AnalyticKL().loss(oracle.model, correlated, x))
     mixture = MixtureOfNormals(DIM)
     with pytest.raises(Incompatible, match="no closed form for"):
-        AnalyticKL().loss(oracle.model, Fixed(mixture.initial().expand(ROWS, -1), mixture), x)
+        AnalyticKL().loss(oracle.model, Fixed(mixture.initial_params().expand(ROWS, -1), mixture), x)
 
 
 # Gradients
@@ -303,7 +303,7 @@ def train_with(objective, source=Amortized, epochs=1, family=DiagonalNormal):
     if source is PerDatapoint:
         guide = PerDatapoint(12, q, model=vae.model)
     else:
-        guide = Amortized(MLP(COLUMNS, q.size, hidden=[4]), q)
+        guide = Amortized(MLP(COLUMNS, q.num_params, hidden=[4]), q)
     report = fit(vae.model, guide, binary(), epochs=epochs, batch_size=5, objective=objective)
     assert all(math.isfinite(row["objective"]) for row in report.history)
     return vae, guide
@@ -325,7 +325,7 @@ def test_training_moves_the_warm_up_and_the_rows_own_bound():
     assert guide.kl_weight == 1.0
     _, guide = train_with(ELBO(kl_weight=0.3), PerDatapoint)
     assert guide.kl_weight == 0.3
-    assert guide._weight == 1.0  # it is left ready to evaluate
+    assert guide._train_kl_weight == 1.0  # it is left ready to evaluate
 
 
 @every
