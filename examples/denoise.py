@@ -1,4 +1,4 @@
-"""Take noise away: the mean of a row given what is seen of it, beside a mere pass through encoder and decoder.
+"""Denoise rows by the posterior mean, and compare with encoding and decoding alone.
 
 python examples/denoise.py [epochs]
 """
@@ -17,16 +17,16 @@ vae = pvae.VAE(
     pvae.networks.MLP(8, 64, hidden=[128]), pvae.likelihoods.Gaussian(scale=0.3), pvae.priors.StandardNormal(8)
 )
 guide = pvae.Amortized(pvae.networks.MLP(64, 16, hidden=[128]), pvae.families.DiagonalNormal(8))
-pvae.fit(vae.model, guide, data, epochs=epochs, learning_rate=2e-3)  # clean rows alone
+pvae.fit(vae.model, guide, data, epochs=epochs, learning_rate=2e-3)  # clean rows only
 
 x = data.test[:200]
 for scale in (0.1, 0.3, 0.5):
     noise = pvae.noise.GaussianNoise(scale=scale)
-    y = noise.added(x)
-    found = pvae.applications.denoise(vae.model, guide, y, noise)
-    passed = pvae.applications.reconstruct(vae.model, guide, y, K=20)
-    told = {"seen": y, "encoded and decoded": passed, "denoised": found.x}
-    errors = [f"{name} {number(mean_se((each - x).square().mean(1).sqrt()))}" for name, each in told.items()]
-    inside = 100 * ((found.x - x).abs() < 1.645 * found.sd).double().mean(1)
-    print(f"noise of {scale}: error (root mean square) {', '.join(errors)};")
-    print(f"  90% intervals hold {number(mean_se(inside))}% of the clean pixels")
+    y = noise.add_to(x)
+    denoised = pvae.applications.denoise(vae.model, guide, y, noise)
+    decoded = pvae.applications.reconstruct(vae.model, guide, y, K=20)
+    estimates = {"noisy": y, "encoded and decoded": decoded, "denoised": denoised.x}
+    errors = {name: mean_se((estimate - x).square().mean(1).sqrt()) for name, estimate in estimates.items()}
+    coverage = mean_se(100 * ((denoised.x - x).abs() < 1.645 * denoised.sd).double().mean(1))
+    print(f"noise of {scale}: root mean squared error " + ", ".join(f"{n} {number(e)}" for n, e in errors.items()))
+    print(f"  90% intervals cover {number(coverage)}% of the clean pixels")

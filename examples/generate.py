@@ -1,4 +1,4 @@
-"""Draw new rows from the prior at two temperatures: are they copies, how like the data are they, and how varied?
+"""Draw new rows from the prior at two temperatures: distance to the training rows, and variety.
 
 python examples/generate.py [epochs]
 """
@@ -17,23 +17,23 @@ vae = pvae.VAE(pvae.networks.MLP(8, 64, hidden=[128]), pvae.likelihoods.Bernoull
 guide = pvae.Amortized(pvae.networks.MLP(64, 16, hidden=[128]), pvae.families.DiagonalNormal(8))
 pvae.fit(vae.model, guide, data, epochs=epochs, learning_rate=2e-3)
 
-like = torch.zeros(500, 64)  # says how many rows to draw, and of what shape
+like = torch.zeros(500, 64)  # number and shape of the rows to draw
 rows = {
     f"draws at temperature {t}": pvae.applications.sample(vae.model, like, temperature=t, draw=True) for t in (1.0, 0.5)
 }
-rows |= {"test rows": data.test, "pixels drawn one by one": torch.bernoulli(data.train.mean(0).expand(500, -1))}
-print("pixels, of 64, that differ from the nearest training row:")
+rows |= {"test rows": data.test, "independent pixels": torch.bernoulli(data.train.mean(0).expand(500, -1))}
+print("number of 64 pixels that differ from the nearest training row:")
 for name, x in rows.items():
-    near = torch.cdist(x, data.train, p=1).amin(1)
-    print(f"  {name}: {number(mean_se(near))}, none in {100 * (near == 0).double().mean():.1f}% of the rows")
+    distance = torch.cdist(x, data.train, p=1).amin(1)
+    print(f"  {name}: {number(mean_se(distance))}, copies {100 * (distance == 0).double().mean():.1f}% of the rows")
 
-# Below 1 draws keep to the middle of the latent space: less varied, and, where no digit lies there, no better.
-print("difference between two means of p(x|z), root mean square over pixels:")
+# Below temperature 1 draws stay near the prior's centre: they vary less, and are no better if no digit lies there.
+print("root mean squared difference between two means of p(x|z):")
 for t in (1.0, 0.5):
     means = pvae.applications.sample(vae.model, like, temperature=t)
     print(f"  temperature {t}: {number(mean_se((means[::2] - means[1::2]).square().mean(1).sqrt()))}")
 
 means = pvae.applications.sample(vae.model, like[:6]).view(6, 8, 8)
-print("six means, which are smoother than any draw:")
-for line in range(8):
-    print("   ".join("".join(" .:+#"[round(4 * ink)] * 2 for ink in row) for row in means[:, line].tolist()))
+print("six means, which are smoother than draws:")
+for lines in means.transpose(0, 1).tolist():
+    print("   ".join("".join(" .:+#"[round(4 * ink)] * 2 for ink in line) for line in lines))

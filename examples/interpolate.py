@@ -1,4 +1,4 @@
-"""Go from row to row through the latent space: what lies halfway is nearer to the data than a blend of both.
+"""Interpolate between rows through the latent space: midpoints are nearer to the data than averages of pixels.
 
 python examples/interpolate.py [epochs]
 """
@@ -21,24 +21,20 @@ pvae.fit(vae.model, guide, data, epochs=epochs, learning_rate=2e-3)
 
 
 def distance(x):
-    """From the nearest training row, root mean square over pixels."""
+    """Root mean squared distance to the nearest training row."""
     return torch.cdist(x, data.train).amin(1) / 8
 
 
 x = data.test[:200]  # pairs: rows 0 and 1, 1 and 2, and so on
-print(f"distance from the nearest training row: test rows {number(mean_se(distance(x)))}")
-print(f"  halfway between two of them, a blend of pixels {number(mean_se(distance((x[:-1] + x[1:]) / 2)))}")
+print(f"distance to the nearest training row: test rows {number(mean_se(distance(x)))}")
+print(f"  averages of two test rows {number(mean_se(distance((x[:-1] + x[1:]) / 2)))}")
 for how in ("linear", "spherical"):
-    path = pvae.applications.interpolate(
-        vae.model, guide, x, steps=2, how=how
-    )  # z [S, D], x [S, C], and where they are, at [S]
+    path = pvae.applications.interpolate(vae.model, guide, x, steps=2, how=how)  # z [S, D], x [S, C], at [S]
     ends, middle = path.z[::2].norm(dim=1), path.z[1::2].norm(dim=1)
-    print(f"  {how} path through the codes {number(mean_se(distance(path.x[1::2])))};", end=" ")
-    print(f"norm of codes {number(mean_se(ends))} at the rows, {number(mean_se(middle))} halfway")
+    print(f"  midpoints of {how} paths {number(mean_se(distance(path.x[1::2])))};", end=" ")
+    print(f"norm of codes {number(mean_se(ends))} at the rows, {number(mean_se(middle))} at midpoints")
 
-way = pvae.applications.interpolate(vae.model, guide, x[:2], steps=6).x.view(7, 8, 8)
+images = pvae.applications.interpolate(vae.model, guide, x[:2], steps=6).x.view(7, 8, 8).clamp(0, 1)
 print(f"linear, from a {data.test_labels[0]} to a {data.test_labels[1]}:")
-for line in range(8):
-    print(
-        "  ".join("".join(" .:+#"[round(4 * min(max(ink, 0), 1))] * 2 for ink in row) for row in way[:, line].tolist())
-    )
+for lines in images.transpose(0, 1).tolist():
+    print("  ".join("".join(" .:+#"[round(4 * ink)] * 2 for ink in line) for line in lines))

@@ -1,4 +1,4 @@
-"""Use pvae's program and guide in Pyro's own training loop.
+"""Train pvae's program and guide in Pyro's own loop, with SVI and Trace_ELBO.
 
 python examples/plain_pyro.py [steps]
 """
@@ -15,10 +15,9 @@ data = pvae.load_data("digits")
 vae = pvae.VAE(
     pvae.networks.MLP(4, 64, hidden=[64]), pvae.likelihoods.Gaussian(scale=0.3), pvae.priors.StandardNormal(4)
 )
-family = pvae.families.DiagonalNormal(4)
-guide = pvae.PerDatapoint(len(data.train), family, model=vae.model)
+guide = pvae.PerDatapoint(len(data.train), pvae.families.DiagonalNormal(4), model=vae.model)
 
-# FusedAdam lets the visited rows of the guide take their step after the decoder's.
+# FusedAdam also updates the variational parameters of the rows in the batch.
 svi = SVI(vae.model, guide, FusedAdam(vae, guide, learning_rate=2e-3), Trace_ELBO())
 done, epoch, losses = 0, 0, []
 while done < steps:
@@ -26,5 +25,5 @@ while done < steps:
         losses.append(svi.step(x, index) / len(x))
         done += 1
     epoch += 1
-print(f"mean ELBO of the last epoch: {-sum(losses[-12:]) / 12:.2f} nats of density per row")
-print(f"learned scale of the pixels: {vae.likelihood.log_scale.exp().item():.3f}")
+print(f"mean ELBO of the last epoch: {-sum(losses[-12:]) / 12:.2f} nats per row (log density)")
+print(f"learned scale of the likelihood: {vae.likelihood.log_scale.exp().item():.3f}")

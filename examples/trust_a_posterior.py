@@ -1,4 +1,4 @@
-"""Ask one guide, and the same q refined row by row, how far each may be trusted.
+"""Diagnose a guide, and the same q refined for each row: evidence, long chains, calibration.
 
 python examples/trust_a_posterior.py [epochs]
 """
@@ -18,19 +18,21 @@ guide = pvae.Amortized(pvae.networks.MLP(64, 8, hidden=[64]), pvae.families.Diag
 pvae.fit(vae.model, guide, data, epochs=epochs, learning_rate=2e-3)
 x = data.test[:20]
 
-# What no q enters: the evidence by annealing from the prior, and long HMC chains of each row's posterior.
+# References that don't use q: the evidence by annealing from the prior, and long HMC chains of each row's posterior.
 evidence = pvae.samplers.anneal(pvae.samplers.LogJoint(vae.model, x), chains=8, temperatures=100).evidence
 chains = pvae.diagnostics.run_long_chains(
     vae.model, x, sites=guide.sites, chains=4, draws=300, warm_up=100, temperatures=50, num_integration_steps=3
 )
 
 for name, q in {"guide": guide, "refined": pvae.RefinedGuide(guide, vae.model, steps=50)}.items():
-    own = pvae.diagnostics.bounds(vae.model, q, x, K=200).values
+    values = pvae.diagnostics.bounds(vae.model, q, x, K=200).values
     reference = pvae.diagnostics.compare_with_chains(chains, q, x)
-    known = pvae.diagnostics.calibrate(vae.model, q, data.test, rows=100).summary()
-    print(f"{name}: {number(mean_se(evidence - own['elbo']))} nats below the evidence, k-hat {own['k_hat'].mean():.2f}")
-    print(
-        f"  means miss the chains' by {reference.mean_error.square().mean().sqrt():.2f} posterior sd (root mean square)"
-    )
-    print(f"  90% intervals hold {reference.coverage_90.mean():.0%} of the chains' draws, and of the true latents of")
-    print(f"  simulated rows {known['sbc_coverage_90'].mean:.0%}, ranks uniform with p = {known['sbc_p'].mean:.2g}")
+    calibration = pvae.diagnostics.calibrate(vae.model, q, data.test, rows=100).summary()
+    gap, error = mean_se(evidence - values["elbo"]), reference.mean_error.square().mean().sqrt()
+    print(f"{name}: ELBO {number(gap)} nats below the evidence, k-hat {values['k_hat'].mean():.2f}")
+    print(f"  root mean squared error of posterior means {error:.2f} posterior sd")
+    print(f"  90% intervals cover {reference.coverage_90.mean():.0%} of the chains' draws, and", end=" ")
+    print(f"{calibration['sbc_coverage_90'].mean:.0%} of the true latents of simulated rows;", end=" ")
+    print(f"SBC p = {calibration['sbc_p'].mean:.2g}")
+
+# The same battery with its verdicts, in one call: print(pvae.diagnose(vae.model, guide, x, budget="quick"))
