@@ -12,7 +12,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 
 class UserError(Exception):
-    """A mistake the user can mend: one line that says what is wrong, where, and what to do.
+    """Mistake of the user, reported in one line: what is wrong, where, and what to do.
 
     Arguments:
         message: what is wrong; line breaks become spaces.
@@ -24,11 +24,11 @@ class UserError(Exception):
 
 
 class Incompatible(UserError):
-    """Two components that do not go together; a grid of variants leaves such a pair out and says why."""
+    """Components that can't be combined; a sweep reports and leaves out such a pair."""
 
 
 class AllChainsDiverged(UserError):
-    """Every trajectory of every datapoint diverged, so that there is no number to give."""
+    """Divergence of every HMC trajectory of every datapoint."""
 
     def __init__(self) -> None:
         super().__init__(
@@ -68,7 +68,7 @@ def params_rendered_by(render: Callable[[str, Any], str]) -> Iterator[None]:
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """The end of an error message that names the nearest known word, and all of them.
+    """Return the end of an error message: the nearest known word, and all of them.
 
     >>> nearest("Bernouli", ["Bernoulli", "Gaussian"])
     "; did you mean 'Bernoulli'? (known: Bernoulli, Gaussian)"
@@ -81,15 +81,12 @@ def nearest(word: str, known: Iterable[str]) -> str:
 
 
 def check_range(who: str = "", *, least: float | None = None, **values: float | Sequence[float]) -> None:
-    """Refuse a number, or a sequence with a number, that is out of range or not finite.
+    """Raise a `UserError` for the first number, or sequence with a number, that is out of range or not finite.
 
     Arguments:
-        who: the class or function that takes the values; without it they are parameters as `param` renders them.
+        who: the class or function that takes the values; without it `param` renders their names.
         least: smallest value allowed; any positive value if None.
         values: by name.
-
-    Raises:
-        UserError: names the first value out of range.
 
     >>> check_range("Laplace", scale=1.0)
     >>> check_range(least=1, epochs=0)
@@ -126,7 +123,7 @@ def refuse_first(
 
 
 def fits(value: Any, hint: Any) -> bool:
-    """Whether a value is of a type hint's type: a whole number goes for a float, a truth value for no number.
+    """Whether a value has the type of a type hint: an int is accepted as a float, a bool is not a number.
 
     >>> fits(3, float | None), fits(True, int), fits([1, "a"], Sequence[int])
     (True, False, False)

@@ -137,14 +137,9 @@ class Dataset:
     def batches(
         self, batch_size: int, seed: int, epoch: int, start: int = 0, steps: int | None = None
     ) -> Iterator[Batch]:
-        """Yield the batches of one epoch in the order that seed and epoch fix.
+        """Yield the batches of one epoch, from batch ``start`` on, in the order that seed and epoch fix.
 
-        Arguments:
-            batch_size: B.
-            seed, epoch: decide the order.
-            start: number of the first batch to yield.
-            steps: number of batches, the last of which takes all rows that are left; as many as are full, and the
-                rest, unless given.
+        With ``steps`` the epoch has so many batches, the last of which takes all rows that are left.
         """
         order = self.order(batch_size, seed, epoch, start, steps)
         if not isinstance(self.train, MemmapRows):

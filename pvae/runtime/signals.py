@@ -62,12 +62,7 @@ def raise_interrupt(number: int) -> None:
 
 @contextmanager
 def with_resume_hint(folder: Path, flag: str = "") -> Iterator[None]:
-    """Turn Ctrl-C in the block into an interrupt whose message says where results are and how to resume.
-
-    Arguments:
-        folder: where the block saves.
-        flag: to add to the command.
-    """
+    """Turn Ctrl-C in the block into an interrupt that names the folder of results and the flag that resumes."""
     try:
         yield
     except KeyboardInterrupt:
