@@ -1,4 +1,4 @@
-"""Restoring rows: missing entries, and rows seen through noise, told by their posterior under a fitted program."""
+"""Restore rows: impute missing entries and remove noise, by importance-weighted posterior draws of a fitted program."""
 
 from __future__ import annotations
 
@@ -12,39 +12,45 @@ from torch import Tensor
 from pvae.distributions.masked import MaskedDistribution
 from pvae.distributions.noisy import Channel, Moments, clamp_to_support, entry_moments, num_levels
 from pvae.distributions.supports import base_constraint
-from pvae.errors import Incompatible, UserError, check_range
+from pvae.errors import Incompatible, UserError, check_range, refuse_first
 from pvae.generative.handlers import mask_missing, with_noise
-from pvae.inference.batching import ROWS, RowBatch, Values, as_rows, draw_chunks, map_batches, tile_rows
+from pvae.inference.batching import (
+    ROWS,
+    Progress,
+    RowBatch,
+    Values,
+    as_rows,
+    draw_chunks,
+    inference_mode,
+    map_batches,
+    silent,
+    tile_rows,
+)
 from pvae.inference.guides import Guide
 from pvae.inference.importance import ROWS_PER_PASS
 from pvae.inference.latents import observed_site
 from pvae.inference.posterior import WeightedDraws, importance_draws, likelihood_at, refit_params
 from pvae.inference.refinement import CHECK_DRAWS
-from pvae.runtime.pyro_params import Program, local_param_store, module_of
-from pvae.runtime.torch_state import no_validation, seeded
+from pvae.runtime.pyro_params import Program
+from pvae.stats import Estimate, column_means, mean_se
 
-# The search for q_params and the draws that it is judged by share no noise, nor does the look at the program.
+# Seeds of the search for variational parameters and of a first run of the program: apart from those of the draws.
 SEARCH, LOOK = 40_000_000, 50_000_000
 
-# Rows times draws times values of an entry that are held together, where the values are summed over.
+# Rows times draws times levels of an entry that are held together, for entries with finitely many levels.
 ENUMERATED = 100_000
-
-Progress = Callable[[int], None]
-
-
-def _silent(rows: int) -> None:
-    """No progress is shown."""
 
 
 @dataclass(frozen=True)
 class Imputation:
-    r"""Rows whose missing entries are filled in; C are the columns that the program observes.
+    r"""Imputed rows; C are the columns that the program observes.
 
     Attributes:
-        x: what is there as it was, :math:`E[x_{mis}|x_{obs}]` elsewhere, [B, C].
-        sd: standard deviation of :math:`p(x_{mis}|x_{obs})`, entry by entry, [B, C]; 0 where x is there.
-        draws: rows of which what is missing is drawn from :math:`p(x_{mis}|x_{obs})`, jointly, [S, B, C].
-        ess: effective number of the K draws behind each row, [B]; NaN where nothing is missing.
+        x: observed entries as they were, :math:`E[x_{mis}|x_{obs}]` elsewhere, [B, C].
+        sd: standard deviation of :math:`p(x_{mis}|x_{obs})`, entry by entry, [B, C]; 0 for observed entries.
+        draws: multiple imputations: rows whose missing entries are drawn jointly from :math:`p(x_{mis}|x_{obs})`,
+            [S, B, C].
+        ess: effective sample size of the K importance draws for each row, [B]; NaN for rows without missing entries.
     """
 
     x: Tensor
@@ -52,20 +58,28 @@ class Imputation:
     draws: Tensor
     ess: Tensor
 
+    def summary(self) -> dict[str, Estimate]:
+        """Return mean and standard error of ``sd`` over imputed entries and of ``ess`` over rows that have any."""
+        return {"sd": mean_se(self.sd[self.sd > 0]), "ess": mean_se(self.ess[~self.ess.isnan()])}
+
 
 @dataclass(frozen=True)
 class Denoising:
-    """Rows without their noise; C are the columns that the program observes.
+    """Denoised rows; C are the columns that the program observes.
 
     Attributes:
         x: E[x|y], [B, C].
         sd: standard deviation of p(x|y), entry by entry, [B, C].
-        ess: effective number of the K draws behind each row, [B].
+        ess: effective sample size of the K importance draws for each row, [B].
     """
 
     x: Tensor
     sd: Tensor
     ess: Tensor
+
+    def summary(self) -> dict[str, Estimate]:
+        """Return mean and standard error of ``sd`` over entries and of ``ess`` over rows."""
+        return {"sd": mean_se(self.sd), "ess": mean_se(self.ess)}
 
 
 def impute(
@@ -74,63 +88,65 @@ def impute(
     x: Values,
     index: Tensor | None = None,
     *,
-    there: Values | None = None,
+    observed: Values | None = None,
     means: Values | None = None,
     K: int = 100,
     draws: int = 5,
     steps: int = 100,
     seed: int = 0,
-    progress: Progress = _silent,
+    progress: Progress = silent,
 ) -> Imputation:
-    r"""Missing entries from those that are there, under :math:`p(x_{mis}|x_{obs}) = \int p(x_{mis}|z)\, p(z|x_{obs})`.
+    r"""Impute missing entries from the observed ones, with multiple imputations.
 
-    q(z) is fitted to the entries that are there, K draws of it are weighed by :math:`v_k \propto p(x_{obs}, z_k) /
-    q(z_k)`, and means, variances and draws are those of :math:`\sum_k v_k\, p(x_{mis}|z_k)`.
+    To estimate :math:`p(x_{mis}|x_{obs}) = \int p(x_{mis}|z)\, p(z|x_{obs})\, dz`, q(z) is fitted to the observed
+    entries, K draws of it get importance weights :math:`v_k \propto p(x_{obs}, z_k) / q(z_k)`, and means, variances
+    and draws are those of :math:`\sum_k v_k\, p(x_{mis}|z_k)`.
 
     Arguments:
         model, guide: a fitted program and its guide. A point mass takes one draw, whose spread is p(x|z)'s alone.
-        x, index: rows [B, C], NaN where an entry is missing, and which training datapoints they are.
-        there: which entries are there, [B, C], if NaN does not say it.
-        means: of the columns, [C], with which rows are filled for an encoder that was trained on whole ones; those of
-            the rows given unless told.
+        x, index: rows [B, C], NaN for missing entries, and which training datapoints they are; None for new rows.
+        observed: which entries are observed, [B, C], if NaN does not say it.
+        means: of the columns, [C], in the place of missing entries for an encoder that was trained on complete rows;
+            those of the rows given unless given.
         K: draws for each row.
-        draws: S, rows drawn for each row.
-        steps: the most steps in search of a row's q.
+        draws: S, multiple imputations of each row.
+        steps: the most refinement steps of a row's q.
         seed: of all draws.
-        progress: called with the number of rows done; rows that miss nothing are not looked at.
+        progress: called with the number of rows done; complete rows are skipped.
 
     Raises:
-        UserError: counts below 1, a mask or means of another shape, a label that is missing, or a value that is there
-            and outside the support.
+        UserError: counts below 1, a mask or means of another shape, a label that is missing, or an observed value
+            outside the support.
         Incompatible: the program scores whole rows, or observes something else than the rows' columns.
+
+    See also: `denoise`, which imputes missing entries of noisy rows too.
 
     Source: Mattei and Frellsen (2019), *MIWAE: Deep Generative Modelling and Imputation of Incomplete Data Sets*,
     arXiv:1812.02633.
     """
     check_range("impute", K=K, draws=draws, steps=steps)
-    seen = _seen("impute", model, guide, x, index, there, means)
-    _check_values(seen, seen.fn.support)
-    todo = (~seen.there).flatten(1).any(1).nonzero().squeeze(1)
-    gaps = _sees_gaps(guide, torch.where(seen.mask, seen.rows, torch.nan)[todo[:1]])
+    every = _observe("impute", model, guide, x, index, observed, means)
+    every.check_values(every.fn.support)
+    incomplete = (~every.observed).flatten(1).any(1).nonzero().squeeze(1)
+    values = every.values.cpu()
+    results = {"x": values.clone(), "sd": torch.zeros_like(values), "draws": torch.stack(draws * [values], 1)}
+    results["ess"] = values.new_full((len(values),), torch.nan)
+    if len(incomplete):
+        part = every.at(incomplete)
+        candidate = part.with_nan if _encodes_nan(guide, part.with_nan[:1]) else part.rows
 
-    def compute(rows: RowBatch) -> dict[str, Tensor]:
-        own = todo[rows.place]
-        offer = torch.where(seen.mask[own], rows.x, torch.nan) if gaps else rows.x
-        there, value = seen.there[own], seen.value[own]
-        codes = _codes(mask_missing(model, there), guide, rows, offer, K, steps, seed, seen.together)
-        mean, sd = _mixed(model, guide, codes, rows, lambda fn, part: entry_moments(_plain(fn)), seen.together)
-        drawn = torch.where(there, value, _drawn(model, guide, codes, rows, draws)).transpose(0, 1)
-        return {"x": torch.where(there, value, mean), "sd": sd.masked_fill(there, 0), "draws": drawn, "ess": codes.ess}
+        def compute(rows: RowBatch) -> dict[str, Tensor]:
+            given, there = part.values[rows.place], part.observed[rows.place]
+            program = mask_missing(model, there)
+            codes = _posterior_draws(program, guide, rows, candidate[rows.place], K, steps, seed, part.max_batch)
+            mean, sd = _mixture_moments(model, guide, codes, rows, _entry_moments, part.max_batch)
+            drawn = torch.where(there, given, _mixture_draws(model, guide, codes, rows, draws)).transpose(0, 1)
+            mean, sd = torch.where(there, given, mean), sd.masked_fill(there, 0)
+            return {"x": mean, "sd": sd, "draws": drawn, "ess": codes.ess}
 
-    whole = seen.value.cpu()
-    made = {"x": whole.clone(), "sd": torch.zeros_like(whole), "draws": torch.stack(draws * [whole], 1)}
-    made["ess"] = whole.new_full((len(whole),), torch.nan)
-    if len(todo):
-        which = None if seen.which is None else seen.which[todo]
-        found = map_batches(model, guide, compute, seen.rows[todo], which, seed=seed, batch_size=seen.size, progress=progress)
-        for name, values in found.items():
-            made[name][todo.cpu()] = values
-    return Imputation(made["x"], made["sd"], made["draws"].transpose(0, 1), made["ess"])
+        for name, imputed in part.map_batches(model, guide, compute, seed, progress).items():
+            results[name][incomplete.cpu()] = imputed
+    return Imputation(results["x"], results["sd"], results["draws"].transpose(0, 1), results["ess"])
 
 
 def denoise(
@@ -143,212 +159,217 @@ def denoise(
     K: int = 100,
     steps: int = 100,
     seed: int = 0,
-    progress: Progress = _silent,
+    progress: Progress = silent,
 ) -> Denoising:
-    r"""Rows without their noise, :math:`E[x|y] = \int E[x|y, z]\, p(z|y)\, dz`.
+    r"""Denoise rows: compute the posterior mean of clean rows, :math:`E[x|y] = \int E[x|y, z]\, p(z|y)\, dz`.
 
-    q(z) is fitted to the noisy rows under :math:`p(y|z) = \int p(y|x)\, p(x|z)\, dx`, and K draws of it are weighed by
-    :math:`v_k \propto p(y, z_k) / q(z_k)`. Entries of y that are NaN are missing: they are imputed.
+    q(z) is fitted to the noisy rows under :math:`p(y|z) = \int p(y|x)\, p(x|z)\, dx`, and K draws of it get importance
+    weights :math:`v_k \propto p(y, z_k) / q(z_k)`. Entries of y that are NaN are missing: they are imputed.
 
     Arguments:
         model, guide: a program that was fitted to clean rows, and its guide.
-        y, index: noisy rows [B, C], and which training datapoints they are; None for new ones.
-        noise: p(y|x), as `GaussianNoise` and `FlipNoise`, or a function from x
-            to a distribution of as many entries.
-        K: draws for each row.
-        steps: the most steps in search of a row's q.
-        seed: of all draws.
-        progress: called with the number of rows done.
+        y, index: noisy rows [B, C], and which training datapoints they are; None for new rows.
+        noise: p(y|x), as `GaussianNoise` and `FlipNoise`, or a function from x to a distribution of as many entries.
+        K, steps, seed, progress: as for `impute`.
 
     Raises:
         UserError: counts below 1, or values that the noise can't have left.
-        Incompatible: the program scores whole rows or observes something else than the rows' columns, the noise does not
-            take its values, or p(x|z) has no finite variance.
+        Incompatible: the program scores whole rows or observes something else than the rows' columns, the noise does
+            not take its values, or p(x|z) has no finite variance.
+
+    See also: `impute`; `reconstruct`, which does not know the noise.
     """
     check_range("denoise", K=K, steps=steps)
-    seen = _seen("denoise", model, guide, y, index)
-    through = with_noise(model, noise, seen.name)
-    _check_variance(seen)
-    with local_param_store(), no_validation(), torch.no_grad(), seeded(LOOK):
-        _check_values(
-            seen, observed_site(through, seen.rows[:1], None if seen.which is None else seen.which[:1])["fn"].support
-        )
+    every = _observe("denoise", model, guide, y, index)
+    noisy = with_noise(model, noise, every.site)
+    _check_variance(every)
+    with inference_mode(seed=LOOK):
+        fn = observed_site(noisy, every.rows[:1], None if every.index is None else every.index[:1])["fn"]
+    every.check_values(fn.support)
 
     def compute(rows: RowBatch) -> dict[str, Tensor]:
-        there, value = seen.there[rows.place], seen.value[rows.place]
-        program = through if there.all() else mask_missing(through, there)
-        fn, offer = observed_site(model, rows.x, rows.index)["fn"], rows.x.clone()
-        offer[:, : value.shape[1]] = clamp_to_support(fn, value.round() if fn.support.is_discrete else value)
-        codes = _codes(program, guide, rows, offer, K, steps, seed, seen.together)
+        seen, there = every.values[rows.place], every.observed[rows.place]
+        program = noisy if there.all() else mask_missing(noisy, there)
+        fn, candidate = observed_site(model, rows.x, rows.index)["fn"], rows.x.clone()
+        candidate[:, : seen.shape[1]] = clamp_to_support(fn, seen.round() if fn.support.is_discrete else seen)
+        codes = _posterior_draws(program, guide, rows, candidate, K, steps, seed, every.max_batch)
 
-        def clean(fn: Any, part: slice) -> Moments:
-            y, p = tile_rows(value, None, part)[0], _plain(fn).base_dist
-            known = tile_rows(there, None, part)[0]
-            told, prior = p.clean_moments(y), entry_moments(p.clean)
-            return Moments(*(torch.where(known, one, other) for one, other in zip(told, prior, strict=True)))
+        def clean_moments(fn: Any, part: slice) -> Moments:
+            """Mean and variance of p(x|y, z) for observed entries, of p(x|z) for missing ones."""
+            noisy_fn, observed = _unmasked(fn).base_dist, tile_rows(there, None, part)[0]
+            given_y = noisy_fn.clean_moments(tile_rows(seen, None, part)[0])
+            pairs = zip(given_y, entry_moments(noisy_fn.clean), strict=True)
+            return Moments(*(torch.where(observed, *pair) for pair in pairs))
 
-        mean, sd = _mixed(program, guide, codes, rows, clean, seen.together)
+        mean, sd = _mixture_moments(program, guide, codes, rows, clean_moments, every.max_batch)
         return {"x": mean, "sd": sd, "ess": codes.ess}
 
-    found = map_batches(model, guide, compute, seen.rows, index, seed=seed, batch_size=seen.size, progress=progress)
-    return Denoising(**found)
+    return Denoising(**every.map_batches(model, guide, compute, seed, progress))
 
 
-class _Seen(NamedTuple):
+class _ObservedRows(NamedTuple):
     """Rows as a program observes them.
 
     Attributes:
-        rows, mask: [B, C'] all that the program is given, with means in the place of what is missing; what is there.
-        which: training datapoints they are, [B], or None.
-        value, there: the same of the columns that it observes, [B, C].
-        name, fn: of the observed site, and p(x|z) of some rows at draws of the prior.
+        rows: all columns that the program is given, with means in the place of missing entries, [B, C'].
+        mask: which of these are observed.
+        index: which training datapoints they are, [B], or None.
+        values, observed: rows and mask of the columns at the observed site, [B, C].
+        site, fn: name of the observed site, and p(x|z) of a few rows at draws of the prior.
     """
 
     rows: Tensor
     mask: Tensor
-    which: Tensor | None
-    value: Tensor
-    there: Tensor
-    name: str
+    index: Tensor | None  # type: ignore[assignment]
+    values: Tensor
+    observed: Tensor
+    site: str
     fn: Any
 
-    @property
-    def size(self) -> int:
-        """Rows of a batch: fewer where all values that an entry may have are looked at."""
-        return max(1, min(ROWS, ENUMERATED // (CHECK_DRAWS * max(1, num_levels(self.fn)))))
+    def at(self, which: Tensor) -> _ObservedRows:
+        """Return some of the rows."""
+        index = None if self.index is None else self.index[which]
+        rows, mask, values, observed = (t[which] for t in (self.rows, self.mask, self.values, self.observed))
+        return _ObservedRows(rows, mask, index, values, observed, self.site, self.fn)
 
     @property
-    def together(self) -> int:
+    def with_nan(self) -> Tensor:
+        """The rows with NaN in the place of missing entries."""
+        return torch.where(self.mask, self.rows, torch.nan)
+
+    @property
+    def max_batch(self) -> int:
         """Draws of all rows that pass through the program together."""
         return max(1, min(ROWS_PER_PASS, ENUMERATED // max(1, num_levels(self.fn))))
 
+    def map_batches(
+        self, model: Program, guide: Guide, compute: Callable[[RowBatch], Any], seed: int, progress: Progress
+    ) -> dict[str, Tensor]:
+        """Map batches of the rows, fewer rows in each if all levels of an entry are enumerated."""
+        size = max(1, min(ROWS, ENUMERATED // (CHECK_DRAWS * max(1, num_levels(self.fn)))))
+        options: dict[str, Any] = {"seed": seed, "batch_size": size, "progress": progress}
+        return map_batches(model, guide, compute, self.rows, self.index, **options)
 
-def _seen(
+    def check_values(self, support: Any) -> None:
+        """Refuse observed values outside a support."""
+        inner = base_constraint(support)
+        outside = self.observed & ~(inner.check(self.values) & self.values.isfinite())
+        refuse_first(outside, self.values, f", which is no value of site '{self.site}' ({inner})")
+
+
+def _observe(
     who: str,
     model: Program,
     guide: Guide,
     x: Values,
     index: Tensor | None,
-    there: Values | None = None,
+    observed: Values | None = None,
     means: Values | None = None,
-) -> _Seen:
+) -> _ObservedRows:
+    """Return rows with means in the place of missing entries, and what the program observes of them."""
     if not isinstance(guide, Guide):
         raise UserError(f"{who} needs a guide with a family, such as Amortized, but {type(guide).__name__} has none")
-    given = as_rows(x, model)
-    mask = ~given.isnan() & _mask(given, there)
-    rows = torch.where(mask, given, _means(given, mask, means))
-    for program in (model, guide):
-        module_of(program).eval()
-    which = None if index is None else index.to(rows.device)
-    few = rows[:3], None if which is None else which[:3]
-    with local_param_store(), no_validation(), torch.no_grad(), seeded(LOOK):
-        site = observed_site(model, *few)
+    values = as_rows(x, model)
+    mask = ~values.isnan() & _as_mask(values, observed)
+    rows = torch.where(mask, values, column_means(values, mask) if means is None else _as_means(values, means))
+    index = None if index is None else index.to(rows.device)
+    with inference_mode(model, guide, seed=LOOK):
+        site = observed_site(model, rows[:3], None if index is None else index[:3])
     columns = site["value"].shape[1]
-    if not torch.equal(site["value"], few[0][:, :columns]):
+    if not torch.equal(site["value"], rows[:3, :columns]):
         raise Incompatible(f"{who}: observed site '{site['name']}' is not of the rows' own columns, but made of them")
     if not mask[:, columns:].all():
         row, column = (~mask[:, columns:]).nonzero()[0][:2].tolist()
         raise UserError(
             f"row {row}, column {column + columns} is missing, but the program is given it beside its latents"
         )
-    return _Seen(rows, mask, which, rows[:, :columns], mask[:, :columns], site["name"], _plain(site["fn"]))
+    return _ObservedRows(rows, mask, index, rows[:, :columns], mask[:, :columns], site["name"], _unmasked(site["fn"]))
 
 
-def _mask(x: Tensor, there: Values | None) -> Tensor:
-    if there is None:
-        return torch.ones_like(x, dtype=torch.bool)
-    mask = torch.as_tensor(there)
+def _as_mask(x: Tensor, observed: Values | None) -> Tensor:
+    """Return the mask of observed entries, of the rows' shape."""
+    mask = torch.ones_like(x, dtype=torch.bool) if observed is None else torch.as_tensor(observed)
     if mask.dtype != torch.bool or mask.shape != x.shape:
         raise UserError(
-            f"the mask is {mask.dtype} of shape {tuple(mask.shape)}; it must be bool, True where a value is there, "
-            f"of the rows' shape {tuple(x.shape)}"
+            f"the mask is {mask.dtype} of shape {tuple(mask.shape)}; it must be bool, True for observed entries, of "
+            f"the rows' shape {tuple(x.shape)}"
         )
     return mask.to(x.device)
 
 
-def _means(x: Tensor, there: Tensor, means: Values | None) -> Tensor:
-    """The columns' means, over the rows that have them unless they are given; 0 for a column that no row has."""
-    if means is None:
-        return torch.where(there, x, 0).sum(0) / there.sum(0).clamp(min=1)
-    found = torch.as_tensor(means).to(x)
-    if found.shape != x.shape[1:]:
-        raise UserError(f"the means have shape {tuple(found.shape)}, but the rows' columns {tuple(x.shape[1:])}")
-    return found.nan_to_num()
+def _as_means(x: Tensor, means: Values) -> Tensor:
+    """Return column means, 0 where there is none."""
+    values = torch.as_tensor(means).to(x)
+    if values.shape != x.shape[1:]:
+        raise UserError(f"the means have shape {tuple(values.shape)}, but the rows' columns {tuple(x.shape[1:])}")
+    return values.nan_to_num()
 
 
-def _check_values(seen: _Seen, support: Any) -> None:
-    """Refuse values that are there and outside a support."""
-    outside = seen.there & ~(base_constraint(support).check(seen.value) & seen.value.isfinite())
-    if outside.any():
-        row, *column = outside.nonzero()[0].tolist()
-        raise UserError(
-            f"row {row}, column {', '.join(map(str, column))} is {seen.value[(row, *column)].item():g}, which is no "
-            f"value of site '{seen.name}' ({base_constraint(support)}; {int(outside.sum())} such values)"
-        )
-
-
-def _check_variance(seen: _Seen) -> None:
+def _check_variance(rows: _ObservedRows) -> None:
+    """Refuse a likelihood without finite variance, or without a formula for it."""
     try:
-        finite = bool(entry_moments(seen.fn).variance.isfinite().all())
+        is_finite = bool(entry_moments(rows.fn).variance.isfinite().all())
     except NotImplementedError:
-        finite = False
-    if not finite:
-        kind = type(getattr(seen.fn, "base_dist", seen.fn)).__name__
+        is_finite = False
+    if not is_finite:
+        kind = type(getattr(rows.fn, "base_dist", rows.fn)).__name__
         raise Incompatible(
-            f"denoise: site '{seen.name}' is {kind}, which has no finite variance here; fit another likelihood, "
+            f"denoise: site '{rows.site}' is {kind}, which has no finite variance here; fit another likelihood, "
             "such as Gaussian, or StudentT of df above 2"
         )
 
 
-def _plain(fn: Any) -> Any:
-    """p(x|z) of all entries."""
-    return _plain(fn.fn) if isinstance(fn, MaskedDistribution) else fn
+def _unmasked(fn: Any) -> Any:
+    """Return p(x|z) of all entries."""
+    return _unmasked(fn.fn) if isinstance(fn, MaskedDistribution) else fn
 
 
-def _sees_gaps(guide: Guide, rows: Tensor) -> bool:
-    """Whether the guide has an encoder that was made for rows with missing entries."""
+def _entry_moments(fn: Any, part: slice) -> Moments:
+    return entry_moments(_unmasked(fn))
+
+
+def _encodes_nan(guide: Guide, rows: Tensor) -> bool:
+    """Return whether the guide has an encoder that was made for rows with missing entries."""
     encoder = getattr(guide, "encoder", None)
-    if encoder is None or not len(rows):
-        return False
     with torch.no_grad():
-        return bool(encoder(rows).isfinite().all())
+        return encoder is not None and bool(encoder(rows).isfinite().all())
 
 
-def _codes(
-    program: Program, guide: Guide, rows: RowBatch, offer: Tensor, K: int, steps: int, seed: int, together: int
+def _posterior_draws(
+    program: Program, guide: Guide, rows: RowBatch, candidate: Tensor, K: int, steps: int, seed: int, max_batch: int
 ) -> WeightedDraws:
-    """Weighed draws from the best q that is found for rows as a program scores them."""
-    own = seed + SEARCH + rows.place.start
-    q_params = refit_params(program, guide, rows.x, rows.index, candidates=[offer], steps=steps, seed=own)
-    return importance_draws(program, guide, q_params, rows.x, rows.index, K, together)
+    """Refit q to rows as a program scores them, and draw from it with importance weights."""
+    seed = seed + SEARCH + rows.place.start
+    q_params = refit_params(program, guide, rows.x, rows.index, candidates=[candidate], steps=steps, seed=seed)
+    return importance_draws(program, guide, q_params, rows.x, rows.index, K, max_batch)
 
 
-def _mixed(
+def _mixture_moments(
     program: Program,
     guide: Guide,
     codes: WeightedDraws,
     rows: RowBatch,
-    of: Callable[[Any, slice], Moments],
-    together: int,
+    moments_of: Callable[[Any, slice], Moments],
+    max_batch: int,
 ) -> tuple[Tensor, Tensor]:
-    r"""Mean and standard deviation of :math:`\sum_k v_k\, p_k`, whose moments are those ``of`` p(x|z_k), [B, C]."""
+    r"""Mean and standard deviation of the mixture :math:`\sum_k v_k\, p_k`, [B, C], from the moments of each p_k."""
     mean = square = centre = torch.zeros(())
-    for part in draw_chunks(len(codes.z), len(rows.x), together):
-        own = WeightedDraws(codes.z[part], codes.log_weights[part])
-        fn = likelihood_at(program, guide.sites, own.z.flatten(0, 1), *tile_rows(rows.x, rows.index, part))
-        first, second = (values.unflatten(0, own.z.shape[:2]) for values in of(fn, part))
+    for part in draw_chunks(len(codes.z), len(rows.x), max_batch):
+        chunk = WeightedDraws(codes.z[part], codes.log_weights[part])
+        fn = likelihood_at(program, guide.sites, chunk.z.flatten(0, 1), *tile_rows(rows.x, rows.index, part))
+        first, second = (values.unflatten(0, chunk.z.shape[:2]) for values in moments_of(fn, part))
         centre = first[0] if part.start == 0 else centre  # squares around 0 lose the digits of a mean far from it
-        mean = mean + own.mean(first - centre)
-        square = square + own.mean(second + (first - centre) ** 2)
+        mean = mean + chunk.mean(first - centre)
+        square = square + chunk.mean(second + (first - centre) ** 2)
     return centre + mean, (square - mean**2).clamp(min=0).sqrt()
 
 
-def _drawn(model: Program, guide: Guide, codes: WeightedDraws, rows: RowBatch, draws: int) -> Tensor:
-    r"""Rows drawn from :math:`\sum_k v_k\, p(x|z_k)`, [S, B, C]."""
-    which = torch.multinomial(codes.log_weights.exp().mT, draws, replacement=True).mT
+def _mixture_draws(model: Program, guide: Guide, codes: WeightedDraws, rows: RowBatch, count: int) -> Tensor:
+    r"""Draw rows from the mixture :math:`\sum_k v_k\, p(x|z_k)`, [S, B, C]."""
+    which = torch.multinomial(codes.log_weights.exp().mT, count, replacement=True).mT
     z = codes.z.gather(0, which.unsqueeze(-1).expand(-1, -1, codes.z.shape[-1]))
-    found = []
-    for part in draw_chunks(draws, len(rows.x)):
+    draws = []
+    for part in draw_chunks(count, len(rows.x)):
         fn = likelihood_at(model, guide.sites, z[part].flatten(0, 1), *tile_rows(rows.x, rows.index, part))
-        found.append(_plain(fn).sample().unflatten(0, z[part].shape[:2]))
-    return torch.cat(found)
+        draws.append(_unmasked(fn).sample().unflatten(0, z[part].shape[:2]))
+    return torch.cat(draws)

@@ -198,7 +198,7 @@ def test_point_masses_have_no_evidence_and_say_so(oracle):
 
 def test_a_family_without_a_mean_gives_codes_by_draws(oracle):
     family = FlowFamily(LATENT, hidden=[8], bins=4, context=2)
-    guide = Amortized(nn.Linear(COLUMNS, family.size), family)
+    guide = Amortized(nn.Linear(COLUMNS, family.num_params), family)
     found = detect_anomalies(oracle.model, guide, oracle.sample(9), reference=oracle.sample(40))
     assert set(found.scores) == set(SCORES)
     assert found.scores["neighbours"].isfinite().all()
@@ -249,7 +249,7 @@ def test_rows_are_counted_and_draws_are_fixed_by_the_seed(oracle):
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"false_alarm": 0.0}, "rate of false alarms is 0.0, but it must be between 0 and 1"),
+        ({"false_alarm": 0.0}, "false_alarm is 0.0, but it must be between 0 and 1"),
         ({"false_alarm": 1.0}, "must be between 0 and 1"),
         ({"false_alarm": 0.01}, "40 reference rows are too few for a false-alarm rate of 0.01; give 99 or more"),
         ({"scores": ["evidense"]}, "unknown score 'evidense'; did you mean 'evidence'"),

@@ -9,7 +9,7 @@ from oracles import LinearGaussian
 from sklearn.metrics import confusion_matrix, log_loss
 from torch import nn
 
-from pvae.applications.classification import Classification, classify, evidence_by_label, fit_temperature
+from pvae.applications.classification import Classification, classify, classify_conditional, fit_temperature
 from pvae.errors import Incompatible, UserError
 from pvae.inference.families import Delta, DiagonalNormal
 from pvae.inference.guides import Amortized
@@ -128,7 +128,7 @@ def test_a_program_that_is_given_the_label_is_asked_under_every_label():
     program = Moved()
     x, y = program.oracle.sample(ROWS), torch.arange(ROWS) % CLASSES
     x = x + program.moves[y]
-    found = evidence_by_label(program.model, program.guide, x.numpy(), CLASSES, prior=PRIOR, K=2)
+    found = classify_conditional(program.model, program.guide, x.numpy(), CLASSES, prior=PRIOR, K=2)
     bayes = torch.stack([program.oracle.evidence(x - move) for move in program.moves], 1)
     assert (found.log_evidence - bayes).abs().max() < 1e-3
     assert torch.equal(found.predicted, (bayes + torch.tensor(PRIOR).log()).argmax(1))

@@ -54,7 +54,7 @@ def linear(prior, family, scale=0.3):
     """A program with a linear decoder, and an amortized guide with a linear encoder; all parameters are fixed."""
     torch.manual_seed(0)
     vae = VAE(nn.Linear(LATENT, COLUMNS), Gaussian(scale=scale), prior)
-    return vae, Amortized(nn.Linear(COLUMNS, family.size), family)
+    return vae, Amortized(nn.Linear(COLUMNS, family.num_params), family)
 
 
 def within(found, expected, times=4.5):
@@ -348,7 +348,7 @@ def test_a_latent_without_a_scale_is_refused_and_a_bad_temperature():
     with pytest.raises(Incompatible, match="latent 'z' is MixtureSameFamily, which has no scale for a temperature"):
         drawn(prior, 0.5, 5)
     for t in (-1.0, math.nan, math.inf):
-        with pytest.raises(UserError, match=r"the temperature is .*, but it must be at least 0"):
+        with pytest.raises(UserError, match=r"temperature is .*, but it must be at least 0"):
             drawn(PRIORS["StandardNormal"](), t, 5)
 
 
@@ -447,9 +447,9 @@ def test_many_new_rows_are_decoded_in_parts(oracle, monkeypatch):
     x, guide, seen = oracle.sample(3), amortized(oracle), []
     whole = augment(oracle.model, guide, x, per_row=50)
     monkeypatch.setattr(batching, "ROWS_PER_PASS", 20)
-    decoded = coding.decoded
+    at = coding.likelihood_at
     monkeypatch.setattr(
-        coding, "decoded", lambda model, sites, z, x: seen.append(len(z)) or decoded(model, sites, z, x)
+        coding, "likelihood_at", lambda model, sites, z, x: seen.append(len(z)) or at(model, sites, z, x)
     )
     parts = augment(oracle.model, guide, x, per_row=50)
     assert max(seen) <= 20
@@ -461,7 +461,7 @@ def test_many_new_rows_are_decoded_in_parts(oracle, monkeypatch):
 def test_a_point_mass_has_no_spread_to_augment_by_but_rows_can_be_drawn():
     vae, guide = linear(PRIORS["StandardNormal"](), Delta(LATENT))
     x = torch.randn(3, COLUMNS)
-    with pytest.raises(Incompatible, match=r"point masses has no spread.*fit with another --family, or give spread 0"):
+    with pytest.raises(Incompatible, match=r"point mass has no spread.*fit with another family, or set spread=0"):
         augment(vae.model, guide, x, per_row=2)
     drawn = augment(vae.model, guide, x, per_row=2, spread=0.0, draw=True).x
     assert len(drawn.unique(dim=0)) == 6
@@ -474,7 +474,7 @@ def guided(program, x, family=DiagonalNormal):
     torch.manual_seed(0)
     sites = find_latent_sites(program.model, x)
     own = family(sites.dim)
-    encoder = nn.Linear(x.shape[1], own.size)
+    encoder = nn.Linear(x.shape[1], own.num_params)
     nn.init.normal_(encoder.weight, std=0.1)
     return Amortized(encoder, own, sites=sites)
 
@@ -556,7 +556,7 @@ def test_bounded_latents_are_coded_as_real_vectors():
         (lambda model, guide, x: interpolate(model, guide, x, how="sphere"), "did you mean 'spherical'?"),
         (lambda model, guide, x: interpolate(model, guide, x, steps=0), "steps is 0"),
         (lambda model, guide, x: augment(model, guide, x, per_row=0), "per_row is 0"),
-        (lambda model, guide, x: augment(model, guide, x, spread=-1.0), "the spread is -1.0"),
+        (lambda model, guide, x: augment(model, guide, x, spread=-1.0), "spread is -1.0"),
         (lambda model, guide, x: encode(model, guide, x, K=0), "K is 0"),
         (lambda model, guide, x: encode(model, guide, x[0]), r"the rows have shape \(5,\)"),
         (lambda model, guide, x: encode(model, guide, x[:0]), "no rows are given"),

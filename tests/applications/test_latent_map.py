@@ -71,9 +71,9 @@ def test_the_plane_is_the_latents_own(full):
     torch.testing.assert_close(found.codes, oracle.mean(x).float())
     torch.testing.assert_close(found.spread, covariance.float().expand(60, 2, 2))
     for i, j in ((0, 0), (0, 6), (6, 0), (3, 5)):
-        there = torch.stack([found.across[j], found.up[i]])
+        there = torch.stack([found.grid_x[j], found.grid_y[i]])
         torch.testing.assert_close(found.grid[i, j], expected(oracle, there))
-    low, high = torch.stack([found.across[0], found.up[0]]), torch.stack([found.across[-1], found.up[-1]])
+    low, high = torch.stack([found.grid_x[0], found.grid_y[0]]), torch.stack([found.grid_x[-1], found.grid_y[-1]])
     assert (found.codes > low).all()
     assert (found.codes < high).all()
     inside = ((found.prior > low) & (found.prior < high)).double().mean(0)
@@ -90,7 +90,7 @@ def test_the_plane_of_many_dimensions_is_that_of_principal_components():
     np.testing.assert_allclose(found.share, known.explained_variance_ratio_, atol=1e-5)
     ways = torch.as_tensor(known.components_.T * signs)
     torch.testing.assert_close(found.spread[0], (ways.T @ oracle.covariance @ ways).float(), atol=1e-5, rtol=1e-4)
-    there = torch.as_tensor(known.mean_) + ways @ torch.stack([found.across[1], found.up[3]]).double()
+    there = torch.as_tensor(known.mean_) + ways @ torch.stack([found.grid_x[1], found.grid_y[3]]).double()
     torch.testing.assert_close(found.grid[3, 1], expected(oracle, there), atol=1e-4, rtol=1e-4)
 
 
@@ -99,7 +99,7 @@ def test_every_family_has_a_map(name):
     with seeded(0):
         family = FAMILIES[name]()
         model = VAE(nn.Linear(LATENT, COLUMNS), Gaussian(), StandardNormal(LATENT)).model
-        guide = Amortized(nn.Linear(COLUMNS, family.size), family)
+        guide = Amortized(nn.Linear(COLUMNS, family.num_params), family)
         x = torch.randn(20, COLUMNS)
         q, z = family(guide.params(x)), None
         z = q.sample((4000,))
@@ -116,7 +116,7 @@ def test_a_covariance_by_draws_is_the_covariance(monkeypatch):
     monkeypatch.setattr(posterior, "MOMENT_DRAWS", 4000)
     q = FAMILIES["MixtureOfNormals"]()
     with seeded(0):
-        q_params = torch.randn(3, q.size)
+        q_params = torch.randn(3, q.num_params)
         ways = torch.linalg.qr(torch.randn(LATENT, 2))[0]
         found, sample = latent_map_module._covariance(q, q_params, ways), q(q_params).sample((40_000,)) @ ways
     own = torch.stack([torch.cov(sample[:, b].T) for b in range(3)])
@@ -179,7 +179,9 @@ def test_a_program_that_is_given_labels_decodes_those_of_the_first_row():
     x = torch.cat([torch.zeros(6, 2), torch.arange(12.0).view(6, 2)], 1)
     guide = Amortized(nn.Linear(4, 2), Delta(2))
     found = map_latents(Labelled(), guide, x, size=2)
-    torch.testing.assert_close(found.grid[0, 1], torch.stack([found.across[1], found.up[0]]) + torch.tensor([0.0, 10]))
+    torch.testing.assert_close(
+        found.grid[0, 1], torch.stack([found.grid_x[1], found.grid_y[0]]) + torch.tensor([0.0, 10])
+    )
 
 
 @pytest.mark.parametrize(
@@ -190,8 +192,8 @@ def test_a_program_that_is_given_labels_decodes_those_of_the_first_row():
         (2, 9, {"projection": "pcs"}, "unknown projection 'pcs'; did you mean 'pca'?"),
         (5, 9, {"projection": "tsne"}, "needs more than 30 rows, and here are 9; give more rows (or in Python a"),
         (5, 9, {"projection": "tsne", "perplexity": 0}, "latent_map: perplexity is 0, but it must be positive"),
-        (5, 2, {}, "2 rows have no 2 principal directions; give at least 3"),
-        (2, 9, {"size": 1}, "latent_map: size is 1, but a grid needs at least 2 columns"),
+        (5, 2, {}, "2 rows have no 2 principal components; give at least 3"),
+        (2, 9, {"size": 1}, "latent_map: size is 1, but it must be at least 2"),
     ],
 )
 def test_a_map_that_can_not_be_is_refused(dim, rows, options, said):

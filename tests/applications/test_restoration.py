@@ -30,7 +30,7 @@ INDEX = torch.arange(6)
 def amortized(family, columns=M):
     """A guide that was never fitted: its q_params is no more than a start."""
     with seeded(0):
-        return Amortized(nn.Linear(columns, family.size), family)
+        return Amortized(nn.Linear(columns, family.num_params), family)
 
 
 def gaps(rows=B, columns=M):
@@ -82,7 +82,7 @@ def test_missing_entries_have_the_mean_and_variance_of_the_conditional_gaussian(
 def test_draws_of_missing_entries_are_joint(oracle):
     there = torch.tensor([[True, True, True, False, False, False], [False] * M])
     x, S = oracle.sample(2), 8000
-    found = impute(oracle.model, amortized(FullRankNormal(D)), x, there=there, K=2000, draws=S)
+    found = impute(oracle.model, amortized(FullRankNormal(D)), x, observed=there, K=2000, draws=S)
     exact = Conditional(oracle, x, there)
     for row in range(2):
         away = ~there[row]
@@ -101,7 +101,7 @@ def test_draws_of_missing_entries_are_joint(oracle):
 def test_noise_is_taken_away_as_the_conditional_gaussian_has_it(oracle, scale, missing):
     x = oracle.sample(B)
     with seeded(5):
-        y = GaussianNoise(scale=scale).added(x)
+        y = GaussianNoise(scale=scale).add_to(x)
     there = gaps() if missing else torch.ones_like(x, dtype=torch.bool)
     guide, noise = amortized(FullRankNormal(D)), GaussianNoise(scale=scale)
     found = denoise(oracle.model, guide, y.where(there, torch.nan), noise, K=2000)
@@ -132,7 +132,7 @@ NOISES = {
 def test_bits_behind_noise_by_quadrature(name):
     (noise, channel), (vae, one, prior) = NOISES[name], bits()
     with seeded(2):
-        y = noise.added((torch.rand(B, M) < 0.5).float())
+        y = noise.add_to((torch.rand(B, M) < 0.5).float())
     found = denoise(vae.model, amortized(DiagonalNormal(1)), y, noise, K=4000)
     ones, zeros = one[:, None] * channel(y, 1), (1 - one[:, None]) * channel(y, 0)
     weights = ((ones + zeros).log().sum(-1) + prior[:, None]).softmax(0)[..., None]
@@ -146,7 +146,7 @@ def test_bits_behind_noise_by_quadrature(name):
 def test_missing_bits_by_quadrature():
     vae, one, prior = bits()
     x, there = (torch.rand(B, M, generator=torch.Generator().manual_seed(1)) < 0.5).float(), gaps()
-    found = impute(vae.model, amortized(DiagonalNormal(1)), x, there=there, K=4000)
+    found = impute(vae.model, amortized(DiagonalNormal(1)), x, observed=there, K=4000)
     scores = torch.where(x == 1, one[:, None], 1 - one[:, None]).log().where(there, 0).sum(-1)
     weights = (scores + prior[:, None]).softmax(0)[..., None]
     mean = (weights * one[:, None]).sum(0)
@@ -175,7 +175,7 @@ def test_what_is_there_stays_to_the_bit_and_draws_are_possible(likelihood):
     vae, guide = fitted(likelihood)
     x, there = drawn(vae), gaps(5, COLUMNS)
     outside = torch.get_rng_state()
-    found = impute(vae.model, guide, x, there=there, K=10, steps=3, draws=2)
+    found = impute(vae.model, guide, x, observed=there, K=10, steps=3, draws=2)
     assert torch.equal(torch.get_rng_state(), outside)
     assert torch.equal(found.x[there], x[there])
     assert torch.equal(found.draws[:, there], x[there].expand(2, -1))
@@ -203,7 +203,7 @@ def test_next_to_no_noise_leaves_the_row_as_it_is(likelihood):
 def test_strong_noise_leaves_rows_within_the_support_and_the_same_seed_gives_the_same(likelihood):
     vae, guide = fitted(likelihood)
     with seeded(6):
-        y = GaussianNoise(scale=1.0).added(drawn(vae))
+        y = GaussianNoise(scale=1.0).add_to(drawn(vae))
     one, two, other = (denoise(vae.model, guide, y, GaussianNoise(scale=1.0), K=10, steps=3, seed=s) for s in (0, 0, 1))
     assert torch.equal(one.x, two.x)
     assert not torch.equal(one.x, other.x)
@@ -263,7 +263,7 @@ def test_searching_and_weighing_each_win_over_an_encoder_that_knows_nothing(orac
     guide = amortized(DiagonalNormal(D))
 
     def error(**own):
-        found = impute(oracle.model, guide, x, there=there, **own)
+        found = impute(oracle.model, guide, x, observed=there, **own)
         return (found.x - x)[~there].square().mean().item()
 
     blind, weighed, searched, both = (error(K=k, steps=s) for k, s in ((1, 1), (100, 1), (1, 100), (100, 100)))
@@ -298,9 +298,9 @@ def test_an_encoder_made_for_gaps_sees_them_and_another_sees_means(oracle):
 
     x, there, means = oracle.sample(5), gaps(5), torch.arange(float(M))
     family = DiagonalNormal(D)
-    plain, made = Seeing(nn.Linear(M, family.size)), Seeing(ImputeMeans(nn.Linear(M, family.size), means))
+    plain, made = Seeing(nn.Linear(M, family.num_params)), Seeing(ImputeMeans(nn.Linear(M, family.num_params), means))
     for encoder, filling in ((plain, means), (made, torch.nan)):
-        impute(oracle.model, Amortized(encoder, family), x, there=there, means=means, K=2, steps=1)
+        impute(oracle.model, Amortized(encoder, family), x, observed=there, means=means, K=2, steps=1)
         away = encoder.seen[-1][~there[:-1]]
         expected = torch.where(there, x, filling)[:-1][~there[:-1]]
         assert torch.equal(away.nan_to_num(-99), expected.nan_to_num(-99))
@@ -309,7 +309,7 @@ def test_an_encoder_made_for_gaps_sees_them_and_another_sees_means(oracle):
 def test_a_point_mass_takes_one_draw(oracle):
     x, there = oracle.sample(5), gaps(5)
     guide = amortized(Delta(D))
-    found = impute(oracle.model, guide, x, there=there)
+    found = impute(oracle.model, guide, x, observed=there)
     assert torch.allclose(found.ess[:-1], torch.ones(4))
     assert torch.allclose(found.sd[~there], oracle.scale.float())
     assert denoise(oracle.model, guide, x, GaussianNoise(scale=0.1)).ess.eq(1).all()
@@ -384,9 +384,13 @@ WRONG = {
     "draws": (lambda: impute(binary(), GUIDE, GAP, draws=0), UserError, "impute: draws is 0"),
     "steps": (lambda: denoise(binary(), GUIDE, X, NOISE, steps=0), UserError, "denoise: steps is 0"),
     "guide": (lambda: impute(binary(), Holder(whole), GAP), UserError, "needs a guide with a family.*Holder has none"),
-    "mask's type": (lambda: impute(binary(), GUIDE, X, there=X), UserError, "the mask is torch.float32.*must be bool"),
+    "mask's type": (
+        lambda: impute(binary(), GUIDE, X, observed=X),
+        UserError,
+        "the mask is torch.float32.*must be bool",
+    ),
     "mask's shape": (
-        lambda: impute(binary(), GUIDE, X, there=torch.ones(3, M, dtype=torch.bool)),
+        lambda: impute(binary(), GUIDE, X, observed=torch.ones(3, M, dtype=torch.bool)),
         UserError,
         r"of shape \(3, 6\).* of the rows' shape \(2, 6\)",
     ),
