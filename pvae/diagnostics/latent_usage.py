@@ -187,7 +187,7 @@ def _moments(q: Any) -> tuple[Tensor, Tensor, Tensor]:
 def _prior_of(target: LogJoint) -> Any:
     """The program's p(u) where u is a single site of real numbers, else None."""
     sites = target.latents.sites
-    if len(sites) > 1 or not sites[0].plain:
+    if len(sites) > 1 or not sites[0].is_real_vector:
         return None
     return poutine.trace(target.model).get_trace(target.x, target.index).nodes[sites[0].name]["fn"]
 

@@ -1,4 +1,4 @@
-"""The latent sites of a Pyro program, laid end to end, so that one family serves any program."""
+"""Latent sites of a Pyro program, as one unconstrained real vector, so that one family serves any program."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ BOUNDS = ("lower_bound", "upper_bound")
 
 
 @dataclass(frozen=True)
-class Site:
-    """One latent of each datapoint: its name, event shape, and the values that it may take."""
+class LatentSite:
+    """Latent site of one datapoint: name, event shape and support."""
 
     name: str
     shape: tuple[int, ...]
@@ -34,80 +34,79 @@ class Site:
 
     @property
     def transform(self) -> Any:
-        """From real vectors to the support."""
+        """Transform from unconstrained reals to the support."""
         return biject_to(self.support)
 
     @property
-    def free(self) -> tuple[int, ...]:
-        """The shape of the real vectors behind the values; a simplex has one entry less than its values."""
+    def unconstrained_shape(self) -> tuple[int, ...]:
+        """Shape of the unconstrained reals behind the values; a simplex has one entry less than its values."""
         return tuple(self.transform.inverse_shape(self.shape))
 
     @property
-    def plain(self) -> bool:
-        """The site is a real vector."""
+    def is_real_vector(self) -> bool:
+        """Whether the site is a vector of reals, which needs no transform."""
         return len(self.shape) == 1 and base_constraint(self.support) is constraints.real
 
 
 @dataclass(frozen=True)
 class LatentSites:
-    """All latents of one datapoint, a vector of ``dim`` real numbers to a family.
+    """All latents of one datapoint, for a family one unconstrained vector of ``dim`` reals.
 
-    >>> LatentSites((Site("z", (3,), constraints.real_vector), Site("s", (), constraints.positive))).dim
+    >>> LatentSites((LatentSite("z", (3,), constraints.real_vector), LatentSite("s", (), constraints.positive))).dim
     4
     """
 
-    sites: tuple[Site, ...]
+    sites: tuple[LatentSite, ...]
 
     @property
     def dim(self) -> int:
-        """D, the number of real numbers behind all latents."""
-        return sum(math.prod(site.free) for site in self.sites)
+        """D, the number of unconstrained reals behind all latents."""
+        return sum(math.prod(site.unconstrained_shape) for site in self.sites)
 
     def sample(self, q: dist.TorchDistribution) -> None:
-        r"""Draw all latents in a guide, from q over their real vector; to be called inside plate "data".
+        r"""Draw all latents in a guide from q over their unconstrained vector, inside plate "data".
 
-        Several sites, or one with a bounded support, are drawn jointly as an auxiliary site u and set to
+        Several sites, or one with a bounded support, are drawn jointly as an auxiliary site u, and are set to
         :math:`z_s = T_s(u_s)`, with the density :math:`q(u) \prod_s |\det \partial T_s / \partial u_s|^{-1}`.
         """
-        if len(self.sites) == 1 and self.sites[0].plain:
+        if len(self.sites) == 1 and self.sites[0].is_real_vector:
             pyro.sample(self.sites[0].name, q)
             return
         joint, start = pyro.sample(JOINT, q, infer={"is_auxiliary": True}), 0
         for site in self.sites:
-            end = start + math.prod(site.free)
-            free = joint[..., start:end].reshape(joint.shape[:-1] + site.free)
-            value = site.transform(free)
-            volume = site.transform.log_abs_det_jacobian(free, value)
-            volume = volume.reshape(*joint.shape[:-1], -1).sum(-1)
-            pyro.sample(site.name, dist.Delta(value, -volume, event_dim=len(site.shape)))
+            end = start + math.prod(site.unconstrained_shape)
+            u = joint[..., start:end].reshape(joint.shape[:-1] + site.unconstrained_shape)
+            value = site.transform(u)
+            log_det = site.transform.log_abs_det_jacobian(u, value).reshape(*joint.shape[:-1], -1).sum(-1)
+            pyro.sample(site.name, dist.Delta(value, -log_det, event_dim=len(site.shape)))
             start = end
 
 
 def real_vector_latent(dim: int) -> LatentSites:
-    """The sites of the default program: one real vector "z" of D entries."""
-    return LatentSites((Site("z", (dim,), constraints.real_vector),))
+    """Return the sites of the default program: one real vector "z" of D entries."""
+    return LatentSites((LatentSite("z", (dim,), constraints.real_vector),))
 
 
 def find_latent_sites(model: Program, x: Tensor) -> LatentSites:
-    """The latent sites of a program, found by running it on a few of the rows x [B, ...].
+    """Find the latent sites of a program by running it on a few of the rows x [B, ...].
 
     Raises:
         UserError: the program fails, has no plate "data", no latent, or one that is discrete, stands outside plate
             "data" or inside another one, or whose shape is not the same for all datapoints.
     """
     count = min(len(x), 3)
-    found, again = (_traced(model, x[: count - skip], seed=skip) for skip in (0, 1 if count > 1 else 0))
-    if found != again:
-        here, there = ({site.name: site.shape for site in sites} for sites in (found, again))
-        name = next(n for n in (*here, *there) if here.get(n) != there.get(n))
+    sites, again = (_trace_latents(model, x[: count - skip], seed=skip) for skip in (0, 1 if count > 1 else 0))
+    if sites != again:
+        shapes, shapes_again = ({site.name: site.shape for site in run} for run in (sites, again))
+        name = next(n for n in (*shapes, *shapes_again) if shapes.get(n) != shapes_again.get(n))
         raise UserError(
-            f"the program's latent '{name}' changes from run to run ({here.get(name)}, then {there.get(name)}); "
-            "its sites and their shapes must be the same for all datapoints"
+            f"the program's latent '{name}' changes from run to run ({shapes.get(name)}, then "
+            f"{shapes_again.get(name)}); its sites and their shapes must be the same for all datapoints"
         )
-    return LatentSites(tuple(found))
+    return LatentSites(tuple(sites))
 
 
-def _traced(model: Program, x: Tensor, seed: int) -> list[Site]:
+def _trace_latents(model: Program, x: Tensor, seed: int) -> list[LatentSite]:
     with seeded(seed), torch.no_grad():
         try:
             trace = poutine.trace(model).get_trace(x, torch.arange(len(x), device=x.device))
@@ -118,13 +117,13 @@ def _traced(model: Program, x: Tensor, seed: int) -> list[Site]:
     sites = dict(random_sites(trace))
     if not any(site["is_observed"] for site in sites.values()):
         raise UserError('the program observes nothing; it needs pyro.sample("x", ..., obs=x)')
-    found = [_site(name, site, len(x)) for name, site in sites.items() if not site["is_observed"]]
-    if not found:
+    latents = [_latent_site(name, site, len(x)) for name, site in sites.items() if not site["is_observed"]]
+    if not latents:
         raise UserError('the program has no latent: it needs a pyro.sample without obs inside plate "data"')
-    return found
+    return latents
 
 
-def _site(name: str, site: dict[str, Any], rows: int) -> Site:
+def _latent_site(name: str, site: dict[str, Any], rows: int) -> LatentSite:
     fn, frames = site["fn"], [(frame.name, frame.dim) for frame in site["cond_indep_stack"]]
     if ("data", -1) not in frames:
         raise UserError(f"latent '{name}' stands outside pyro.plate(\"data\", len(x), dim=-1), so it has no datapoint")
@@ -134,11 +133,11 @@ def _site(name: str, site: dict[str, Any], rows: int) -> Site:
         raise UserError(f"latent '{name}' is discrete, and no family here holds it; sum it out of the program")
     if fn.batch_shape != (rows,):
         raise UserError(f"latent '{name}' has batch shape {tuple(fn.batch_shape)}, but plate \"data\" has {rows} rows")
-    return Site(name, tuple(fn.event_shape), _support(name, fn))
+    return LatentSite(name, tuple(fn.event_shape), _support(name, fn))
 
 
 def _support(name: str, fn: Any) -> Any:
-    """The support of one datapoint's latent, free of the shapes of the rows at hand."""
+    """Return the support of one datapoint's latent, without the shapes of the rows at hand."""
     inner = base_constraint(fn.support)
     bounds = {key: value for key in BOUNDS if isinstance(value := getattr(inner, key, None), Tensor) and value.dim()}
     if inner is constraints.real:  # also behind a mixture's support, say, which biject_to does not know
@@ -171,7 +170,7 @@ def observed_site(program: Program, x: Tensor, index: Tensor | None = None) -> d
 
 
 def base_measure(model: Program, x: Tensor) -> str:
-    """``mass`` or ``density``: what a program's log p(x|z) is a log of; nats of the two can't be compared."""
+    """Return whether log p(x|z) is of a ``mass`` or a ``density``; nats of the two can't be compared."""
     with seeded(0), torch.no_grad():
         sites = dict(random_sites(poutine.trace(model).get_trace(x, torch.arange(len(x), device=x.device))))
     kinds = {site["fn"].support.is_discrete for site in sites.values() if site["is_observed"]}

@@ -92,14 +92,20 @@ class LogJoint:
 def unconstrain(sites: LatentSites, latents: dict[str, Tensor]) -> Tensor:
     """Return the unconstrained vectors u [..., D] of latent values by site, [..., event shape] each.
 
-    >>> from torch.distributions import constraints; from pvae.inference.latents import Site
-    >>> unconstrain(LatentSites((Site("s", (), constraints.positive),)), {"s": torch.ones(3)})
+    >>> from torch.distributions import constraints; from pvae.inference.latents import LatentSite
+    >>> unconstrain(LatentSites((LatentSite("s", (), constraints.positive),)), {"s": torch.ones(3)})
     tensor([[0.],
             [0.],
             [0.]])
     """
     behind = [(site, site.transform.inv(latents[site.name])) for site in sites.sites]
-    return torch.cat([u.flatten(u.dim() - len(site.free)) if site.free else u.unsqueeze(-1) for site, u in behind], -1)
+    return torch.cat(
+        [
+            u.flatten(u.dim() - len(site.unconstrained_shape)) if site.unconstrained_shape else u.unsqueeze(-1)
+            for site, u in behind
+        ],
+        -1,
+    )
 
 
 @torch.no_grad()

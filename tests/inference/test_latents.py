@@ -17,7 +17,7 @@ from pvae.generative.vae import VAE
 from pvae.inference.families import DiagonalNormal, FullRankNormal
 from pvae.inference.guides import Amortized
 from pvae.inference.importance import log_weights, random_sites
-from pvae.inference.latents import LatentSites, Site, base_measure, find_latent_sites, real_vector_latent
+from pvae.inference.latents import LatentSite, LatentSites, base_measure, find_latent_sites, real_vector_latent
 from pvae.inference.refinement import LocalELBO, fixed_guide, maximize_local_elbo
 from pvae.runtime.torch_state import seeded
 from pvae.stats import log_mean_exp, log_mean_exp_se
@@ -229,7 +229,7 @@ def test_a_latent_that_comes_and_goes_is_refused():
 
 
 def test_a_guide_refuses_a_family_of_another_size():
-    sites = LatentSites((Site("z", (3,), constraints.real_vector), Site("s", (), constraints.positive)))
+    sites = LatentSites((LatentSite("z", (3,), constraints.real_vector), LatentSite("s", (), constraints.positive)))
     family = DiagonalNormal(3)
     with pytest.raises(UserError, match="the family has 3 dimensions, but the program's latents have 4"):
         Amortized(MLP(3, family.num_params), family, sites=sites)
@@ -290,6 +290,6 @@ def test_one_real_vector_is_drawn_as_itself(prior):
     """Not through an auxiliary site, which has no closed forms and costs a copy."""
     vae = VAE(MLP(3, 4, hidden=[5]), Bernoulli(), prior)
     sites = find_latent_sites(vae.model, torch.zeros(4, 4))
-    assert sites.sites[0].plain
+    assert sites.sites[0].is_real_vector
     guide = Amortized(MLP(4, 6, hidden=[5]), DiagonalNormal(3), sites=sites)
     assert set(dict(random_sites(poutine.trace(guide).get_trace(torch.zeros(4, 4))))) == {"z"}

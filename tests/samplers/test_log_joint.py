@@ -15,7 +15,7 @@ from pvae.errors import UserError
 from pvae.generative.likelihoods import Bernoulli
 from pvae.generative.priors import StandardNormal
 from pvae.generative.vae import VAE
-from pvae.inference.latents import LatentSites, Site, find_latent_sites
+from pvae.inference.latents import LatentSite, LatentSites, find_latent_sites
 from pvae.samplers.log_joint import LogJoint, simulate_joint, unconstrain
 from tests.inference.test_latents import counts
 
@@ -90,10 +90,10 @@ def test_some_rows_of_a_target_are_scored_as_among_all():
 def test_free_is_the_inverse_of_drawing_at_u():
     sites = LatentSites(
         (
-            Site("s", (), constraints.positive),
-            Site("m", (2, 3), constraints.independent(constraints.real, 2)),
-            Site("w", (4,), constraints.simplex),
-            Site("p", (2,), constraints.independent(constraints.interval(-1.0, 2.0), 1)),
+            LatentSite("s", (), constraints.positive),
+            LatentSite("m", (2, 3), constraints.independent(constraints.real, 2)),
+            LatentSite("w", (4,), constraints.simplex),
+            LatentSite("p", (2,), constraints.independent(constraints.interval(-1.0, 2.0), 1)),
         )
     )
     u = torch.randn(5, 7, sites.dim)

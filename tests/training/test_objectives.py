@@ -20,7 +20,7 @@ from pvae.generative.vae import VAE
 from pvae.inference.families import Delta, DiagonalNormal, FullRankNormal, MixtureOfNormals
 from pvae.inference.guides import Amortized, Guide, PerDatapoint
 from pvae.inference.importance import log_weights
-from pvae.inference.latents import LatentSites, Site
+from pvae.inference.latents import LatentSites, LatentSite
 from pvae.inference.refinement import fixed_guide
 from pvae.runtime.pyro_params import LocalModule
 from pvae.training import objectives
@@ -530,7 +530,7 @@ def test_modules_that_are_not_pyros_are_trained(kind):
 
 
 def test_dreg_leaves_a_point_mass_over_a_bounded_latent_its_gradient():
-    sites = LatentSites((Site("s", (), constraints.positive),))
+    sites = LatentSites((LatentSite("s", (), constraints.positive),))
 
     def model(x, index=None):
         with pyro.plate("data", len(x), dim=-1):
