@@ -16,6 +16,9 @@ from torch.distributions import constraints
 
 from pvae.errors import UserError
 
+# A Pyro model or guide.
+Program = Callable[..., Any]
+
 
 @contextmanager
 def local_param_store() -> Iterator[None]:
@@ -85,6 +88,3 @@ def module_of(program: Callable[..., Any]) -> nn.Module:
     if not isinstance(owner, nn.Module):
         raise UserError(f"{program!r} is not a module nor a module's method: its parameters can't be found")
     return owner
-
-
-Program = Callable[..., Any]
