@@ -1,4 +1,4 @@
-"""What stands beside an opened run's uses: principal components, nearest neighbours and columns' means of its rows."""
+"""Baselines of the uses of a run, from its training rows: PCA, column means, 5-nearest-neighbour labels."""
 
 from __future__ import annotations
 
@@ -6,63 +6,65 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pvae.experiments.opened_run import SPLIT_LABELS, Run, SelectedRows
-from pvae.stats import Estimate, mean_se, percent
+from pvae.experiments.opened_run import Run
+from pvae.experiments.row_selection import SPLIT_LABELS, SelectedRows
+from pvae.runtime.torch_state import to_numpy
+from pvae.stats import mean_se, percent
 
-# Rows to which they are fitted at most.
+# Rows that baselines are fitted to at most.
 FITTED = 10_000
 
 
-def through_components(run: Run, x: Tensor) -> Tensor:
-    """Rows through as many principal components of the training rows as there are latent dimensions; else NaN."""
+def pca_reconstruction(run: Run, x: Tensor) -> Tensor:
+    """Reconstruct rows from as many principal components (PCA) as latent dimensions; NaN if any entry is missing."""
     from sklearn.decomposition import PCA
 
-    known = run.data.fixed_train(FITTED).x[:, : run.columns]
-    if known.isnan().any() or x.isnan().any():
+    train = run.data.fixed_train(FITTED).x[:, : run.columns]
+    if train.isnan().any() or x.isnan().any():
         return torch.full_like(x, torch.nan)
-    fitted = PCA(min(run.guide.sites.dim, *known.shape), random_state=0).fit(known.numpy())
-    return torch.from_numpy(fitted.inverse_transform(fitted.transform(x.numpy()))).to(x)
+    pca = PCA(min(run.guide.sites.dim, *train.shape), random_state=0).fit(to_numpy(train))
+    return torch.from_numpy(pca.inverse_transform(pca.transform(to_numpy(x)))).to(x)
 
 
-def components_words(run: Run) -> str:
-    """What the components are of, where that is not all training rows."""
+def pca_words(run: Run) -> str:
+    """Return how many training rows PCA was fitted to, as words, if not all."""
     return f" of {FITTED:,} training rows" if len(run.data.train) > FITTED else ""
 
 
-def column_means(run: Run) -> Tensor:
-    """Means of the training rows' columns, a label's among them."""
+def training_means(run: Run) -> Tensor:
+    """Return the means of the training rows' columns, those of a label among them."""
     return run.data.fixed_train(FITTED).x.nanmean(0)
 
 
-def preserved(run: Run, rows: SelectedRows, x: Tensor, row: Tensor) -> str:
-    """In a sentence, how many new rows keep their row's class, as a classifier that has seen other rows judges it.
+def preserved_labels(run: Run, rows: SelectedRows, x: Tensor, row: Tensor) -> str:
+    """Return a sentence on how many new rows keep their label, by a classifier that was fitted to other rows.
 
     Arguments:
         rows: the given rows, with labels.
         x, row: new rows, and which of the given ones each was made around; as many for each.
 
     Returns:
-        Nothing where no other rows with labels are known.
+        Nothing if no other rows with labels are known.
     """
     from sklearn.neighbors import KNeighborsClassifier
 
     part = "test" if rows.index is not None else "train"
-    kinds = getattr(run.data, f"{part}_labels")
-    if kinds is None or rows.labels is None:
+    labels = getattr(run.data, f"{part}_labels")
+    if labels is None or rows.labels is None:
         return ""
     known = (run.data.test if part == "test" else run.data.fixed_train(FITTED).x)[:FITTED]
-    judge = KNeighborsClassifier(5).fit(_plain(run, known), kinds[: len(known)].numpy())
-    kept, own = (
-        torch.from_numpy(judge.predict(_plain(run, each)) == kind.numpy()).double()
-        for each, kind in ((x, rows.labels[row]), (rows.x, rows.labels))
+    classifier = KNeighborsClassifier(5).fit(_features(run, known), to_numpy(labels[: len(known)]))
+    new, given = (
+        torch.from_numpy(classifier.predict(_features(run, values)) == to_numpy(truth)).double()
+        for values, truth in ((x, rows.labels[row]), (rows.x, rows.labels))
     )
-    around: Estimate = mean_se(kept.view(len(own), -1).mean(1))
+    preserved = mean_se(new.view(len(given), -1).mean(1))  # new rows around one row are not independent
     return (
-        f"Class kept by {percent(around)} of the new rows, as the five nearest of {len(known):,} {SPLIT_LABELS[part]} "
-        f"see it; they see {percent(mean_se(own))} of the given rows right."
+        f"{percent(preserved)} of the new rows keep their label by the majority of the five nearest of "
+        f"{len(known):,} {SPLIT_LABELS[part]}, which is right for {percent(mean_se(given))} of the given rows."
     )
 
 
-def _plain(run: Run, rows: Tensor) -> np.ndarray:
-    """Rows as a classifier takes them: without labels, 0 for what is missing."""
-    return rows[:, : run.columns].nan_to_num(0.0).numpy()
+def _features(run: Run, rows: Tensor) -> np.ndarray:
+    """Return rows without labels, with 0 for missing entries."""
+    return to_numpy(rows[:, : run.columns].nan_to_num(0.0))

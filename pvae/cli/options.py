@@ -1,245 +1,288 @@
-"""Flags of the command line, declared once: what they say becomes a recipe, its axes, and a job."""
+"""Option groups of the command line: dataclasses whose fields are options, and the names of parameters as options."""
 
 from __future__ import annotations
 
 import functools
 import inspect
 from collections.abc import Callable
+from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from pvae.errors import UserError, nearest
+from pvae.errors import UserError, check_range, nearest, param
 
-Flag = typer.Option
-# Of annealing, where it is asked for and no number is given.
+Option = typer.Option
+OfRecipe = functools.partial(typer.Option, rich_help_panel="Recipe")
+OfGuide = functools.partial(typer.Option, rich_help_panel="Inference method")
+OfSweep = functools.partial(typer.Option, rich_help_panel="Sweep")
+OfBudget = functools.partial(typer.Option, rich_help_panel="Evaluation budget")
+# Of annealing, if an option asks for it and none gives the number.
 TEMPERATURES = 500
 Run = Annotated[Path, typer.Argument(help="Folder of a run.")]
-RecipePath = Annotated[Path | None, typer.Argument(help="A recipe (TOML); flags override its keys.")]
-Device = Annotated[str, Flag(help="auto, cpu or cuda.")]
-DataDir = Annotated[Path | None, Flag(help="Where torchvision's data sets are; else $PVAE_DATA.")]
-Overwrite = Annotated[bool, Flag("--overwrite", help="Replace the run that the folder holds.")]
-Resume = Annotated[bool, Flag("--resume", help="Go on with the run that the folder holds.")]
-Out = Annotated[Path | None, Flag(help="Folder of the run (default runs/<verb>-<data or recipe>).")]
-Jobs = Annotated[int, Flag(help="Variants that are trained at a time.")]
-Trust = Annotated[bool, Flag("--trust", help="Run the code of files that the recipe names.")]
+Device = Annotated[str, Option(help="auto, cpu or cuda.")]
+DataDir = Annotated[Path | None, Option(help="Folder of torchvision's data sets; default $PVAE_DATA.")]
+Overwrite = Annotated[bool, Option("--overwrite", help="Replace the run that the folder holds.")]
+Resume = Annotated[bool, Option("--resume", help="Continue the run that the folder holds.")]
+Out = Annotated[Path | None, Option(help="Folder of the run (default runs/<verb>-<data or recipe>).")]
+Jobs = Annotated[int, Option(help="Number of variants to train at a time.")]
+Trust = Annotated[bool, Option("--trust", help="Run the code of files that the recipe names.")]
+Text = str | None
+Whole = int | None
+Number = float | None
+Flag = bool | None
+# Parameters whose options have other names.
+FLAGS = {"K": "--samples", "data_folder": "--data-dir", "folder": "--out"}
 
 
-def recipe_flags(
-    data: Annotated[str | None, Flag(help="digits, mnist, fashion-mnist, kmnist or a .npy/.npz/.csv/.parquet.")] = None,
-    binarize: Annotated[
-        str | None, Flag(help="none, threshold (x > 0.5), dynamic (by batch) or levels (0..255).")
-    ] = None,
-    test_size: Annotated[float | None, Flag(help="Test rows, as a count or a fraction (default 0.2).")] = None,
-    validation_size: Annotated[float | None, Flag(help="Validation rows out of the training rows, likewise.")] = None,
+def as_option(name: str, value: Any = None) -> str:
+    """Write a parameter, with its value if one is given, as an option of the command line.
+
+    >>> as_option("batch_size"), as_option("device", "cuda"), as_option("missing", True), as_option("missing", False)
+    ('--batch-size', '--device cuda', '--missing', '--no-missing')
+    """
+    option = FLAGS.get(name, f"--{name.replace('_', '-')}")
+    if isinstance(value, bool):
+        return option if value else option.replace("--", "--no-", 1)
+    return option if value is None else f"{option} {value}"
+
+
+@dataclass(frozen=True)
+class RecipeOptions:
+    """A recipe file, if any, and options that take the place of its keys."""
+
+    path: Annotated[Path | None, typer.Argument(help="A recipe (TOML); options override its keys.")] = None
+    data: Annotated[Text, OfRecipe(help="digits, mnist, fashion-mnist, kmnist or a .npy/.npz/.csv/.parquet.")] = None
+    binarize: Annotated[Text, OfRecipe(help="none, threshold (x > 0.5), dynamic (by batch) or levels (0..255).")] = None
+    test_size: Annotated[Number, OfRecipe(help="Test rows, as a count or a fraction (default 0.2).")] = None
+    validation_size: Annotated[Number, OfRecipe(help="Validation rows out of the training rows, likewise.")] = None
     missing: Annotated[
-        bool | None,
-        Flag(
-            "--missing/--no-missing", help="NaN marks entries that are missing; only those that are there are scored."
-        ),
-    ] = None,
-    only: Annotated[
-        str | None, Flag(help="Train, and hold out for test, rows of these labels alone, as 0,1,2.")
-    ] = None,
-    program: Annotated[str | None, Flag(help="The generative model: VAE, or file.py:Class.")] = None,
-    likelihood: Annotated[str | None, Flag(help="p(x|z), see `pvae list`.")] = None,
-    prior: Annotated[str | None, Flag(help="p(z), see `pvae list`.")] = None,
-    family: Annotated[str | None, Flag(help="q(z|x), see `pvae list`.")] = None,
-    network: Annotated[str | None, Flag(help="Encoder and decoder, see `pvae list`.")] = None,
-    hidden: Annotated[str | None, Flag(help="Widths of the encoder's hidden layers, by commas.")] = None,
-    objective: Annotated[str | None, Flag(help="What training climbs, e.g. 'IWAE(K=20)', see `pvae list`.")] = None,
-    latent: Annotated[int | None, Flag(help="Number of latent dimensions (default by data).")] = None,
-    epochs: Annotated[int | None, Flag(help="Visits of every datapoint (default by data).")] = None,
-    batch_size: Annotated[int | None, Flag(help="Datapoints in a step (default 128).")] = None,
-    learning_rate: Annotated[float | None, Flag(help="Of Adam, on what the datapoints share.")] = None,
-    patience: Annotated[int | None, Flag(help="Stop after so many epochs without a better validation ELBO.")] = None,
+        Flag, OfRecipe("--missing/--no-missing", help="NaN marks missing entries; only observed entries are scored.")
+    ] = None
+    only: Annotated[Text, OfRecipe(help="Train and test on rows with these labels alone, as 0,1,2.")] = None
+    program: Annotated[Text, OfRecipe(help="The generative model: VAE, or file.py:Class.")] = None
+    likelihood: Annotated[Text, OfRecipe(help="p(x|z), see `pvae list`.")] = None
+    prior: Annotated[Text, OfRecipe(help="p(z), see `pvae list`.")] = None
+    family: Annotated[Text, OfRecipe(help="Posterior family of q(z|x), see `pvae list`.")] = None
+    network: Annotated[Text, OfRecipe(help="Encoder and decoder, see `pvae list`.")] = None
+    hidden: Annotated[Text, OfRecipe(help="Widths of the encoder's hidden layers, by commas.")] = None
+    guide: Annotated[Text, OfRecipe(help="Inference method, see `pvae list`.")] = None
+    objective: Annotated[Text, OfRecipe(help="Training objective, e.g. 'IWAE(K=20)', see `pvae list`.")] = None
+    latent: Annotated[Whole, OfRecipe(help="Number of latent dimensions (default by data).")] = None
+    epochs: Annotated[Whole, OfRecipe(help="Passes over the training rows (default by data).")] = None
+    batch_size: Annotated[Whole, OfRecipe(help="Rows in a training step (default 128).")] = None
+    learning_rate: Annotated[Number, OfRecipe(help="Adam's, for the shared parameters.")] = None
+    patience: Annotated[Whole, OfRecipe(help="Stop after so many epochs without a better validation ELBO.")] = None
     engine: Annotated[
-        str | None, Flag(help="How a step is made: auto (default), pyro, traced, compiled or graph (CUDA).")
-    ] = None,
-    precision: Annotated[
-        str | None, Flag(help="Of the networks' products: float32 (default), bf16, or tf32 (CUDA).")
-    ] = None,
-    seed: Annotated[int | None, Flag(help="Of splits, initial parameters, batches and draws (default 0).")] = None,
-) -> Any:
-    """A function from a recipe file, if any, to what it says with the flags in the place of its keys."""
-    words = ("program", "likelihood", "prior", "family", "network", "objective")
-    given = {name: value for name, value in locals().items() if value is not None and name not in ("hidden", "words")}
-    if only is not None:
-        given["only"] = whole_numbers("--only", only, "label", least=0)
+        Text, OfRecipe(help="How a training step runs: auto (default), pyro, traced, compiled or graph (CUDA).")
+    ] = None
+    precision: Annotated[Text, OfRecipe(help="Of matrix products: float32 (default), bf16, or tf32 (CUDA).")] = None
+    seed: Annotated[Whole, OfRecipe(help="Of splits, initial parameters, batches and draws (default 0).")] = None
 
-    def described(path: Path | None, trust: bool = False, **more: Any) -> Any:
+    def recipe_keys(self) -> dict[str, Any]:
+        """Return the recipe's keys that options give; ``hidden``, an argument of the network, is none."""
+        from pvae.recipes import registry
+
+        keys = {field.name: getattr(self, field.name) for field in fields(self) if field.name not in ("path", "hidden")}
+        keys = {name: value for name, value in keys.items() if value is not None}
+        if self.only is not None:
+            keys["only"] = whole_numbers("only", self.only, "label", least=0)
+        return {name: registry.parse_component(v) if name in registry.KINDS else v for name, v in keys.items()}
+
+    def open(self, *, trust: bool = False) -> Any:
+        """Return the `RecipeFile` with the options in the place of its keys, and fixed where the file varies them."""
         from pvae.recipes import recipe, registry
 
-        changes = given | {n: v for n, v in more.items() if v is not None}
-        changes |= {name: registry.parse(changes[name]) for name in words if name in changes}
-        if path is None:
-            found = recipe.RecipeFile(recipe.Recipe(**changes), {}, {})
+        keys = self.recipe_keys()
+        if self.path is None:
+            file = recipe.RecipeFile(recipe.Recipe(**keys), {}, {})
         else:
-            found = recipe.open_file(path, changes, trust=trust)
-        # A flag for what the recipe varies, or for the guide, which a comparison varies unless told, fixes it.
-        fixed = {name: [value] for name, value in changes.items() if name in (*found.vary, "guide")}
-        found = found._replace(vary=found.vary | fixed)
-        if hidden is None:
-            return found
-        network = registry.as_table(found.recipe.network) | {
-            "hidden": whole_numbers("--hidden", hidden, "width", least=1)
-        }
-        return found._replace(recipe=recipe.replace(found.recipe, network=network))
-
-    described.given = given | ({} if hidden is None else {"network": None})  # type: ignore[attr-defined]
-    return described
+            file = recipe.read_recipe_file(self.path, keys, trust=trust)
+        if self.hidden is not None:
+            widths = {"hidden": whole_numbers("hidden", self.hidden, "width", least=1)}
+            network = registry.as_table(file.recipe.network) | widths
+            file = file._replace(recipe=replace(file.recipe, network=network))
+        return file.fixed_at(keys)
 
 
-def guide_flags(
-    local_steps: Annotated[int | None, Flag(help="PerDatapoint: steps of a row at each visit.")] = None,
-    local_learning_rate: Annotated[float | None, Flag(help="PerDatapoint: rate of these steps.")] = None,
-    semi_steps: Annotated[int | None, Flag(help="SemiAmortized: refinement steps.")] = None,
-    unroll: Annotated[bool | None, Flag("--unroll/--no-unroll", help="SemiAmortized: train through them.")] = None,
-) -> Callable[[Any], Any]:
-    """A function from a guide to its table, with the flags that belong to it."""
-    flags: dict[str, dict[str, Any]] = {
-        "PerDatapoint": {"local_steps": local_steps, "local_learning_rate": local_learning_rate},
-        "SemiAmortized": {"steps": semi_steps, "unroll": unroll},
-    }
+@dataclass(frozen=True)
+class GuideOptions:
+    """Arguments of the inference methods that take them."""
 
-    def component(guide: Any) -> Any:
+    local_steps: Annotated[Whole, OfGuide(help="PerDatapoint: steps of a row at each visit.")] = None
+    local_learning_rate: Annotated[Number, OfGuide(help="PerDatapoint: learning rate of these steps.")] = None
+    semi_steps: Annotated[Whole, OfGuide(help="SemiAmortized: number of refinement steps.")] = None
+    unroll: Annotated[
+        Flag, OfGuide("--unroll/--no-unroll", help="SemiAmortized: differentiate through the refinement steps.")
+    ] = None
+
+    def complete(self, file: Any) -> Any:
+        """Return a `RecipeFile` with these arguments in its guide and in the guides that it varies."""
+        guides = [self._complete(guide) for guide in file.vary.get("guide", [])]
+        vary = file.vary | ({"guide": guides} if guides else {})
+        return file._replace(recipe=replace(file.recipe, guide=self._complete(file.recipe.guide)), vary=vary)
+
+    def _complete(self, guide: Any) -> Any:
         from pvae.recipes.registry import as_table
 
-        own = as_table(guide)
-        more = {k: v for k, v in flags.get(str(own.get("type")), {}).items() if v is not None}
-        return own | more if more else guide
+        table = as_table(guide)
+        arguments: dict[str, dict[str, Any]] = {
+            "PerDatapoint": {"local_steps": self.local_steps, "local_learning_rate": self.local_learning_rate},
+            "SemiAmortized": {"steps": self.semi_steps, "unroll": self.unroll},
+        }
+        chosen = {name: v for name, v in arguments.get(table["type"], {}).items() if v is not None}
+        return table | chosen if chosen else guide
 
-    return component
 
+@dataclass(frozen=True)
+class SweepOptions:
+    """What a comparison varies."""
 
-def grid_flags(
-    vary: Annotated[list[str] | None, Flag(help="An axis, as prior=StandardNormal,VampPrior; repeatable.")] = None,
-    guides: Annotated[str | None, Flag(help="Short for --vary guide=...: guides to compare, by commas.")] = None,
-    seeds: Annotated[int, Flag(help="Train each variant from so many seeds.")] = 1,
-) -> Callable[[Any, Callable[[Any], Any], Any], dict[str, list[Any]]]:
-    """A function from what a recipe file says, and what flags say of guides, to the axes of the comparison."""
-    if seeds < 1:
-        raise UserError(f"--seeds is {seeds}, but it must be at least 1")
+    vary: Annotated[
+        list[str] | None, OfSweep(help="A key and its values, as prior=StandardNormal,VampPrior; repeatable.")
+    ] = None
+    guides: Annotated[Text, OfSweep(help="Short for --vary guide=...: inference methods to compare, by commas.")] = None
+    seeds: Annotated[int, OfSweep(help="Train each variant from so many seeds.")] = 1
 
-    def axes(file: Any, guide_of: Callable[[Any], Any], described: Any) -> dict[str, list[Any]]:
+    def extend(self, file: Any, options: RecipeOptions) -> Any:
+        """Return a `RecipeFile` with these axes beside its own; the three inference methods if there are none."""
         from pvae.experiments import sweep
         from pvae.experiments.compare import INFERENCE_METHODS
 
-        words = [*(vary or []), *([] if guides is None else [f"guide={guides}"])]
-        given = dict(sweep.parse_axis(word) for word in words)
-        if len(given) < len(words):
+        check_range(least=1, seeds=self.seeds)
+        words = [*(self.vary or []), *([] if self.guides is None else [f"guide={self.guides}"])]
+        axes = dict(sweep.parse_axis(word) for word in words)
+        if len(axes) < len(words):
             raise UserError("--vary names an axis twice")
-        found = file.vary | given or {"guide": list(INFERENCE_METHODS)}
-        for name in described.given:
-            if name in given or (name == "network" and len(found.get(name, ())) > 1):
-                flag = "hidden" if described.given[name] is None else name.replace("_", "-")
-                raise UserError(f"--{flag} fixes what --vary {name} varies; give one of them")
-        if seeds > 1 and "seed" in found:
-            raise UserError("--seeds and an axis of seeds exclude each other")
-        if "guide" in found:
-            found["guide"] = [guide_of(guide) for guide in found["guide"]]
-        if seeds > 1:
-            found["seed"] = [file.recipe.seed + k for k in range(seeds)]
-        return found
-
-    return axes
+        vary = file.vary | axes or {"guide": list(INFERENCE_METHODS)}
+        fixed = {name: name for name in options.recipe_keys() if name in axes}
+        if options.hidden is not None and ("network" in axes or len(vary.get("network", ())) > 1):
+            fixed["network"] = "hidden"
+        for axis, name in fixed.items():
+            raise UserError(f"{param(name)} fixes what --vary {axis} varies; give one of them")
+        if self.seeds > 1:
+            if "seed" in vary:
+                raise UserError("--seeds and an axis of seeds exclude each other")
+            vary["seed"] = [file.recipe.seed + k for k in range(self.seeds)]
+        return file._replace(vary=vary)
 
 
-def job_flags(
-    device: Device = "auto",
+@dataclass(frozen=True)
+class BudgetOptions:
+    """Rows, draws and steps of an evaluation."""
+
     budget: Annotated[
         str,
-        Flag(
+        OfBudget(
             help="quick (100 rows of each split, K = 200, 100 steps), standard (300, 1000, 300) or thorough "
-            "(1000, 5000, 1000); flags below change its numbers."
+            "(1000, 5000, 1000); the options below change its numbers."
         ),
-    ] = "standard",
-    rows: Annotated[int | None, Flag(help="Rows of each split to evaluate.")] = None,
-    samples: Annotated[int | None, Flag(help="K, draws for each row and bound; k-hat asks for 30.")] = None,
-    refine_steps: Annotated[int | None, Flag(help="The most steps in search of the best q_params.")] = None,
-    ais: Annotated[bool, Flag("--ais", help="Estimate the evidence by annealed importance sampling too.")] = False,
-    temperatures: Annotated[int | None, Flag(help="Of annealing, as the three below (default 500).")] = None,
-    chains: Annotated[int | None, Flag(help="For each row (default 16).")] = None,
-    schedule: Annotated[str | None, Flag(help="sigmoid (default), linear or geometric.")] = None,
-    start: Annotated[str | None, Flag(help="prior (default) or guide; each of these four implies --ais.")] = None,
-    families: Annotated[str | None, Flag(help="What would these families of q win? By commas.")] = None,
-    trust: Trust = False,
-) -> Callable[[Path], Any]:
-    """A function from a run's folder to the job that the flags describe."""
-    least = {"rows": 2, "samples": 2, "refine-steps": 1, "temperatures": 1, "chains": 1}
-    given = {"rows": rows, "samples": samples, "refine-steps": refine_steps, "temperatures": temperatures}
-    for name, value in (given | {"chains": chains}).items():
-        if value is not None and value < least[name]:
-            raise UserError(f"--{name} is {value}, but it must be at least {least[name]}")
-    numbers: dict[str, Any] = {"K": samples, "steps": refine_steps}
-    annealing: dict[str, Any] = {"temperatures": temperatures, "chains": chains, "schedule": schedule, "start": start}
+    ] = "standard"
+    rows: Annotated[Whole, OfBudget(help="Rows of each split to evaluate.")] = None
+    samples: Annotated[Whole, OfBudget(help="K, draws for each row and bound; k-hat needs 30.")] = None
+    refine_steps: Annotated[
+        Whole, OfBudget(help="Largest number of steps of the search for the best variational parameters.")
+    ] = None
+    ais: Annotated[bool, OfBudget("--ais", help="Estimate the evidence by annealed importance sampling (AIS) too.")] = (
+        False
+    )
+    temperatures: Annotated[Whole, OfBudget(help="AIS: number of temperatures (default 500).")] = None
+    chains: Annotated[Whole, OfBudget(help="AIS: chains for each row (default 16).")] = None
+    schedule: Annotated[Text, OfBudget(help="AIS: sigmoid (default), linear or geometric.")] = None
+    start: Annotated[Text, OfBudget(help="AIS: prior (default) or guide; each of these four implies --ais.")] = None
+    families: Annotated[Text, OfBudget(help="Other posterior families whose gain is estimated, by commas.")] = None
 
-    def job(folder: Path) -> Any:
-        from dataclasses import replace
-
+    def run_options(self, folder: Path, **options: Any) -> Any:
+        """Return the `RunOptions` of an evaluation in a folder, with further ``options`` as they are."""
         from pvae.experiments.compare import BUDGETS, RunOptions
 
-        if budget not in BUDGETS:
-            raise UserError(f"--budget is '{budget}'{nearest(budget, BUDGETS)}")
-        preset_rows, preset = BUDGETS[budget]
-        if ais or any(value is not None for value in annealing.values()):
+        for least, names in ((2, ("rows", "samples")), (1, ("refine_steps", "temperatures", "chains"))):
+            check_range(least=least, **{name: v for name in names if (v := getattr(self, name)) is not None})
+        if self.budget not in BUDGETS:
+            raise UserError(f"{param('budget')} is '{self.budget}'{nearest(self.budget, BUDGETS)}")
+        rows, preset = BUDGETS[self.budget]
+        annealing = {name: getattr(self, name) for name in ("temperatures", "chains", "schedule", "start")}
+        if self.ais or any(value is not None for value in annealing.values()):
             preset = replace(preset, temperatures=TEMPERATURES)
-        own = replace(preset, **{name: value for name, value in (numbers | annealing).items() if value is not None})
-        words = () if families is None else _families(families)
-        return RunOptions(folder, device, rows or preset_rows, own, words, trust=trust, progress=True, say=typer.echo)
+        numbers = {"K": self.samples, "steps": self.refine_steps} | annealing
+        budget = replace(preset, **{name: value for name, value in numbers.items() if value is not None})
+        families = () if self.families is None else _families(self.families)
+        return RunOptions(
+            folder, rows=self.rows or rows, budget=budget, families=families, progress=True, say=typer.echo, **options
+        )
 
-    return job
+
+@dataclass(frozen=True)
+class UseOptions:
+    """A run, the variant to use, and where to write."""
+
+    run: Run
+    variant: Annotated[Text, Option(help="Variant of a comparison (default its first).")] = None
+    out: Annotated[
+        list[Path] | None,
+        Option(help="A .npz, .npy, .csv, .png or .html; repeatable (default in the run's folder)."),
+    ] = None
+    overwrite: Annotated[bool, Option("--overwrite", help="Replace files that --out names.")] = False
+    seed: Annotated[int, Option(help="Of all draws.")] = 0
+    device: Device = "auto"
+    data_dir: DataDir = None
+    trust: Trust = False
+
+    def apply(self, use: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
+        """Carry out a use of the run, see `use_context.carry_out`."""
+        from pvae.cli.use_context import carry_out
+
+        carry_out(self, use, *args, **kwargs)
 
 
 def _families(text: str) -> tuple[str, ...]:
-    """Words of posterior families that can be asked what they would win, each tried before anything long runs."""
+    """Return the posterior families that a text lists; each is built once, so that a mistake shows at once."""
     from pvae.recipes import registry
     from pvae.runtime.torch_state import seeded
 
     words = tuple(dict.fromkeys(registry.split_words(text)))
     for word in words:
         with seeded(0):
-            if registry.make("family", registry.parse(word), dim=2).point_mass:
+            if registry.make("family", registry.parse_component(word), dim=2).point_mass:
                 raise UserError(f"--families {word}: a point mass has no ELBO to compare; name a family with a density")
     return words
 
 
-def with_options(*groups: Callable[..., Any]) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Give a command the flags of these functions; what they make of them are its first arguments."""
+def with_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command the fields of the dataclasses among its parameters as options, and call it with their instances.
 
-    def decorate(command: Callable[..., None]) -> Any:
-        signatures = [inspect.signature(group, eval_str=True).parameters for group in groups]
-        own = list(inspect.signature(command, eval_str=True).parameters.values())[len(groups) :]
+    Typer reads options from a signature: the command gets one of plain parameters, those without defaults first.
+    """
+    groups: dict[str, Any] = {}
+    options: list[inspect.Parameter] = []
+    for name, parameter in inspect.signature(command, eval_str=True).parameters.items():
+        if is_dataclass(group := parameter.annotation):
+            groups[name] = group
+            options += inspect.signature(group, eval_str=True).parameters.values()
+        else:
+            options.append(parameter)
 
-        @functools.wraps(command)
-        def wrapper(**flags: Any) -> None:
-            made = [
-                group(**{name: flags.pop(name) for name in names})
-                for group, names in zip(groups, signatures, strict=True)
-            ]
-            command(*made, **flags)
+    def run(**values: Any) -> None:
+        instances = {
+            name: group(**{f.name: values.pop(f.name) for f in fields(group)}) for name, group in groups.items()
+        }
+        command(**instances, **values)
 
-        run: Any = wrapper
-        shared = [p for parameters in signatures for p in parameters.values()]
-        # What must be given comes first in a group too, as the folder of a run does.
-        needed = [p for p in shared if p.default is inspect.Parameter.empty]
-        ordered = (*needed, *own, *(p for p in shared if p not in needed))
-        everything = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in ordered]
-        run.__signature__ = inspect.Signature(everything)
-        run.__annotations__ = {p.name: p.annotation for p in everything}
-        del run.__wrapped__
-        return run
-
-    return decorate
+    options.sort(key=lambda parameter: parameter.default is not parameter.empty)
+    keywords = [parameter.replace(kind=parameter.KEYWORD_ONLY) for parameter in options]
+    run.__name__, run.__doc__ = command.__name__, command.__doc__
+    run.__signature__ = inspect.Signature(keywords)  # type: ignore[attr-defined]
+    run.__annotations__ = {parameter.name: parameter.annotation for parameter in keywords}
+    return run
 
 
-def whole_numbers(flag: str, text: str, what: str, *, least: int) -> list[int]:
-    """The numbers that a flag lists by commas, each at least so large; ``what`` names one of them."""
+def whole_numbers(name: str, text: str, what: str, *, least: int) -> list[int]:
+    """Return the numbers that the parameter of this name lists by commas, each at least so large; ``what`` is one."""
     try:
         numbers = [int(word) for word in text.split(",")]
     except ValueError:
-        raise UserError(f"{flag} is '{text}', but it must be whole numbers separated by commas") from None
+        raise UserError(f"{param(name)} is '{text}', but it must be whole numbers separated by commas") from None
     if min(numbers) < least:
-        raise UserError(f"{flag} is '{text}', but every {what} must be at least {least}")
+        raise UserError(f"{param(name)} is '{text}', but every {what} must be at least {least}")
     return numbers

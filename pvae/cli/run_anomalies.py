@@ -1,4 +1,4 @@
-"""cli.run_anomalies."""
+"""Anomaly detection with a run: which rows are scored, against which reference, and what the scores say."""
 
 from __future__ import annotations
 
@@ -11,107 +11,101 @@ from torch import Tensor
 
 from pvae import applications
 from pvae.applications.anomalies import AnomalyScores
-from pvae.cli.run_classification import _plain
-from pvae.cli.use_context import UseContext
-from pvae.errors import UserError
-from pvae.experiments import opened_run
-from pvae.experiments.opened_run import SPLIT_LABELS, Run, SelectedRows
+from pvae.cli.use_context import UseContext, make_result
+from pvae.errors import UserError, param
+from pvae.experiments.opened_run import Run
+from pvae.experiments.row_selection import SPLIT_LABELS, SelectedRows, select_rows
 from pvae.experiments.use_results import UseResult
 from pvae.recipes import recipe
 from pvae.reporting.application_figures import draw_scores
-from pvae.stats import Estimate, number
+from pvae.runtime.torch_state import to_numpy
+from pvae.stats import number
 
-EVERY = "test rows of all labels"
-
-
+ALL_LABELS = "test rows of all labels"
 UNITS = {"distance": "sd²", "neighbours": "u"}
 
 
-def with_others(run: Run, data_folder: str | Path | None = None) -> SelectedRows:
-    """The test rows of a run; of one that was trained on some labels alone, those of all other labels too.
+def select_all_labels(run: Run, data_folder: str | Path | None = None) -> SelectedRows:
+    """Return the test rows of a run; if it was trained on some labels alone, those of all other labels too.
 
-    The place of rows of other labels is -1. A program that takes the label has no columns for others.
+    Rows of other labels have the place -1. They are left out for a program that takes the label, which has no columns
+    for others.
     """
-    own = run.variant.recipe
-    if own.only is None or run.data.num_label_columns:
-        return opened_run.select_rows(run)
-    every = recipe.load_recipe_data(replace(own, only=None), data_folder)
-    assert every.test_labels is not None  # else none could be kept
-    known = torch.isin(every.test_labels, torch.tensor(own.only))
-    return SelectedRows(every.test, every.test_labels, None, EVERY, torch.where(known, known.cumsum(0) - 1, -1))
+    only = run.variant.recipe.only
+    if only is None or run.data.num_label_columns:
+        return select_rows(run)
+    data = recipe.load_recipe_data(replace(run.variant.recipe, only=None), data_folder)
+    assert data.test_labels is not None  # the run's rows were chosen by label
+    known = torch.isin(data.test_labels, torch.tensor(only))
+    return SelectedRows(data.test, data.test_labels, None, ALL_LABELS, torch.where(known, known.cumsum(0) - 1, -1))
 
 
 def anomalies(
-    asked: UseContext,
+    context: UseContext,
     *,
-    named: Sequence[str] | None = None,
-    chosen: Sequence[str] | None = None,
+    anomalous: Sequence[str] | None = None,
+    scores: Sequence[str] | None = None,
     K: int = 16,
     false_alarm: float = 0.05,
 ) -> UseResult:
-    """How unlike held-out normal rows the rows are, by each score, and which lie beyond its threshold.
+    """Score how unlike held-out normal rows the rows are, and flag those beyond each score's threshold.
 
     Arguments:
-        named: labels that count as anomalous; unless given those that the run was not trained on, or of a file 1.
-        chosen: names of the scores.
+        anomalous: labels that count as anomalous; by default those that the run was not trained on, or 1 in a file.
+        scores: names of the scores, all by default.
         K: draws for each row.
         false_alarm: share of normal rows that may be flagged.
 
     Returns:
         Scores, p-values and flags of the rows that are scored. ``row`` is their position in the file or in the run's
-        own rows, as ``--select`` counts it, -1 for rows of other labels; ``row_of_all`` that among the test rows of all
-        labels.
+        own rows, as ``--select`` counts it, -1 for rows of other labels; ``row_of_all`` is their position among the
+        test rows of all labels.
     """
-    anomalous = None if named is None else [_label(asked.run, word) for word in named]
-    truth = _anomalous(asked, anomalous)
-    reference, scored = _reference(asked, anomalous)
-    told_of = _told_of(asked, anomalous)
-    place = (scored & told_of).nonzero()[:, 0]
-    rows, truth = asked.rows.at(place), None if truth is None else truth[place]
-    found = applications.detect_anomalies(
-        *asked.programs,
+    labels = None if anomalous is None else [_label(context.run, word) for word in anomalous]
+    truth, (reference, scored) = _truth(context, labels), _reference(context, labels)
+    known = _known(context, labels)
+    place = (scored & known).nonzero()[:, 0]
+    rows, truth = context.rows.at(place), None if truth is None else truth[place]
+    result = applications.detect_anomalies(
+        *context.programs,
         rows.x,
         rows.index,
         reference=reference,
-        scores=chosen,
+        scores=scores,
         K=K,
         false_alarm=false_alarm,
-        **asked.options,
+        **context.options,
     )
-    figures = found.summary(truth) if truth is not None and truth.any() and not truth.all() else {}
-    told = _told_anomalies(found, len(reference), rows, truth, int((~told_of).sum()))
-    arrays: dict[str, Tensor] = {"row": rows.place, **({"row_of_all": place} if rows.where == EVERY else {})}
-    arrays |= found.scores | {f"flagged_{name}": found.flagged(name) for name in found.scores}
-    arrays |= {f"p_{name}": found.p_values(name) for name in found.scores}
+    arrays = {"row": rows.place} | ({"row_of_all": place} if rows.where == ALL_LABELS else {}) | dict(result.scores)
+    arrays |= {f"flagged_{name}": result.flagged(name) for name in result.scores}
+    arrays |= {f"p_{name}": result.p_values(name) for name in result.scores}
     arrays |= {} if truth is None else {"anomalous": truth}
-    drawn = {
-        f"{name} ({UNITS.get(name, 'nats')})": (own.numpy(), found.reference[name].numpy(), found.thresholds[name])
-        for name, own in found.scores.items()
-    }
-    figure = draw_scores(drawn, None if truth is None else truth.numpy())
-    if not found.comparable:
-        own, other = (100 * share.mean().item() for share in found.missing)
-        told.append(
-            f"Rows lack {own:.2g}% of their entries, the reference {other:.2g}%; scores add up what is there, so that "
-            "rows with more gaps seem more normal."
+    histograms = {
+        f"{name} ({UNITS.get(name, 'nats')})": (
+            to_numpy(values),
+            to_numpy(result.reference[name]),
+            result.thresholds[name],
         )
-    tables = [_table(found, figures)]
-    return UseResult("anomalies", _plain(arrays), told, tables, figure)
+        for name, values in result.scores.items()
+    }
+    figure = draw_scores(histograms, None if truth is None else to_numpy(truth))
+    sentences = _sentences(result, len(reference), rows, truth, int((~known).sum()))
+    return make_result("anomalies", arrays, sentences, figure, tables=[_table(result, truth)])
 
 
-def _reference(asked: UseContext, anomalous: Sequence[float] | None) -> tuple[Tensor, Tensor]:
-    """Held-out normal rows [R, C], and which of the given rows are none of them, [B].
+def _reference(context: UseContext, anomalous: Sequence[float] | None) -> tuple[Tensor, Tensor]:
+    """Return held-out normal rows [R, C], and which of the given rows are not among them, [B].
 
-    They are validation rows; where there are none or these are given, test rows that are not given. Where all of these
-    are given, every other one is reference and is not scored.
+    They are validation rows; if there are none or these are given, test rows that are not given. If all of these are
+    given, every other one is reference and is not scored.
     """
-    data, rows = asked.run.data, asked.rows
+    data, rows = context.run.data, context.rows
     part = "validation" if len(data.validation) and rows.where != SPLIT_LABELS["validation"] else "test"
     held, labels = getattr(data, part), getattr(data, f"{part}_labels")
     normal = torch.ones(len(held), dtype=torch.bool)
     if anomalous is not None and labels is not None:
         normal = ~torch.isin(labels, torch.tensor(anomalous))
-    if part == "validation" or rows.where not in (SPLIT_LABELS["test"], EVERY):
+    if part == "validation" or rows.where not in (SPLIT_LABELS["test"], ALL_LABELS):
         return held[normal], torch.ones(len(rows.x), dtype=torch.bool)
     used = normal.clone()
     used[rows.place[rows.place >= 0]] = False
@@ -120,67 +114,76 @@ def _reference(asked: UseContext, anomalous: Sequence[float] | None) -> tuple[Te
     return held[used], (rows.place < 0) | ~used[rows.place.clamp(min=0)]
 
 
-def _anomalous(asked: UseContext, given: Sequence[float] | None) -> Tensor | None:
-    """Which rows are known to be anomalous, [B], if anything is known."""
-    only, rows = asked.run.variant.recipe.only, asked.rows
-    if given is not None:
-        if rows.labels is None:
-            raise UserError(f"--anomalous: the {rows.where} have no labels")
-        if missing := set(given) - set(rows.labels.tolist()):
+def _truth(context: UseContext, anomalous: Sequence[float] | None) -> Tensor | None:
+    """Return which rows are known to be anomalous, [B], if labels say so."""
+    only, labels, where = context.run.variant.recipe.only, context.rows.labels, context.rows.where
+    if anomalous is not None:
+        if labels is None:
+            raise UserError(f"{param('anomalous')}: the {where} have no labels")
+        if missing := set(anomalous) - set(labels.tolist()):
             raise UserError(
-                f"--anomalous: no row has label {min(missing):g}; there are {rows.labels.unique().tolist()}"
+                f"{param('anomalous')}: no row has label {min(missing):g}; there are {labels.unique().tolist()}"
             )
-        return torch.isin(rows.labels, torch.tensor(list(given)))
-    if rows.labels is None:
+        return torch.isin(labels, torch.tensor(list(anomalous)))
+    if labels is None:
         return None
     if only is not None:
-        return ~torch.isin(rows.labels, torch.tensor(only))
-    return rows.labels == 1 if set(rows.labels.tolist()) == {0, 1} and not rows.from_run else None
+        return ~torch.isin(labels, torch.tensor(only))
+    return labels == 1 if set(labels.tolist()) == {0, 1} and not context.rows.from_run else None
 
 
 def _label(run: Run, word: str) -> float:
-    """A label as a number: one of the run's, or of a file's own."""
+    """Return a label as a number: one of the run's, or a file's own."""
     try:
         return float(word) if run.data.label_names is None else run.label_of(word)
     except ValueError:
-        raise UserError(f"--anomalous: '{word}' is no label; the labels are numbers") from None
+        raise UserError(f"{param('anomalous')}: '{word}' is no label; the labels are numbers") from None
 
 
-def _told_of(asked: UseContext, anomalous: Sequence[float] | None) -> Tensor:
-    """Rows whose kind is told, [B]: where anomalous labels are named, others that the run does not know are neither."""
-    only, labels = asked.run.variant.recipe.only, asked.rows.labels
+def _known(context: UseContext, anomalous: Sequence[float] | None) -> Tensor:
+    """Return which rows have a label that the run was trained on or that is named anomalous, [B]; all if none is."""
+    only, labels = context.run.variant.recipe.only, context.rows.labels
     if anomalous is None or only is None or labels is None:
-        return torch.ones(len(asked.rows.x), dtype=torch.bool)
+        return torch.ones(len(context.rows.x), dtype=torch.bool)
     return torch.isin(labels, torch.tensor([*only, *anomalous]))
 
 
-def _told_anomalies(
-    found: AnomalyScores, held: int, rows: SelectedRows, truth: Tensor | None, others: int
-) -> list[str]:
-    expected = found.expected
-    told = [
+def _sentences(result: AnomalyScores, held: int, rows: SelectedRows, truth: Tensor | None, others: int) -> list[str]:
+    expected = result.expected
+    sentences = [
         f"{len(rows.x)} {rows.where} against {held} held-out normal rows; a row is flagged beyond a "
         f"threshold that {100 * expected.mean:.2g} ± {100 * expected.se:.2g}% of fresh normal rows exceed."
     ]
     if others:
-        told.append(f"{others} rows of labels that are neither the run's nor named anomalous are left out.")
-    for reason in dict.fromkeys(found.left_out.values()):
-        told.append(f"Left out: {', '.join(n for n, why in found.left_out.items() if why == reason)} ({reason}).")
+        sentences.append(f"{others} rows of labels that are neither the run's nor named anomalous are left out.")
+    for reason in dict.fromkeys(result.left_out.values()):
+        names = ", ".join(name for name, why in result.left_out.items() if why == reason)
+        sentences.append(f"Left out: {names} ({reason}).")
     if truth is None:
-        told.append(
-            "Which rows are anomalous is not known; with labels (--anomalous) the scores themselves are judged."
+        sentences.append(
+            "Which rows are anomalous is not known; with labels (--anomalous) the scores themselves are evaluated."
         )
     elif truth.all() or not truth.any():
-        told.append(f"All rows are {'anomalous' if truth.all() else 'normal'}: no AUROC without rows of both kinds.")
-    return told
+        sentences.append(
+            f"All rows are {'anomalous' if truth.all() else 'normal'}: no AUROC without rows of both kinds."
+        )
+    if not result.comparable:
+        own, other = (100 * share.mean().item() for share in result.missing)
+        sentences.append(
+            f"Rows lack {own:.2g}% of their entries, the reference {other:.2g}%; scores sum over observed entries, so "
+            "that rows with more missing entries seem more normal."
+        )
+    return sentences
 
 
-def _table(found: AnomalyScores, figures: dict[str, Estimate]) -> tuple[str, list[str], list[list[str]]]:
-    """A line for each score."""
-    header = ["score", "threshold", *(["AUROC", "detected", "false alarms"] if figures else ["flagged"])]
+def _table(result: AnomalyScores, truth: Tensor | None) -> tuple[str, list[str], list[list[str]]]:
+    """Return a table with a line for each score: its AUROC and rates if both kinds of rows are known."""
+    both = truth is not None and truth.any() and not truth.all()
+    figures = result.summary(truth) if both else {}
+    header = ["score", "threshold", *(["AUROC", "detected", "false alarms"] if both else ["flagged"])]
     lines = []
-    for name in found.scores:
-        known = [number(figures[f"{what}[{name}]"]) for what in ("auroc", "detected", "false_alarms") if figures]
-        flagged = known or [str(int(found.flagged(name).sum()))]
-        lines.append([name, f"{found.thresholds[name]:.4g} {UNITS.get(name, 'nats')}", *flagged])
-    return "Scores, higher for what is more anomalous", header, lines
+    for name in result.scores:
+        known = [number(figures[f"{kind}[{name}]"]) for kind in ("auroc", "detected", "false_alarms") if both]
+        flagged = known or [str(int(result.flagged(name).sum()))]
+        lines.append([name, f"{result.thresholds[name]:.4g} {UNITS.get(name, 'nats')}", *flagged])
+    return "Scores, higher for more anomalous rows", header, lines

@@ -1,4 +1,4 @@
-"""Uses of an opened run, one function each: from rows to arrays, a picture, and sentences that say how good."""
+"""Uses of a run that encode and decode: each takes rows and gives arrays, a figure, and sentences on how good it is."""
 
 from __future__ import annotations
 
@@ -13,166 +13,162 @@ import torch
 from torch import Tensor
 
 from pvae import applications
-from pvae.cli.baselines import components_words, preserved, through_components
-from pvae.cli.use_context import (
-    UseContext,
-    _arrays,
-    _beside,
-    _count,
-    _dim,
-    _error,
-    _labelled,
-    _of,
-    _shape,
-    _use,
-    check_room,
-)
+from pvae.cli.baselines import pca_reconstruction, pca_words, preserved_labels
+from pvae.cli.use_context import UseContext, check_room, error_words, make_result, rows_to_decode, squared_error
 from pvae.data.readers import read_table
-from pvae.errors import UserError
+from pvae.errors import UserError, param
 from pvae.experiments.use_results import UseResult
 from pvae.inference.batching import as_rows
 from pvae.inference.latents import base_measure
-from pvae.reporting.application_figures import draw_sheets, draw_strips
 from pvae.stats import mean_se, number
 
+PROJECTIONS = {
+    "plane": "their two latent dimensions",
+    "pca": "the codes' principal components",
+    "tsne": "t-SNE of the codes",
+}
 
-def reconstruct(asked: UseContext, *, K: int = 8) -> UseResult:
-    """Rows through their codes and back."""
-    found = applications.reconstruct(*asked.programs, *asked.given, K=K, **asked.options)
-    own, pca = _error(found, asked.x), _error(through_components(asked.run, asked.x), asked.x)
-    told = [
-        f"Squared error {_of(own)} per value over {_count(asked)} ({K} draws of each code); as many principal "
-        f"components{components_words(asked.run)} leave {_of(pca)}."
+
+def reconstruct(context: UseContext, *, K: int = 8) -> UseResult:
+    """Encode rows and decode K draws of each code."""
+    x_hat = applications.reconstruct(*context.programs, *context.given, K=K, **context.options)
+    error = squared_error(x_hat, context.x)
+    pca_error = squared_error(pca_reconstruction(context.run, context.x), context.x)
+    sentences = [
+        f"Squared error {error_words(error)} per value over {context.count} ({K} draws of each code); as many "
+        f"principal components{pca_words(context.run)} leave {error_words(pca_error)}."
     ]
-    lines = {"original": asked.x, "reconstruction": found}
-    return _use("reconstruct", {"x": found, "row": asked.rows.place}, told, draw_strips(_arrays(lines), _shape(asked)))
+    figure = context.strips({"original": context.x, "reconstruction": x_hat})
+    return make_result("reconstruct", {"x": x_hat, "row": context.rows.place}, sentences, figure)
 
 
 def sample(
-    asked: UseContext, count: int, *, temperature: float = 1.0, draw: bool = False, label: str | None = None
+    context: UseContext, count: int, *, temperature: float = 1.0, draw: bool = False, label: str | None = None
 ) -> UseResult:
-    """New rows from the prior, for a program that is given labels all of one ``label``, else those of the rows."""
-    check_room(asked, count, f"--count {count}")
-    like, labels = _beside(asked, count, None if label is None else torch.tensor([asked.run.label_of(label)] * count))
-    found = applications.sample(asked.run.model, like, temperature=temperature, draw=draw, **asked.options)
-    what = "draws of p(x|z)" if draw else "means of p(x|z)"
-    told = [f"{count} {what} at z from the prior, temperature {temperature:g}, seed {asked.seed}."]
+    """Generate rows from the prior; a program that takes labels gets one ``label`` for all, else those of the rows."""
+    check_room(context, count, param("count", count))
+    wanted = None if label is None else torch.tensor([context.run.label_of(label)] * count)
+    like, labels = rows_to_decode(context, count, wanted)
+    x = applications.sample(context.run.model, like, temperature=temperature, draw=draw, **context.options)
+    title = "draws of p(x|z)" if draw else "means of p(x|z)"
+    sentences = [f"{count} {title} at z from the prior, temperature {temperature:g}, seed {context.seed}."]
     if label is None and labels:
-        told.append(f"They have the labels of the {asked.rows.where}, in their order; --label gives all the same.")
-    if asked.run.guide.family.point_mass:
-        told.append("The run's codes are points, which need not follow the prior: its draws need not look like data.")
-    return _use("sample", {"x": found} | labels, told, draw_sheets(_arrays({what: found}), _shape(asked)))
+        sentences.append(f"They have the labels of the {context.rows.where}, in order; --label gives all the same.")
+    if context.run.guide.family.point_mass:
+        sentences.append(
+            "The posterior family is a point mass: codes need not follow the prior, nor its draws the data."
+        )
+    return make_result("sample", {"x": x} | labels, sentences, context.sheets({title: x}))
 
 
-def interpolate(asked: UseContext, *, steps: int = 9, how: str = "linear") -> UseResult:
-    """The way from row to row through the codes."""
-    check_room(asked, steps * (len(asked.rows.x) - 1), f"--steps {steps}")
-    found = applications.interpolate(*asked.programs, *asked.given, steps=steps, how=how, seed=asked.seed)
+def interpolate(context: UseContext, *, steps: int = 9, how: str = "linear") -> UseResult:
+    """Decode a path from row to row through the latent space."""
+    check_room(context, steps * (len(context.rows.x) - 1), param("steps", steps))
+    path = applications.interpolate(*context.programs, *context.given, steps=steps, how=how, seed=context.seed)
     legs = {
-        f"rows {a} to {b}": found.x[leg * steps : (leg + 1) * steps + 1]
-        for leg, (a, b) in enumerate(pairwise(asked.rows.place.tolist()))
+        f"rows {a} to {b}": path.x[leg * steps : (leg + 1) * steps + 1]
+        for leg, (a, b) in enumerate(pairwise(context.rows.place.tolist()))
     }
-    moved = (found.x[1:] - found.x[:-1]).square().mean(1).sqrt()
-    told = [
-        f"A {how} path of {len(found.x)} codes through {_count(asked)}; from one to the next a value moves by "
-        f"{moved.mean():.3g} (root mean square), at most {moved.max():.3g}."
+    moves = (path.x[1:] - path.x[:-1]).square().mean(1).sqrt()
+    sentences = [
+        f"A {how} path of {len(path.x)} codes through {context.count}; from one to the next a value moves by "
+        f"{moves.mean():.3g} (root mean square), at most {moves.max():.3g}."
     ]
-    figure = draw_sheets(_arrays(legs), _shape(asked), per_line=steps + 1)
-    return _use("interpolate", {"x": found.x, "z": found.z, "at": found.at}, told, figure)
+    figure = context.sheets(legs, per_line=steps + 1)
+    return make_result("interpolate", {"x": path.x, "z": path.z, "at": path.at}, sentences, figure)
 
 
-def latent_map(asked: UseContext, *, projection: str = "auto", size: int = 20) -> UseResult:
-    """The codes on a plane and what every place of it decodes to; with more than two dimensions sliders too."""
+def latent_map(context: UseContext, *, projection: str = "auto", size: int = 20) -> UseResult:
+    """Map codes on a plane and decode a grid of it; more than two dimensions get sliders too."""
     from pvae.applications.latent_map import make_sliders
     from pvae.reporting.latent_map_widget import draw_latent_map, render_page, render_widget
 
-    labels, shape = None if asked.rows.labels is None else asked.rows.labels.numpy(), asked.run.data.shape
-    found = applications.map_latents(*asked.programs, *asked.given, projection=projection, size=size, **asked.options)
-    arrays = {name: values for name, values in vars(found).items() if isinstance(values, Tensor)}
-    told = [f"{_count(asked).capitalize()} by {_WAYS[found.how]}."]
-    if found.share is not None and found.how == "pca":
-        told.append(
-            f"The plane holds {found.share.sum():.0%} of the variance of the codes' {_dim(asked.run)} dimensions."
+    labels, shape = context.rows.labels, context.run.data.shape
+    labels = None if labels is None else labels.numpy()
+    plane = applications.map_latents(
+        *context.programs, *context.given, projection=projection, size=size, **context.options
+    )
+    arrays = {name: values for name, values in vars(plane).items() if isinstance(values, Tensor)}
+    sentences = [f"{context.count.capitalize()} by {PROJECTIONS[plane.how]}."]
+    if plane.share is not None and plane.how == "pca":
+        sentences.append(
+            f"The plane holds {plane.share.sum():.0%} of the variance of the codes' {context.dim} dimensions."
         )
-    blocks = [
-        (
-            "The latent plane" if found.how == "plane" else "Codes on a plane",
-            render_widget(found, labels, _shape(asked)),
-        )
-    ]
-    if _dim(asked.run) > 2 and found.how != "tsne":
-        moved = make_sliders(*asked.programs, *asked.given, seed=asked.seed)
-        blocks.append(("Along the codes' principal directions", render_widget(moved, None, shape)))
-        arrays |= {f"slider_{name}": values for name, values in vars(moved).items()}
-    made = _use("map", arrays | _labelled(asked), told, draw_latent_map(found, labels, shape))
-    made.arrays["how"] = np.array(found.how)
-    made.aside = made.arrays.keys() - {"codes", "label"}
-    made.page = render_page(f"Latent map of {asked.run.data.name}", blocks)
-    return made
+    title = "The latent plane" if plane.how == "plane" else "Codes on a plane"
+    blocks = [(title, render_widget(plane, labels, shape))]
+    if context.dim > 2 and plane.how != "tsne":
+        sliders = make_sliders(*context.programs, *context.given, seed=context.seed)
+        blocks.append(("Along the codes' principal directions", render_widget(sliders, None, shape)))
+        arrays |= {f"slider_{name}": values for name, values in vars(sliders).items()}
+    figure = draw_latent_map(plane, labels, shape)
+    page = render_page(f"Latent map of {context.run.data.name}", blocks)
+    result = make_result("map", arrays | context.labels, sentences, figure, page=page)
+    result.arrays["how"] = np.array(plane.how)
+    result.aside = result.arrays.keys() - {"codes", "label"}
+    return result
 
 
-_WAYS = {"plane": "their two latent dimensions", "pca": "the codes' principal components", "tsne": "t-SNE of the codes"}
-
-
-def encode(asked: UseContext, *, K: int = 64) -> UseResult:
-    """Rows to codes: mean and standard deviation, rate and distortion, beside principal components."""
-    found = applications.encode(*asked.programs, *asked.given, K=K, **asked.options)
-    pca, dim = through_components(asked.run, asked.x), _dim(asked.run)
-    rate, distortion = mean_se(found.rate), mean_se(found.distortion)
-    told = [
-        f"{_count(asked).capitalize()} as {dim} numbers each: {asked.run.columns / dim:.3g} times fewer.",
-        f"Squared error at the code's mean {_of(mean_se(found.error))} per value; as many principal components"
-        f"{components_words(asked.run)} leave {_of(_error(pca, asked.x))}.",
-        f"Distortion {number(distortion)} nats per row.",
-    ]
-    if not math.isnan(rate.mean):
-        both = (found.rate + found.distortion / math.log(2)) / (~asked.x.isnan()).sum(1).clamp(min=1)
-        told.insert(1, f"Rate {number(rate)} bits per row by bits-back coding, {_bits(asked, both)}.")
+def encode(context: UseContext, *, K: int = 64) -> UseResult:
+    """Encode rows: mean and standard deviation of each code, rate and distortion, beside principal components."""
+    codes = applications.encode(*context.programs, *context.given, K=K, **context.options)
+    pca = pca_reconstruction(context.run, context.x)
+    rate = mean_se(codes.rate)
+    if math.isnan(rate.mean):
+        cost = "Rate: a point mass has none; its codes cost what their numbers cost."
     else:
-        told.insert(1, "Rate: a point mass has none; its codes cost what their numbers cost.")
-    decoded = applications.decode(*asked.programs, found.mean, asked.rows.x)
-    lines = {"original": asked.x, "decoded": decoded, f"PCA, {dim} dimensions": pca}
-    arrays = {"mean": found.mean, "sd": found.sd, "rate": found.rate, "distortion": found.distortion}
-    arrays |= {"error": found.error, "row": asked.rows.place} | _labelled(asked)
-    return _use("encode", arrays, told, draw_strips(_arrays(lines), _shape(asked)))
+        bits = (codes.rate + codes.distortion / math.log(2)) / (~context.x.isnan()).sum(1).clamp(min=1)
+        cost = f"Rate {number(rate)} bits per row by bits-back coding, {_bits(context, bits)}."
+    sentences = [
+        f"{context.count.capitalize()} as {context.dim} numbers each: {context.run.columns / context.dim:.3g} times "
+        "fewer.",
+        cost,
+        f"Squared error at the code's mean {error_words(mean_se(codes.error))} per value; as many principal components"
+        f"{pca_words(context.run)} leave {error_words(squared_error(pca, context.x))}.",
+        f"Distortion {number(mean_se(codes.distortion))} nats per row.",
+    ]
+    decoded = applications.decode(*context.programs, codes.mean, context.rows.x)
+    figure = context.strips({"original": context.x, "decoded": decoded, f"PCA, {context.dim} dimensions": pca})
+    arrays = vars(codes) | {"row": context.rows.place} | context.labels
+    return make_result("encode", arrays, sentences, figure)
 
 
-def _bits(asked: UseContext, both: Tensor) -> str:
-    """What rows cost in all, in bits for each value, if x is counted and not measured."""
-    kind = base_measure(asked.run.model, as_rows(asked.rows.x[:2], asked.run.model))
-    measure = "bits" if kind == "mass" else "bits (of density)"
-    return f"with the rest of x {number(mean_se(both))} {measure} per value"
+def _bits(context: UseContext, bits: Tensor) -> str:
+    """Say how many bits a value takes in all, of mass or of density."""
+    measure = base_measure(context.run.model, as_rows(context.rows.x[:2], context.run.model))
+    unit = "bits" if measure == "mass" else "bits (of density)"
+    return f"with the distortion {number(mean_se(bits))} {unit} per value"
 
 
-def decode(asked: UseContext, path: Path, *, draw: bool = False) -> UseResult:
-    """Codes of a file to rows; where the program is given labels, under those that the file has."""
-    z = _codes(path, _dim(asked.run))
-    own = _named(path, ("label",)) if asked.run.data.num_label_columns else None
-    beside, labels = _beside(asked, len(z), None if own is None else torch.from_numpy(np.array(own)))
-    found = applications.decode(*asked.programs, z, beside, draw=draw, **asked.options)
-    told = [f"{len(z)} codes of {path.name} decoded to {'draws' if draw else 'means'} of p(x|z)."]
-    if labels:
-        told.append(f"Labels are those of {path.name if own is not None else asked.rows.where + ', in their order'}.")
-    return _use("decode", {"x": found} | labels, told, draw_sheets(_arrays({told[0]: found}), _shape(asked)))
+def decode(context: UseContext, path: Path, *, draw: bool = False) -> UseResult:
+    """Decode the codes of a file; a program that takes labels gets the file's, else those of the rows."""
+    z = _codes(path, context.dim)
+    labels = _stored(path, ("label",)) if context.run.data.num_label_columns else None
+    like, given = rows_to_decode(context, len(z), None if labels is None else torch.from_numpy(np.array(labels)))
+    x = applications.decode(*context.programs, z, like, draw=draw, **context.options)
+    sentences = [f"{len(z)} codes of {path.name} decoded to {'draws' if draw else 'means'} of p(x|z)."]
+    if given:
+        source = path.name if labels is not None else f"{context.rows.where}, in order"
+        sentences.append(f"Labels are those of {source}.")
+    return make_result("decode", {"x": x} | given, sentences, context.sheets({sentences[0]: x}))
 
 
 def _codes(path: Path, dim: int) -> np.ndarray:
-    """Codes [B, D] of a file: of ``encode``, or any table of D columns."""
-    known = _named(path, ("mean", "z"))
-    found = np.array(read_table(path)["x_train"] if known is None else known)  # not a memory map, which none may write
+    """Read codes [B, D] from a file of ``encode``, or from any table of D columns."""
+    stored = _stored(path, ("mean", "z"))
+    codes = np.array(read_table(path)["x_train"] if stored is None else stored)  # a copy: memory maps are read-only
     if path.suffix == ".csv":
-        first = path.read_text(encoding="utf-8").split("\n", 1)[0].replace('"', "")
-        means = sum(name.startswith("mean") for name in first.split(","))
-        found = found[:, : means or None]  # of encode, which puts the means first
-    if found.ndim != 2 or found.shape[1] != dim:
-        raise UserError(f"{path}: the codes have shape {found.shape}, but {dim} columns are needed")
-    if not np.isfinite(found).all():
-        raise UserError(f"{path}: row {np.argwhere(~np.isfinite(found))[0][0]} of the codes is not finite")
-    return found
+        header = path.read_text(encoding="utf-8").split("\n", 1)[0].replace('"', "")
+        means = sum(name.startswith("mean") for name in header.split(","))
+        codes = codes[:, : means or None]  # encode writes the means first
+    if codes.ndim != 2 or codes.shape[1] != dim:
+        raise UserError(f"{path}: the codes have shape {codes.shape}, but {dim} columns are needed")
+    if not np.isfinite(codes).all():
+        raise UserError(f"{path}: row {np.argwhere(~np.isfinite(codes))[0][0]} of the codes is not finite")
+    return codes
 
 
-def _named(path: Path, names: Sequence[str]) -> np.ndarray | None:
-    """The first of these arrays that an archive of a use has; None where it has none, or is no archive."""
+def _stored(path: Path, names: Sequence[str]) -> np.ndarray | None:
+    """Return the first of these arrays that an archive has; None if it has none, or if the file is no archive."""
     if path.suffix != ".npz":
         return None
     with suppress(Exception), np.load(path, allow_pickle=False) as archive:  # read_table says what is wrong with it
@@ -180,25 +176,25 @@ def _named(path: Path, names: Sequence[str]) -> np.ndarray | None:
     return None
 
 
-def augment(asked: UseContext, *, per_row: int = 4, spread: float = 1.0, draw: bool = False) -> UseResult:
-    """New rows around given ones, and how many keep their class."""
+def augment(context: UseContext, *, per_row: int = 4, spread: float = 1.0, draw: bool = False) -> UseResult:
+    """Generate rows around given ones, and say how many keep their label."""
     if not 0 <= spread < math.inf:
-        raise UserError(f"--spread is {spread:g}, but it must be at least 0")
-    check_room(asked, per_row * len(asked.x), f"--per-row {per_row}")
-    found = applications.augment(
-        *asked.programs, *asked.given, per_row=per_row, spread=spread, draw=draw, **asked.options
+        raise UserError(f"{param('spread')} is {spread:g}, but it must be at least 0")
+    check_room(context, per_row * len(context.x), param("per_row", per_row))
+    new = applications.augment(
+        *context.programs, *context.given, per_row=per_row, spread=spread, draw=draw, **context.options
     )
     # New rows around one row are not independent: errors are over the given rows.
-    moved = (found.x - asked.x[found.row]).square().nanmean(1).view(-1, per_row).mean(1)
-    wide = f"{spread:g} standard deviation{'' if spread == 1 else 's'}"
-    told = [
-        f"{len(found.x)} new rows around {_count(asked)}, {wide} of q wide; they differ from their row by "
-        f"{_of(mean_se(moved))} (squared, per value)."
+    moves = (new.x - context.x[new.row]).square().nanmean(1).view(-1, per_row).mean(1)
+    width = f"{spread:g} standard deviation{'' if spread == 1 else 's'}"
+    sentences = [
+        f"{len(new.x)} new rows around {context.count}, {width} of q wide; they differ from their row by "
+        f"{error_words(mean_se(moves))} (squared, per value)."
     ]
-    arrays = {"x": found.x, "row": asked.rows.place[found.row]}
-    if asked.rows.labels is not None:
-        arrays["label"] = asked.rows.labels[found.row]
-        told += filter(None, [preserved(asked.run, asked.rows, found.x, found.row)])
-    around = found.x.view(len(asked.x), per_row, -1)
-    lines = {"row": asked.x} | {f"new {k + 1}": around[:, k] for k in range(min(per_row, 5))}
-    return _use("augment", arrays, told, draw_strips(_arrays(lines), _shape(asked)))
+    arrays = {"x": new.x, "row": context.rows.place[new.row]}
+    if context.rows.labels is not None:
+        arrays["label"] = context.rows.labels[new.row]
+        sentences += filter(None, [preserved_labels(context.run, context.rows, new.x, new.row)])
+    around = new.x.view(len(context.x), per_row, -1)
+    lines = {"row": context.x} | {f"new {k + 1}": around[:, k] for k in range(min(per_row, 5))}
+    return make_result("augment", arrays, sentences, context.strips(lines))

@@ -1,25 +1,50 @@
-"""cli.use_context."""
+"""What all uses of a run share: the opened run with its rows, what is printed and written, and words for sentences."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
+import matplotlib
 import torch
+import typer
+from matplotlib.figure import Figure
 from torch import Tensor
 
+from pvae.cli.options import UseOptions
 from pvae.errors import UserError
-from pvae.experiments.opened_run import Run, SelectedRows
+from pvae.experiments import use_results
+from pvae.experiments.opened_run import Run, open_run
+from pvae.experiments.row_selection import SelectedRows, select_rows
+from pvae.experiments.run_folder import fingerprint, unfinished_note
 from pvae.experiments.use_results import UseResult
-from pvae.runtime.torch_state import available_memory
+from pvae.reporting.application_figures import draw_sheets, draw_strips
+from pvae.reporting.style import STYLE
+from pvae.reporting.tables import Table, rich_table
+from pvae.runtime.progress import progress_bar
+from pvae.runtime.torch_state import available_memory, to_numpy
 from pvae.stats import Estimate, mean_se, number
 
+# How many rows a progress bar counts to, if not a number: the selected ones.
+SELECTED = -1
 
-class UseContext(NamedTuple):
-    """What concerns every use: an opened run, rows, the seed, whom to tell of progress, and where data sets are."""
+
+@dataclass(frozen=True)
+class UseContext:
+    """An opened run and rows to use it on.
+
+    Attributes:
+        run: the run.
+        rows: the selected rows.
+        seed: of all draws.
+        progress: takes how many rows have passed since it was last called.
+        data_folder: of torchvision's data sets.
+    """
 
     run: Run
     rows: SelectedRows
@@ -33,84 +58,158 @@ class UseContext(NamedTuple):
         return self.run.model, self.run.guide
 
     @property
-    def x(self) -> Tensor:
-        """The rows' own values, without those of a label."""
-        return self.rows.x[:, : self.run.columns]
+    def given(self) -> tuple[Tensor, Tensor | None]:
+        """The rows and which training rows they are."""
+        return self.rows.x, self.rows.index
 
     @property
     def options(self) -> dict[str, Any]:
-        """Arguments of every function."""
+        """Arguments of every application: seed and progress."""
         return {"seed": self.seed, "progress": self.progress}
 
     @property
-    def given(self) -> tuple[Tensor, Tensor | None]:
-        """The rows and which training datapoints they are."""
-        return self.rows.x, self.rows.index
+    def x(self) -> Tensor:
+        """The rows' own values, [B, C], without the columns of a label."""
+        return self.rows.x[:, : self.run.columns]
+
+    @property
+    def dim(self) -> int:
+        """Number of latent dimensions, D."""
+        return self.run.guide.sites.dim
+
+    @property
+    def labels(self) -> dict[str, Tensor]:
+        """The rows' labels by the name of their array, if they are known."""
+        return {} if self.rows.labels is None else {"label": self.rows.labels}
+
+    @property
+    def count(self) -> str:
+        """How many rows there are and which, for a sentence."""
+        return f"{len(self.x)} {self.rows.where}"
+
+    def strips(self, lines: Mapping[str, Tensor], notes: Sequence[str] = ()) -> Figure:
+        """Draw lines of rows one below the other, see `draw_strips`."""
+        return draw_strips({name: to_numpy(rows) for name, rows in lines.items()}, self.run.data.shape, notes)
+
+    def sheets(self, panels: Mapping[str, Tensor], **options: int) -> Figure:
+        """Draw a sheet of rows for each title, see `draw_sheets`."""
+        return draw_sheets({name: to_numpy(rows) for name, rows in panels.items()}, self.run.data.shape, **options)
 
 
-def check_room(asked: UseContext, rows: int, flag: str) -> None:
-    """Refuse more new rows than half of the memory that is left can hold, twice: on their way and laid end to end."""
-    size, room = 8 * rows * asked.run.columns, available_memory() / 2
+def carry_out(
+    options: UseOptions,
+    use: Callable[..., UseResult],
+    rows: str = "test",
+    select: str | None = None,
+    *,
+    total: int | None = SELECTED,
+    page: bool = False,
+    choose: Callable[[Run, Path | None], SelectedRows] | None = None,
+    raw: bool = False,
+    missing: bool = False,
+    **arguments: Any,
+) -> None:
+    """Open a run, apply a use to rows, write its result, and print its sentences.
+
+    Arguments:
+        options: the run, and where to write.
+        use: function of a `UseContext` and ``arguments``.
+        rows, select, raw, missing: which rows, see `select_rows`.
+        total: rows that will pass, for the progress bar; None if that is not known.
+        page: the use makes an HTML page.
+        choose: selects the rows in the place of ``rows`` and ``select``.
+    """
+    if not 0 <= options.seed < 2**31:
+        raise UserError(f"--seed is {options.seed}, but it must be at least 0 and below {2**31}")
+    paths = options.out or []
+    use_results.check_outputs(paths, options.overwrite, page=page)
+    run = open_run(
+        options.run, options.variant, device=options.device, data_folder=options.data_dir, trust=options.trust
+    )
+    selected = choose(run, options.data_dir) if choose else select_rows(run, rows, select, raw=raw, missing=missing)
+    if note := unfinished_note(run.variant):
+        typer.echo(f"warning: {run.name} {note}", err=True)
+    if run.others and options.variant is None:
+        typer.echo(f"{run.name}, of {1 + len(run.others)} variants (--variant names another)", err=True)
+    with matplotlib.rc_context(STYLE), ExitStack() as stack:
+        bar = partial(progress_bar, "rows", len(selected.x) if total == SELECTED else total)
+        result = use(UseContext(run, selected, options.seed, _counted(stack, bar), options.data_dir), **arguments)
+        result.columns = run.data.columns
+        about = {"variant": run.name, "fitted": fingerprint(run.variant), "shape": run.data.shape}
+        use_results.write_outputs(result, *paths)
+        written = paths or use_results.save_in_run(result, options.run, about)
+    _print(result, written)
+
+
+def _counted(stack: ExitStack, bar: Callable[[], Any]) -> Callable[[int], None]:
+    """Return a function that counts rows on a bar, which appears with the first, so that early errors come alone."""
+    done, show = 0, None
+
+    def count(rows: int) -> None:
+        nonlocal done, show
+        show = show or stack.enter_context(bar())
+        done += rows
+        show(done, "")
+
+    return count
+
+
+def _print(result: UseResult, written: list[Path]) -> None:
+    from rich.console import Console
+
+    console = Console()
+    for sentence in result.sentences:
+        console.print(sentence, markup=False, highlight=False)
+    for table in result.tables:
+        console.print(rich_table(Table(*table)))
+    typer.echo(f"written: {', '.join(map(str, written))}")
+
+
+def make_result(
+    verb: str, arrays: Mapping[str, Tensor], sentences: list[str], figure: Figure | None, **more: Any
+) -> UseResult:
+    """Return a `UseResult` with tensors as arrays."""
+    return UseResult(
+        verb, {name: to_numpy(values) for name, values in arrays.items()}, sentences, figure=figure, **more
+    )
+
+
+def check_room(context: UseContext, rows: int, option: str) -> None:
+    """Refuse more new rows than half of the free memory can hold twice: in batches and concatenated."""
+    size, room = 8 * rows * context.run.columns, available_memory() / 2
     if size > room:
         raise UserError(
-            f"{flag}: {rows:,} rows of {asked.run.columns} values take {size / 2**30:,.1f} GiB, and there is room for "
-            f"{room / 2**30:.1f}; give a smaller number"
+            f"{option}: {rows:,} rows of {context.run.columns} values take {size / 2**30:,.1f} GiB, and there is room "
+            f"for {room / 2**30:.1f}; give a smaller number"
         )
 
 
-def _beside(asked: UseContext, count: int, labels: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
-    """What new rows are given beside their latents [count, C]: labels, if the program takes any, and these by name.
+def rows_to_decode(context: UseContext, count: int, labels: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return rows that the program takes beside new latents, [count, C], and by name the labels in them, if any.
 
     Arguments:
-        labels: of the new rows, [count]; those of the rows at hand, in their order, unless given.
+        labels: of the new rows, [count]; those of the selected rows, in their order, unless given.
     """
-    run, rows = asked.run, asked.rows
+    run, rows = context.run, context.rows
     which = torch.arange(count) % len(rows.x)
     if not run.data.num_label_columns:
         if labels is not None:
             raise UserError("the run's program takes no labels; fit one that does, as models/conditional-digits.toml")
         return rows.x[which], {}
     labels = rows.labels[which] if labels is None and rows.labels is not None else labels
-    assert labels is not None  # of every row of data whose program takes them
+    assert labels is not None  # rows of such a program have labels
     return run.labelled(rows.x[which, : run.columns], labels), {"label": labels}
 
 
-def _error(found: Tensor, x: Tensor) -> Estimate:
-    """Squared error per value, over rows."""
-    return mean_se((found - x).square().nanmean(1))
+def squared_error(x_hat: Tensor, x: Tensor, where: Tensor | None = None) -> Estimate:
+    """Return the mean squared error per value, over rows; of the entries ``where`` alone, over rows that have any."""
+    errors = (x_hat - x).square()
+    if where is None:
+        return mean_se(errors.nanmean(1))
+    count = where.sum(1)
+    return mean_se((torch.where(where, errors, 0).sum(1) / count.clamp(min=1))[count > 0])
 
 
-def _masked_error(found: Tensor, x: Tensor, where: Tensor) -> Estimate:
-    """Squared error of some of the values, over rows that have some."""
-    errors, count = torch.where(where, (found - x).square(), 0).sum(1), where.sum(1)
-    return mean_se((errors / count.clamp(min=1))[count > 0])
-
-
-def _of(estimate: Estimate) -> str:
-    return number(estimate) if math.isfinite(estimate.mean) else "an unknown error (entries are missing)"
-
-
-def _dim(run: Run) -> int:
-    return run.guide.sites.dim
-
-
-def _count(asked: UseContext) -> str:
-    return f"{len(asked.x)} {asked.rows.where}"
-
-
-def _shape(asked: UseContext) -> tuple[int, ...]:
-    return asked.run.data.shape
-
-
-def _labelled(asked: UseContext) -> dict[str, Tensor]:
-    return {} if asked.rows.labels is None else {"label": asked.rows.labels}
-
-
-def _arrays(lines: dict[str, Tensor]) -> dict[str, np.ndarray]:
-    return {name: values.detach().cpu().numpy() for name, values in lines.items()}
-
-
-def _use(verb: str, arrays: dict[str, Tensor], told: list[str], figure: Any) -> UseResult:
-    return UseResult(
-        verb, {name: values.detach().cpu().numpy() for name, values in arrays.items()}, told, figure=figure
-    )
+def error_words(error: Estimate) -> str:
+    """Return an error as words, also if missing entries make it NaN."""
+    return number(error) if math.isfinite(error.mean) else "an unknown error (entries are missing)"

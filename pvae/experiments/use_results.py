@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import io
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -157,7 +156,7 @@ def load_from_run(folder: Path, fitted: Collection[str]) -> list[dict[str, Any]]
     """What a run's folder keeps of its uses, in the order of ``VERBS``; that of earlier fits is left out.
 
     Returns:
-        What `save_in_run` wrote of each, with ``picture``, an address for an image's ``src``, and ``arrays``.
+        What `save_in_run` wrote of each, with the paths ``picture`` (None without one) and ``arrays``.
     """
     found = []
     for verb in VERBS:
@@ -165,10 +164,6 @@ def load_from_run(folder: Path, fitted: Collection[str]) -> list[dict[str, Any]]
         told = read_json(path, f"pvae {verb} {folder} writes it anew") if path.is_file() else {}
         if told.get("fitted") in fitted:
             drawn = path.with_suffix(".png")
-            told["picture"] = _address(drawn.read_bytes()) if drawn.is_file() else None
+            told["picture"] = drawn if drawn.is_file() else None
             found.append(told | {"arrays": path.with_suffix(".npz")})
     return found
-
-
-def _address(png: bytes) -> str:
-    return f"data:image/png;base64,{base64.b64encode(png).decode()}"

@@ -1,6 +1,7 @@
 """Results to tables, figures and one HTML page.
 
-``write_report`` makes the page of a run folder from the files in it; :mod:`style` has what all figures share.
+:func:`compare` trains and evaluates variants from Python and returns a :class:`Comparison`; ``write_report`` makes the
+page of a run folder; :mod:`arviz_figures` draws a run's draws with ArviZ, and :mod:`style` is shared by all figures.
 """
 
 import lazy_loader

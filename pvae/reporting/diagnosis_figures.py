@@ -1,4 +1,4 @@
-"""Panels of a diagnosis: the arrays behind its figures to pictures as data addresses, one function each."""
+"""Figures of a diagnosis, one function each: from the arrays of its parts to matplotlib figures."""
 
 from __future__ import annotations
 
@@ -6,83 +6,78 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
 from pvae.diagnostics.calibration import ecdf_band
-from pvae.reporting.latent_figures import aggregate, kl, predictive
-from pvae.reporting.style import COLOURS, GREY, SMALL, STYLE, data_uri, subplots, to_numpy
+from pvae.reporting.latent_figures import draw_aggregate, draw_kl, draw_predictive
+from pvae.reporting.style import COLOURS, GREY, SMALL, STYLE, subplots
+from pvae.runtime.torch_state import to_numpy
 from pvae.stats import UNRELIABLE
 
 BLUE, ORANGE, GREEN = COLOURS[:3]
-# The guide, and the same posterior family with each row's parameters refined.
-WHO = {"guide": ("the guide", BLUE), "best": ("refined", ORANGE)}
+# The guide, and its family at refined variational parameters.
+WHO = {"guide": ("guide", BLUE), "best": ("refined", ORANGE)}
 USABLE, WORST = 0.5, 12
 # A k-hat above it is drawn at the edge.
 BEYOND = 2.5
 
 CAPTIONS = {
-    "gaps": "Nats per row between the evidence and the ELBO, and what causes them: inference gap = approximation "
-    "gap (the family) + amortization gap (where its parameters come from). Below them what the best of another family "
-    "would win. Bars: 95% bootstrap intervals.",
-    "k_hat": "Tail index k-hat of each row's importance weights: below 0.5 estimates by weights are good, above 0.7 "
-    "they can't be relied on. Beside it the rows with the largest k-hat of the guide.",
-    "reference": "The posterior against long HMC chains, a dot for each row and dimension; rows whose chains are "
-    "not sound are left out. On the line the two agree: below it, posterior spreads are too small. Right: share of "
-    "the chains' draws inside the posterior's central intervals, with two standard errors over rows.",
-    "calibration": "Ranks of known latents among draws of the posterior, for rows simulated from the model: their "
-    "ECDF less the uniform one, a line for each dimension (counted from 0). Lines leave the 95% band where the "
-    "posterior is wrong: up, then down: too narrow; down, then up: too wide; one hill: it leans to large values; one "
-    "valley: to small ones. TARP, dashed, looks at all dimensions at once and has its own band, dotted.",
-    "kl": "Left: KL from the prior by dimension (counted from 0), largest first, with two standard errors over "
-    "rows. Right: variance over rows of the posterior's mean; a dimension is active above 0.01.",
-    "aggregate": "Posterior draws of all rows together against the prior, which they should fill. Left: the "
+    "gaps": "Gaps in nats per row: inference gap (evidence - ELBO) = approximation gap (posterior family) + "
+    "amortization gap (inference method). Below them the family gains: ELBO that the best of another family adds. "
+    "Bars: 95% bootstrap intervals.",
+    "k_hat": "Tail index k-hat of each row's importance weights: below 0.5 weighted estimates are good, above 0.7 "
+    "unreliable. Right: the rows with the largest k-hat of the guide.",
+    "reference": "The posterior against long HMC chains, a dot for each row and dimension; rows whose chains have "
+    "not converged are left out. On the line the two agree; below it the posterior's spreads are too small. Right: "
+    "share of the chains' draws inside the posterior's central intervals, with two standard errors over rows.",
+    "calibration": "Simulation-based calibration (SBC): ranks of true latents among draws of the posterior, for rows "
+    "simulated from the model; their ECDF minus the uniform one, a line for each dimension (counted from 0). Lines "
+    "leave the 95% band if the posterior is wrong: up, then down: too narrow; down, then up: too wide; one hill: "
+    "biased upwards; one valley: biased downwards. TARP, dashed, tests all dimensions jointly and has its own band, "
+    "dotted.",
+    "kl": "Left: KL from the prior by dimension (counted from 0), largest first, with two standard errors over rows. "
+    "Right: variance over rows of the posterior's mean; a dimension is active above 0.01.",
+    "aggregate": "Aggregate posterior (draws for all rows) against the prior, which it should match. Left: the "
     "dimensions of largest KL; rings: 1, 2 and 3 standard deviations of a standard normal prior. Right: the dimension "
-    "that fits the prior least.",
-    "predictive": "Data drawn from the fit against the data. Left: for each column the share of replicates whose "
-    "mean is above the data's; near 0 or 1 the fit misses it. Right: statistics of replicates, with the data's as a "
-    "line.",
-    "sandwich": "Lower and upper bound of the evidence of simulated rows, by annealing forwards and backwards. The "
-    "evidence lies between the two on average; where they are apart, annealing was too short.",
+    "that matches the prior least.",
+    "predictive": "Posterior predictive checks: data replicated from the fit against the data. Left: share of "
+    "replicates whose column mean is above the data's; near 0 or 1 is a misfit. Right: statistics of replicates, with "
+    "a line at the data's.",
+    "sandwich": "Lower and upper bound of the evidence of simulated rows, by annealing forwards and backwards (AIS "
+    "and reverse AIS). The evidence lies between the two on average; if they are apart, annealing was too short.",
 }
 
 
-def draw_diagnosis(found: Mapping[str, Any], shape: tuple[int, ...]) -> dict[str, str]:
-    """All panels that the parts of a variant's diagnosis allow, by the names of ``CAPTIONS``, as addresses for ``src``.
+@rc_context(STYLE)
+def draw_diagnosis(parts: Mapping[str, Any], shape: tuple[int, ...]) -> dict[str, Figure]:
+    """Return all figures that the parts of a variant's diagnosis allow, by the names of ``CAPTIONS``.
 
     Arguments:
-        found: the parts by name, see `battery`; any may be absent. ``gaps`` maps a gap's name to its mean and
-            the ends of its interval, in nats per row.
+        parts: by name, see `battery`; any may be absent. ``gaps`` maps a gap's name to its mean and the ends of its
+            interval, in nats per row.
         shape: of a row; two numbers make it an image.
-
-    Returns:
-        Pictures of what is there. A panel without anything to show is left out.
     """
-    import matplotlib
-
-    drawn = {}
-    with matplotlib.rc_context(STYLE):
-        for name in CAPTIONS:
-            if picture := DRAWN[name](found, shape):
-                drawn[name] = picture
-    return drawn
+    drawn = {name: draw(parts, shape) for name, draw in DRAWN.items()}
+    return {name: figure for name, figure in drawn.items() if figure is not None}
 
 
-def _whose(found: Mapping[str, Any], kind: str) -> dict[str, Any]:
-    """The parts of this kind, by whose q they are of."""
-    return {who: found[f"{kind}-{who}"] for who in WHO if f"{kind}-{who}" in found}
+def _whose(parts: Mapping[str, Any], kind: str) -> dict[str, Any]:
+    """Return the parts of this kind, of the guide and of the refined one."""
+    return {who: parts[f"{kind}-{who}"] for who in WHO if f"{kind}-{who}" in parts}
 
 
-def _gaps(found: Mapping[str, Any], shape: tuple[int, ...]) -> str | None:
-    gaps = {name: value for name, value in found.get("gaps", {}).items() if np.isfinite(value).all()}
+def _gaps(parts: Mapping[str, Any], shape: tuple[int, ...]) -> Figure | None:
+    gaps = {name: value for name, value in parts.get("gaps", {}).items() if np.isfinite(value).all()}
     if not gaps:
         return None
     figure, (axis,) = subplots(1, height=0.9 + 0.34 * len(gaps))
     mean, low, high = np.array(list(gaps.values()), dtype=float).T
-    own = {"inference": GREY, "approximation": BLUE, "amortization": ORANGE}
+    colours = {"inference": GREY, "approximation": BLUE, "amortization": ORANGE}
     places = np.arange(len(gaps))
-    axis.barh(places, mean, color=[own.get(name.split()[0], GREEN) for name in gaps], height=0.6)
+    axis.barh(places, mean, color=[colours.get(name.split()[0], GREEN) for name in gaps], height=0.6)
     axis.hlines(places, low, high, color="black", lw=1)
     axis.axvline(0, color="black", lw=0.6)
     axis.set_yticks(places, [_plain(name) for name in gaps])
@@ -92,16 +87,16 @@ def _gaps(found: Mapping[str, Any], shape: tuple[int, ...]) -> str | None:
     for place, value in enumerate(mean):
         axis.text(right, place, f"  {value:.3g}", va="center", fontsize=8)
     axis.margins(x=0.1)
-    return data_uri(figure, "svg")
+    return figure
 
 
 def _plain(text: str) -> str:
-    """Text of which matplotlib makes no formula."""
+    """Return text of which matplotlib makes no formula."""
     return text.replace("$", r"\$")
 
 
-def _k_hat(found: Mapping[str, Any], shape: tuple[int, ...]) -> str | None:
-    values = {who: to_numpy(part, "k_hat") for who, part in _whose(found, "weights").items()}
+def _k_hat(parts: Mapping[str, Any], shape: tuple[int, ...]) -> Figure | None:
+    values = {who: to_numpy(part.k_hat, float) for who, part in _whose(parts, "weights").items()}
     values = {who: k[~np.isnan(k)] if who == "best" else k for who, k in values.items() if not np.isnan(k).all()}
     if not values:
         return None
@@ -109,15 +104,16 @@ def _k_hat(found: Mapping[str, Any], shape: tuple[int, ...]) -> str | None:
     figure = Figure(figsize=(8.6, 3.4), layout="constrained")
     if not len(worst):
         _k_histogram(figure.subplots(), values)
-        return data_uri(figure, "svg")
+        return figure
     left, right = np.asarray(figure.subfigures(1, 2, width_ratios=(1.15, 1)))
     _k_histogram(left.subplots(), values)
     k = next(iter(values.values()))[worst]
-    if len(shape) == 2 and "rows" in found:
-        images = to_numpy(found["rows"], "x").reshape(len(found["rows"].x), -1)[worst, : int(np.prod(shape))]
+    if len(shape) == 2 and "rows" in parts:
+        x = to_numpy(parts["rows"].x, float)
+        images = x.reshape(len(x), -1)[worst, : int(np.prod(shape))]
         right.suptitle("rows of largest k-hat", fontsize=9)
         _pictured(right, images.reshape(-1, *shape), k)
-        return data_uri(figure, "png")
+        return figure
     axis = right.subplots()
     places = np.arange(len(worst))
     bars = axis.barh(places, np.minimum(k, BEYOND), color=BLUE, height=0.6)
@@ -127,11 +123,11 @@ def _k_hat(found: Mapping[str, Any], shape: tuple[int, ...]) -> str | None:
     axis.invert_yaxis()
     axis.set(xlabel="k-hat", title="rows of largest k-hat, counted from 0")
     axis.title.set_fontsize(9)
-    return data_uri(figure, "svg")
+    return figure
 
 
 def _worst(k: np.ndarray) -> np.ndarray:
-    """Numbers of the rows of largest k-hat, largest first."""
+    """Return the numbers of the rows of largest k-hat, largest first."""
     order = np.argsort(-np.where(np.isnan(k), -np.inf, k), kind="stable")
     return order[np.isfinite(k[order]) | (k[order] == np.inf)][:WORST]
 
@@ -163,7 +159,7 @@ def _k_histogram(axis: Axes, values: dict[str, np.ndarray]) -> None:
 
 
 def _pictured(figure: Any, images: np.ndarray, k: np.ndarray) -> None:
-    """Images with their k-hat below, twelve at the most."""
+    """Draw images with their k-hat below, twelve at the most."""
     axes = figure.subplots(3, 4).flat
     for axis in axes:
         axis.set_axis_off()
@@ -173,24 +169,24 @@ def _pictured(figure: Any, images: np.ndarray, k: np.ndarray) -> None:
         axis.text(0.5, -0.04, f"{value:.2f}", transform=axis.transAxes, ha="center", va="top", fontsize=8)
 
 
-def _reference(found: Mapping[str, Any], shape: tuple[int, ...]) -> str | None:
-    parts = {who: part for who, part in _whose(found, "reference").items() if part.sound.any()}
-    if not parts:
+def _reference(parts: Mapping[str, Any], shape: tuple[int, ...]) -> Figure | None:
+    references = {who: part for who, part in _whose(parts, "reference").items() if part.sound.any()}
+    if not references:
         return None
     figure, (means, spreads, coverage) = subplots(3, height=3.3)
     scale, unit = np.ones(1), "u"
-    if "health" in found:
-        scale, unit = to_numpy(found["health"], "prior").std(0), "prior sd"
-    for place, (who, part) in enumerate(parts.items()):
-        sound = np.asarray(part.sound.cpu(), dtype=bool)
-        mean, sd, ours, our_sd = (to_numpy(part, n)[sound] for n in ("mean", "sd", "guide_mean", "guide_sd"))
+    if "health" in parts:
+        scale, unit = to_numpy(parts["health"].prior, float).std(0), "prior sd"
+    for place, (who, part) in enumerate(references.items()):
+        sound, names = to_numpy(part.sound, bool), ("mean", "sd", "guide_mean", "guide_sd")
+        mean, sd, ours, our_sd = (to_numpy(getattr(part, field), float)[sound] for field in names)
         name, colour = WHO[who]
         dots: Any = {"s": 9, "alpha": 0.5, "color": colour, "linewidths": 0, "label": name}
         means.scatter(mean / scale, ours / scale, **dots)
         spreads.scatter(sd / scale, our_sd / scale, **dots)
-        share = [to_numpy(part, n)[sound].mean(-1) for n in ("coverage_50", "coverage_90")]
+        share = [to_numpy(values, float)[sound].mean(-1) for values in (part.coverage_50, part.coverage_90)]
         errors = [2 * s.std(ddof=1) / len(s) ** 0.5 if len(s) > 1 else 0.0 for s in share]
-        at = np.arange(2) + (place - (len(parts) - 1) / 2) * 0.36
+        at = np.arange(2) + (place - (len(references) - 1) / 2) * 0.36
         coverage.bar(at, [100 * s.mean() for s in share], width=0.34, color=colour, alpha=0.75)
         coverage.errorbar(
             at, [100 * s.mean() for s in share], [100 * e for e in errors], fmt="none", ecolor="black", lw=1
@@ -205,13 +201,13 @@ def _reference(found: Mapping[str, Any], shape: tuple[int, ...]) -> str | None:
     coverage.set(ylabel="chains' draws inside (%)", ylim=(0, 105))
     handles = [*means.get_legend_handles_labels()[0], *coverage.get_legend_handles_labels()[0]]
     figure.legend(handles=handles, loc="outside lower center", ncols=3, markerscale=2, **SMALL)
-    first = next(iter(parts.values())).sound
-    figure.suptitle(f"{int(first.sum())} of {len(first)} rows have sound chains", fontsize=9)
-    return data_uri(figure, "png" if sum(p.mean.numel() for p in parts.values()) > 1000 else "svg")
+    first = next(iter(references.values())).sound
+    figure.suptitle(f"{int(first.sum())} of {len(first)} rows have converged chains", fontsize=9)
+    return figure
 
 
 def _plain_ticks(axis: Axes) -> None:
-    """Few ticks on logarithmic axes, written as plain numbers."""
+    """Set few ticks on logarithmic axes, written as plain numbers."""
     low, high = axis.get_xlim()
     for line in (axis.xaxis, axis.yaxis):
         line.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=5) if high > 8 * low else MaxNLocator(4))
@@ -220,28 +216,28 @@ def _plain_ticks(axis: Axes) -> None:
 
 
 def _diagonal(axis: Axes) -> None:
-    """Equal limits on both axes, with the line on which both agree."""
+    """Set equal limits on both axes, and draw the line on which both agree."""
     low, high = min(axis.get_xlim()[0], axis.get_ylim()[0]), max(axis.get_xlim()[1], axis.get_ylim()[1])
     axis.plot([low, high], [low, high], color="black", lw=0.8, zorder=0)
     axis.set(xlim=(low, high), ylim=(low, high))
     axis.set_box_aspect(1)
 
 
-def _calibration(found: Mapping[str, Any], shape: tuple[int, ...]) -> str | None:
-    parts = {who: part for who, part in _whose(found, "calibration").items() if part.ranks.numel()}
-    if not parts:
+def _calibration(parts: Mapping[str, Any], shape: tuple[int, ...]) -> Figure | None:
+    calibrations = {who: part for who, part in _whose(parts, "calibration").items() if part.ranks.numel()}
+    if not calibrations:
         return None
-    figure, axes = subplots(len(parts), width=8.6 if len(parts) > 1 else 5.0, height=3.6)
-    for axis, (who, part) in zip(axes, parts.items(), strict=True):
-        _ranks(axis, to_numpy(part, "ranks"), to_numpy(part, "tarp"))
+    figure, axes = subplots(len(calibrations), width=8.6 if len(calibrations) > 1 else 5.0, height=3.6)
+    for axis, (who, part) in zip(axes, calibrations.items(), strict=True):
+        _ranks(axis, to_numpy(part.ranks, float), to_numpy(part.tarp, float))
         axis.set_title(f"{WHO[who][0]}: {len(part.ranks)} simulated rows", fontsize=9)
-        axis.set_xlabel("rank of the true latent among draws (share)")
+        axis.set_xlabel("normalized rank of the true latent among draws")
     axes[0].set_ylabel("ECDF - uniform (share of rows)")
     reach = max(max(np.abs(axis.get_ylim())) for axis in axes)
     for axis in axes:
         axis.set(xlim=(0, 1), ylim=(-reach, reach))
         axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.18), ncols=2, **SMALL)
-    return data_uri(figure, "svg")
+    return figure
 
 
 def _ranks(axis: Axes, ranks: np.ndarray, tarp: np.ndarray) -> None:
@@ -261,15 +257,15 @@ def _ranks(axis: Axes, ranks: np.ndarray, tarp: np.ndarray) -> None:
 
 
 def _excess(u: np.ndarray, at: np.ndarray) -> np.ndarray:
-    """ECDF of u less the uniform one."""
+    """Return the ECDF of u minus the uniform one."""
     excess: np.ndarray = np.searchsorted(np.sort(u), at, side="right") / len(u) - at
     return excess
 
 
-def _sandwich(found: Mapping[str, Any], shape: tuple[int, ...]) -> str | None:
-    if "sandwich" not in found or not len(found["sandwich"].lower):
+def _sandwich(parts: Mapping[str, Any], shape: tuple[int, ...]) -> Figure | None:
+    if "sandwich" not in parts or not len(parts["sandwich"].lower):
         return None
-    lower, upper = (to_numpy(found["sandwich"], name) for name in ("lower", "upper"))
+    lower, upper = (to_numpy(bound, float) for bound in (parts["sandwich"].lower, parts["sandwich"].upper))
     order = np.argsort(lower, kind="stable")
     rows, width = np.arange(len(order)), (upper - lower)[order]
     figure, (both, apart) = subplots(2)
@@ -286,7 +282,7 @@ def _sandwich(found: Mapping[str, Any], shape: tuple[int, ...]) -> str | None:
     apart.set_title(f"mean {width.mean():.3g}{error} nats", fontsize=9)
     for axis in (both, apart):
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-    return data_uri(figure, "svg")
+    return figure
 
 
 DRAWN = {
@@ -294,8 +290,8 @@ DRAWN = {
     "k_hat": _k_hat,
     "reference": _reference,
     "calibration": _calibration,
-    "kl": kl,
-    "aggregate": aggregate,
-    "predictive": predictive,
+    "kl": draw_kl,
+    "aggregate": draw_aggregate,
+    "predictive": draw_predictive,
     "sandwich": _sandwich,
 }

@@ -1,9 +1,9 @@
-"""The page: results and pictures in one self-contained HTML file."""
+"""The page: results, diagnoses and uses of a run, with figures, in one self-contained HTML file."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,33 +11,41 @@ import numpy as np
 import torch
 
 from pvae.applications.latent_map import LatentMap, Sliders
+from pvae.diagnostics.quantities import QUANTITIES, Quantity, describe
 from pvae.diagnostics.trust import USES
 from pvae.errors import UserError
 from pvae.experiments import arviz_export, diagnosis, use_results
 from pvae.reporting.comparison_figures import draw_comparison
 from pvae.reporting.diagnosis_figures import CAPTIONS, draw_diagnosis
 from pvae.reporting.latent_map_widget import render_widget
+from pvae.reporting.rendering import render_template
+from pvae.reporting.style import data_uri, png_uri
 from pvae.reporting.tables import comparison_tables, diagnosis_tables
 from pvae.runtime.files import read_json, write_text
 
 FILE = "report.html"
+# Arrays of latent maps that version 0.1 wrote under other names.
+OLD = {"across": "grid_x", "up": "grid_y"}
 
 
-def write_report(folder: Path) -> Path:
+def write_report(folder: str | Path, results: dict[str, Any] | None = None) -> Path:
     """Write ``report.html`` of an evaluated run folder and return its path.
+
+    Arguments:
+        folder: of the run.
+        results: what its ``results.json`` holds, read from there unless given.
 
     Raises:
         UserError: the folder has no results, or they are broken or of another version.
     """
-    results = read_json(folder / "results.json", f"pvae evaluate {folder} writes it")
-    if not isinstance(results, dict) or results.get("schema") != 2:
-        raise UserError(f"{folder / 'results.json'} is of another version; pvae evaluate {folder} writes it anew")
+    folder = Path(folder)
+    results = read_results(folder) if results is None else results
     try:
         groups = results["groups"]
-        pictures = [draw_comparison(group, arviz_export.load_idata(folder, n)) for n, group in enumerate(groups, 1)]
+        figures = [draw_comparison(group, arviz_export.load_idata(folder, n)) for n, group in enumerate(groups, 1)]
         fitted = {mark for group in groups for row in group["rows"] for mark in row.get("fitted", [])}
-        kept = [use | {"blocks": _blocks(use)} for use in use_results.load_from_run(folder, fitted)]
-        page = render(results, pictures, [_diagnoses(folder, group) for group in groups], kept)
+        uses = [_use(use) for use in use_results.load_from_run(folder, fitted)]
+        page = render(results, figures, [_diagnoses(folder, group) for group in groups], uses)
     except (KeyError, IndexError, TypeError) as error:
         path = folder / "results.json"
         raise UserError(
@@ -47,62 +55,98 @@ def write_report(folder: Path) -> Path:
     return folder / FILE
 
 
+def read_results(folder: Path) -> dict[str, Any]:
+    """Read ``results.json`` of an evaluated run folder.
+
+    Raises:
+        UserError: it is missing, broken or of another version.
+    """
+    results = read_json(folder / "results.json", f"pvae evaluate {folder} writes it")
+    if not isinstance(results, dict) or results.get("schema") != 2:
+        raise UserError(f"{folder / 'results.json'} is of another version; pvae evaluate {folder} writes it anew")
+    return results
+
+
 def _diagnoses(folder: Path, group: dict[str, Any]) -> list[dict[str, Any]]:
-    """The diagnosis of each variant of a group, with its panels; one of an earlier fit is left out."""
+    """Return the diagnosis of each variant of a group, with its figures; those of earlier fits are left out."""
     rows, shape = {row["name"]: row for row in group["rows"]}, tuple(group["data"]["shape"])
-    found = []
-    for own in diagnosis.load_diagnosis(folder).get("variants", []):
-        row = rows.get(own["name"], {})
-        if own["fitted"] in row.get("fitted", []):
-            parts = diagnosis.parts(folder, own) | {"gaps": _gaps(row["test"])}
-            found.append(own | {"tables": diagnosis_tables(own), "panels": draw_diagnosis(parts, shape)})
-    return found
+    diagnoses = []
+    for one in diagnosis.load_diagnosis(folder).get("variants", []):
+        row = rows.get(one["name"], {})
+        if one["fitted"] in row.get("fitted", []):
+            parts = diagnosis.load_parts(folder, one) | {"gaps": _gaps(row["test"])}
+            diagnoses.append(one | {"tables": diagnosis_tables(one), "drawn": draw_diagnosis(parts, shape)})
+    return diagnoses
 
 
 def _gaps(test: dict[str, Any]) -> dict[str, tuple[float, float, float]]:
-    """Mean and interval of each gap of a variant's test rows, and of what other families would win, in words."""
-    gaps = {f"{cause}_gap": f"{cause} gap" for cause in ("inference", "approximation", "amortization")}
-    gains = {name: f"{name[12:-1]} would win" for name in test if name.startswith("family_gain[")}
-    there = {name: words for name, words in (gaps | gains).items() if "interval" in test.get(name, {})}
-    return {words: (test[name]["mean"], *test[name]["interval"]) for name, words in there.items()}
+    """Return mean and interval of each gap and family gain of a variant's test rows, by its label."""
+    gaps = [f"{cause}_gap" for cause in ("inference", "approximation", "amortization")]
+    keys = [*gaps, *(key for key in test if key.startswith("family_gain["))]
+    return {
+        describe(key).label: (test[key]["mean"], *test[key]["interval"])
+        for key in keys
+        if "interval" in test.get(key, {})
+    }
+
+
+def _use(use: dict[str, Any]) -> dict[str, Any]:
+    """Return what the page shows of a use: its figure, or the interactive pieces of a latent map."""
+    picture = None if use["picture"] is None else png_uri(use["picture"].read_bytes())
+    return use | {"picture": picture, "blocks": _blocks(use)}
 
 
 def _blocks(use: dict[str, Any]) -> list[Any]:
-    """Of a latent map what one can move in: the plane, and sliders where there are more than two dimensions."""
+    """Return the interactive pieces of a latent map: the plane, and sliders if there are more than two dimensions."""
     if use["verb"] != "map" or not use["arrays"].is_file():
         return []
     with np.load(use["arrays"], allow_pickle=False) as archive:
-        known, shape = {name: archive[name] for name in archive.files}, tuple(use["shape"])
-    tensors = {name: torch.from_numpy(values) for name, values in known.items() if name != "how"}
-    fields = {field.name: tensors.get(field.name) for field in dataclasses.fields(LatentMap)}
-    found: Any = LatentMap(**fields | {"how": str(known["how"])})  # type: ignore[arg-type]
+        arrays, shape = {OLD.get(name, name): archive[name] for name in archive.files}, tuple(use["shape"])
+    tensors = {name: torch.from_numpy(values) for name, values in arrays.items() if name != "how"}
+    fields: Any = {field.name: tensors.get(field.name) for field in dataclasses.fields(LatentMap)}
+    plane = LatentMap(**fields | {"how": str(arrays["how"])})
     sliding = {name.removeprefix("slider_"): values for name, values in tensors.items() if name.startswith("slider_")}
-    moved: list[Any] = [render_widget(Sliders(**sliding), None, shape)] if sliding else []
-    return [render_widget(found, known.get("label"), shape), *moved]
+    sliders: list[Any] = [render_widget(Sliders(**sliding), None, shape)] if sliding else []
+    return [render_widget(plane, arrays.get("label"), shape), *sliders]
 
 
 def render(
     results: dict[str, Any],
-    pictures: list[dict[str, str]],
-    diagnoses: list[list[dict[str, Any]]] | None = None,
+    figures: Sequence[Mapping[str, Any]],
+    diagnoses: Sequence[list[dict[str, Any]]] | None = None,
     uses: Sequence[dict[str, Any]] = (),
 ) -> str:
-    """The page's HTML, with each group's pictures; everything that comes from data, flags or files is escaped."""
-    from jinja2 import Environment, PackageLoader, StrictUndefined
+    """Return the page's HTML, with each group's figures; everything from data, options or files is escaped."""
+    diagnosed = diagnoses or [[] for _ in results["groups"]]
+    groups = [
+        (
+            group,
+            comparison_tables(group),
+            _encoded(drawn),
+            [one | {"panels": _encoded(one["drawn"])} for one in diagnoses_of_group],
+        )
+        for group, drawn, diagnoses_of_group in zip(results["groups"], figures, diagnosed, strict=True)
+    ]
+    return str(
+        render_template(
+            "report.html.jinja",
+            results=results,
+            groups=groups,
+            captions=CAPTIONS,
+            trusted=USES,
+            glossary=_glossary(results, diagnosed),
+            uses=uses,
+        )
+    )
 
-    environment = Environment(
-        loader=PackageLoader("pvae.reporting", "templates"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-    )
-    template = environment.get_template("report.html.jinja")
-    told = [comparison_tables(group) for group in results["groups"]]
-    return template.render(
-        results=results,
-        groups=list(zip(results["groups"], told, pictures, strict=True)),
-        diagnosed=diagnoses or [[] for _ in told],
-        captions=CAPTIONS,
-        trusted=USES,
-        uses=uses,
-    )
+
+def _encoded(figures: Mapping[str, Any]) -> dict[str, str]:
+    return {name: data_uri(figure) for name, figure in figures.items()}
+
+
+def _glossary(results: dict[str, Any], diagnoses: Sequence[list[dict[str, Any]]]) -> list[Quantity]:
+    """Return the quantities that the page shows, in the order of their table."""
+    shown = {key for group in results["groups"] for row in group["rows"] for key in row["test"]}
+    shown |= {key for group in results["groups"] for row in group["rows"] for key in row.get("latent_space", {})}
+    shown |= {key for group in diagnoses for one in group for key in one["figures"]}
+    return [quantity for key, quantity in QUANTITIES.items() if any(name.partition("[")[0] == key for name in shown)]

@@ -1,4 +1,4 @@
-"""Panels of what latents hold and of what data the fit makes, one function each."""
+"""Figures of latent usage and of predictive checks, one function each."""
 
 from __future__ import annotations
 
@@ -11,16 +11,18 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from pvae.diagnostics.predictive_checks import STATISTICS
-from pvae.reporting.style import COLOURS, GREY, SMALL, data_uri, image_shape, scatter_latents, subplots, to_numpy
+from pvae.reporting.style import COLOURS, GREY, SMALL, image_shape, scatter_latents, subplots
+from pvae.runtime.torch_state import to_numpy
 
 BLUE, ORANGE = COLOURS[:2]
 ACTIVE = 0.01
 
 
-def kl(found: Mapping[str, Any], shape: tuple[int, ...]) -> str | None:
-    if "health" not in found:
+def draw_kl(parts: Mapping[str, Any], shape: tuple[int, ...]) -> Figure | None:
+    """Draw KL from the prior and activity of each latent dimension."""
+    if "health" not in parts:
         return None
-    kl, se, activity = (to_numpy(found["health"], name) for name in ("kl", "kl_se", "activity"))
+    kl, se, activity = (to_numpy(getattr(parts["health"], name), float) for name in ("kl", "kl_se", "activity"))
     known = not np.isnan(kl).any()
     order = np.argsort(-(kl if known else activity), kind="stable")
     figure, axes = subplots(2 if known else 1, width=8.6 if known else 5.0)
@@ -35,27 +37,29 @@ def kl(found: Mapping[str, Any], shape: tuple[int, ...]) -> str | None:
     axes[-1].scatter(ticks, shown, color=colours, s=14)
     axes[-1].axhline(ACTIVE, color="black", lw=0.8, ls="--")
     axes[-1].annotate("active", (1.01, ACTIVE), xycoords=axes[-1].get_yaxis_transform(), va="bottom", fontsize=8)
-    axes[-1].annotate("idle", (1.01, ACTIVE), xycoords=axes[-1].get_yaxis_transform(), va="top", fontsize=8)
+    axes[-1].annotate("inactive", (1.01, ACTIVE), xycoords=axes[-1].get_yaxis_transform(), va="top", fontsize=8)
     axes[-1].set(yscale="log", ylabel="variance of the posterior's mean (u²)")
     axes[-1].set_ylim(bottom=min(shown.min() / 2, ACTIVE / 10))
     every = -(-len(kl) // 17)
     for axis in axes:
         axis.set_xticks(ticks[::every], [str(d) for d in order[::every]])
         axis.set_xlabel("dimension")
-    return data_uri(figure, "svg")
+    return figure
 
 
-def aggregate(found: Mapping[str, Any], shape: tuple[int, ...]) -> str | None:
-    if "health" not in found or not len(found["health"].codes):
+def draw_aggregate(parts: Mapping[str, Any], shape: tuple[int, ...]) -> Figure | None:
+    """Draw the aggregate posterior over the prior, and the marginal that differs most."""
+    if "health" not in parts or not len(parts["health"].codes):
         return None
-    health = found["health"]
-    codes, prior, kl, ks_p, ks = (to_numpy(health, name) for name in ("codes", "prior", "kl", "ks_p", "ks"))
+    health = parts["health"]
+    names = ("codes", "prior", "kl", "ks_p", "ks")
+    codes, prior, kl, ks_p, ks = (to_numpy(getattr(health, name), float) for name in names)
     flat = codes.shape[1] == 1
     figure, axes = subplots(1 if flat else 2, width=5.0 if flat else 8.6, height=3.8)
     if not flat:
-        size = to_numpy(health, "activity") if np.isnan(kl).any() else kl
+        size = to_numpy(health.activity, float) if np.isnan(kl).any() else kl
         pair = np.argsort(-size, kind="stable")[:2]
-        labels = to_numpy(found["rows"], "labels") if "rows" in found else np.zeros(0)
+        labels = to_numpy(parts["rows"].labels, float) if "rows" in parts else np.zeros(0)
         scatter_latents(axes[0], codes[:, pair], prior[:, pair], labels)
         axes[0].set(xlabel=f"dimension {pair[0]} (u)", ylabel=f"dimension {pair[1]} (u)")
     least = int(np.lexsort((-ks, ks_p))[0])
@@ -63,29 +67,32 @@ def aggregate(found: Mapping[str, Any], shape: tuple[int, ...]) -> str | None:
     both = np.concatenate([codes[:, least], prior[:, least]])
     low, high = np.quantile(both, [0.002, 0.998])
     edges: Any = np.linspace(low, high, int(np.clip(2 * len(codes) ** 0.5, 6, 41))) if high > low else 10
-    for values, colour, name in ((prior, GREY, "prior"), (codes, BLUE, "all rows' posterior draws")):
+    for values, colour, name in ((prior, GREY, "prior"), (codes, BLUE, "aggregate posterior")):
         kind: Any = {"histtype": "stepfilled" if colour == GREY else "step", "lw": 1.4}
         axes[-1].hist(values[:, least], bins=edges, density=True, color=colour, label=name, **kind)
     p = f"p = {ks_p[least]:.2g}" if ks_p[least] >= 1e-4 else "p < 0.0001"
     axes[-1].set(xlabel=f"dimension {least} (u)", ylabel="density (1/u)")
-    axes[-1].set_title(f"farthest from the prior: {p}", fontsize=9)
+    axes[-1].set_title(f"largest KS distance from the prior: {p}", fontsize=9)
     axes[-1].legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2, **SMALL)
-    return data_uri(figure, "png")
+    return figure
 
 
-def predictive(found: Mapping[str, Any], shape: tuple[int, ...]) -> str | None:
-    if "predictive" not in found:
+def draw_predictive(parts: Mapping[str, Any], shape: tuple[int, ...]) -> Figure | None:
+    """Draw the posterior predictive p-value of each column and the replicates of each statistic."""
+    if "predictive" not in parts:
         return None
-    part = found["predictive"]
-    pixel_p, observed, replicated = (to_numpy(part, name) for name in ("pixel_p", "observed", "replicated"))
+    part = parts["predictive"]
+    pixel_p, observed, replicated = (
+        to_numpy(getattr(part, name), float) for name in ("pixel_p", "observed", "replicated")
+    )
     names = list(STATISTICS) if len(STATISTICS) == len(observed) else [f"statistic {s}" for s in range(len(observed))]
-    told = [s for s in range(len(observed)) if np.ptp(np.append(replicated[:, s], observed[s])) > 0]
+    varying = [s for s in range(len(observed)) if np.ptp(np.append(replicated[:, s], observed[s])) > 0]
     figure = Figure(figsize=(8.6, 3.6), layout="constrained")
-    left, right = np.asarray(figure.subfigures(1, 2, width_ratios=(1, 1.5))) if told else (figure, None)
+    left, right = np.asarray(figure.subfigures(1, 2, width_ratios=(1, 1.5))) if varying else (figure, None)
     _columns(left, pixel_p, shape)
-    if told:
-        _statistics(right, {names[s]: (replicated[:, s], observed[s]) for s in told})
-    return data_uri(figure, "svg")
+    if varying:
+        _statistics(right, {names[s]: (replicated[:, s], observed[s]) for s in varying})
+    return figure
 
 
 def _columns(figure: Any, p: np.ndarray, shape: tuple[int, ...]) -> None:
@@ -108,7 +115,7 @@ def _columns(figure: Any, p: np.ndarray, shape: tuple[int, ...]) -> None:
 
 
 def _statistics(figure: Any, values: dict[str, tuple[np.ndarray, float]]) -> None:
-    """A small histogram of each statistic over replicates, the data's as a line."""
+    """Draw a small histogram of each statistic over replicates, with a line at the data's."""
     columns = min(len(values), 3)
     axes = figure.subplots(-(-len(values) // columns), columns, squeeze=False).flat
     for axis in axes:

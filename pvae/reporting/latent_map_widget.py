@@ -1,4 +1,4 @@
-"""Latent maps as pictures, as pieces of a page that one can move in, and as a page of their own."""
+"""Latent maps and sliders: static figures, interactive pieces of a page, and a page of their own."""
 
 from __future__ import annotations
 
@@ -8,11 +8,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from matplotlib import rc_context
 from matplotlib.figure import Figure
 from matplotlib.patches import Ellipse
+from sklearn.decomposition import PCA
 
 from pvae.applications.latent_map import LatentMap, Sliders
 from pvae.errors import UserError
+from pvae.reporting.rendering import render_template
 from pvae.reporting.style import (
     CLASS_COLOURS,
     COLOURS,
@@ -26,8 +29,9 @@ from pvae.reporting.style import (
     scatter_latents,
     standard_normal,
 )
+from pvae.runtime.torch_state import to_numpy
 
-# Codes that a page holds, ellipses that a picture shows, and lines of a grid that it draws.
+# Largest numbers of codes on a page, of ellipses in a figure, and of lines of a grid that it draws.
 CODES, ELLIPSES, LINES = 1500, 30, 12
 Labels = Sequence[Any] | np.ndarray
 AXES = {
@@ -36,13 +40,14 @@ AXES = {
 }
 
 
-def draw_latent_map(found: LatentMap | Sliders, labels: Labels | None = None, shape: Sequence[int] = ()) -> Figure:
-    """Codes, with q's ellipses of one standard deviation, beside a sheet of what a grid of the plane decodes to.
+@rc_context(STYLE)
+def draw_latent_map(shown: LatentMap | Sliders, labels: Labels | None = None, shape: Sequence[int] = ()) -> Figure:
+    """Draw codes, with q's ellipses of one standard deviation, beside images decoded from a grid of the plane.
 
     Arguments:
-        found: the map; or sliders, each drawn as a line of what it decodes to while the others stand at 0.
+        shown: the map; or sliders, each drawn as a line of decoded rows while the others are 0.
         labels: class of each row, [B]; up to ten are coloured.
-        shape: of one row, where it is a picture.
+        shape: of one row, if it is an image.
 
     Returns:
         A figure that belongs to no window.
@@ -50,46 +55,51 @@ def draw_latent_map(found: LatentMap | Sliders, labels: Labels | None = None, sh
     Raises:
         UserError: labels of another number of rows, or a shape of another number of values.
     """
-    if isinstance(found, Sliders):
-        return _lines(found, _shape(found.grid, shape))
-    own = _labels(found, labels)
-    figure, axes = _pairs(1 if found.how == "tsne" else 2, height=4.2)
-    codes = _array(found.codes)
-    if found.spread is not None:
-        _outline(axes[0], codes, _ellipses(found), own)
+    if isinstance(shown, Sliders):
+        return _lines(shown, _shape(shown.grid, shape))
+    classes = _labels(shown, labels)
+    figure, axes = _pairs(1 if shown.how == "tsne" else 2, height=4.2)
+    codes = to_numpy(shown.codes, float)
+    if shown.spread is not None:
+        _outline(axes[0], codes, _ellipses(shown), classes)
     scatter_latents(
-        axes[0], codes, np.zeros((0, 2)) if found.prior is None else _array(found.prior), own, "codes of rows"
+        axes[0],
+        codes,
+        np.zeros((0, 2)) if shown.prior is None else to_numpy(shown.prior, float),
+        classes,
+        "codes of rows",
     )
-    words = _axes(found)
+    words = _axes(shown)
     axes[0].set(xlabel=words[0], ylabel=words[1])
-    if found.spread is not None:
-        lines = np.linspace(0, len(found.up) - 1, min(LINES, len(found.up))).round().astype(int)
-        images = _array(found.grid)[lines[::-1]][:, lines]
-        image_grid(axes[1], images.reshape(len(lines) ** 2, -1), _shape(found.grid, shape), len(lines))
+    if shown.spread is not None:
+        lines = np.linspace(0, len(shown.grid_y) - 1, min(LINES, len(shown.grid_y))).round().astype(int)
+        images = to_numpy(shown.grid, float)[lines[::-1]][:, lines]
+        image_grid(axes[1], images.reshape(len(lines) ** 2, -1), _shape(shown.grid, shape), len(lines))
         axes[1].set_title("what the plane's points decode to", fontsize=9)
-        axes[1].set(xlabel=_span(found.across), ylabel=_span(found.up))
+        axes[1].set(xlabel=_span(shown.grid_x), ylabel=_span(shown.grid_y))
     return figure
 
 
+@rc_context(STYLE)
 def draw_latent_maps(maps: Mapping[str, tuple[np.ndarray, np.ndarray]], labels: Labels | None = None) -> Figure:
-    """Codes of the same rows under several fits, each over its prior; more than two dimensions by the codes' PCA.
+    """Draw codes of the same rows under several fits, each over its prior; more than two dimensions by PCA.
 
     Arguments:
         maps: codes [B, D] and prior draws [S, D] by the fit's name.
         labels: class of each row, [B].
     """
-    own = np.zeros(0) if labels is None else np.asarray(labels)
+    classes = np.zeros(0) if labels is None else np.asarray(labels)
     figure, axes = _pairs(len(maps), height=3.9)
     for axis, (name, (codes, prior)) in zip(axes, maps.items(), strict=True):
         places, draws, words = _plane(codes, prior)
-        scatter_latents(axis, places, draws, own, "codes")
+        scatter_latents(axis, places, draws, classes, "codes")
         axis.set(xlabel=words[0], ylabel=words[1])
         axis.set_title(name, fontsize=9)
     return figure
 
 
 def _pairs(count: int, height: float) -> tuple[Figure, list[Any]]:
-    """Panels two by two; one alone has an empty place beside it, so that a page shows all of one size."""
+    """Return panels two by two; a single one has an empty place beside it, so that all have one size on a page."""
     lines = -(-count // 2)
     figure = Figure(figsize=(9.6, height * lines), layout="constrained")
     axes = list(figure.subplots(lines, 2, squeeze=False).flat)
@@ -99,15 +109,14 @@ def _pairs(count: int, height: float) -> tuple[Figure, list[Any]]:
 
 
 def _plane(codes: np.ndarray, prior: np.ndarray) -> tuple[np.ndarray, np.ndarray, tuple[str, str]]:
-    """Codes and prior draws in the plane of two dimensions or of the first principal directions; and its axes."""
+    """Return codes and prior draws in the plane of two dimensions or of the first principal ones, and axis labels."""
     if codes.shape[1] == 1:  # a line, as histograms would show it, spread by the rows' order
         return _risen(codes), _risen(prior), ("latent dimension (u)", "row, by its order")
     if codes.shape[1] == 2 or len(codes) < 3:
         return codes[:, :2], prior[:, :2], AXES["plane"]
-    centre = codes.mean(0)
-    _, values, ways = np.linalg.svd(codes - centre, full_matrices=False)
-    share = values[:2] ** 2 / max((values**2).sum(), 1e-300)
-    return (codes - centre) @ ways[:2].T, (prior - centre) @ ways[:2].T, _principal(share)
+    pca = PCA(2, svd_solver="full").fit(codes)
+    directions = pca.components_.T  # without centering, so that 0 stays the centre of a standard normal prior
+    return codes @ directions, prior @ directions, _principal(np.nan_to_num(pca.explained_variance_ratio_))
 
 
 def _risen(line: np.ndarray) -> np.ndarray:
@@ -122,98 +131,82 @@ def _principal(share: Sequence[float] | np.ndarray) -> tuple[str, str]:
     return first, second
 
 
-def _axes(found: LatentMap) -> tuple[str, str]:
-    return AXES[found.how] if found.how in AXES or found.share is None else _principal(found.share.tolist())
+def _axes(shown: LatentMap) -> tuple[str, str]:
+    return AXES[shown.how] if shown.how in AXES or shown.share is None else _principal(shown.share.tolist())
 
 
-def render_widget(found: LatentMap | Sliders, labels: Labels | None = None, shape: Sequence[int] = ()) -> Any:
-    """A map, or sliders, as a piece of HTML that shows what the pointed place decodes to; it fetches nothing.
+def render_widget(shown: LatentMap | Sliders, labels: Labels | None = None, shape: Sequence[int] = ()) -> Any:
+    """Return a map, or sliders, as a piece of HTML that shows what the place under the pointer decodes to.
 
-    Moving the pointer, a finger or the arrow keys over the plane shows what lies there, interpolated between the grid's
-    points; in print, and without scripts, the static picture stands instead.
+    The pointer, a finger or the arrow keys move over the plane, whose decoded rows are interpolated between the grid's
+    points; in print, and without scripts, the static figure is shown instead. The piece fetches nothing.
 
     Arguments:
-        found, labels, shape: as for `draw_latent_map`; of more than 1,500 rows some are shown.
+        shown, labels, shape: as for `draw_latent_map`; of more than 1,500 rows some are shown.
 
     Returns:
-        Text that jinja takes as markup; all names in it are escaped.
+        Markup in which all names are escaped.
 
     Raises:
         UserError: labels of another number of rows, or a shape of another number of values.
     """
-    import matplotlib
-
-    with matplotlib.rc_context(STYLE):
-        still = data_uri(draw_latent_map(found, labels, shape), "png")
-    if isinstance(found, Sliders):
-        data = _slider_data(found) | _image_data(found.grid, shape)
+    still = data_uri(draw_latent_map(shown, labels, shape))
+    if isinstance(shown, Sliders):
+        data = _slider_data(shown) | _image_data(shown.grid, shape)
         text = "What the latents decode to along each of the codes' principal directions."
-        return _rendered("sliders.html.jinja", data=data, still=still, alt=text)
-    data = _map_data(found, labels) | ({} if found.how == "tsne" else _image_data(found.grid, shape))
-    text = "Codes of rows on a plane" + (", and what a grid of it decodes to." if found.grid.numel() else ".")
-    return _rendered("latent_map.html.jinja", data=data, still=still, alt=text)
+        return render_template("sliders.html.jinja", data=data, still=still, alt=text)
+    data = _map_data(shown, labels) | ({} if shown.how == "tsne" else _image_data(shown.grid, shape))
+    text = "Codes of rows on a plane" + (", and what a grid of it decodes to." if shown.grid.numel() else ".")
+    return render_template("latent_map.html.jinja", data=data, still=still, alt=text)
 
 
 def render_page(title: str, blocks: Sequence[tuple[str, Any]]) -> str:
-    """A self-contained HTML page of `render_widget` pieces, each under a heading."""
-    return str(_rendered("maps_page.html.jinja", title=title, blocks=blocks))
+    """Return a self-contained HTML page of `render_widget` pieces, each under a heading."""
+    return str(render_template("maps_page.html.jinja", title=title, blocks=blocks))
 
 
-def _rendered(name: str, **values: Any) -> Any:
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-    from markupsafe import Markup
-
-    environment = Environment(
-        loader=PackageLoader("pvae.reporting", "templates"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-    )
-    return Markup(environment.get_template(name).render(**values))
-
-
-def _map_data(found: LatentMap, labels: Labels | None) -> dict[str, Any]:
-    """What the script of a map needs."""
-    own = _labels(found, labels)
-    names, colours = class_names(own), [*CLASS_COLOURS] if len(own) else [COLOURS[0]]
-    kinds = np.unique(own, return_inverse=True)[1] if names else np.zeros(len(found.codes), int)
-    some = np.linspace(0, len(found.codes) - 1, min(CODES, len(found.codes))).round().astype(int)
-    codes = _array(found.codes)
+def _map_data(shown: LatentMap, labels: Labels | None) -> dict[str, Any]:
+    """Return what the script of a map needs."""
+    classes = _labels(shown, labels)
+    names, colours = class_names(classes), [*CLASS_COLOURS] if len(classes) else [COLOURS[0]]
+    kinds = np.unique(classes, return_inverse=True)[1] if names else np.zeros(len(shown.codes), int)
+    some = np.linspace(0, len(shown.codes) - 1, min(CODES, len(shown.codes))).round().astype(int)
+    codes = to_numpy(shown.codes, float)
     places = [(*codes[b].round(4).tolist(), int(kinds[b])) for b in some]
-    ellipses = [] if found.spread is None else _ellipses(found)[some].round(5).tolist()
-    axes = (found.across, found.up) if found.how != "tsne" else tuple(found.codes.T)
-    circles = [1, 2, 3] if found.prior is not None and standard_normal(_array(found.prior)) else []
+    ellipses = [] if shown.spread is None else _ellipses(shown)[some].round(5).tolist()
+    axes = (shown.grid_x, shown.grid_y) if shown.how != "tsne" else tuple(shown.codes.T)
+    circles = [1, 2, 3] if shown.prior is not None and standard_normal(to_numpy(shown.prior, float)) else []
     return {
-        "total": len(found.codes),
+        "total": len(shown.codes),
         "codes": places,
         "ellipses": ellipses,
         "colours": colours if names else [COLOURS[0]],
         "legend": list(zip(names, CLASS_COLOURS, strict=False)),
         "extent": [round(float(end), 5) for line in axes for end in (line.min(), line.max())],
         "circles": circles,
-        "axes": list(_axes(found)),
-        "ticks": found.how != "tsne",
-        "unit": "u, along the principal directions" if found.how == "pca" else "u",
-        "nodes": [len(found.up), len(found.across)],
+        "axes": list(_axes(shown)),
+        "ticks": shown.how != "tsne",
+        "unit": "u, along the principal directions" if shown.how == "pca" else "u",
+        "nodes": [len(shown.grid_y), len(shown.grid_x)],
         "grid": "",
         "note": "The mean of p(x|z) at the place in the plane, interpolated between the points of a grid; u are the "
         "latents' own units." + (" Circles: 1, 2 and 3 from 0, the prior's centre." if circles else ""),
     }
 
 
-def _slider_data(found: Sliders) -> dict[str, Any]:
-    """What the script of sliders needs."""
+def _slider_data(shown: Sliders) -> dict[str, Any]:
+    """Return what the script of sliders needs."""
     return {
-        "positions": len(found.positions),
-        "reach": float(found.positions[-1]),
-        "shares": [f"{part:.0%}" for part in found.share.tolist()],
-        "names": [f"direction {d}" for d, _ in enumerate(found.scale, 1)],
+        "positions": len(shown.positions),
+        "reach": float(shown.positions[-1]),
+        "shares": [f"{part:.0%}" for part in shown.share.tolist()],
+        "names": [f"direction {d}" for d, _ in enumerate(shown.scale, 1)],
     }
 
 
 def _image_data(grid: Any, shape: Sequence[int]) -> dict[str, Any]:
-    """A grid of rows as bytes from 0 to 255, the values that these stand for, and height and width of a row."""
-    values = _array(grid).reshape(-1, grid.shape[-1])
+    """Return a grid of rows as bytes from 0 to 255, the values of these two, and height and width of a row."""
+    values = to_numpy(grid, float).reshape(-1, grid.shape[-1])
     low, high = float(np.nanmin(values)), float(np.nanmax(values))
     if low >= 0 and high <= 1:
         low, high = 0.0, 1.0
@@ -223,15 +216,15 @@ def _image_data(grid: Any, shape: Sequence[int]) -> dict[str, Any]:
     return {"grid": packed, "low": low, "high": high, "height": height, "width": width, "columns": values.shape[1]}
 
 
-def _ellipses(found: LatentMap) -> np.ndarray:
-    """Half axes, the long one first, and turn of each row's ellipse of one standard deviation, [B, 3]."""
-    values, ways = np.linalg.eigh(_array(found.spread))
+def _ellipses(shown: LatentMap) -> np.ndarray:
+    """Return half axes, the long one first, and angle of each row's ellipse of one standard deviation, [B, 3]."""
+    values, ways = np.linalg.eigh(to_numpy(shown.spread, float))
     axes = np.sqrt(np.clip(values[:, ::-1], 0, None))
     return np.column_stack([axes, np.arctan2(ways[:, 1, 1], ways[:, 0, 1])])
 
 
 def _outline(axis: Any, codes: np.ndarray, ellipses: np.ndarray, labels: np.ndarray) -> None:
-    """Ellipses of some codes, so few that they can be told apart, in the colours of their classes."""
+    """Draw the ellipses of some codes, so few that they can be told apart, in the colours of their labels."""
     if not ellipses[:, 0].any():
         return
     kinds = np.unique(labels, return_inverse=True)[1] if class_names(labels) else None
@@ -242,18 +235,18 @@ def _outline(axis: Any, codes: np.ndarray, ellipses: np.ndarray, labels: np.ndar
     axis.plot([], [], ls="none", marker="o", ms=4, mfc="none", mec=GREY, mew=0.6, label="q(z|x), 1 sd")
 
 
-def _lines(found: Sliders, shape: tuple[int, ...]) -> Figure:
-    """Each slider's line of rows while the others stand at 0."""
-    count, G = len(found.scale), len(found.positions)
-    whole, middle = _array(found.grid), G // 2
+def _lines(shown: Sliders, shape: tuple[int, ...]) -> Figure:
+    """Draw each slider's line of rows while the others are 0."""
+    count, G = len(shown.scale), len(shown.positions)
+    whole, middle = to_numpy(shown.grid, float), G // 2
     rows = [
         whole[tuple(slice(None) if way == d else middle for way in range(count))].reshape(G, -1) for d in range(count)
     ]
     figure = Figure(figsize=(8.6, 0.6 + 1.0 * count), layout="constrained")
     for d, (axis, images) in enumerate(zip(figure.subplots(count, 1, squeeze=False).flat, rows, strict=True)):
         image_grid(axis, images, shape, G if image_shape(shape)[0] > 1 else 1, grey_limits(*rows))
-        axis.set_ylabel(f"direction {d + 1}\n{found.share[d]:.0%}", rotation=0, ha="right", va="center", fontsize=8)
-    reach = float(found.positions[-1])
+        axis.set_ylabel(f"direction {d + 1}\n{shown.share[d]:.0%}", rotation=0, ha="right", va="center", fontsize=8)
+    reach = float(shown.positions[-1])
     figure.supxlabel(f"{-reach:g} to {reach:g} standard deviations of the codes from their mean", fontsize=8)
     return figure
 
@@ -262,20 +255,16 @@ def _span(line: Any) -> str:
     return f"from {float(line[0]):.1f} to {float(line[-1]):.1f} u"
 
 
-def _array(values: Any) -> np.ndarray:
-    return values.detach().cpu().double().numpy()
-
-
-def _labels(found: LatentMap, labels: Labels | None) -> np.ndarray:
-    own = np.zeros(0) if labels is None else np.asarray(labels)
-    if labels is not None and len(own) != len(found.codes):
-        raise UserError(f"{len(own)} labels are given for a map of {len(found.codes)} rows; give one for each row")
-    return own
+def _labels(shown: LatentMap, labels: Labels | None) -> np.ndarray:
+    classes = np.zeros(0) if labels is None else np.asarray(labels)
+    if labels is not None and len(classes) != len(shown.codes):
+        raise UserError(f"{len(classes)} labels are given for a map of {len(shown.codes)} rows; give one for each row")
+    return classes
 
 
 def _shape(grid: Any, shape: Sequence[int]) -> tuple[int, ...]:
-    """The shape of one row, a strip unless given."""
-    own = tuple(shape) or (grid.shape[-1],)
-    if grid.numel() and math.prod(own) != grid.shape[-1]:
-        raise UserError(f"shape {own} has {math.prod(own)} values, but the rows have {grid.shape[-1]} columns")
-    return own
+    """Return the shape of one row, a strip unless given."""
+    size = tuple(shape) or (grid.shape[-1],)
+    if grid.numel() and math.prod(size) != grid.shape[-1]:
+        raise UserError(f"shape {size} has {math.prod(size)} values, but the rows have {grid.shape[-1]} columns")
+    return size

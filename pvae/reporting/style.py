@@ -1,4 +1,4 @@
-"""What all figures of the page share: style, colours, panels, sheets of images, and pictures as data addresses."""
+"""Style shared by all figures: colours, panels, image grids, scatter plots of latents, and data URIs."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import io
 from typing import Any
 
 import numpy as np
+from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection
 from matplotlib.colors import ListedColormap
@@ -30,27 +31,39 @@ STYLE: Any = {
 }
 
 
-def data_uri(figure: Figure, kind: str) -> str:
-    """A figure as an address for an image's ``src``; kind is svg or png. The same figure has the same bytes."""
+# Marks and pixels of a figure beyond which it is encoded as PNG, not as SVG.
+MARKS = 1000
+
+
+@rc_context(STYLE)
+def data_uri(figure: Figure) -> str:
+    """Encode a figure as a data URI: SVG, or PNG if it has many marks or pixels. Equal figures give equal bytes."""
+    images = (image.get_array() for axis in figure.axes for image in axis.images)
+    marks = sum(len(points.get_offsets()) for axis in figure.axes for points in axis.collections)
+    if marks + sum(0 if pixels is None else pixels.size for pixels in images) > MARKS:
+        return png_uri(_saved(figure, "png"))
+    return f"data:image/svg+xml;base64,{base64.b64encode(_saved(figure, 'svg', metadata={'Date': None})).decode()}"
+
+
+def png_uri(png: bytes) -> str:
+    """Encode a PNG file as a data URI."""
+    return f"data:image/png;base64,{base64.b64encode(png).decode()}"
+
+
+def _saved(figure: Figure, kind: str, **options: Any) -> bytes:
     file = io.BytesIO()
-    figure.savefig(file, format=kind, dpi=160, bbox_inches="tight", metadata={"Date": None} if kind == "svg" else None)
-    media = {"svg": "image/svg+xml", "png": "image/png"}[kind]
-    return f"data:{media};base64,{base64.b64encode(file.getvalue()).decode()}"
-
-
-def to_numpy(part: Any, name: str) -> np.ndarray:
-    """A tensor of a part as an array of doubles."""
-    return np.asarray(getattr(part, name).detach().cpu().double())
+    figure.savefig(file, format=kind, dpi=160, bbox_inches="tight", **options)
+    return file.getvalue()
 
 
 def subplots(columns: int, width: float = 8.6, height: float = 3.2) -> tuple[Figure, list[Axes]]:
-    """A figure with this many panels beside each other, sizes in inches."""
+    """Return a figure with this many panels side by side, sizes in inches."""
     figure = Figure(figsize=(width, height), layout="constrained")
     return figure, list(np.atleast_1d(figure.subplots(1, columns)))
 
 
 def image_shape(shape: tuple[int, ...]) -> tuple[int, int]:
-    """Height and width as which a row is drawn: an image's own, else one strip.
+    """Return the height and width of a row as it is drawn: an image's own, else those of one strip.
 
     >>> image_shape((28, 28)), image_shape((5,))
     ((28, 28), (1, 5))
@@ -59,7 +72,7 @@ def image_shape(shape: tuple[int, ...]) -> tuple[int, int]:
 
 
 def grey_limits(*groups: np.ndarray) -> tuple[float, float]:
-    """Ends of a grey scale for rows: 0 and 1 where all values lie between them, else the lowest and the highest.
+    """Return the limits of a grey scale for rows: 0 and 1 if all values lie between them, else the extremes.
 
     >>> grey_limits(np.array([0.2, np.nan]), np.array([0.7])), grey_limits(np.array([-1.0, 3.0]))
     ((0.0, 1.0), (-1.0, 3.0))
@@ -70,12 +83,12 @@ def grey_limits(*groups: np.ndarray) -> tuple[float, float]:
 
 
 def image_grid(
-    axis: Axes, images: np.ndarray, shape: tuple[int, ...], per_line: int, ends: tuple[float, float] | None = None
+    axis: Axes, images: np.ndarray, shape: tuple[int, ...], per_line: int, limits: tuple[float, float] | None = None
 ) -> None:
-    """Draw rows [B, columns] as a sheet of framed images, this many a line; missing entries are pale blue.
+    """Draw rows [B, columns] as a grid of framed images, this many a line; missing entries are pale blue.
 
     Arguments:
-        ends: of the grey scale, beyond which values are clipped; the rows' own unless given.
+        limits: of the grey scale, beyond which values are clipped; the rows' own unless given.
     """
     height, width = image_shape(shape)
     lines = -(-len(images) // per_line)
@@ -83,11 +96,11 @@ def image_grid(
     gaps, frames = np.full_like(whole, np.nan), []
     for place, image in enumerate(images):
         top, left = place // per_line * (height + 1), place % per_line * (width + 1)
-        own = np.s_[top : top + height, left : left + width]
-        whole[own] = image.reshape(height, width)
-        gaps[own] = np.where(np.isnan(whole[own]), 1, np.nan)
+        area = np.s_[top : top + height, left : left + width]
+        whole[area] = image.reshape(height, width)
+        gaps[area] = np.where(np.isnan(whole[area]), 1, np.nan)
         frames.append(_frame(top - 0.5, left - 0.5, height, width))
-    low, high = ends or grey_limits(images)
+    low, high = limits or grey_limits(images)
     aspect: Any = "equal" if height > 1 else "auto"
     axis.imshow(whole, cmap="gray_r", vmin=low, vmax=high, aspect=aspect)
     if not np.isnan(gaps).all():
@@ -100,13 +113,13 @@ def image_grid(
 
 
 def _frame(top: float, left: float, height: int, width: int) -> list[tuple[float, float]]:
-    """The corners of an image, the first of them twice."""
+    """Return the corners of an image, the first of them twice."""
     right, bottom = left + width, top + height
     return [(left, top), (right, top), (right, bottom), (left, bottom), (left, top)]
 
 
 def class_names(labels: np.ndarray) -> list[str]:
-    """The names of the classes of some labels in order; none where there is one class, or more than can be told apart.
+    """Return the names of labels in order; none if there is one label, or more than colours can tell apart.
 
     >>> class_names(np.array([2.0, 0.0, 2.0])), class_names(np.array(["b", "a"])), class_names(np.arange(99))
     (['0', '2'], ['a', 'b'], [])
@@ -119,12 +132,11 @@ def class_names(labels: np.ndarray) -> list[str]:
 def scatter_latents(
     axis: Axes, codes: np.ndarray, prior: np.ndarray, labels: np.ndarray, name: str = "posterior draws"
 ) -> None:
-    """Codes [M, 2] over prior draws [S, 2], coloured by class where there are few; circles for a standard normal."""
+    """Draw codes [M, 2], coloured by label if there are few, over prior draws [S, 2]; circles for a standard normal."""
     axis.scatter(prior[:, 0], prior[:, 1], s=5, color="#cccccc", linewidths=0, label="prior" if len(prior) else None)
     names = class_names(labels) if len(labels) == len(codes) else []
     for colour, kind, word in zip(CLASS_COLOURS, np.unique(labels), names, strict=False):
-        own = codes[labels == kind]
-        axis.scatter(own[:, 0], own[:, 1], s=7, color=colour, linewidths=0, label=word)
+        axis.scatter(*codes[labels == kind].T, s=7, color=colour, linewidths=0, label=word)
     if not names:
         axis.scatter(codes[:, 0], codes[:, 1], s=7, color=COLOURS[0], alpha=0.7, linewidths=0, label=name)
     if len(prior) and standard_normal(prior):
@@ -137,7 +149,7 @@ def scatter_latents(
 
 
 def standard_normal(prior: np.ndarray) -> bool:
-    """Whether draws [S, D] look like a standard normal's in each dimension; 0.1% of true ones do not."""
+    """Return whether draws [S, D] pass for standard normal in each dimension (KS test, 0.1% false alarms)."""
     from scipy.stats import kstest
 
     return all(kstest(column, "norm").pvalue > 0.001 / prior.shape[1] for column in prior.T)

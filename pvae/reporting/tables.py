@@ -1,167 +1,99 @@
-"""Results as tables of words: the same for the screen and for the page."""
+"""Results and diagnoses as tables of words, the same for the screen, the page and a notebook."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from pvae.diagnostics.quantities import SECTIONS, describe
+from pvae.diagnostics.trust import USES
 from pvae.stats import Estimate, number
 
-# Quantities in the order of the tables, with the words that stand for them.
-QUANTITIES = {
-    "log_joint": "log p(x, z)",
-    "elbo": "ELBO",
-    "iwae": "IWAE",
-    "ais": "AIS",
-    "best_elbo": "best ELBO in family",
-    "evidence": "evidence",
-    "approximation_gap": "approximation gap",
-    "amortization_gap": "amortization gap",
-    "optimization_gap": "optimization gap",
-    "kl": "KL",
-    "reconstruction": "reconstruction",
-}
-
-# The figures of a diagnosis by what they tell of, with the words that stand for them; others are not shown.
-FIGURES = {
-    "Evidence and weights, test rows": {
-        "elbo": "ELBO (nats)",
-        "evidence": "evidence (nats)",
-        "inference_gap": "below the evidence (nats)",
-        "approximation_gap": "of it by the family of q",
-        "amortization_gap": "of it by the source of q_params",
-        "k_hat_above": "share of rows with k-hat above 0.7",
-        "draws_needed": "draws that half of the rows need for weights to hold",
-        "ess": "effective draws",
-        "evidence_width": "between bounds of the evidence, simulated rows (nats)",
-    },
-    "Against long chains, test rows": {
-        "sound": "share of rows whose chains agree",
-        "mean_error": "error of means (posterior sd)",
-        "sd_ratio": "ratio of sds, q to chains",
-        "coverage_50": "coverage of 50% intervals",
-        "coverage_90": "coverage of 90% intervals",
-        "reference_p": "p of means and sds",
-    },
-    "Calibration, simulated rows": {
-        "sbc_p": "p of ranks",
-        "sbc_distance": "their largest distance",
-        "tarp_p": "p of joint coverage (TARP)",
-        "tarp_distance": "its distance",
-        "sbc_coverage_50": "coverage of 50% intervals",
-        "sbc_coverage_90": "coverage of 90% intervals",
-        "z_mean": "largest mean z-score",
-        "z_sd": "spread of z-scores",
-        "contraction": "contraction",
-    },
-    "Latents, test rows": {
-        "total_kl": "KL (nats)",
-        "mutual_information": "mutual information (nats)",
-        "information_bound": "which can't exceed (log of the rows)",
-        "marginal_kl": "KL of the aggregate (nats)",
-        "active_units": "active dimensions",
-        "mmd": "squared MMD of the aggregate",
-        "mmd_p": "its p",
-        "ks_distance": "largest distance of a marginal",
-        "ks_p": "its p",
-        "holes": "share of the prior without codes",
-    },
-    "Predictive checks, test rows": {
-        "statistics_off": "statistics off",
-        "columns_off": "share of columns off",
-        "imputation": "hidden values (nats each)",
-        "imputation_marginal": "the same by columns alone",
-        "imputation_gain": "won by looking at the rest",
-    },
-}
-
-# The figures of a latent space, see pvae.diagnostics.latent_geometry, with the words that stand for them.
-SPACE = {
-    "step": "x moves for 0.1 sd of the codes (rms)",
-    "roughness": "steepest 5% of codes, times the median",
-    "vacuum_prior": "prior draws far from data (data: 0.05)",
-    "vacuum_between": "midpoints of codes far from data (0.05)",
-    "variety": "spread of prior draws over reconstructions' (1)",
-}
-
-# Variants beyond which they stand one below the other on a terminal.
+# Quantities of a comparison's tables of bounds and gaps, in their order.
+COMPARED = (
+    "log_joint",
+    "elbo",
+    "iwae",
+    "ais",
+    "best_elbo",
+    "evidence",
+    "approximation_gap",
+    "amortization_gap",
+    "optimization_gap",
+    "kl",
+    "reconstruction",
+)
+SPLITS = {"test": "test rows", "train": "training rows"}
+# Number of variants beyond which they stand one below the other on a terminal.
 MANY = 4
+Figures = Mapping[str, Any]
 
 
 class Table(NamedTuple):
-    """A table of text: a title, what the first column is, column names, and rows that start with their name."""
+    """A table of text: title, column names, rows that start with their name, and the meaning of names that have one."""
 
     title: str
     header: list[str]
     rows: list[list[str]]
+    help: Mapping[str, str] = {}
 
 
 def comparison_tables(group: dict[str, Any]) -> dict[str, Table]:
-    """The tables of a group in ``results.json`` by name, of what is there.
+    """Return the tables of a group in ``results.json`` by name, as far as it has their figures.
 
-    ``test`` and ``train`` rows, ``weights`` of q, ``families`` that q could be of, the ``latent_space``, ``cost`` of
-    each variant, and every source on the ``same_decoder``.
+    ``test`` and ``train`` rows, importance ``weights``, gains of other ``families``, the ``latent_space``, ``cost`` of
+    each variant, and every inference method on the ``same_decoder``.
     """
-    found = {"test": _quantities(group, "test"), "train": _quantities(group, "train")}
-    if any("k_hat" in row["test"] for row in group["rows"]):
-        found["weights"] = _weights(group)
-    if any(name.startswith("family_gain[") for row in group["rows"] for name in row["test"]):
-        found["families"] = _families(group)
-    if any("latent_space" in row for row in group["rows"]):
-        found["latent_space"] = _latent_space(group)
-    found["cost"] = _cost(group)
-    if "same_decoder" in group:
-        found["same_decoder"] = _same_decoder(group)
-    return found
-
-
-def _weights(group: dict[str, Any]) -> Table:
-    rows = [row for row in group["rows"] if "k_hat" in row["test"]]
-    K = rows[0]["test"]["ess"]["K"]
-    names = ("k_hat", "k_hat_above", "ess")
-    header = ["variant", "k-hat", "share of rows above 0.7", f"effective draws of {K}"]
-    cells = [[row["name"], *(_estimate(row["test"].get(name)) for name in names)] for row in rows]
-    return Table("Importance weights of q, test rows", header, cells)
-
-
-def _families(group: dict[str, Any]) -> Table:
-    gains = {
-        row["name"]: {n: v for n, v in row["test"].items() if n.startswith("family_gain[")} for row in group["rows"]
-    }
-    names = list(dict.fromkeys(name for own in gains.values() for name in own))
-    header = ["variant", *(name.removeprefix("family_gain[").removesuffix("]") for name in names)]
-    cells = [[name, *(_estimate(own.get(gain)) for gain in names)] for name, own in gains.items() if own]
-    return Table("What the best q of another family would win, test rows (nats of ELBO per row)", header, cells)
-
-
-def _quantities(group: dict[str, Any], split: str) -> Table:
     rows = group["rows"]
-    names = [name for name in QUANTITIES if any(name in row[split] for row in rows)]
-    K = next(iter(rows[0][split].values()))["K"]
-    header = ["variant", *(f"IWAE-{K}" if name == "iwae" else QUANTITIES[name] for name in names)]
-    cells = [[row["name"], *(_estimate(row[split].get(name)) for name in names)] for row in rows]
-    where = {"test": "test rows", "train": "training rows"}[split]
+    test = {row["name"]: row["test"] for row in rows}
+    tables = {split: _bounds(rows, split) for split in SPLITS}
+    weights = {name: figures for name, figures in test.items() if "k_hat" in figures}
+    if weights:
+        labels = {"ess": f"effective sample size of {_draws(rows, 'test')} draws"}
+        tables["weights"] = _by_variant(
+            "Importance weights, test rows", ("k_hat", "k_hat_above", "ess"), weights, labels
+        )
+    gains = list(dict.fromkeys(key for row in rows for key in row["test"] if key.startswith("family_gain[")))
+    if gains:
+        named = {name: figures for name, figures in test.items() if any(key in figures for key in gains)}
+        tables["families"] = _by_variant("Best ELBO of other families, test rows (nats per row)", gains, named)
+    spaces = {row["name"]: row["latent_space"] for row in rows if "latent_space" in row}
+    if spaces:
+        tables["latent_space"] = _by_variant("Latent geometry, test rows", SECTIONS["Latent geometry"], spaces)
+    tables["cost"] = _cost(rows)
+    if "same_decoder" in group:
+        tables["same_decoder"] = _same_decoder(group["same_decoder"])
+    return tables
+
+
+def _by_variant(
+    title: str, keys: Sequence[str], figures: Mapping[str, Figures], labels: Mapping[str, str] | None = None
+) -> Table:
+    """Return a table with a line for each variant and a column for each quantity."""
+    names = {key: (labels or {}).get(key, describe(key).heading) for key in keys}
+    lines = [[variant, *(_estimate(own.get(key)) for key in keys)] for variant, own in figures.items()]
+    return Table(title, ["variant", *names.values()], lines, {name: describe(key).help for key, name in names.items()})
+
+
+def _bounds(rows: list[dict[str, Any]], split: str) -> Table:
+    keys = [key for key in COMPARED if any(key in row[split] for row in rows)]
     seeds = f", {len(rows[0]['seeds'])} seeds" if len(rows[0]["seeds"]) > 1 else ""
-    return Table(f"Each with its own decoder, {where} (nats per row{seeds})", header, cells)
+    labels = {key: describe(key).label for key in keys} | {"iwae": f"IWAE-{_draws(rows, split)}"}
+    title = f"Each variant with its own decoder, {SPLITS[split]} (nats per row{seeds})"
+    return _by_variant(title, keys, {row["name"]: row[split] for row in rows}, labels)
 
 
-def _latent_space(group: dict[str, Any]) -> Table:
-    rows = [(row["name"], row["latent_space"]) for row in group["rows"] if "latent_space" in row]
-    cells = [[name, *(_estimate(found.get(figure)) for figure in SPACE)] for name, found in rows]
-    return Table("Latent space, test rows", ["variant", *SPACE.values()], cells)
+def _draws(rows: list[dict[str, Any]], split: str) -> int:
+    return int(next(iter(rows[0][split].values()))["K"])
 
 
-def _cost(group: dict[str, Any]) -> Table:
+def _cost(rows: list[dict[str, Any]]) -> Table:
     header = [
-        "variant",
-        "shared parameters",
-        "parameters of rows",
-        "epochs",
-        "training (s)",
-        "s per epoch",
-        "evaluation (s)",
+        *("variant", "shared parameters", "local parameters", "epochs"),
+        *("training (s)", "time per epoch (s)", "evaluation (s)"),
     ]
-    rows = [
+    lines = [
         [
             row["name"],
             f"{row['parameters']['global']:,}",
@@ -171,15 +103,15 @@ def _cost(group: dict[str, Any]) -> Table:
             f"{row['seconds'] / max(row['epochs'], 1):.3g}",
             f"{row['evaluation_seconds']:.1f}",
         ]
-        for row in group["rows"]
+        for row in rows
     ]
-    return Table("What it cost", header, rows)
+    return Table("Cost", header, lines, {"local parameters": "Variational parameters of the training rows."})
 
 
-def _same_decoder(group: dict[str, Any]) -> Table:
-    same = group["same_decoder"]
-    header = ["source of q_params", "ELBO", "against its own encoder", "below the best in the family", "ms per row"]
-    rows = [
+def _same_decoder(same: dict[str, Any]) -> Table:
+    keys = ("elbo", "amortization_gap")
+    header = ["inference method", "ELBO", "ELBO gain over the encoder", "amortization gap", "time per row (ms)"]
+    lines = [
         [
             row["guide"],
             _estimate(row["elbo"]),
@@ -189,20 +121,27 @@ def _same_decoder(group: dict[str, Any]) -> Table:
         ]
         for row in same["rows"]
     ]
-    return Table("All on the amortized variant's decoder, test rows (nats per row)", header, rows)
+    title = "Inference methods on the amortized variant's decoder, test rows (nats per row)"
+    return Table(title, header, lines, {describe(key).label: describe(key).help for key in keys})
 
 
 def diagnosis_tables(variant: dict[str, Any]) -> list[Table]:
-    """The figures of a variant's diagnosis: of the guide and, where that changes them, of the same q refined."""
+    """Return the figures of a variant's diagnosis by section: of the guide and, if that changes them, refined."""
     guide, refined = variant["figures"], variant["refined"]
-    found = []
-    for title, words in FIGURES.items():
-        known = [name for name in words if name in guide]
-        both = any(name in refined for name in known)
-        rows = [[words[n], _estimate(guide[n]), *([_estimate(refined.get(n))] if both else [])] for n in known]
-        if rows:
-            found.append(Table(title, ["", "the guide", *(["refined"] if both else [])], rows))
-    return found
+    tables = []
+    for title, keys in SECTIONS.items():
+        known = [key for key in keys if key in guide]
+        both = any(key in refined for key in known)
+        header = ["", "guide", *(["refined"] if both else [])]
+        lines = [
+            [describe(key).heading, _estimate(guide[key]), *([_estimate(refined.get(key))] if both else [])]
+            for key in known
+        ]
+        if lines:
+            rows = "simulated rows" if title == "Calibration" else "test rows"
+            help_ = {describe(key).heading: describe(key).help for key in known}
+            tables.append(Table(f"{title}, {rows}", header, lines, help_))
+    return tables
 
 
 def _estimate(value: dict[str, Any] | None) -> str:
@@ -211,28 +150,53 @@ def _estimate(value: dict[str, Any] | None) -> str:
     return number(Estimate(value["mean"], float("nan") if value["se"] is None else value["se"]))
 
 
-def rich_table(own: Table) -> Any:
-    """A table for a terminal, as it stands."""
+def rich_table(table: Table) -> Any:
+    """Return a table for a terminal."""
     import rich.box
     from rich.table import Table as RichTable
 
-    title, header, rows = own
-    table = RichTable(title=title, title_justify="left", box=rich.box.SIMPLE_HEAD, title_style="bold")
-    table.add_column(header[0])
-    for name in header[1:]:
-        table.add_column(name, justify="right")
-    for line in rows:
-        table.add_row(*line)
-    return table
+    drawn = RichTable(title=table.title, title_justify="left", box=rich.box.SIMPLE_HEAD, title_style="bold")
+    drawn.add_column(table.header[0])
+    for name in table.header[1:]:
+        drawn.add_column(name, justify="right")
+    for line in table.rows:
+        drawn.add_row(*line)
+    return drawn
 
 
-def rich_tables(results: dict[str, Any]) -> list[Any]:
-    """The tables of all groups for a terminal, turned so that few variants stand side by side."""
-    found = []
+def print_results(results: dict[str, Any], console: Any) -> None:
+    """Print the tables and conclusions of all groups; few variants stand side by side."""
+    from rich.padding import Padding
+
+    several = len(results["groups"]) > 1
     for group in results["groups"]:
-        data, alone = group["data"], len(results["groups"]) == 1
-        several = "" if alone else f" - {data['identity']}, {data['base_measure']}"
-        for title, header, rows in comparison_tables(group).values():
-            across = [header, *rows] if len(rows) > MANY else [list(line) for line in zip(header, *rows, strict=True)]
-            found.append(rich_table(Table(title + several, across[0], across[1:])))
-    return found
+        note = f" - {_group_name(group)}" if several else ""
+        for title, header, rows, _ in comparison_tables(group).values():
+            lines = [header, *rows] if len(rows) > MANY else [list(line) for line in zip(header, *rows, strict=True)]
+            console.print(rich_table(Table(title + note, lines[0], lines[1:])))
+    console.print("\n[bold]Conclusions[/bold]")
+    for group in results["groups"]:
+        if several:
+            console.print(f"{_group_name(group)}:", markup=False)
+        for sentence in group["verdicts"]:
+            console.print(Padding(f"- {sentence}", (0, 0, 0, 2)), markup=False, highlight=False)
+
+
+def _group_name(group: dict[str, Any]) -> str:
+    return f"{group['data']['identity']}, {group['data']['base_measure']}"
+
+
+def print_diagnosis(variant: dict[str, Any], console: Any) -> None:
+    """Print the figures and verdicts of a variant's diagnosis."""
+    from rich.padding import Padding
+
+    console.rule(f"Diagnosis of {variant['name']}", align="left", style="bold")
+    for table in diagnosis_tables(variant):
+        console.print(rich_table(table))
+    console.print(f"[bold]How far may {variant['name']} be trusted?[/bold]")
+    for verdict in variant["verdicts"]:
+        console.print(f"\n  [bold]{verdict['level']}[/bold]: {USES[verdict['use']]}", highlight=False)
+        advice = [f"change first: {verdict['first']}"] if verdict["first"] else []
+        for sentence in (*verdict["because"], *advice):
+            console.print(Padding(f"- {sentence}", (0, 0, 0, 4)), markup=False, highlight=False)
+    console.print()

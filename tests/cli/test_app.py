@@ -177,12 +177,12 @@ def test_recipes_are_those_of_the_flags(compared, guide):
     assert recipe.read_recipe(compared) == recipe.read_recipe(compared / GUIDES[0])
 
 
-def test_the_screen_has_tables_verdict_and_page(compared):
+def test_the_screen_has_tables_conclusions_and_page(compared):
     out = (compared.parent / "out").read_text()
     words = " ".join(out.split())
     for guide in GUIDES:
         assert f"training {guide}" in out
-    for text in ("Each with its own decoder, test rows", "What it cost", "amortized variant's decoder", "Verdict"):
+    for text in ("Each variant with its own decoder, test rows", "Cost", "amortized variant's decoder", "Conclusions"):
         assert text in out
     assert all(" ".join(sentence.split()) in words for sentence in alone(compared)["verdicts"])
     assert out.rstrip().endswith(f"the page: {compared / 'report.html'}")

@@ -120,7 +120,7 @@ def test_a_seed_fixes_every_byte_and_another_changes_what_is_drawn(verb, pvae):
     if verb == "interpolate":  # codes' means are not drawn
         assert changed == set()
     elif verb == "map":
-        assert changed == {"prior"} | changed & {"across", "up", "grid"}  # as far as the prior's draws reach
+        assert changed == {"prior"} | changed & {"grid_x", "grid_y", "grid"}  # as far as the prior's draws reach
     else:
         assert changed
 
@@ -234,7 +234,7 @@ def test_the_page_shows_uses_until_the_run_is_fitted_anew(pvae, workplace):
     evaluate = "evaluate run --rows 3 --samples 3 --refine-steps 3"
     assert pvae(evaluate).status == 0
     page = html.unescape(Path("run/report.html").read_text())
-    assert "What it was used for" in page
+    assert "Uses of the run" in page
     for line in lines:
         assert line in page
     assert [verb for verb in VERBS if f"<h3>{verb}, Amortized</h3>" in page] == ["reconstruct", "sample", "map"]
@@ -248,7 +248,7 @@ def test_the_page_shows_uses_until_the_run_is_fitted_anew(pvae, workplace):
         path.parent.mkdir(exist_ok=True)
         path.write_bytes(content)
     assert pvae(evaluate).status == 0
-    assert "What it was used for" not in Path("run/report.html").read_text()
+    assert "Uses of the run" not in Path("run/report.html").read_text()
 
 
 # Mistakes
@@ -275,7 +275,7 @@ MISTAKES = {
     "noise of counts": ("denoise BARE --noise 'FlipNoise(rate=0.1)'", "FlipNoise does not take"),
     "hide": ("impute RUN --hide 1.5", "--hide is 1.5, but it must be a share between 0 and 1"),
     "hide nothing": ("impute RUN", "no entry of the test rows is missing (NaN); --hide 0.5 hides half of them"),
-    "false alarm": ("anomalies RUN --false-alarm 0", "the rate of false alarms is 0.0"),
+    "false alarm": ("anomalies RUN --false-alarm 0", "--false-alarm is 0.0"),
     "rare alarm": ("anomalies RUN --false-alarm 0.001", "rows"),
     "score": ("anomalies RUN --score evidense", "did you mean 'evidence'?"),
     "anomalous": ("anomalies RUN --anomalous 99", "--anomalous: no row has label 99"),
@@ -285,7 +285,7 @@ MISTAKES = {
     "codes": ("decode RUN narrow.npy", "the codes have shape (12, 63), but 2 columns are needed"),
     "NaN among codes": ("decode RUN nowhere.npy", "row 1 of the codes is not finite"),
     "no codes": ("decode RUN absent.npy", "absent.npy: no such file"),
-    "temperature": ("sample RUN --temperature -1", "the temperature is -1.0, but it must be at least 0"),
+    "temperature": ("sample RUN --temperature -1", "--temperature is -1.0, but it must be at least 0"),
     "count": ("sample RUN --count 0", "--count is 0, but it must be at least 1"),
     "seed": ("sample RUN --seed -1", "--seed is -1, but it must be at least 0"),
     "large seed": ("sample RUN --seed 3000000000", "--seed is 3000000000"),
@@ -295,7 +295,7 @@ MISTAKES = {
     "path": ("interpolate RUN --how straight", "unknown path 'straight'"),
     "one row": ("interpolate RUN --select 3", "a path needs at least 2 rows, but 1 is given"),
     "steps": ("interpolate RUN --steps 0", "steps is 0"),
-    "grid": ("map RUN --size 1", "size is 1, but a grid needs at least 2 columns"),
+    "grid": ("map RUN --size 1", "size is 1, but it must be at least 2"),
     "projection": ("map RUN --projection umap", "unknown projection 'umap'"),
     "epochs": ("classify RUN --epochs 0", "--epochs is 0, but it must be at least 1"),
     "samples": ("classify RUN --samples 0", "--samples is 0, but it must be at least 1"),

@@ -1,6 +1,5 @@
-"""Decisions about rows of a run: what counts as anomalous, who is the reference, and class models, trained once."""
+"""Classification with a run: class models are trained once, calibrated on held-out rows, and compared with labels."""
 
-import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -10,20 +9,19 @@ import pytest
 import torch
 
 from pvae.applications import classification
-from pvae.cli import run_anomalies
-from pvae.cli.run_anomalies import anomalies, with_others
-from pvae.cli.run_classification import class_models, classify
+from pvae.cli.run_classification import classify
 from pvae.cli.use_context import UseContext
 from pvae.errors import UserError
 from pvae.experiments import sweep
-from pvae.experiments.opened_run import open_run, select_rows
-from tests.experiments.test_opened_run import DIGITS, run_of, written
+from pvae.experiments.class_models import fit_class_models
+from pvae.experiments.opened_run import open_run
+from pvae.experiments.row_selection import select_rows
+from tests.experiments.test_opened_run import DIGITS, run_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:constrained_layout not applied")
 
 SMALL = "--epochs 2 --hidden 16 --latent 2"
 ONLY = f"fit {SMALL} --only 0,1,2"
-HELD = f"fit {SMALL} --only 0,1,2 --validation-size 0.2"
 ALL = f"fit {SMALL}"
 CONDITIONAL = Path(__file__).parents[2] / "models" / "conditional.py"
 LABELLED = f"fit {SMALL} --only 0,1,2 --trust --program {CONDITIONAL}:ConditionalVAE"
@@ -37,174 +35,13 @@ def asked(run, rows=None, **more):
     return UseContext(run, select_rows(run) if rows is None else rows, **more)
 
 
-# Anomalies
-
-
-def test_the_rows_of_a_run_of_some_labels_are_the_test_rows_of_all():
-    run = opened(ONLY)
-    rows = with_others(run)
-    assert rows.where == "test rows of all labels"
-    assert len(rows.x) == 359
-    assert rows.x[torch.isin(rows.labels, torch.tensor([0, 1, 2]))].equal(run.data.test)
-    own = with_others(opened(ALL))
-    assert own.x.equal(opened(ALL).data.test)
-    assert own.labels.equal(opened(ALL).data.test_labels)
-
-
-@pytest.mark.parametrize("line", [ONLY, HELD], ids=["test rows", "validation rows"])
-def test_rows_of_other_labels_are_the_anomalies_and_no_row_is_its_own_reference(line):
-    run = opened(line)
-    rows = with_others(run)
-    made = anomalies(asked(run, rows), K=2, chosen=["elbo"], false_alarm=0.1)
-    place, anomalous = torch.from_numpy(made.arrays["row_of_all"]), made.arrays["anomalous"]
-    own = torch.from_numpy(made.arrays["row"])
-    assert ((own < 0) == torch.from_numpy(anomalous)).all()
-    assert run.data.test[own[own >= 0]].equal(rows.x[place[own >= 0]])  # as --select counts the run's own
-    assert len(place.unique()) == len(place)
-    assert (anomalous == ~np.isin(rows.labels[place].numpy(), [0, 1, 2])).all()
-    others = (~torch.isin(rows.labels, torch.tensor([0, 1, 2]))).sum().item()
-    assert anomalous.sum() == others  # all of them are scored
-    held = int(re.search(r"against (\d+) held-out", made.sentences[0]).group(1))
-    if line == HELD:
-        assert (held, len(place)) == (len(run.data.validation), len(rows.x))
-    else:
-        assert held + len(place) == len(rows.x)
-        assert held == len(run.data.test) // 2
-    _, header, lines = made.tables[0]
-    (told,) = (dict(zip(header, line, strict=True)) for line in lines)
-    assert told["score"] == "elbo"
-    share = made.arrays["flagged_elbo"][anomalous].mean()
-    assert float(told["detected"].split()[0]) == pytest.approx(share, abs=0.006)  # to the digits that are shown
-    assert {"threshold", "AUROC", "false alarms"} < told.keys()
-
-
-def test_what_is_flagged_is_beyond_what_the_share_of_normal_rows_exceeds():
-    run = opened(ONLY)
-    made = anomalies(asked(run, with_others(run)), K=2, false_alarm=0.2)
-    assert len([name for name in made.arrays if name.startswith("flagged_")]) == 6
-    for name in ("evidence", "elbo", "reconstruction", "typicality", "distance", "neighbours"):
-        flagged, p = made.arrays[f"flagged_{name}"], made.arrays[f"p_{name}"]
-        assert (p[flagged] <= 0.2).all()
-        assert made.arrays[name][flagged].min(initial=np.inf) > made.arrays[name][~flagged].max()
-    # 58 reference and 58 other normal rows: a Beta and a binomial spread about the share.
-    normal = ~made.arrays["anomalous"]
-    share = made.arrays["flagged_elbo"][normal].mean()
-    assert abs(share - 0.2) < 4.5 * np.sqrt(0.2 * 0.8 * (1 / 58 + 1 / normal.sum()))
-
-
-def test_an_obvious_anomaly_is_found_in_a_file_whose_labels_say_which():
-    run = opened(ONLY)
-    normal, odd = (DIGITS.images[np.isin(DIGITS.target, kinds)][:30] / 16 for kinds in ([0, 1, 2], [7]))
-    rows = np.concatenate([normal, 1 - odd])
-    path = written(run.folder.parent, "judged.npz", rows.astype("float32"), np.repeat([0, 1], 30))
-    whole = replace(run, variant=run.variant._replace(recipe=replace(run.variant.recipe, only=None)))
-    made = anomalies(asked(whole, select_rows(run, path)), K=4, chosen=["evidence"])
-    assert made.arrays["anomalous"].tolist() == [False] * 30 + [True] * 30
-    assert "against 116 held-out normal rows" in made.sentences[0]
-    _, header, (line,) = made.tables[0]
-    assert float(line[header.index("AUROC")].split()[0]) > 0.95
-
-
-def test_labels_given_count_as_anomalous():
-    run = opened(ALL)
-    made = anomalies(asked(run, with_others(run)), named=["3", "8"], K=2, chosen=["elbo"])
-    rows = torch.from_numpy(made.arrays["row"])
-    expected = torch.isin(run.data.test_labels[rows], torch.tensor([3, 8]))
-    assert made.arrays["anomalous"].tolist() == expected.tolist()
-    with pytest.raises(UserError, match="--anomalous: no row has label 11; there are"):
-        anomalies(asked(run), named=["11"], K=2)
-    bare = select_rows(run)._replace(labels=None)
-    with pytest.raises(UserError, match="--anomalous: the test rows have no labels"):
-        anomalies(asked(run, bare), named=["3"], K=2)
-
-
-@pytest.fixture
-def compared(monkeypatch):
-    """What anomalies are sought in and what they are compared with: labels by rows, no two of which are alike."""
-    images = (DIGITS.images / 16).reshape(-1, 64).astype("float32")
-    labels, seen = {row.tobytes(): label for row, label in zip(images, DIGITS.target, strict=True)}, []
-
-    def spy(model, guide, x, *args, reference, **kwargs):
-        seen[:] = [{row.tobytes(): labels[row.tobytes()] for row in rows.numpy()} for rows in (x, reference)]
-        return own(model, guide, x, *args, reference=reference, **kwargs)
-
-    own = run_anomalies.applications.detect_anomalies
-    monkeypatch.setattr(run_anomalies.applications, "detect_anomalies", spy)
-    return seen
-
-
-WAYS = {
-    "all": lambda run: with_others(run),
-    "test": select_rows,
-    "some": lambda run: select_rows(run, "test", "0:70"),
-    "train": lambda run: select_rows(run, "train", "0:70"),
-    "validation": lambda run: select_rows(run, "validation"),
-}
-
-
-@pytest.mark.parametrize(
-    ("held", "way"),
-    [(held, way) for held in ("", " --validation-size 0.2") for way in WAYS if held or way != "validation"],
-)
-@pytest.mark.parametrize("which", ["", " --only 0,1,2"], ids=["every", "some"])
-def test_the_reference_is_held_out_normal_and_apart_from_what_is_scored(which, held, way, compared):
-    run = opened(f"fit {SMALL} --likelihood Gaussian --binarize none{which}{held}")
-    rows = WAYS[way](run)
-    only = run.variant.recipe.only or range(10)
-    for named in (None, [1]):
-        made = anomalies(
-            asked(run, rows),
-            named=None if named is None else [str(label) for label in named],
-            K=1,
-            chosen=["reconstruction"],
-            false_alarm=0.2,
-        )
-        scored, reference = compared
-        assert not scored.keys() & reference.keys()
-        assert not reference.keys() & {row.tobytes() for row in run.data.train.numpy()}
-        assert set(reference.values()) == set(only) - set(named or [])
-        assert set(scored.values()) <= ({*only, *named} if named else set(range(10)))
-        told = rows.labels if named is None else rows.labels[torch.isin(rows.labels, torch.tensor([*only, *named]))]
-        left_out = len(rows.x) - len(told)
-        assert any(f"{left_out} rows of labels that are neither" in line for line in made.sentences) == bool(left_out)
-        if way in ("some", "train", "validation"):
-            assert len(made.arrays["row"]) == len(rows.x)  # all that were asked for
-        elif named:
-            assert made.arrays["anomalous"].sum() == (rows.labels == 1).sum()
-
-
-def test_a_program_that_takes_the_label_is_asked_about_its_own_labels_alone():
-    run = opened(LABELLED)
-    rows = with_others(run)
-    assert rows.x.equal(run.data.test)
-    made = anomalies(asked(run, rows), named=["2"], K=1, chosen=["elbo"])
-    assert set(rows.labels.tolist()) == {0, 1, 2}
-    assert made.arrays["anomalous"].sum() == (rows.labels == 2).sum()
-    with pytest.raises(UserError, match="--anomalous: no row has label 7; there are"):
-        anomalies(asked(run, rows), named=["7"], K=1)
-
-
-def test_without_knowledge_nothing_is_judged():
-    run = opened(ALL)
-    made = anomalies(asked(run), K=2, chosen=["elbo"])
-    assert "anomalous" not in made.arrays
-    assert made.tables[0][1] == ["score", "threshold", "flagged"]
-    assert any("Which rows are anomalous is not known" in line for line in made.sentences)
-    rows = select_rows(opened(ONLY))
-    made = anomalies(asked(opened(ONLY), rows), K=2, chosen=["elbo"])
-    assert any("All rows are normal: no AUROC" in line for line in made.sentences)
-
-
-# Classes
-
-
 @pytest.fixture(scope="module")
 def classified(tmp_path_factory):
     """A run of three classes whose class models are trained, with what was said while they were."""
     folder = tmp_path_factory.mktemp("classified") / "run"
     shutil.copytree(run_of(ONLY), folder)
     run, said = open_run(folder), []
-    return run, class_models(run, epochs=3, say=said.append), said
+    return run, fit_class_models(run, epochs=3, say=said.append), said
 
 
 def test_each_class_has_a_model_of_its_own_rows(classified):
@@ -231,14 +68,14 @@ def test_class_models_are_trained_once(classified, monkeypatch):
         raise AssertionError("trained again")
 
     monkeypatch.setattr(sweep, "train_sweep", fail)
-    again, same = class_models(run, epochs=3)
+    again, same = fit_class_models(run, epochs=3)
     assert same.validation.equal(data.validation)
     for (model, guide), (other, other_guide) in zip(models, again, strict=True):
         for one, two in ((model.__self__, other.__self__), (guide, other_guide)):
             pairs = zip(one.state_dict().values(), two.state_dict().values(), strict=True)
             assert all(a.equal(b) for a, b in pairs)
     with pytest.raises(AssertionError, match="trained again"):
-        class_models(run, epochs=2)
+        fit_class_models(run, epochs=2)
 
 
 def test_training_goes_on_where_it_was_stopped(classified, tmp_path):
@@ -247,7 +84,7 @@ def test_training_goes_on_where_it_was_stopped(classified, tmp_path):
     shutil.rmtree(tmp_path / "run/classes/Amortized-3-epochs/1")
     kept = tmp_path / "run/classes/Amortized-3-epochs/0/checkpoint.safetensors"
     before = kept.read_bytes()
-    again, _ = class_models(open_run(tmp_path / "run"), epochs=3)
+    again, _ = fit_class_models(open_run(tmp_path / "run"), epochs=3)
     assert kept.read_bytes() == before
     for (model, _), (other, _) in zip(models, again, strict=True):
         pairs = zip(model.__self__.state_dict().values(), other.__self__.state_dict().values(), strict=True)
@@ -309,7 +146,7 @@ def test_a_kind_without_training_rows_has_no_model_and_one_of_few_rows_has(tmp_p
     train = np.concatenate([np.flatnonzero(y[:200] < 2), np.flatnonzero(y[:200] == 2)[:2]])  # two rows of label 2
     np.savez(tmp_path / "rare.npz", x_train=x[train], y_train=y[train], x_test=x[200:], y_test=y[200:])
     run = opened(f"fit {SMALL} --data {tmp_path}/rare.npz")
-    models, data = class_models(run, epochs=1)
+    models, data = fit_class_models(run, epochs=1)
     assert len(models) == 3
     assert 2 not in data.validation_labels
     made = classify(asked(run), models, data=data, K=1)
@@ -325,17 +162,17 @@ def test_columns_of_kinds_without_training_rows_are_no_classes(tmp_path):
     np.savez(tmp_path / "rare.npz", x_train=x[train], y_train=y[train], x_test=x[200:], y_test=y[200:])
     line = f"fit {SMALL} --trust --program {CONDITIONAL}:ConditionalVAE --validation-size 0.2 --data {tmp_path}"
     run = opened(f"{line}/rare.npz")
-    made = classify(asked(run), None, data=class_models(run)[1], K=2)
+    made = classify(asked(run), None, data=fit_class_models(run)[1], K=2)
     assert made.arrays["probability"].shape == (100, 3)
     assert set(made.arrays["predicted"].tolist()) <= {1, 2, 3}
-    again = classification.evidence_by_label(run.model, run.guide, run.data.test[:, :64], 4, K=2).log_evidence
+    again = classification.classify_conditional(run.model, run.guide, run.data.test[:, :64], 4, K=2).log_evidence
     np.testing.assert_array_equal(made.arrays["log_evidence"], again[:, 1:].numpy())
 
 
 def test_a_program_that_takes_the_label_is_its_own_class_model(monkeypatch):
     monkeypatch.setattr(sweep, "train_sweep", lambda *args, **kwargs: pytest.fail("nothing is to be trained"))
     run = opened(f"{LABELLED} --validation-size 0.1")
-    models, data = class_models(run)
+    models, data = fit_class_models(run)
     assert models is None
     assert data is run.data
     made = classify(asked(run), None, data=data, K=2)
@@ -347,16 +184,12 @@ def test_a_program_that_takes_the_label_is_its_own_class_model(monkeypatch):
     again = classify(asked(run, rows._replace(x=x)), None, data=data, K=2)
     assert again.arrays["predicted"].tolist() == made.arrays["predicted"].tolist()
     with pytest.raises(UserError, match="calibrates on rows that the program has not seen; fit with --validation-size"):
-        class_models(opened(LABELLED))
+        fit_class_models(opened(LABELLED))
 
 
 def test_rows_without_labels_or_with_one_have_no_classes():
     bare = opened(f"fit {SMALL} --likelihood Poisson --data {{place}}/counts.npy")
     with pytest.raises(UserError, match=r"classify needs labels, and .*counts.npy has none"):
-        class_models(bare)
+        fit_class_models(bare)
     with pytest.raises(UserError, match="classify needs labels, and digits has one alone"):
-        class_models(opened(f"fit {SMALL} --only 4"))
-
-
-def test_the_units_of_scores_are_known():
-    assert set(run_anomalies.UNITS) < {"evidence", "elbo", "reconstruction", "typicality", "distance", "neighbours"}
+        fit_class_models(opened(f"fit {SMALL} --only 4"))
