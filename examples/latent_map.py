@@ -12,7 +12,6 @@ from sklearn.neighbors import KNeighborsClassifier
 
 import pvae
 from pvae.reporting.latent_map_widget import render_page, render_widget
-from pvae.stats import mean_se, number
 
 epochs = int(sys.argv[1]) if len(sys.argv) > 1 else 300
 data = pvae.load_data("digits", binarize="threshold")
@@ -21,12 +20,17 @@ vae = pvae.VAE(pvae.networks.MLP(2, 64, hidden=[128, 128]), pvae.likelihoods.Ber
 guide = pvae.Amortized(pvae.networks.MLP(64, 4, hidden=[128, 128]), pvae.families.DiagonalNormal(2))
 pvae.fit(vae.model, guide, data, epochs=epochs, learning_rate=2e-3)
 
+
+def mean(values):
+    return pvae.stats.number(pvae.stats.mean_se(values))
+
+
 latent_map = pvae.applications.map_latents(vae.model, guide, data.test, size=20)
 xs, ys = latent_map.grid_x, latent_map.grid_y
 print(f"{len(latent_map.codes)} codes; a grid of {len(ys)} x {len(xs)} points is decoded,", end=" ")
 print(f"from {xs[0]:.1f} to {xs[-1]:.1f} and from {ys[0]:.1f} to {ys[-1]:.1f}")
 width = latent_map.spread.det().clamp(min=0).pow(0.25)
-print(f"geometric mean of q's two standard deviations {number(mean_se(width))}; the prior's is 1")
+print(f"geometric mean of q's two standard deviations {mean(width)}; the prior's is 1")
 
 index = torch.arange(len(data.train))
 train_codes = pvae.applications.map_latents(vae.model, guide, data.train, index).codes
@@ -38,7 +42,7 @@ planes = {
 for name, (train, test) in planes.items():
     predicted = KNeighborsClassifier(5).fit(train, data.train_labels).predict(test)
     correct = 100 * (torch.from_numpy(predicted) == data.test_labels).double()
-    print(f"{name}: accuracy of five nearest neighbours {number(mean_se(correct))}%")
+    print(f"{name}: accuracy of five nearest neighbours {mean(correct)}%")
 
 if len(sys.argv) > 2:
     widget = render_widget(latent_map, data.test_labels, data.shape)

@@ -1,16 +1,22 @@
-"""What docs and README say of commands and components is so."""
+"""README and docs state commands, components and Python as they are."""
 
+import ast
 import re
 import shlex
 from pathlib import Path
 
+import pyro
 import pytest
 import typer
 
 from pvae.cli.app import app
+from pvae.diagnostics import battery
+from pvae.diagnostics.evaluation import Budget
+from pvae.experiments import compare
 from pvae.generative import likelihoods
 from pvae.recipes.recipe import Recipe, resolve
 from pvae.recipes.registry import KINDS
+from pvae.runtime.torch_state import seeded
 
 ROOT = Path(__file__).parents[1]
 TEXTS = {name: (ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "docs/how-to.md")}
@@ -20,6 +26,8 @@ COMMANDS = [
     for line in text.splitlines()
     if line.startswith("    pvae ")
 ]
+README_PYTHON = re.findall(r"^```python\n(.*?)^```", TEXTS["README.md"], re.MULTILINE | re.DOTALL)
+EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 
 
 @pytest.mark.parametrize("line", COMMANDS)
@@ -32,16 +40,53 @@ def test_command_can_be_given(line):
         assert file is None or (ROOT / file[0]).is_file()
 
 
-def test_table_of_likelihoods_is_what_the_classes_state():
+def test_table_of_likelihoods_agrees_with_the_classes():
     lines = re.findall(
         r"^\| (\w+) \| .* \| (mass|density) \| (\w+).* \| (\w+) \|$", TEXTS["docs/how-to.md"], re.MULTILINE
     )
     stated = {name: rest for name, *rest in lines}
     assert list(stated) == likelihoods.__all__
-    for name, (measure, outputs, pictures) in stated.items():
-        made = getattr(likelihoods, name)()
-        assert (measure, pictures) == (made.base_measure, resolve(Recipe(likelihood=name)).binarize)
-        assert made.params_per_value == (made.levels if outputs == "levels" else int(outputs))
+    for name, (measure, outputs, binarize) in stated.items():
+        likelihood = getattr(likelihoods, name)()
+        assert (measure, binarize) == (likelihood.base_measure, resolve(Recipe(likelihood=name)).binarize)
+        assert likelihood.params_per_value == (likelihood.levels if outputs == "levels" else int(outputs))
+
+
+def test_readmes_python_runs_as_printed_but_for_smaller_numbers(tmp_path, monkeypatch, capsys, pvae):
+    tiny = battery.DiagnosisBudget(4, 40, 2, 2, 5, 2, 20, 2, 20)
+    monkeypatch.setitem(battery.DIAGNOSIS_BUDGETS, "quick", tiny)
+    monkeypatch.setitem(compare.BUDGETS, "standard", (4, Budget(K=5, steps=2)))
+    monkeypatch.chdir(tmp_path)
+    assert pvae("fit --data digits --epochs 1 --out runs/digits").status == 0
+    program = "".join(README_PYTHON)
+    for printed, smaller in (("epochs=150", "epochs=1"), ("rows=300", "rows=4"), ("[:300]", "[:4]")):
+        assert printed in program
+        program = program.replace(printed, smaller)
+    with seeded(0), pyro.get_param_store().scope():
+        exec(compile(program, "README.md", "exec"), {})
+    printed = capsys.readouterr().out
+    assert "Estimate(mean=" in printed
+    assert "amortization_gap" in printed
+    assert "torch.Size([359, 8]) torch.Size([5, 64])" in printed
+    assert (tmp_path / "gaps.png").is_file()
+
+
+@pytest.mark.parametrize(
+    "text", [*README_PYTHON[:1], *(path.read_text(encoding="utf-8") for path in EXAMPLES)], ids=lambda text: text[:30]
+)
+def test_readme_and_examples_import_pvae_and_at_most_two_more_of_its_names(text):
+    imports = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Import | ast.ImportFrom)]
+    modules = [alias.name for node in imports if isinstance(node, ast.Import) for alias in node.names]
+    names = [
+        (node.module, alias.name)
+        for node in imports
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+        if (node.module or "").partition(".")[0] == "pvae"
+    ]
+    assert "pvae" in modules
+    assert not [module for module in modules if module.startswith("pvae.")]
+    assert len(names) <= 2, names
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "program"])
