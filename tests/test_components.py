@@ -498,7 +498,7 @@ def test_each_place_under_plates_has_a_draw_of_its_own(make):
 
 
 @each(FAMILIES)
-def test_no_entry_of_the_initial_lam_is_stuck(make):
+def test_every_entry_of_the_initial_params_receives_a_gradient(make):
     # not by symmetry, that is: some bound with correlated latents moves every entry
     family = make()
     q_params = family.initial_params().expand(200, -1).clone().requires_grad_()
@@ -528,7 +528,7 @@ def test_natural_gradient_has_the_shape_of_the_parameters(make):
 
 
 @each(FAMILIES)
-def test_initial_lam_is_one_finite_row(make):
+def test_initial_params_are_one_finite_row(make):
     family = make()
     initial = family.initial_params()
     assert initial.shape == (family.num_params,)

@@ -1,4 +1,4 @@
-"""Every example runs, small; the components of one of them obey the laws of the package's own."""
+"""Every example runs with few epochs; the components of my_components.py obey the laws of the package's own."""
 
 import ast
 import re
@@ -16,7 +16,7 @@ from pvae.recipes import registry
 from pvae.runtime.torch_state import seeded
 
 EXAMPLES = sorted((Path(__file__).parents[1] / "examples").glob("*.py"))
-OWN = Path(__file__).parents[1] / "examples" / "my_components.py"
+COMPONENTS = EXAMPLES[0].parent / "my_components.py"
 
 LIKELIHOOD_LAWS = [
     laws.test_a_row_does_not_feel_its_neighbours,
@@ -45,19 +45,19 @@ FAMILY_LAWS = [
     laws.test_density_has_mass_one_and_draws_follow_it,
     laws.test_pathwise_gradient_is_the_score_functions,
     laws.test_each_place_under_plates_has_a_draw_of_its_own,
-    laws.test_initial_lam_is_one_finite_row,
-    laws.test_no_entry_of_the_initial_lam_is_stuck,
+    laws.test_initial_params_are_one_finite_row,
+    laws.test_every_entry_of_the_initial_params_receives_a_gradient,
 ]
 
 
-def own(kind, name, **supplied):
-    return registry.make(kind, f"{OWN}:{name}", **supplied)
+def component(kind, name, **supplied):
+    return registry.make(kind, f"{COMPONENTS}:{name}", **supplied)
 
 
 CASES = [
-    *((law, lambda: own("likelihood", "Geometric")) for law in LIKELIHOOD_LAWS),
-    *((law, lambda: own("prior", "SpikeAndSlab", dim=LATENT)) for law in PRIOR_LAWS),
-    *((law, lambda: own("family", "Laplace", dim=LATENT)) for law in FAMILY_LAWS),
+    *((law, lambda: component("likelihood", "Geometric")) for law in LIKELIHOOD_LAWS),
+    *((law, lambda: component("prior", "SpikeAndSlab", dim=LATENT)) for law in PRIOR_LAWS),
+    *((law, lambda: component("family", "Laplace", dim=LATENT)) for law in FAMILY_LAWS),
 ]
 
 
@@ -72,20 +72,21 @@ def test_example_runs(path, monkeypatch, capsys):
 
 
 def test_a_component_takes_under_twenty_lines():
-    classes = [node for node in ast.parse(OWN.read_text()).body if isinstance(node, ast.ClassDef)]
+    classes = [node for node in ast.parse(COMPONENTS.read_text()).body if isinstance(node, ast.ClassDef)]
     assert [node.name for node in classes] == ["Geometric", "SpikeAndSlab", "Laplace"]
     assert all(node.end_lineno - node.lineno + 1 < 20 for node in classes)
 
 
 @pytest.mark.parametrize(("law", "make"), CASES, ids=lambda value: getattr(value, "__name__", ""))
-def test_a_component_of_ones_own_obeys(law, make, double):
+def test_a_users_component_obeys(law, make, double):
     torch.manual_seed(0)
     law(make)
 
 
-def test_a_component_of_ones_own_is_trained_by_its_word(tmp_path, pvae):
-    words = f"--likelihood {OWN}:Geometric --prior '{OWN}:SpikeAndSlab(spike=0.05)' --family {OWN}:Laplace"
-    assert pvae(f"fit {words} --epochs 1 --out {tmp_path / 'run'}").status == 0
+def test_a_users_component_is_trained_by_its_name(tmp_path, pvae):
+    prior = f"'{COMPONENTS}:SpikeAndSlab(spike=0.05)'"
+    options = f"--likelihood {COMPONENTS}:Geometric --prior {prior} --family {COMPONENTS}:Laplace"
+    assert pvae(f"fit {options} --epochs 1 --out {tmp_path / 'run'}").status == 0
     refused = pvae(f"evaluate {tmp_path / 'run'} --rows 2 --samples 2 --refine-steps 1")
     assert refused.status == 2
     assert "--trust" in refused.err
