@@ -264,19 +264,12 @@ class TracedFunction:
 
 @dataclass
 class _Replay:
-    """How calls with inputs of one layout are answered.
+    """State of the calls with inputs of one layout."""
 
-    Attributes:
-        compile_at: number of the call after which to trace the function, then to compile its graph.
-        calls: so far.
-        graph: validated, traced or compiled; None as long as the function itself is called.
-        candidate: a graph to validate at the next call, and the cost of compiling it.
-    """
-
-    compile_at: int
+    compile_at: int  # number of the call at which to trace the function, then to compile it
     calls: int = 0
-    graph: Callable[..., Tensors] | None = None
-    candidate: tuple[Callable[..., Tensors], CompileCost] | None = None
+    graph: Callable[..., Tensors] | None = None  # validated; None as long as the function itself is called
+    candidate: tuple[Callable[..., Tensors], CompileCost] | None = None  # to validate at the next call
 
 
 class AutoTraced:
