@@ -1,4 +1,4 @@
-"""Likelihoods p(x|z): modules that turn the decoder's outputs eta into a distribution over x."""
+"""Likelihoods p(x|z): modules that map the decoder's outputs eta to a distribution over x."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 
 from pvae.distributions import counts, univariate
-from pvae.errors import UserError, nearest
+from pvae.errors import UserError, check_range, nearest
 
 __all__ = [
     "Bernoulli",
@@ -32,7 +32,7 @@ Spread = Literal["fixed", "shared", "decoder"]
 
 
 def positive(output: Tensor, least: float) -> Tensor:
-    """A decoder's output made positive: 1 + least at 0, growing linearly above and falling to ``least`` below.
+    """Map a decoder's output to positive values by a softplus: 1 + least at 0, linear above, ``least`` far below.
 
     >>> positive(torch.tensor([-80.0, 0.0, 80.0]), 0.001)
     tensor([1.0000e-03, 1.0010e+00, 8.0001e+01])
@@ -40,22 +40,15 @@ def positive(output: Tensor, least: float) -> Tensor:
     return least + F.softplus(output, beta=math.log(2))
 
 
-def _refuse(owner: nn.Module, name: str, value: float, least: float | None = None) -> None:
-    """Refuse a number below ``least``, or one that is not positive."""
-    if not math.isfinite(value) or (value <= 0 if least is None else value < least):
-        must = "be positive" if least is None else f"be at least {least}"
-        raise UserError(f"{type(owner).__name__}: {name} is {value}, but it must {must}")
-
-
 class Likelihood(nn.Module):
-    """What every likelihood states. Calling one with eta [..., P * D] returns p(x|z) over x [..., D].
+    """Base class of likelihoods. Calling one with eta [..., P * D] returns p(x|z) over x [..., D].
 
     eta holds the first parameter of all D entries, then the second, and so on; x is floating-point, counts too.
 
     Attributes:
         support: the values that one entry of x may take.
-        base_measure: whether densities are masses (counting measure) or densities (Lebesgue measure): nats
-            under different base measures can't be compared.
+        base_measure: whether p(x|z) is a mass (counting measure) or a density (Lebesgue measure); nats under
+            different base measures can't be compared.
         params_per_value: P, the number of decoder outputs for each entry of x.
     """
 
@@ -64,14 +57,14 @@ class Likelihood(nn.Module):
     params_per_value: int = 1
 
     def forward(self, eta: Tensor) -> dist.TorchDistribution:
-        """p(x|z) with event shape [D]."""
+        """Return p(x|z) with event shape [D]."""
         raise NotImplementedError
 
 
 class Bernoulli(Likelihood):
-    r"""Binary values, :math:`p(x|z) = \prod_d \sigma(\eta_d)^{x_d} (1 - \sigma(\eta_d))^{1 - x_d}`.
+    r"""Bernoulli likelihood of binary values, :math:`\prod_d \sigma(\eta_d)^{x_d} (1 - \sigma(\eta_d))^{1 - x_d}`.
 
-    Shapes: eta [..., D] are log-odds; x [..., D] is 0 or 1. In nats of mass.
+    Shapes: eta [..., D] are log-odds; x [..., D] is 0 or 1. A probability mass.
 
     >>> Bernoulli()(torch.zeros(3, 64)).log_prob(torch.ones(3, 64)).shape
     torch.Size([3])
@@ -85,11 +78,13 @@ class Bernoulli(Likelihood):
 
 
 class ContinuousBernoulli(Likelihood):
-    r"""Values from 0 to 1, :math:`p(x|z) = \prod_d C(\eta_d)\, \sigma(\eta_d)^{x_d} (1 - \sigma(\eta_d))^{1 - x_d}`.
+    r"""Continuous Bernoulli likelihood of values in [0, 1].
 
-    C(eta) makes the density's integral one; without it, as where greys are scored as Bernoulli, nats mean nothing.
+    .. math:: p(x|z) = \prod_d C(\eta_d)\, \sigma(\eta_d)^{x_d} (1 - \sigma(\eta_d))^{1 - x_d}
 
-    Shapes: eta [..., D] are log-odds; x [..., D] is in [0, 1]. In nats of density.
+    C(eta) normalizes the density; the Bernoulli likelihood of grey values lacks it, so that its nats mean nothing.
+
+    Shapes: eta [..., D] are log-odds; x [..., D] is in [0, 1]. A probability density.
 
     Source: Loaiza-Ganem and Cunningham (2019), *The Continuous Bernoulli*, arXiv:1907.06845.
 
@@ -105,12 +100,12 @@ class ContinuousBernoulli(Likelihood):
 
 
 class _LocationScale(Likelihood):
-    """Real values around a location that the decoder gives, with a scale s.
+    """Base class of location-scale likelihoods: the decoder gives the location.
 
     Arguments:
         scale: s, or s at the start of training, in the data's units.
-        spread: where s comes from: "fixed" keeps it, "shared" learns one s for all entries, and under "decoder" the
-            decoder gives each entry its own, s = scale * positive(output), at least a thousandth of ``scale``.
+        spread: "fixed" keeps s, "shared" learns one s for all entries, and under "decoder" the decoder gives each
+            entry its own, s = scale * positive(output), at least ``scale / 1000``.
 
     Raises:
         UserError: the scale is not positive, or an unknown spread.
@@ -122,7 +117,7 @@ class _LocationScale(Likelihood):
 
     def __init__(self, *, scale: float = 1.0, spread: Spread = "shared") -> None:
         super().__init__()
-        _refuse(self, "scale", scale)
+        check_range(type(self).__name__, scale=scale)
         if spread not in get_args(Spread):
             raise UserError(f"{type(self).__name__}: unknown spread '{spread}'{nearest(str(spread), get_args(Spread))}")
         self.spread = spread
@@ -133,8 +128,8 @@ class _LocationScale(Likelihood):
         else:
             self.register_buffer("log_scale", log_scale, persistent=False)
 
-    def located(self, eta: Tensor) -> tuple[Tensor, Tensor]:
-        """Location and scale of every entry."""
+    def location_and_scale(self, eta: Tensor) -> tuple[Tensor, Tensor]:
+        """Return location and scale of every entry."""
         if self.spread != "decoder":
             return eta, self.log_scale.exp()
         location, output = eta.chunk(2, -1)
@@ -142,14 +137,14 @@ class _LocationScale(Likelihood):
 
 
 class Gaussian(_LocationScale):
-    r"""Real values, :math:`p(x|z) = \prod_d N(x_d; \eta_d, s^2)`; s is learned, fixed, or the decoder's.
+    r"""Gaussian likelihood of real values, :math:`p(x|z) = \prod_d N(x_d; \eta_d, s^2)`.
 
     Arguments:
         scale: s at the start of training, in the data's units.
         spread: "fixed" keeps s, "shared" learns one s for all entries, and under "decoder" each entry's s is
             ``scale`` times a positive function of a second output, at least ``scale / 1000``.
 
-    Shapes: eta [..., D] are means, or [..., 2 D] means and scales; x [..., D] is real. In nats of density.
+    Shapes: eta [..., D] are means, or [..., 2 D] means and scales; x [..., D] is real. A probability density.
 
     Raises:
         UserError: the scale is not positive, or an unknown spread.
@@ -159,17 +154,17 @@ class Gaussian(_LocationScale):
     """
 
     def forward(self, eta: Tensor) -> dist.TorchDistribution:
-        return dist.Normal(*self.located(eta)).to_event(1)
+        return dist.Normal(*self.location_and_scale(eta)).to_event(1)
 
 
 class StudentT(_LocationScale):
-    r"""Real values with outliers, :math:`p(x|z) = \prod_d t_\nu(x_d; \eta_d, s)`, of which the Gaussian is the limit.
+    r"""Student t likelihood of real values with outliers, :math:`p(x|z) = \prod_d t_\nu(x_d; \eta_d, s)`.
 
     Arguments:
-        df: nu, degrees of freedom; the fewer, the heavier the tails.
-        scale, spread: as in `Gaussian`; s is no standard deviation, which is s sqrt(nu / (nu - 2)).
+        df: nu, degrees of freedom; fewer make the tails heavier, and in the limit of many it is the Gaussian.
+        scale, spread: as in `Gaussian`; the standard deviation is s sqrt(nu / (nu - 2)).
 
-    Shapes: eta [..., D] are locations, or [..., 2 D] locations and scales; x [..., D] is real. In nats of density.
+    Shapes: eta [..., D] are locations, or [..., 2 D] locations and scales; x [..., D] is real. A probability density.
 
     Raises:
         UserError: df or the scale is not positive, or an unknown spread.
@@ -182,21 +177,21 @@ class StudentT(_LocationScale):
 
     def __init__(self, *, df: float = 4.0, scale: float = 1.0, spread: Spread = "shared") -> None:
         super().__init__(scale=scale, spread=spread)
-        _refuse(self, "df", df)
+        check_range(type(self).__name__, df=df)
         self.df = df
 
     def forward(self, eta: Tensor) -> dist.TorchDistribution:
-        location, scale = self.located(eta)
+        location, scale = self.location_and_scale(eta)
         return univariate.StudentT(location.new_tensor(self.df), location, scale).to_event(1)
 
 
 class Laplace(_LocationScale):
-    r"""Real values, absolute errors, :math:`p(x|z) = \prod_d e^{-|x_d - \eta_d| / s} / 2 s`.
+    r"""Laplace likelihood of real values (absolute errors), :math:`p(x|z) = \prod_d e^{-|x_d - \eta_d| / s} / 2 s`.
 
     Arguments:
         scale, spread: as in `Gaussian`; the standard deviation is s sqrt(2).
 
-    Shapes: eta [..., D] are medians, or [..., 2 D] medians and scales; x [..., D] is real. In nats of density.
+    Shapes: eta [..., D] are medians, or [..., 2 D] medians and scales; x [..., D] is real. A probability density.
 
     Raises:
         UserError: the scale is not positive, or an unknown spread.
@@ -206,19 +201,19 @@ class Laplace(_LocationScale):
     """
 
     def forward(self, eta: Tensor) -> dist.TorchDistribution:
-        return dist.Laplace(*self.located(eta)).to_event(1)
+        return dist.Laplace(*self.location_and_scale(eta)).to_event(1)
 
 
 class Beta(Likelihood):
-    r"""Values from 0 to 1, :math:`p(x|z) = \prod_d \mathrm{Beta}(y_d; a_d, b_d) / w`, :math:`y_d = (x_d + m) / w`.
+    r"""Beta likelihood of values in [0, 1], :math:`\prod_d \mathrm{Beta}(y_d; a_d, b_d) / w`.
 
-    The interval is widened by a margin m to the width w = 1 + 2 m, so that exact zeros and ones have a density.
+    With y = (x + m) / w: a margin m widens the interval to w = 1 + 2 m, so that exact zeros and ones have a density.
 
     Arguments:
         margin: m.
 
     Shapes: eta [..., 2 D] give the concentrations a and b, positive(eta) and at least 0.1; x [..., D] is in
-    [-m, 1 + m]. In nats of density.
+    [-m, 1 + m]. A probability density.
 
     Raises:
         UserError: the margin is not positive.
@@ -232,7 +227,7 @@ class Beta(Likelihood):
 
     def __init__(self, *, margin: float = 0.005) -> None:
         super().__init__()
-        _refuse(self, "margin", margin)
+        check_range(type(self).__name__, margin=margin)
         self.margin = margin
 
     @property
@@ -246,13 +241,13 @@ class Beta(Likelihood):
 
 
 class _Levels(Likelihood):
-    """Whole numbers from 0 to levels - 1."""
+    """Base class of likelihoods of the integers from 0 to levels - 1."""
 
     base_measure = "mass"
 
     def __init__(self, levels: int) -> None:
         super().__init__()
-        _refuse(self, "levels", levels, least=2)
+        check_range(type(self).__name__, least=2, levels=levels)
         self.levels = levels
 
     @property
@@ -261,18 +256,18 @@ class _Levels(Likelihood):
 
 
 class DiscretizedLogistic(_Levels):
-    r"""Levels 0 to L - 1 in order, :math:`P(x_d = k|z) = F_d(k + \frac12) - F_d(k - \frac12)`, F logistic.
+    r"""Discretized logistic likelihood of ordered levels, :math:`P(x_d = k|z) = F_d(k + \frac12) - F_d(k - \frac12)`.
 
-    :math:`F_d(t) = \sigma((t - m_d) / s_d)`; the first and the last level take what lies beyond them. Several
-    components are mixed with weights of their own.
+    :math:`F_d(t) = \sigma((t - m_d) / s_d)`; the first and the last level have the mass beyond them. Several
+    components form a mixture for each entry.
 
     Arguments:
-        levels: L, as 256 for the bytes of a picture.
+        levels: L; 256 for the bytes of an image.
         components: C.
 
     Shapes: eta [..., 2 D] give m = h (1 + output) and s = h positive(output) with h = (L - 1) / 2, so that
     outputs from -1 to 1 span all levels and s is at least h / 1000; under C > 1 eta [..., 3 C D] give logits of
-    the weights, m and s, each [C, D]; x [..., D] is 0, 1, ..., L - 1. In nats of mass.
+    the weights, m and s, each [C, D]; x [..., D] is 0, 1, ..., L - 1. A probability mass.
 
     Raises:
         UserError: fewer than 2 levels, or fewer than 1 component.
@@ -286,7 +281,7 @@ class DiscretizedLogistic(_Levels):
 
     def __init__(self, *, levels: int = 256, components: int = 1) -> None:
         super().__init__(levels)
-        _refuse(self, "components", components, least=1)
+        check_range(type(self).__name__, least=1, components=components)
         self.components = components
         self.params_per_value = 2 if components == 1 else 3 * components
 
@@ -302,12 +297,12 @@ class DiscretizedLogistic(_Levels):
 
 
 class Categorical(_Levels):
-    r"""Levels 0 to L - 1 each on its own, :math:`P(x_d = k|z) = e^{\eta_{kd}} / \sum_l e^{\eta_{ld}}`.
+    r"""Categorical likelihood of levels without order, :math:`P(x_d = k|z) = e^{\eta_{kd}} / \sum_l e^{\eta_{ld}}`.
 
     Arguments:
         levels: L; the decoder's last layer grows with it.
 
-    Shapes: eta [..., L D] are logits, [L, D] flattened; x [..., D] is 0, 1, ..., L - 1. In nats of mass.
+    Shapes: eta [..., L D] are logits, [L, D] flattened; x [..., D] is 0, 1, ..., L - 1. A probability mass.
 
     Raises:
         UserError: fewer than 2 levels.
@@ -327,17 +322,17 @@ class Categorical(_Levels):
 
 
 class _Counts(Likelihood):
-    """Counts 0, 1, 2, ..."""
+    """Base class of likelihoods of counts 0, 1, 2, ..."""
 
     support = constraints.nonnegative_integer
     base_measure = "mass"
 
 
 class Poisson(_Counts):
-    r"""Counts, :math:`p(x|z) = \prod_d r_d^{x_d} e^{-r_d} / x_d!` with log rate :math:`\log r_d = \eta_d`.
+    r"""Poisson likelihood of counts, :math:`\prod_d r_d^{x_d} e^{-r_d} / x_d!` with :math:`\log r_d = \eta_d`.
 
     Shapes: eta [..., D] are log rates, exact for \|eta\| up to 20 and continued by asinh beyond; x [..., D] is
-    0, 1, 2, ... In nats of mass.
+    0, 1, 2, ... A probability mass.
 
     >>> Poisson()(torch.zeros(3, 64)).log_prob(torch.ones(3, 64))
     tensor([-64., -64., -64.])
@@ -348,12 +343,12 @@ class Poisson(_Counts):
 
 
 class NegativeBinomial(_Counts):
-    r"""Overdispersed counts, :math:`x_d \sim \mathrm{NB}(m_d, r_d)` of mean m and variance :math:`m + m^2 / r`.
+    r"""Negative binomial likelihood of overdispersed counts, of mean m and variance :math:`m + m^2 / r`.
 
-    :math:`p(x) = \frac{\Gamma(x + r)}{\Gamma(r)\, x!} (1 - q)^r q^x` with :math:`q = m / (m + r)`.
+    :math:`\mathrm{NB}(x; m, r) = \frac{\Gamma(x + r)}{\Gamma(r)\, x!} (1 - q)^r q^x` with :math:`q = m / (m + r)`.
 
     Shapes: eta [..., 2 D] are log m and log r (log inverse dispersion), treated as the log rates of
-    `Poisson`; x [..., D] is 0, 1, 2, ... In nats of mass.
+    `Poisson`; x [..., D] is 0, 1, 2, ... A probability mass.
 
     Source: Lopez et al. (2018), *Deep generative modeling for single-cell transcriptomics*, Nature Methods 15,
     doi:10.1038/s41592-018-0229-2.
@@ -369,10 +364,12 @@ class NegativeBinomial(_Counts):
 
 
 class ZeroInflatedNegativeBinomial(_Counts):
-    r"""Counts with dropout, :math:`p(x|z) = \prod_d \pi_d [x_d = 0] + (1 - \pi_d)\, \mathrm{NB}(x_d; m_d, r_d)`.
+    r"""Zero-inflated negative binomial likelihood (ZINB).
+
+    .. math:: p(x|z) = \prod_d \pi_d [x_d = 0] + (1 - \pi_d)\, \mathrm{NB}(x_d; m_d, r_d)
 
     Shapes: eta [..., 3 D] are log m and log r of `NegativeBinomial` and the log-odds of pi; x [..., D] is
-    0, 1, 2, ... In nats of mass.
+    0, 1, 2, ... A probability mass.
 
     Source: Lopez et al. (2018), *Deep generative modeling for single-cell transcriptomics*, Nature Methods 15,
     doi:10.1038/s41592-018-0229-2.

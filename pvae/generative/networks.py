@@ -1,4 +1,4 @@
-"""Networks: tensors to parameters, no probability. Each class takes (inputs, outputs) and its own options.
+"""Networks of encoders and decoders. Each class takes (inputs, outputs) and its own options.
 
 Encoder and decoder are a pair of one class and the same options; ``decodes`` marks the decoder, which mirrors them.
 """
@@ -13,13 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pvae.errors import UserError, nearest
+from pvae.errors import UserError, check_range, nearest
 
 __all__ = ["MLP", "ResidualMLP", "Conv"]
 
 ACTIVATIONS = ("ReLU", "ELU", "GELU", "SiLU", "Softplus", "Tanh", "LeakyReLU", "GLU")
 
-# Takes n to n / 2 rounded up, whatever n is, so that even a single line of pixels stays one.
+# Maps a size n to n / 2 rounded up, so that a single line of pixels stays one.
 HALVING: dict[str, Any] = {"kernel_size": 3, "stride": 2, "padding": 1}
 
 
@@ -32,7 +32,7 @@ class MLP(nn.Module):
         hidden: widths of the hidden layers, from the data's side to the latent's.
         activation: name of a ``torch.nn`` activation; GLU makes gated layers,
             :math:`h_{l+1} = (W_l h_l + b_l) \sigma(V_l h_l + c_l)`.
-        decodes: this is a pair's decoder, which has the hidden layers in reversed order.
+        decodes: make the decoder, with the hidden layers in reversed order.
 
     Shapes: [..., inputs] to [..., outputs].
 
@@ -41,7 +41,6 @@ class MLP(nn.Module):
 
     Source of the gated layers: Tomczak and Welling (2018), *VAE with a VampPrior*, arXiv:1705.07120.
 
-    >>> import torch
     >>> MLP(64, 16, hidden=[32])(torch.zeros(5, 64)).shape
     torch.Size([5, 16])
     """
@@ -73,10 +72,10 @@ class ResidualMLP(nn.Module):
         width: of every hidden layer.
         blocks: number of residual blocks.
         activation: as in `MLP`.
-        decodes: this is a pair's decoder, which is built like the encoder.
+        decodes: make the decoder, which is built like the encoder.
 
     A linear layer comes before the blocks, a norm and a linear layer after them. Each block starts as the identity
-    (V = 0), so that a deep network is as easily trained as a shallow one.
+    (V = 0), so that a deep network trains as easily as a shallow one.
 
     Shapes: [..., inputs] to [..., outputs].
 
@@ -85,7 +84,6 @@ class ResidualMLP(nn.Module):
 
     Source: He, Zhang, Ren, Sun (2016), *Identity Mappings in Deep Residual Networks*, arXiv:1603.05027.
 
-    >>> import torch
     >>> ResidualMLP(64, 16, width=32)(torch.zeros(5, 64)).shape
     torch.Size([5, 16])
     """
@@ -102,8 +100,7 @@ class ResidualMLP(nn.Module):
     ) -> None:
         super().__init__()
         _check("ResidualMLP", activation, blocks=blocks)
-        if width < 2:
-            raise UserError(f"ResidualMLP: width is {width}, but it must be at least 2")
+        check_range("ResidualMLP", least=2, width=width)
         self.first = nn.Linear(inputs, width)
         self.blocks = nn.ModuleList(self._block(width, activation) for _ in range(blocks))
         self.last = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, outputs))
@@ -123,17 +120,17 @@ class ResidualMLP(nn.Module):
 
 
 class Conv(nn.Module):
-    r"""Convolutional network for pictures, :math:`h_{l+1} = a(W_l * h_l + b_l)` at half the size each, then dense.
+    r"""Convolutional network for images, :math:`h_{l+1} = a(W_l * h_l + b_l)` at half the size each, then dense.
 
     Arguments:
         inputs: number of input values.
         outputs: number of output values.
-        shape: (H, W) or (H, W, C) of the picture that a row of data is, channels last; any size from 1 on.
+        shape: (H, W) or (H, W, C) of the image that a row of data is, channels last; any size from 1 on.
         channels: of the convolutions, from the data's side to the latent's; each halves H and W, rounding up.
         hidden: widths of the dense layers between the convolutions and the latent, from the data's side on.
         activation: as in `MLP`.
-        labels: columns after the picture, such as a label, that join it at the dense layers of an encoder.
-        decodes: this is a pair's decoder: from the latent through transposed convolutions back to H x W, with
+        labels: columns after the image, such as a label, that join at the dense layers of an encoder.
+        decodes: make the decoder, with transposed convolutions from the latent back to H x W and
             outputs = P * H * W * C for P parameters of each value, in the order [P, H, W, C].
 
     Shapes: [..., inputs] to [..., outputs].
@@ -142,9 +139,8 @@ class Conv(nn.Module):
         UserError: an unknown activation, an option below 1, or a shape that does not fit the row.
 
     Source: Radford, Metz, Chintala (2016), *Deep Convolutional Generative Adversarial Networks*, arXiv:1511.06434;
-    of the weights at the start: He, Zhang, Ren, Sun (2015), *Delving Deep into Rectifiers*, arXiv:1502.01852.
+    initial weights: He, Zhang, Ren, Sun (2015), *Delving Deep into Rectifiers*, arXiv:1502.01852.
 
-    >>> import torch
     >>> Conv(64, 16, shape=(8, 8))(torch.zeros(5, 64)).shape
     torch.Size([5, 16])
     >>> Conv(8, 2 * 64, shape=(8, 8), decodes=True)(torch.zeros(5, 8)).shape
@@ -165,7 +161,7 @@ class Conv(nn.Module):
     ) -> None:
         super().__init__()
         _check("Conv", activation, shape=shape, channels=channels, hidden=hidden)
-        _check_picture(shape, channels, outputs if decodes else inputs - labels, decodes)
+        _check_image(shape, channels, outputs if decodes else inputs - labels, decodes)
         self.shape, self.outputs, self.decodes = (*shape, 1)[:3], outputs, decodes
         sizes = [self.shape[:2]]
         for _ in channels:
@@ -183,27 +179,27 @@ class Conv(nn.Module):
                 *_dense([features + labels, *hidden], activation),
                 nn.Linear([features + labels, *hidden][-1], outputs),
             )
-            _start(self.maps, last=False)
-        _start(self.layers)
+            _init_weights(self.maps, last=False)
+        _init_weights(self.layers)
 
     def forward(self, values: Tensor) -> Tensor:
         rows = values.reshape(-1, values.shape[-1])
         if self.decodes:
-            made = self.layers(rows).unflatten(1, (-1, self.shape[2])).movedim(2, -1)
+            outputs = self.layers(rows).unflatten(1, (-1, self.shape[2])).movedim(2, -1)
         else:
-            values_of = math.prod(self.shape)
-            maps = self.maps(rows[:, :values_of].unflatten(1, self.shape).movedim(-1, 1))
-            made = self.layers(torch.cat([maps, rows[:, values_of:]], 1))
-        return made.reshape(*values.shape[:-1], self.outputs)
+            pixels = math.prod(self.shape)
+            maps = self.maps(rows[:, :pixels].unflatten(1, self.shape).movedim(-1, 1))
+            outputs = self.layers(torch.cat([maps, rows[:, pixels:]], 1))
+        return outputs.reshape(*values.shape[:-1], self.outputs)
 
 
 class Standardize(nn.Module):
-    r"""A network that sees its rows in standard units, :math:`f((x - m) / s)`, for data of any units.
+    r"""Network behind standardization by column, :math:`f((x - m) / s)`, for data of any units.
 
     Arguments:
         network: f.
-        rows: of the training data [N, columns], whose means m and standard deviations s are taken by column; a column
-            that hardly varies counts by a tenth of the deviation of all values, lest one odd value swamp the rest.
+        rows: training rows [N, columns], for means m and standard deviations s; s is at least a tenth of the standard
+            deviation of all values, so that a column that hardly varies does not dominate.
     """
 
     mean: Tensor
@@ -221,11 +217,11 @@ class Standardize(nn.Module):
 
 
 class ImputeMeans(nn.Module):
-    r"""A network that sees a value in the place of those that are missing, :math:`f(x)` with :math:`x_d = m_d` for NaN.
+    r"""Network behind mean imputation, :math:`f(x)` with :math:`x_d = m_d` for NaN.
 
     Arguments:
         network: f.
-        values: m, [columns]: the means of what is there, say, which are 0 to a `Standardize` network.
+        values: m, [columns], such as the means of the observed entries, which a `Standardize` network maps to 0.
 
     >>> ImputeMeans(nn.Identity(), torch.tensor([1.0, 2.0]))(torch.tensor([[torch.nan, 5.0]]))
     tensor([[1., 5.]])
@@ -243,7 +239,7 @@ class ImputeMeans(nn.Module):
 
 
 def _activated(layer: Any, before: int, after: int, activation: str, **options: Any) -> list[nn.Module]:
-    """A layer and its activation; a gate takes half of the layer's outputs, which lie in dimension 1 of maps."""
+    """Return a layer and its activation; a gate (GLU) takes half of the layer's outputs, dimension 1 of maps."""
     if activation == "GLU":
         return [layer(before, 2 * after, **options), nn.GLU(-1 if layer is nn.Linear else 1)]
     return [layer(before, after, **options), getattr(nn, activation)()]
@@ -264,7 +260,7 @@ def _halvings(channels: Sequence[int], activation: str) -> list[nn.Module]:
 
 
 def _doublings(channels: Sequence[int], sizes: Sequence[tuple[int, ...]], activation: str) -> list[nn.Module]:
-    """Transposed convolutions back to these sizes; the last is linear."""
+    """Return transposed convolutions back to these sizes; the last is linear."""
     layers: list[nn.Module] = []
     kinds = [activation] * (len(sizes) - 1) + ["Identity"]
     for (before, after), size, kind in zip(pairwise(channels), sizes, kinds, strict=True):
@@ -273,8 +269,8 @@ def _doublings(channels: Sequence[int], sizes: Sequence[tuple[int, ...]], activa
     return layers
 
 
-def _start(layers: nn.Sequential, last: bool = True) -> None:
-    """He's weights, which keep a signal's size through rectified layers; smaller ones in the last, which is linear."""
+def _init_weights(layers: nn.Sequential, last: bool = True) -> None:
+    """Draw He's weights, which keep a signal's size through rectified layers; smaller ones in the linear last layer."""
     weighted: list[Any] = [layer for layer in layers if hasattr(layer, "weight")]
     for layer in weighted:
         # A transposed convolution of stride 2 spreads its kernel over 2 x 2 neighbours.
@@ -286,16 +282,14 @@ def _start(layers: nn.Sequential, last: bool = True) -> None:
 def _check(who: str, activation: str, **counts: int | Sequence[int]) -> None:
     if activation not in ACTIVATIONS:
         raise UserError(f"{who}: unknown activation '{activation}'{nearest(activation, ACTIVATIONS)}")
-    for name, value in counts.items():
-        if min([value] if isinstance(value, int) else value, default=1) < 1:
-            raise UserError(f"{who}: {name} is {value}, but it must be at least 1")
+    check_range(who, least=1, **counts)
 
 
-def _check_picture(shape: Sequence[int], channels: Sequence[int], row: int, decodes: bool) -> None:
+def _check_image(shape: Sequence[int], channels: Sequence[int], row: int, decodes: bool) -> None:
     if not channels:
         raise UserError("Conv: channels is empty, but at least one convolution is needed; use MLP for none")
     if len(shape) not in (2, 3):
-        raise UserError(f"Conv: shape is {list(shape)}, but a picture has H, W or H, W, C")
+        raise UserError(f"Conv: shape is {list(shape)}, but an image has H, W or H, W, C")
     values = math.prod(shape)
     if row % values if decodes else row != values:
         raise UserError(f"Conv: shape {list(shape)} holds {values} values, but the row has {row}; give the data's own")

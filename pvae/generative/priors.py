@@ -1,4 +1,4 @@
-"""Priors p(z): modules that, called without arguments, return a distribution over z."""
+"""Priors p(z): modules that return a distribution over z."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["StandardNormal", "DiagonalNormal", "Laplace", "StudentT", "GaussianM
 
 
 class Prior(nn.Module):
-    """What every prior states. Calling one returns p(z) over z [D].
+    """Base class of priors. Calling one without arguments returns p(z) over z [D].
 
     Arguments:
         dim: D, the number of latent dimensions.
@@ -27,12 +27,12 @@ class Prior(nn.Module):
         self.dim = dim
 
     def forward(self) -> dist.TorchDistribution:
-        """p(z) with event shape [D]."""
+        """Return p(z) with event shape [D]."""
         raise NotImplementedError
 
 
 class StandardNormal(Prior):
-    r"""Independent standard normals, :math:`p(z) = N(z; 0, I)`.
+    r"""Standard Gaussian prior, :math:`p(z) = N(z; 0, I)`.
 
     Arguments:
         dim: D, the number of latent dimensions.
@@ -54,12 +54,12 @@ class StandardNormal(Prior):
 
 
 class DiagonalNormal(Prior):
-    r"""Independent normals with learned location and scale, :math:`p(z) = \prod_d N(z_d; m_d, s_d^2)`.
+    r"""Diagonal Gaussian prior with learned location and scale, :math:`p(z) = \prod_d N(z_d; m_d, s_d^2)`.
 
     Arguments:
         dim: D, the number of latent dimensions.
 
-    Starts as the standard normal. It gains over that only where decoder or family can't rescale z themselves.
+    It starts as the standard Gaussian, and improves on it only if decoder or family can't rescale z themselves.
 
     >>> DiagonalNormal(8)().sample((5,)).shape
     torch.Size([5, 8])
@@ -74,7 +74,7 @@ class DiagonalNormal(Prior):
 
 
 class Laplace(Prior):
-    r"""Independent Laplace distributions, which favour codes near 0: :math:`p(z) = \prod_d e^{-|z_d| / b} / 2b`.
+    r"""Laplace prior, which favours codes near 0, :math:`p(z) = \prod_d e^{-|z_d| / b} / 2b`.
 
     Arguments:
         dim: D, the number of latent dimensions.
@@ -101,7 +101,7 @@ class Laplace(Prior):
 
 
 class StudentT(Prior):
-    r"""Independent Student t distributions, whose heavy tails let codes lie far out: :math:`p(z) = \prod_d t_\nu(z_d)`.
+    r"""Student t prior, with heavy tails, :math:`p(z) = \prod_d t_\nu(z_d)`.
 
     Arguments:
         dim: D, the number of latent dimensions.
@@ -128,11 +128,11 @@ class StudentT(Prior):
 
 
 class GaussianMixture(Prior):
-    r"""Learned mixture of normals, :math:`p(z) = \sum_c \pi_c \prod_d N(z_d; m_{cd}, s_{cd}^2)`.
+    r"""Gaussian mixture prior, learned, :math:`p(z) = \sum_c \pi_c \prod_d N(z_d; m_{cd}, s_{cd}^2)`.
 
     Arguments:
         dim: D, the number of latent dimensions.
-        components: C, the number of normals; they start evenly spread over a standard normal, with scale 1.
+        components: C, the number of Gaussians; they start evenly spread over a standard Gaussian, with scale 1.
 
     Raises:
         UserError: components below 1.
@@ -153,31 +153,30 @@ class GaussianMixture(Prior):
 
 
 class VampPrior(Prior):
-    r"""Mixture of the guide's own posteriors at learned pseudo-inputs, :math:`p(z) = \frac1K \sum_k q(z|u_k)`.
+    r"""Variational mixture of posteriors (VampPrior) at learned pseudo-inputs, :math:`p(z) = \frac1K \sum_k q(z|u_k)`.
 
     Arguments:
         dim: D, the number of latent dimensions.
-        pseudo_inputs: K. They start at random rows of the data, plus noise of 0.01 of the data's spread; rows are
-            taken again, with noise of their own, where the data have fewer.
-        posterior: u [K, columns] to q(z|u): the guide's family over the guide's encoder. It stays the guide's: its
-            parameters are not registered here again, but gradients of p(z) reach them.
-        data: rows [N, columns]. Where all values lie in [0, 1], so do the pseudo-inputs.
+        pseudo_inputs: K. They start at random rows of the data, plus noise of 0.01 of the data's standard deviation;
+            rows are repeated, with noise of their own, if the data have fewer.
+        posterior: maps u [K, columns] to q(z|u), by the guide's encoder and family. Its parameters are not registered
+            here again, but gradients of p(z) reach them.
+        data: rows [N, columns]. If all values lie in [0, 1], so do the pseudo-inputs.
 
-    With DiagonalNormal posteriors a score is one matrix product; other families are scored component by component.
+    With DiagonalNormal posteriors a density is one matrix product; other families are scored by component.
 
     Raises:
         UserError: pseudo_inputs below 1, no rows, or a posterior without a density.
 
     Source: Tomczak and Welling (2018), *VAE with a VampPrior*, arXiv:1705.07120.
 
-    >>> from pvae.inference.families import DiagonalNormal as Family
-    >>> encoder = nn.Linear(64, 16)
-    >>> VampPrior(8, posterior=lambda u: Family(8)(encoder(u)), data=torch.rand(100, 64))().sample((5,)).shape
+    >>> import pvae
+    >>> family, encoder = pvae.families.DiagonalNormal(8), nn.Linear(64, 16)
+    >>> VampPrior(8, posterior=lambda u: family(encoder(u)), data=torch.rand(100, 64))().sample((5,)).shape
     torch.Size([5, 8])
     """
 
     posterior: Callable[[Tensor], dist.TorchDistribution]
-
     unit: Tensor
 
     def __init__(
@@ -191,13 +190,13 @@ class VampPrior(Prior):
         rows = data[torch.randperm(len(data)).repeat(-(-pseudo_inputs // len(data)))[:pseudo_inputs]]
         rows = rows + 0.01 * data.std() * torch.randn_like(rows) if data.numel() > 1 else rows
         self.unit_interval = bool(data.min() >= 0 and data.max() <= 1)
-        # Not nearer to 0 and 1 than 0.05: out there the logistic map has hardly a slope left.
-        # In units in which a step of the optimizer means about the same for any data.
+        # At least 0.05 from 0 and 1, beyond which the logistic map is nearly flat; in units that give a step of the
+        # optimizer about the same meaning for any data.
         self.register_buffer("unit", data.std().clamp_min(1e-6) if data.numel() > 1 else torch.ones(()))
         self.rows = nn.Parameter(rows.clamp(0.05, 0.95).logit() if self.unit_interval else rows / self.unit)
 
     def inputs(self) -> Tensor:
-        """The pseudo-inputs u, [K, columns]."""
+        """Return the pseudo-inputs u, [K, columns]."""
         return self.rows.sigmoid() if self.unit_interval else self.rows * self.unit
 
     def forward(self) -> dist.TorchDistribution:
@@ -211,7 +210,7 @@ class VampPrior(Prior):
 
 
 class FlowPrior(Prior):
-    r"""Spline flow, :math:`z = m + s\, T^{-1}(\epsilon)`, :math:`\epsilon \sim N(0, I)`, with learned m, s and T.
+    r"""Normalizing flow prior (neural spline flow), :math:`z = m + s\, T^{-1}(\epsilon)`.
 
     Arguments:
         dim: D, the number of latent dimensions.
@@ -220,7 +219,8 @@ class FlowPrior(Prior):
         hidden: widths of the networks that give the splines' knots.
         bins: of each spline.
 
-    Starts near the standard normal. T is the identity beyond 5 scales from m.
+    With :math:`\epsilon \sim N(0, I)` and learned m, s and T. It starts near the standard Gaussian; T is the identity
+    beyond 5 scales from m.
 
     Raises:
         UserError: an unknown kind, transforms or a width below 1, or bins below 2.

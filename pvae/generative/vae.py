@@ -1,4 +1,4 @@
-"""The default Pyro program: a latent z for every datapoint, a decoder, a likelihood."""
+"""The default generative program of a variational autoencoder (VAE)."""
 
 from __future__ import annotations
 
@@ -13,23 +13,20 @@ __all__ = ["VAE"]
 
 
 class VAE(LocalModule):
-    r"""The generative half of a variational autoencoder, :math:`p(x) = \int p(x | \eta(z))\, p(z)\, dz`.
+    r"""Generative program of a variational autoencoder (VAE), :math:`p(x) = \int p(x | \eta(z))\, p(z)\, dz`.
 
     Arguments:
-        decoder: z [..., D] to the likelihood's parameters eta.
-        likelihood: eta to p(x|z).
+        decoder: maps z [..., D] to the likelihood's parameters eta.
+        likelihood: maps eta to p(x|z).
         prior: p(z).
 
-    ``model(x, index)`` is a Pyro program with plate "data" and sites "z" and "x"; it goes with any guide of the
-    same signature into Pyro's ``SVI`` or into `fit`.
+    ``model(x, index)`` is a Pyro program with plate "data" and sites "z" and "x", for Pyro's ``SVI`` or `fit` with any
+    guide of the same signature.
 
     Source: Kingma and Welling (2014), *Auto-Encoding Variational Bayes*, arXiv:1312.6114.
 
-    >>> import torch
-    >>> from pvae.generative.networks import MLP
-    >>> from pvae.generative.likelihoods import Bernoulli
-    >>> from pvae.generative.priors import StandardNormal
-    >>> vae = VAE(MLP(2, 64, hidden=[32]), Bernoulli(), StandardNormal(2))
+    >>> import pvae, torch
+    >>> vae = VAE(pvae.networks.MLP(2, 64, hidden=[32]), pvae.likelihoods.Bernoulli(), pvae.priors.StandardNormal(2))
     >>> trace = pyro.poutine.trace(vae.model).get_trace(torch.zeros(5, 64))
     >>> trace.nodes["z"]["value"].shape
     torch.Size([5, 2])
@@ -43,7 +40,7 @@ class VAE(LocalModule):
 
     @local_method
     def model(self, x: Tensor, index: Tensor | None = None) -> None:
-        """Draw z for each row of x [B, D] and observe x; ``index`` [B] tells which datapoints they are."""
+        """Draw z for each row of x [B, D] and observe x; ``index`` [B] is ignored."""
         with pyro.plate("data", len(x), dim=-1):
             z = pyro.sample("z", self.prior())
             pyro.sample("x", self.likelihood(self.decoder(z)), obs=x)

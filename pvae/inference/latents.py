@@ -45,7 +45,8 @@ class LatentSite:
     @property
     def is_real_vector(self) -> bool:
         """Whether the site is a vector of reals, which needs no transform."""
-        return len(self.shape) == 1 and base_constraint(self.support) is constraints.real
+        # By class: a copied or unpickled site has a constraint of its own.
+        return len(self.shape) == 1 and isinstance(base_constraint(self.support), type(constraints.real))
 
 
 @dataclass(frozen=True)

@@ -161,7 +161,7 @@ def test_a_values_parameters_depend_on_nearby_features_only(h, w):
         (lambda: Conv(63, 4, shape=(8, 8)), "shape [8, 8] holds 64 values, but the row has 63"),
         (lambda: Conv(4, 100, shape=(8, 8), decodes=True), "holds 64 values, but the row has 100"),
         (lambda: Conv(128, 4, shape=(8, 8)), "the row has 128"),
-        (lambda: Conv(64, 4, shape=(64,)), "a picture has H, W or H, W, C"),
+        (lambda: Conv(64, 4, shape=(64,)), "an image has H, W or H, W, C"),
         (lambda: Conv(64, 4, shape=(8, 0)), "shape is (8, 0), but it must be at least 1"),
         (lambda: Conv(64, 4, shape=(8, 8), channels=()), "channels is empty"),
         (lambda: Conv(64, 4, shape=(8, 8), channels=(4, 0)), "channels is (4, 0)"),
