@@ -12,7 +12,7 @@ import pytest
 from pvae.data import sources
 from pvae.experiments import sweep
 from pvae.recipes import recipe, registry
-from pvae.recipes.preflight import check_recipe, try_recipe, recipe_warnings
+from pvae.recipes.preflight import check_recipe, recipe_warnings, try_recipe
 
 MODELS = Path(__file__).parents[1] / "models"
 PATHS = sorted(MODELS.glob("*.toml"))

@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from joblib import Parallel, delayed
 from oracles import LinearGaussian
 from sklearn.base import clone
 from sklearn.decomposition import PCA
@@ -169,6 +170,12 @@ def test_a_fitted_one_is_kept(chosen):
         np.testing.assert_array_equal(kept.sample(2), fitted.sample(2))
 
 
+def test_a_fitted_one_goes_into_other_processes():
+    fitted = small(inference="SemiAmortized(steps=2)", prior="VampPrior(pseudo_inputs=5)").fit(X)
+    for scores in Parallel(n_jobs=2)(delayed(fitted.score_samples)(X) for _ in range(2)):
+        np.testing.assert_allclose(scores, fitted.score_samples(X), rtol=1e-9)
+
+
 @pytest.mark.parametrize("prior", ["StandardNormal", "VampPrior(pseudo_inputs=5)"])
 def test_the_rows_are_not_kept(prior):
     few, many = (len(pickle.dumps(small(prior=prior, max_iter=0).fit(np.tile(X, (n, 1))))) for n in (1, 50))
@@ -265,10 +272,10 @@ LINES = {
     "n_draws is 0": lambda: small(n_draws=0).fit(X).score(X),
     "n_draws is -1": lambda: small(family="FlowFamily", n_draws=-1).fit(X).score_samples(X),
     "family Delta has no density": lambda: small(family="Delta").fit(X).score(X),
-    "VampPrior needs an encoder, .*use inference Amortized": lambda: small(
+    "VampPrior needs an encoder, .*use inference=Amortized": lambda: small(
         prior="VampPrior", inference="PerDatapoint"
     ).fit(X),
-    "validation_fraction 0.001 of 60 rows is 0": lambda: small(n_iter_no_change=1, validation_fraction=0.001).fit(X),
+    "validation_fraction=0.001 of 60 rows is 0": lambda: small(n_iter_no_change=1, validation_fraction=0.001).fit(X),
     r"shape \(2, 2\) holds 4 values, but X has 5 columns": lambda: small(network="Conv", shape=(2, 2)).fit(X),
     "unknown device 'nonsense'": lambda: small(device="nonsense").fit(X),
 }

@@ -11,15 +11,15 @@ import torch
 
 from pvae.data.dataset import Dataset
 from pvae.errors import Incompatible, UserError
-from pvae.experiments import compare
+from pvae.experiments.opened_run import open_variants
 from pvae.generative.networks import Standardize
 from pvae.recipes import registry
 from pvae.recipes.build import build_model
 from pvae.recipes.recipe import (
     Recipe,
     load_recipe_data,
-    read_recipe_file,
     read_recipe,
+    read_recipe_file,
     record_expected,
     resolve,
     to_toml,
@@ -457,8 +457,8 @@ def test_own_code_runs_where_it_is_named_and_in_a_run_only_with_trust(mine, pvae
     assert (done.status, done.err.count("\n")) == (2, 1)
     assert f"{kind} is code in {mine / 'mine.py'}, which runs only if you give --trust" in done.err
     assert not (mine / "mark").exists()
-    (found,) = compare.load_variants(compare.RunOptions(mine / "run", trust=True))
-    assert found.variants[0].recipe.name(kind) == CLASSES[kind]
+    (found,) = open_variants(mine / "run", trust=True)
+    assert found.fits[0].recipe.name(kind) == CLASSES[kind]
     assert (mine / "mark").exists()
 
 
