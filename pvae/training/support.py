@@ -1,7 +1,8 @@
-"""Support: data that a program's observed sites do not score are refused before any step is made."""
+"""Check of data against the support of a program's observed sites, before training."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,14 +11,20 @@ from pyro import poutine
 from pvae.data.dataset import Dataset
 from pvae.distributions.masked import MaskedDistribution
 from pvae.distributions.supports import base_constraint
-from pvae.errors import UserError
+from pvae.errors import param, refuse_first
 from pvae.runtime.pyro_params import Program
 
 
-def check_support(model: Program, data: Dataset) -> None:
-    """Refuse data that the model's observed sites do not score, before any step is made.
+def check_support(model: Program, data: Dataset, remedies: Sequence[str] = ("likelihood", "binarize")) -> None:
+    """Refuse data outside the support of the model's observed sites; missing entries are skipped.
 
-    Of sites that score the entries that are there, see :mod:`pvae.distributions.masked`, no others are looked at.
+    Arguments:
+        model: the Pyro program.
+        data: all splits are checked.
+        remedies: parameters that the message proposes to change.
+
+    Raises:
+        UserError: names the first value outside the support, with its split, row and column.
     """
     with torch.no_grad():
         trace: Any = poutine.trace(model).get_trace(
@@ -32,23 +39,17 @@ def check_support(model: Program, data: Dataset) -> None:
         fn = site["fn"]
         for part in ("train", "validation", "test"):
             if (part, data.binarize) != ("train", "dynamic"):
-                _check_part(name, fn, data, part, columns)
+                _check_part(name, fn, data, part, columns, " or ".join(map(param, remedies)))
 
 
-def _check_part(name: str, fn: Any, data: Dataset, part: str, columns: int) -> None:
+def _check_part(name: str, fn: Any, data: Dataset, part: str, columns: int, remedies: str) -> None:
     support = base_constraint(fn.support)
+    message = f", outside the support of site '{name}' ({_name(fn)}, {support}); choose another {remedies}"
     for rows, index in data.iter_chunks(part):
         x = rows[:, :columns]
-        sound = support.check(x)
-        outside = (~(sound | x.isnan()) if isinstance(fn, MaskedDistribution) else ~sound).nonzero()
-        if len(outside):
-            row, *column = outside[0].tolist()
-            raise UserError(
-                f"{part} row {index[row].item()}, column {', '.join(map(str, column))} is "
-                f"{x[tuple(outside[0])].item():g}, outside the support of site '{name}' "
-                f"({_name(fn)}, {support}); "
-                f"choose another --likelihood or --binarize ({len(outside)} such values)"
-            )
+        inside = support.check(x)
+        bad = ~(inside | x.isnan()) if isinstance(fn, MaskedDistribution) else ~inside
+        refuse_first(bad, x, message, where=part, rows=index)
 
 
 def _name(fn: Any) -> str:
