@@ -11,6 +11,7 @@ from .inference import families
 from .inference.guides import Amortized, PerDatapoint, RefinedGuide, SemiAmortized
 from .inference.importance import log_weights
 from .recipes.recipe import Recipe
+from .reporting.comparison import compare
 from .training import objectives
 from .training.loop import fit
 
@@ -25,6 +26,7 @@ __all__ = [
     "SemiAmortized",
     "UserError",
     "applications",
+    "compare",
     "diagnostics",
     "evaluate",
     "families",

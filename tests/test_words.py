@@ -21,9 +21,6 @@ RETIRED = [
     r"nats of (probability )?mass",
     r"below (its|their) optimum",
     r"what is there\b",
-    r"\bwhole row of lam\b",
-    r"\bmessenger\b",
-    r"the best q_params",
 ]
 # Words of old modules that mean nothing else: a path `pvae.word` or `word.py` names them.
 OLD = [word for word in MOVED if not (ROOT / "pvae" / word).is_dir()]
