@@ -246,17 +246,13 @@ def _activated(layer: Any, before: int, after: int, activation: str, **options: 
 
 
 def _dense(widths: Sequence[int], activation: str) -> list[nn.Module]:
-    layers: list[nn.Module] = []
-    for before, after in pairwise(widths):
-        layers += _activated(nn.Linear, before, after, activation)
-    return layers
+    pairs = pairwise(widths)
+    return [layer for before, after in pairs for layer in _activated(nn.Linear, before, after, activation)]
 
 
 def _halvings(channels: Sequence[int], activation: str) -> list[nn.Module]:
-    layers: list[nn.Module] = []
-    for before, after in pairwise(channels):
-        layers += _activated(nn.Conv2d, before, after, activation, **HALVING)
-    return layers
+    pairs = pairwise(channels)
+    return [layer for before, after in pairs for layer in _activated(nn.Conv2d, before, after, activation, **HALVING)]
 
 
 def _doublings(channels: Sequence[int], sizes: Sequence[tuple[int, ...]], activation: str) -> list[nn.Module]:

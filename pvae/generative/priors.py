@@ -31,7 +31,18 @@ class Prior(nn.Module):
         raise NotImplementedError
 
 
-class StandardNormal(Prior):
+class _FixedPrior(Prior):
+    """Base class of priors without parameters, of location 0, with constants by dimension."""
+
+    mean: Tensor
+
+    def __init__(self, dim: int, **constants: float) -> None:
+        super().__init__(dim)
+        for name, value in {"mean": 0.0, **constants}.items():
+            self.register_buffer(name, torch.full((dim,), float(value)), persistent=False)
+
+
+class StandardNormal(_FixedPrior):
     r"""Standard Gaussian prior, :math:`p(z) = N(z; 0, I)`.
 
     Arguments:
@@ -41,13 +52,10 @@ class StandardNormal(Prior):
     torch.Size([5, 8])
     """
 
-    mean: Tensor
     scale: Tensor
 
     def __init__(self, dim: int) -> None:
-        super().__init__(dim)
-        self.register_buffer("mean", torch.zeros(dim), persistent=False)
-        self.register_buffer("scale", torch.ones(dim), persistent=False)
+        super().__init__(dim, scale=1.0)
 
     def forward(self) -> dist.TorchDistribution:
         return dist.Normal(self.mean, self.scale).to_event(1)
@@ -73,7 +81,7 @@ class DiagonalNormal(Prior):
         return dist.Normal(self.mean, self.log_scale.exp()).to_event(1)
 
 
-class Laplace(Prior):
+class Laplace(_FixedPrior):
     r"""Laplace prior, which favours codes near 0, :math:`p(z) = \prod_d e^{-|z_d| / b} / 2b`.
 
     Arguments:
@@ -87,20 +95,17 @@ class Laplace(Prior):
     torch.Size([5, 8])
     """
 
-    mean: Tensor
     scale: Tensor
 
     def __init__(self, dim: int, *, scale: float = 1.0) -> None:
-        super().__init__(dim)
         check_range("Laplace", scale=scale)
-        self.register_buffer("mean", torch.zeros(dim), persistent=False)
-        self.register_buffer("scale", torch.full((dim,), float(scale)), persistent=False)
+        super().__init__(dim, scale=scale)
 
     def forward(self) -> dist.TorchDistribution:
         return dist.Laplace(self.mean, self.scale).to_event(1)
 
 
-class StudentT(Prior):
+class StudentT(_FixedPrior):
     r"""Student t prior, with heavy tails, :math:`p(z) = \prod_d t_\nu(z_d)`.
 
     Arguments:
@@ -114,14 +119,11 @@ class StudentT(Prior):
     torch.Size([5, 8])
     """
 
-    mean: Tensor
     df: Tensor
 
     def __init__(self, dim: int, *, df: float = 4.0) -> None:
-        super().__init__(dim)
         check_range("StudentT", df=df)
-        self.register_buffer("mean", torch.zeros(dim), persistent=False)
-        self.register_buffer("df", torch.full((dim,), float(df)), persistent=False)
+        super().__init__(dim, df=df)
 
     def forward(self) -> dist.TorchDistribution:
         return dist.StudentT(self.df, self.mean, 1.0).to_event(1)

@@ -172,11 +172,14 @@ class FrozenGuide(Guide):
         x, index: the rows [N, C], and which training datapoints they are; None for new rows.
     """
 
+    guide: Guide
     q_params: Tensor
 
     def __init__(self, guide: Guide, q_params: Tensor, x: Tensor, index: Tensor | None = None) -> None:
         super().__init__(guide.family, guide.sites)
-        self.guide, self.encodes = guide, guide.encodes
+        # Not by plain assignment, which would make the guide part of this one for Pyro.
+        object.__setattr__(self, "guide", guide)
+        self.encodes = guide.encodes
         self.register_buffer("q_params", q_params, persistent=False)
         self._keys = _row_keys(x, index)
         self._positions = {key: position for position, key in reversed(list(enumerate(self._keys)))}

@@ -349,6 +349,6 @@ def _sum_plates(name: str, site: Site, log_p: Tensor, shape: tuple[int, int], sa
 def _own_dims(site: Site) -> Tensor:
     """A draw without the dimensions of plates that the site does not stand in."""
     value, event = site["value"], site["fn"].event_dim
-    own = {frame.dim for frame in site["cond_indep_stack"]}
-    others = [dim - event for dim in range(event - value.dim(), 0) if dim not in own]
+    dims = {frame.dim for frame in site["cond_indep_stack"]}
+    others = [dim - event for dim in range(event - value.dim(), 0) if dim not in dims]
     return value.squeeze(tuple(others)) if others else value
