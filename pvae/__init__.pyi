@@ -1,6 +1,7 @@
 from . import applications, diagnostics, samplers, sklearn, stats
 from .data.dataset import Dataset
 from .data.loading import load_data
+from .diagnostics.diagnosis import diagnose
 from .diagnostics.evaluation import evaluate
 from .errors import UserError
 from .experiments.opened_run import open_run
@@ -27,6 +28,7 @@ __all__ = [
     "UserError",
     "applications",
     "compare",
+    "diagnose",
     "diagnostics",
     "evaluate",
     "families",
