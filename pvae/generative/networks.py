@@ -176,8 +176,7 @@ class Conv(nn.Module):
         else:
             self.maps = nn.Sequential(*_halvings([self.shape[2], *channels], activation), nn.Flatten())
             self.layers = nn.Sequential(
-                *_dense([features + labels, *hidden], activation),
-                nn.Linear([features + labels, *hidden][-1], outputs),
+                *_dense([features + labels, *hidden], activation), nn.Linear([features + labels, *hidden][-1], outputs)
             )
             _init_weights(self.maps, last=False)
         _init_weights(self.layers)

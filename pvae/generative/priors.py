@@ -234,13 +234,7 @@ class FlowPrior(Prior):
     """
 
     def __init__(
-        self,
-        dim: int,
-        *,
-        kind: Kind = "coupling",
-        transforms: int = 3,
-        hidden: Sequence[int] = (64, 64),
-        bins: int = 8,
+        self, dim: int, *, kind: Kind = "coupling", transforms: int = 3, hidden: Sequence[int] = (64, 64), bins: int = 8
     ) -> None:
         super().__init__(dim)
         self.mean, self.log_scale = nn.Parameter(torch.zeros(dim)), nn.Parameter(torch.zeros(dim))

@@ -164,12 +164,7 @@ class _TracedDraws:
 
 
 def elbo(
-    model: Program,
-    guide: Program,
-    x: Tensor,
-    index: Tensor | None = None,
-    K: int = 1,
-    kl_weight: float | Tensor = 1.0,
+    model: Program, guide: Program, x: Tensor, index: Tensor | None = None, K: int = 1, kl_weight: float | Tensor = 1.0
 ) -> Tensor:
     r"""Compute the evidence lower bound (ELBO) of each datapoint, :math:`\frac1K \sum_k \log w_k`, [B] in nats.
 

@@ -98,13 +98,7 @@ def freeze(
 
 
 def encode_rows(
-    model: Program,
-    guide: Guide,
-    x: Values,
-    index: Tensor | None = None,
-    *,
-    seed: int = 0,
-    progress: Progress = silent,
+    model: Program, guide: Guide, x: Values, index: Tensor | None = None, *, seed: int = 0, progress: Progress = silent
 ) -> EncodedRows:
     """Compute variational parameters, mean and standard deviation of q(z|x) for rows in batches, on the CPU.
 
