@@ -135,13 +135,13 @@ def fit(
         dataset = recipe.load_recipe_data(complete, data_dir)
         if distributed.is_main_process():
             typer.echo(dataset.summary())
-        preflight.check_recipe(complete, dataset)
+        untrained = preflight.check_recipe(complete, dataset)
         folder = out or _folder("fit", options.path or complete.data)
         if distributed.is_main_process():
             for warning in preflight.recipe_warnings(complete):
                 typer.echo(f"warning: {warning}", err=True)
             run_folder.prepare_folder(folder, complete, overwrite=overwrite, resume=resume)
-    fitted = run_folder.train_in_folder(complete, dataset, folder, device=device, resume=resume, progress=True)
+    fitted = run_folder.train_in_folder(untrained, dataset, folder, device=device, resume=resume, progress=True)
     distributed.destroy_process_group()
     if rank_info().rank == 0:
         typer.echo(f"{_test_bound(fitted, dataset.test.to(local_device))}\nthe run: {folder} (pvae evaluate {folder})")
@@ -172,10 +172,11 @@ def evaluate(
     Finished parts are cached; rerun the command to resume.
     """
     from pvae.experiments import compare as comparing
+    from pvae.experiments.opened_run import open_variants
 
     options = budget.run_options(run, device=device, trust=trust)
     with with_resume_hint(run):
-        variants = comparing.load_variants(options, data_dir)
+        variants = open_variants(run, device=device, data_folder=data_dir, trust=trust, say=options.say)
         results = comparing.evaluate_variants(variants, options, comparing.left_out(run))
     _show(results, run)
 
@@ -200,12 +201,13 @@ def diagnose(
     from pvae.diagnostics.battery import DIAGNOSIS_BUDGETS
     from pvae.experiments import compare as comparing
     from pvae.experiments import diagnosis as diagnosing
+    from pvae.experiments.opened_run import open_variants
     from pvae.recipes.registry import split_words
 
     if budget not in DIAGNOSIS_BUDGETS:
         raise UserError(f"{param('budget')} is '{budget}'{nearest(budget, DIAGNOSIS_BUDGETS)}")
     options = BudgetOptions(budget).run_options(run, device=device, trust=trust)
-    variants = comparing.load_variants(options, data_dir)
+    variants = open_variants(run, device=device, data_folder=data_dir, trust=trust, say=options.say)
     wanted = [] if only is None else list(dict.fromkeys(split_words(only)))
     diagnosing.select_variants(variants, wanted)
     with with_resume_hint(run):
@@ -241,7 +243,7 @@ def show(options: RecipeOptions, arguments: GuideOptions, trust: Trust = False) 
 def check(options: RecipeOptions, arguments: GuideOptions, data_dir: DataDir = None, trust: Trust = False) -> None:
     """Try a recipe before hours are spent: shapes, support, one step, a gradient in every parameter."""
     from pvae.experiments import sweep
-    from pvae.recipes.preflight import check_recipe, try_recipe
+    from pvae.recipes.preflight import try_recipe
 
     file = arguments.complete(options.open(trust=trust))
     datasets = sweep.DatasetCache(data_dir)
@@ -249,7 +251,7 @@ def check(options: RecipeOptions, arguments: GuideOptions, data_dir: DataDir = N
     for name, reason in left_out.items():
         typer.echo(f"{name} is left out: {reason}")
     for point in points:
-        for line in try_recipe(check_recipe(point.recipe, datasets[point.recipe]), datasets[point.recipe]):
+        for line in try_recipe(point.untrained, datasets[point.recipe]):
             typer.echo(f"{point.name}: {line}" if len(points) > 1 else line)
 
 

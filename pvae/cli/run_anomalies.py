@@ -31,10 +31,10 @@ def select_all_labels(run: Run, data_folder: str | Path | None = None) -> Select
     Rows of other labels have the place -1. They are left out for a program that takes the label, which has no columns
     for others.
     """
-    only = run.variant.recipe.only
+    only = run.recipe.only
     if only is None or run.data.num_label_columns:
         return select_rows(run)
-    data = recipe.load_recipe_data(replace(run.variant.recipe, only=None), data_folder)
+    data = recipe.load_recipe_data(replace(run.recipe, only=None), data_folder)
     assert data.test_labels is not None  # the run's rows were chosen by label
     known = torch.isin(data.test_labels, torch.tensor(only))
     return SelectedRows(data.test, data.test_labels, None, ALL_LABELS, torch.where(known, known.cumsum(0) - 1, -1))
@@ -116,7 +116,7 @@ def _reference(context: UseContext, anomalous: Sequence[float] | None) -> tuple[
 
 def _truth(context: UseContext, anomalous: Sequence[float] | None) -> Tensor | None:
     """Return which rows are known to be anomalous, [B], if labels say so."""
-    only, labels, where = context.run.variant.recipe.only, context.rows.labels, context.rows.where
+    only, labels, where = context.run.recipe.only, context.rows.labels, context.rows.where
     if anomalous is not None:
         if labels is None:
             raise UserError(f"{param('anomalous')}: the {where} have no labels")
@@ -142,7 +142,7 @@ def _label(run: Run, word: str) -> float:
 
 def _known(context: UseContext, anomalous: Sequence[float] | None) -> Tensor:
     """Return which rows have a label that the run was trained on or that is named anomalous, [B]; all if none is."""
-    only, labels = context.run.variant.recipe.only, context.rows.labels
+    only, labels = context.run.recipe.only, context.rows.labels
     if anomalous is None or only is None or labels is None:
         return torch.ones(len(context.rows.x), dtype=torch.bool)
     return torch.isin(labels, torch.tensor([*only, *anomalous]))
@@ -177,13 +177,12 @@ def _sentences(result: AnomalyScores, held: int, rows: SelectedRows, truth: Tens
 
 
 def _table(result: AnomalyScores, truth: Tensor | None) -> tuple[str, list[str], list[list[str]]]:
-    """Return a table with a line for each score: its AUROC and rates if both kinds of rows are known."""
-    both = truth is not None and truth.any() and not truth.all()
-    figures = result.summary(truth) if both else {}
-    header = ["score", "threshold", *(["AUROC", "detected", "false alarms"] if both else ["flagged"])]
+    """Return a table with a line for each score: its AUROC and rates if there are known rows of both kinds."""
+    figures = {} if truth is None or truth.all() or not truth.any() else result.summary(truth)
+    header = ["score", "threshold", *(["AUROC", "detected", "false alarms"] if figures else ["flagged"])]
     lines = []
     for name in result.scores:
-        known = [number(figures[f"{kind}[{name}]"]) for kind in ("auroc", "detected", "false_alarms") if both]
+        known = [number(figures[f"{kind}[{name}]"]) for kind in ("auroc", "detected", "false_alarms") if figures]
         flagged = known or [str(int(result.flagged(name).sum()))]
         lines.append([name, f"{result.thresholds[name]:.4g} {UNITS.get(name, 'nats')}", *flagged])
     return "Scores, higher for more anomalous rows", header, lines

@@ -20,6 +20,7 @@ from pvae.errors import UserError, param
 from pvae.experiments.use_results import UseResult
 from pvae.inference.batching import as_rows
 from pvae.inference.latents import base_measure
+from pvae.runtime.torch_state import to_numpy
 from pvae.stats import mean_se, number
 
 PROJECTIONS = {
@@ -83,8 +84,8 @@ def latent_map(context: UseContext, *, projection: str = "auto", size: int = 20)
     from pvae.applications.latent_map import make_sliders
     from pvae.reporting.latent_map_widget import draw_latent_map, render_page, render_widget
 
-    labels, shape = context.rows.labels, context.run.data.shape
-    labels = None if labels is None else labels.numpy()
+    shape = context.run.data.shape
+    labels = None if context.rows.labels is None else to_numpy(context.rows.labels)
     plane = applications.map_latents(
         *context.programs, *context.given, projection=projection, size=size, **context.options
     )
@@ -104,7 +105,7 @@ def latent_map(context: UseContext, *, projection: str = "auto", size: int = 20)
     page = render_page(f"Latent map of {context.run.data.name}", blocks)
     result = make_result("map", arrays | context.labels, sentences, figure, page=page)
     result.arrays["how"] = np.array(plane.how)
-    result.aside = result.arrays.keys() - {"codes", "label"}
+    result.not_columns = result.arrays.keys() - {"codes", "label"}
     return result
 
 

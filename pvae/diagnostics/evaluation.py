@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from html import escape
 from typing import Any
 
 import torch
@@ -111,10 +112,10 @@ class Evaluation:
         return summary_frame(self.summary())
 
     def __repr__(self) -> str:
-        return summary_text(self._title(), self.summary())
+        return f"{self._title()}\n{summary_text(self.summary())}"
 
     def _repr_html_(self) -> str:
-        return summary_html(self._title(), self.summary())
+        return f"<p>{escape(self._title())}</p>{summary_html(self.summary())}"
 
     def _title(self) -> str:
         estimator = f"; evidence by {self.estimator}" if self.estimator else ""
@@ -267,11 +268,11 @@ def refinement_curve(
         price = torch.tensor((time.perf_counter() - start) / 10)
         return {"elbo": refined.curve[[refined.check_steps.index(s) for s in (0, *steps)]].T, SECONDS: price}
 
-    values = map_batches(model, guide, compute, x, index, batch_size=ROWS, seed_of=partial(_batch_seed, seed))
+    values = map_batches(model, guide, compute, x, index, batch_size=ROWS, seed_of=partial(batch_seed, seed))
     return RefinementCurve((0, *steps), values["elbo"].T, values[SECONDS].sum().item() / len(x))
 
 
-def _batch_seed(seed: int, start: int) -> int:
+def batch_seed(seed: int, start: int) -> int:
     number, inside = divmod(start, ROWS)
     return seed + 100 * number + 1_000_003 * inside
 
@@ -304,7 +305,7 @@ def _map_posteriors(
         values = compute(_posterior_batch(guide, batch))
         return values | {SECONDS: torch.tensor(time.perf_counter() - start)}
 
-    seed_of = partial(_batch_seed, seed)
+    seed_of = partial(batch_seed, seed)
     values = map_batches(model, guide, timed, x, index, batch_size=ROWS, seed_of=seed_of, **options)
     seconds = values.pop(SECONDS).sum().item()
     gains = {name: FamilyGain(*(values.pop(key) for key in _gain_keys(name))) for name in families or {}}

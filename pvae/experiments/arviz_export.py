@@ -1,26 +1,29 @@
-"""Export: what was drawn and measured, as an xarray DataTree in ArviZ's layout."""
+"""Export to ArviZ: draws and the quantities of each row as an xarray DataTree in ArviZ's layout."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import xarray as xr
-from pyro import poutine
 from torch import Tensor
 
+from pvae.diagnostics.quantities import describe
 from pvae.errors import UserError
+from pvae.experiments.results import common_settings, library_versions
+from pvae.inference.batching import inference_mode
 from pvae.inference.guides import Guide
-from pvae.inference.importance import LogWeights, log_weights, random_sites
-from pvae.inference.latents import observed_site
+from pvae.inference.importance import LogWeights, log_weights
+from pvae.inference.posterior import posterior_predictive, prior_predictive
+from pvae.recipes.recipe import Recipe
 from pvae.runtime.files import atomic_replace
 from pvae.runtime.pyro_params import Program
-from pvae.runtime.torch_state import no_validation, seeded
+from pvae.runtime.torch_state import to_numpy
 
 FILE = "idata.nc"
 # Draws of each row's latents: at most, at least, and how many numbers they may be. Draws of x, of the prior; pictures.
@@ -30,7 +33,6 @@ X_DRAWS, PRIOR_DRAWS, PICTURES = 20, 200, 32
 BYTES = {"i": 2**24, "f": 2**23}
 WHOLE = (np.int8, np.int16, np.int32)
 STATISTICS = ("elbo", "ess", "k_hat")
-UNITS = {"ess": "draws", "k_hat": "1"}
 NOTES = {
     "posterior": "draws from the guide q(z|x), which stands for the posterior",
     "posterior_predictive": "x: draws of p(x|z) at draws from the guide, for the row that z was inferred from",
@@ -44,7 +46,7 @@ NOTES = {
 
 @dataclass
 class Draws:
-    """What one fitted variant gives to the export, for B test rows of C values.
+    """Draws and quantities that one fitted variant gives to the export, for B test rows of C values.
 
     Attributes:
         weights: log-densities and latents of K draws from the guide, [K, B].
@@ -69,50 +71,33 @@ def draw_for_export(model: Program, guide: Guide, x: Tensor, *, seed: int = 0) -
     """Draw what the export and the page show of a fit, for the rows x [B, C]; ``values`` are left to the caller.
 
     Arguments:
-        model: a Pyro program.
-        guide: a family with a source of its parameters, to which the rows are new.
+        model, guide: a Pyro program and its guide, to which the rows are new.
         x: rows, [B, C].
         seed: of all draws.
     """
-    with no_validation(), torch.no_grad(), seeded(seed):
+    with inference_mode(seed=seed):
         q_params = guide.params(x)
         q, K = guide.with_params(q_params), min(MOST, max(LEAST, NUMBERS // (len(x) * guide.sites.dim)))
         weights = log_weights(model, q, x, K=K, keep_latents=True)
-        mean = _at_a_draw(model, q, x).mean
+        mean = posterior_predictive(model, q, x).likelihood.mean
         rows = _room(BYTES["i"] // (X_DRAWS * x[0].numel()))
-        some = guide.with_params(q_params[:rows])
-        replicates = torch.stack([_at_a_draw(model, some, x[:rows]).sample() for _ in range(X_DRAWS)])
-    prior, given = _from_prior(model, _like(x, PRIOR_DRAWS), seed)
-    return Draws(weights, replicates, mean, prior, *given)
-
-
-def _like(x: Tensor, count: int) -> Tensor:
-    return x.repeat(-(-count // len(x)), 1)[:count]
+        few = guide.with_params(q_params[:rows])
+        draws = [posterior_predictive(model, few, x[:rows]).likelihood.sample() for _ in range(X_DRAWS)]
+    with inference_mode(seed=seed):
+        prior = prior_predictive(model, x.repeat(-(-PRIOR_DRAWS // len(x)), 1)[:PRIOR_DRAWS])
+        prior_x, prior_mean = prior.likelihood.sample(), prior.likelihood.mean[:PICTURES]
+    return Draws(weights, torch.stack(draws), mean, prior.latents, prior_x, prior_mean)
 
 
 def _room(rows: int) -> int:
-    """Rows of which draws of x are kept: what fits, but those that are pictured."""
+    """Number of rows of which draws of x are kept: as many as fit, but at least those that are pictured."""
     return max(rows, X_DRAWS)
-
-
-def _at_a_draw(model: Program, q: Program, x: Tensor) -> Any:
-    """p(x|z) at one draw of each row's latents from q, its batch shape [R]."""
-    return observed_site(poutine.replay(model, trace=poutine.trace(q).get_trace(x, None)), x)["fn"]
-
-
-def _from_prior(model: Program, like: Tensor, seed: int) -> tuple[dict[str, Tensor], tuple[Tensor, Tensor]]:
-    """Latents by site [S, ...], as many as the rows ``like``; x given them [S, C], and its mean at the first [P, C]."""
-    with no_validation(), torch.no_grad(), seeded(seed):
-        trace = poutine.trace(model).get_trace(like, torch.zeros(len(like), dtype=torch.long, device=like.device))
-        latents = {name: site["value"] for name, site in random_sites(trace) if not site["is_observed"]}
-        fn = observed_site(poutine.replay(model, trace=trace), like)["fn"]
-        return latents, (fn.sample(), fn.mean[:PICTURES])
 
 
 def to_datatree(
     variants: dict[str, Draws], x: Tensor, labels: Tensor | None, attributes: dict[str, Any]
 ) -> xr.DataTree:
-    """A DataTree with the groups that ArviZ knows, most of them with a dimension ``variant``.
+    """Return a DataTree with ArviZ's groups, most of them with a dimension ``variant``.
 
     Groups: ``posterior`` and ``prior`` (latents), ``posterior_predictive`` and ``prior_predictive`` (draws of x),
     ``log_likelihood``, ``sample_stats`` (log weights; ELBO, ESS and k-hat of each row), ``observed_data``,
@@ -126,67 +111,62 @@ def to_datatree(
         labels: their classes, [B], if there are any.
         attributes: of the root; what is no number or text is written as JSON.
     """
-    sampled, names, each = ("chain", "draw", "variant"), list(variants), list(variants.values())
-    width = each[0].x.shape[-1]
-    latents = _sites({name: draws.weights.latents for name, draws in variants.items()}, (*sampled, "row"))
-    prior = _sites({name: draws.prior for name, draws in variants.items()}, sampled)
-    replicates, means = _fitting(_stacked([d.x for d in each])), [d.x_mean for d in each]
-    statistics = _quantities(variants, "test", STATISTICS)
+    sampled, draws = ("chain", "draw", "variant"), list(variants.values())
+    width = draws[0].x.shape[-1]
+    replicates = _cut_to_fit(_stack([d.x for d in draws]))
+    log_w = {"log_weight": ((*sampled, "row"), _stack([d.weights.log_w for d in draws]))}
     groups: dict[str, dict[str, Any]] = {
-        "posterior": latents,
+        "posterior": _sites([d.weights.latents for d in draws], (*sampled, "row")),
         "posterior_predictive": {"x": ((*sampled, "row", "value"), replicates)},
-        "log_likelihood": {"x": ((*sampled, "row"), _stacked([d.weights.log_lik for d in each]))},
-        "sample_stats": {"log_weight": ((*sampled, "row"), _stacked([d.weights.log_w for d in each]))} | statistics,
-        "prior": prior,
-        "prior_predictive": {"x": ((*sampled, "value"), _compact(_stacked([d.prior_x for d in each])))},
-        "observed_data": {"x": (("row", "value"), _compact(_array(x[:, :width])))},
-        "constant_data": {} if labels is None else {"label": (("row",), _array(labels))},
+        "log_likelihood": {"x": ((*sampled, "row"), _stack([d.weights.log_lik for d in draws]))},
+        "sample_stats": log_w | _quantities(draws, "test", STATISTICS),
+        "prior": _sites([d.prior for d in draws], sampled),
+        "prior_predictive": {"x": ((*sampled, "value"), _compact(_stack([d.prior_x for d in draws])))},
+        "observed_data": {"x": (("row", "value"), _compact(to_numpy(x[:, :width])))},
+        "constant_data": {} if labels is None else {"label": (("row",), to_numpy(labels))},
         "means": {
-            "x": (("variant", "row", "value"), np.stack([_array(mean) for mean in means])),
-            "prior_x": (("variant", "draw", "value"), np.stack([_array(d.prior_mean) for d in each])),
+            "x": (("variant", "row", "value"), np.stack([to_numpy(d.x_mean) for d in draws])),
+            "prior_x": (("variant", "draw", "value"), np.stack([to_numpy(d.prior_mean) for d in draws])),
         },
     }
     if x.shape[1] > width:
-        groups["constant_data"]["given"] = ("row", "column"), _compact(_array(x[:, width:]))
-    groups |= {split: _quantities(variants, split) for split in each[0].values}
-    found = xr.DataTree()
-    for group, arrays in groups.items():
-        if arrays:
-            found[group] = xr.DataTree(_dataset(arrays, names, NOTES.get(group)))
-    found["posterior_predictive"].attrs["rows"] = f"the first {replicates.shape[3]} of {len(x)}"
-    found.attrs = {k: v if isinstance(v, (str, int, float)) else json.dumps(v) for k, v in attributes.items()}
-    return found
+        groups["constant_data"]["given"] = ("row", "column"), _compact(to_numpy(x[:, width:]))
+    groups |= {split: _quantities(draws, split) for split in draws[0].values}
+    tree = xr.DataTree.from_dict(
+        {group: _dataset(arrays, list(variants), NOTES.get(group)) for group, arrays in groups.items() if arrays}
+    )
+    tree["posterior_predictive"].attrs["rows"] = f"the first {replicates.shape[3]} of {len(x)}"
+    tree.attrs = {k: v if isinstance(v, (str, int, float)) else json.dumps(v) for k, v in attributes.items()}
+    return tree
 
 
-def attributes(results: Mapping[str, Any], recipes: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """What made a file's numbers: data, recipe (what its variants share, and each variant's own), versions, seed.
+def attributes(group: Mapping[str, Any], recipes: Mapping[str, Recipe]) -> dict[str, Any]:
+    """Return what made a file's numbers: data, recipe (shared settings, and each variant's own), versions, seed.
 
     Arguments:
-        results: of one group, as in ``results.json``.
+        group: as in ``results.json``.
         recipes: by the variant's name.
     """
-    (group,), shared = results["groups"], results["recipe"]
-    about = group["data"]
+    about, versions, shared = group["data"], library_versions(), common_settings(list(recipes.values()))
     return {
         "data": about["summary"],
         **{name: about[name] for name in ("binarize", "base_measure", "digest", "shape")},
-        "seed": next(iter(recipes.values()))["seed"],
+        "seed": next(iter(recipes.values())).seed,
         "recipe": shared,
-        "variants": {n: {key: v for key, v in own.items() if key not in shared} for n, own in recipes.items()},
-        "versions": results["versions"],
-        "estimators": {name: found["estimator"] for row in group["rows"] for name, found in row["test"].items()},
+        "variants": {
+            name: {key: value for key, value in asdict(recipe).items() if key not in shared}
+            for name, recipe in recipes.items()
+        },
+        "versions": versions,
+        "estimators": {name: value["estimator"] for row in group["rows"] for name, value in row["test"].items()},
         "inference_library": "pvae-pyro",
-        "inference_library_version": results["versions"]["pvae-pyro"],
+        "inference_library_version": versions["pvae-pyro"],
     }
 
 
-def _array(values: Tensor) -> np.ndarray:
-    return values.detach().cpu().numpy()
-
-
-def _stacked(values: list[Tensor]) -> np.ndarray:
+def _stack(values: list[Tensor]) -> np.ndarray:
     """[chain = 1, draw, variant, ...] from [draw, ...] of each variant."""
-    return np.stack([_array(v) for v in values], 1)[None]
+    return np.stack([to_numpy(v) for v in values], 1)[None]
 
 
 def _compact(values: np.ndarray) -> np.ndarray:
@@ -196,71 +176,67 @@ def _compact(values: np.ndarray) -> np.ndarray:
     return values.astype(fits[0] if fits else np.float32)
 
 
-def _fitting(values: np.ndarray) -> np.ndarray:
+def _cut_to_fit(values: np.ndarray) -> np.ndarray:
     """Draws of x [1, M, V, R, C] in compact form, of as many first rows as fit."""
-    found = _compact(values)
-    return found[:, :, :, : _room(BYTES[found.dtype.kind] // (found[..., :1, :].nbytes))]
+    compact = _compact(values)
+    return compact[:, :, :, : _room(BYTES[compact.dtype.kind] // (compact[..., :1, :].nbytes))]
 
 
-def _sites(latents: dict[str, dict[str, Tensor]], dims: tuple[str, ...]) -> dict[str, Any]:
-    """Each site's dimensions and draws, from draws by variant and site."""
-    found = {}
-    for site, values in _padded(latents).items():
-        array = _stacked(list(values.values()))
-        own = (f"{site}_dim{i or ''}" for i in range(array.ndim - len(dims)))
-        found[site] = ((*dims, *own), array)
-    return found
+def _sites(latents: list[dict[str, Tensor]], dims: tuple[str, ...]) -> dict[str, Any]:
+    """Dimensions and draws of each site, from draws by site of each variant."""
+    sites = {}
+    for site in dict.fromkeys(site for draws in latents for site in draws):
+        array = _stack(_pad([draws.get(site) for draws in latents]))
+        inner = (f"{site}_dim{i or ''}" for i in range(array.ndim - len(dims)))
+        sites[site] = ((*dims, *inner), array)
+    return sites
+
+
+def _pad(draws: list[Tensor | None]) -> list[Tensor]:
+    """Draws of a site, filled up with NaN where a variant lacks the site (None) or has fewer dimensions."""
+    known = [values for values in draws if values is not None]
+    padded = [known[0].new_full([max(sizes) for sizes in zip(*(v.shape for v in known), strict=True)], torch.nan)]
+    padded += [padded[0].clone() for _ in draws[1:]]
+    for whole, values in zip(padded, draws, strict=True):
+        if values is not None:
+            whole[tuple(map(slice, values.shape))] = values
+    return padded
 
 
 def _dataset(arrays: dict[str, Any], variants: list[str], note: str | None) -> xr.Dataset:
     """Arrays with a coordinate along each dimension."""
-    found = xr.Dataset(arrays, attrs={"note": note} if note else {})
-    coords = {dim: variants if dim == "variant" else np.arange(size) for dim, size in found.sizes.items()}
-    return found.assign_coords({str(dim): values for dim, values in coords.items()})
+    dataset = xr.Dataset(arrays, attrs={"note": note} if note else {})
+    return dataset.assign_coords(
+        {str(dim): variants if dim == "variant" else np.arange(size) for dim, size in dataset.sizes.items()}
+    )
 
 
-def _padded(latents: dict[str, dict[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
-    """Draws by site and variant, filled up with NaN where a variant lacks a site or has fewer dimensions."""
-    found: dict[str, dict[str, Tensor]] = {}
-    for site in dict.fromkeys(site for own in latents.values() for site in own):
-        known = [own[site] for own in latents.values() if site in own]
-        shape = [max(sizes) for sizes in zip(*(values.shape for values in known), strict=True)]
-        found[site] = {}
-        for name, own in latents.items():
-            whole = known[0].new_full(shape, torch.nan)
-            if site in own:
-                whole[tuple(slice(size) for size in own[site].shape)] = own[site]
-            found[site][name] = whole
-    return found
-
-
-def _quantities(variants: dict[str, Draws], split: str, names: tuple[str, ...] = ()) -> dict[str, Any]:
+def _quantities(draws: list[Draws], split: str, names: tuple[str, ...] = ()) -> dict[str, Any]:
     """Quantities of each row of a split by name, all or those named; NaN where a variant has none."""
-    every = [draws.values.get(split, {}) for draws in variants.values()]
-    rows = max((len(v) for own in every for v in own.values()), default=0)
-    found = [name for name in dict.fromkeys(n for own in every for n in own) if name in names or not names]
-    blank = torch.full((rows,), torch.nan)
+    every = [d.values.get(split, {}) for d in draws]
+    blank = torch.full((max((len(v) for values in every for v in values.values()), default=0),), torch.nan)
     return {
-        name: (("variant", "row"), np.stack([_array(own.get(name, blank)) for own in every]), {"units": _unit(name)})
-        for name in found
+        name: (
+            ("variant", "row"),
+            np.stack([to_numpy(values.get(name, blank)) for values in every]),
+            {"units": describe(name).unit},
+        )
+        for name in dict.fromkeys(name for values in every for name in values)
+        if name in names or not names
     }
 
 
-def _unit(name: str) -> str:
-    return UNITS.get(name, "nats")
-
-
 def idata_name(group: int = 1) -> str:
-    """The file's name: ``idata.nc``, and ``idata-2.nc`` and so on for further groups of variants on other data."""
+    """Return the file's name: ``idata.nc``, ``idata-2.nc`` and so on for further groups of variants on other data."""
     return FILE if group == 1 else f"idata-{group}.nc"
 
 
-def save_idata(found: xr.DataTree, folder: Path, group: int = 1) -> None:
+def save_idata(tree: xr.DataTree, folder: Path, group: int = 1) -> None:
     """Write ``idata.nc``, whole or not at all."""
     packed = {"zlib": True, "complevel": 4, "shuffle": True}
-    encoding = {node.path: dict.fromkeys(map(str, node.data_vars), packed) for node in found.leaves}
+    encoding = {node.path: dict.fromkeys(map(str, node.data_vars), packed) for node in tree.leaves}
     with atomic_replace(folder / idata_name(group)) as temporary:
-        found.to_netcdf(temporary, engine="h5netcdf", encoding=encoding)
+        tree.to_netcdf(temporary, engine="h5netcdf", encoding=encoding)
 
 
 def load_idata(folder: Path, group: int = 1) -> xr.DataTree:
@@ -269,15 +245,14 @@ def load_idata(folder: Path, group: int = 1) -> xr.DataTree:
     Raises:
         UserError: it is missing or broken.
     """
+    path = folder / idata_name(group)
     try:
-        with xr.open_datatree(folder / idata_name(group), engine="h5netcdf") as found:
-            for node in found.subtree:  # DataTree.load leaves a variable out that is named as a group is
+        with xr.open_datatree(path, engine="h5netcdf") as tree:
+            for node in tree.subtree:  # DataTree.load leaves a variable out that is named as a group is
                 for variable in node.variables.values():
                     variable.load()
-            return found
+            return tree
     except FileNotFoundError:
-        raise UserError(f"{folder} has no {idata_name(group)}; pvae evaluate {folder} writes it") from None
+        raise UserError(f"{folder} has no {path.name}; pvae evaluate {folder} writes it") from None
     except (OSError, ValueError) as error:
-        raise UserError(
-            f"{folder / idata_name(group)} can't be read ({error}); pvae evaluate {folder} writes it anew"
-        ) from error
+        raise UserError(f"{path} can't be read ({error}); pvae evaluate {folder} writes it anew") from error

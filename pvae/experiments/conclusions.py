@@ -1,20 +1,19 @@
-"""Verdicts: sentences computed from the numbers, each with the figures and errors it rests on."""
+"""Conclusions of a comparison: sentences computed from the results, with the figures and errors they rest on."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from pvae.diagnostics.evaluation import Evaluation, RefinementCurve
+from pvae.errors import param
 from pvae.stats import Estimate, mean_se, number
 
 # Standard errors beyond which a difference is called one.
 Z_CLEAR = 3.0
-
-GAPS = ("inference", "approximation", "amortization")
 
 # Nats of an optimization gap that nobody would act on.
 NEGLIGIBLE = 0.02
@@ -22,11 +21,13 @@ NEGLIGIBLE = 0.02
 
 @dataclass(frozen=True)
 class EvaluatedVariant:
-    """A variant trained for itself: what it gave on ``train`` and ``test`` rows, and what it cost.
+    """Evaluation of a variant with its own decoder.
 
     Attributes:
         name: of the variant.
-        source: its guide's class.
+        seconds: of its training.
+        train, test: evaluations of rows of both splits.
+        inference: its inference method, the class of its guide.
         further: the same variant from further seeds.
     """
 
@@ -34,13 +35,29 @@ class EvaluatedVariant:
     seconds: float
     train: Evaluation
     test: Evaluation
-    source: str = "Amortized"
+    inference: str = "Amortized"
     further: tuple[EvaluatedVariant, ...] = ()
+
+    @property
+    def seeds(self) -> tuple[EvaluatedVariant, ...]:
+        """The evaluations of all seeds."""
+        return (self, *self.further)
+
+    def mean(self, quantity: str, split: str = "test") -> Estimate:
+        """Return a quantity's mean and its error: over rows, or over the seeds' means if there are several seeds."""
+        return self._mean_over_seeds(lambda one: getattr(one, split).values[quantity])
+
+    def mean_gain(self, family: str) -> Estimate:
+        """Return the mean gain of another variational family on test rows, likewise."""
+        return self._mean_over_seeds(lambda one: one.test.family_gains[family].gain)
+
+    def _mean_over_seeds(self, values: Callable[[EvaluatedVariant], Tensor]) -> Estimate:
+        return _mean_over_seeds([values(one) for one in self.seeds])
 
 
 @dataclass(frozen=True)
 class SameDecoder:
-    """A source of q_params on another's decoder: each test row's ELBO, [B] nats, and seconds to find q_params for a row."""
+    """An inference method on another's decoder: ELBO of test rows, [B] nats, and seconds to infer a row."""
 
     guide: str
     elbo: Tensor
@@ -48,147 +65,138 @@ class SameDecoder:
 
 
 def draw_conclusions(
-    own: list[EvaluatedVariant], same: list[SameDecoder], curve: RefinementCurve | None, *, dynamic: bool = False
+    evaluated: list[EvaluatedVariant], same: list[SameDecoder], curve: RefinementCurve | None, *, dynamic: bool = False
 ) -> list[str]:
-    """The sentences that the numbers bear out, most important first.
+    """Return the sentences that the results support, most important first.
 
     Arguments:
-        own: the variants, each with its own decoder.
-        same: the sources on the amortized variant's decoder, that one's own encoder first.
-        curve: what refinement steps buy there.
+        evaluated: the variants, each with its own decoder.
+        same: the inference methods on the amortized variant's decoder, its own encoder first.
+        curve: ELBO by refinement steps on that decoder.
         dynamic: binarization is drawn afresh for each batch.
     """
-    judged = [j for j in own if "evidence" in j.test.values]
-    sentences = [*_own_decoders(judged), *_amortization(judged, same, curve)]
-    sentences += [*_families(judged), *_rows(judged), *_faults(judged)]
-    if dynamic and any(j.source == "PerDatapoint" for j in own):
+    with_evidence = [one for one in evaluated if "evidence" in one.test.values]
+    sentences = [*_ranking(with_evidence), *_amortization(with_evidence), *_same_decoder(same, curve)]
+    sentences += [*_families(with_evidence), *_local_params(with_evidence), *_faults(with_evidence)]
+    if dynamic and any(one.inference == "PerDatapoint" for one in evaluated):
         sentences.append(
-            "Under dynamic binarization a row of PerDatapoint is fitted to all binarizations of its image at once, "
-            "while evaluation shows it one: compare it under --binarize threshold."
+            "Under dynamic binarization PerDatapoint fits a row to all binarizations of its image at once, while "
+            f"evaluation shows it one: compare it under {param('binarize', 'threshold')}."
         )
-    for j in own:
-        if "log_joint" in j.test.values:
+    for one in evaluated:
+        if "log_joint" in one.test.values:
             sentences.append(
-                f"{j.name} uses a point mass: its objective is log p(x, z) at one point, which bounds no evidence; "
+                f"{one.name} uses a point mass: its objective is log p(x, z) at one point, which bounds no evidence; "
                 "it has no gaps and stands in no ranking."
             )
     return sentences
 
 
 def _clear(estimate: Estimate, seeds: int = 1) -> bool:
-    """Whether a difference is beyond its error; of few seeds the error is itself so uncertain that more is asked."""
+    """Whether a difference is beyond its error; the error of few seeds is uncertain itself, so that t replaces z."""
     from scipy.stats import norm, t
 
-    asked = Z_CLEAR if seeds == 1 else float(t.isf(norm.sf(Z_CLEAR), seeds - 1))
-    return abs(estimate.mean) > asked * estimate.se
+    critical = Z_CLEAR if seeds == 1 else float(t.isf(norm.sf(Z_CLEAR), seeds - 1))
+    return abs(estimate.mean) > critical * estimate.se
+
+
+def _mean_over_seeds(values: list[Tensor]) -> Estimate:
+    return mean_se(values[0] if len(values) == 1 else torch.stack([rows.mean() for rows in values]))
 
 
 def _paired_difference(one: EvaluatedVariant, other: EvaluatedVariant, quantity: str) -> Estimate:
-    """How far one variant's test mean stands above another's: paired by rows, or by seeds where there are several."""
-    pairs = list(zip((one, *one.further), (other, *other.further), strict=False))
-    leads = [a.test.values[quantity] - b.test.values[quantity] for a, b in pairs]
-    return mean_se(leads[0] if len(leads) == 1 else torch.stack([lead.mean() for lead in leads]))
+    """Mean difference of a quantity on test rows: paired by rows, or by seeds where there are several."""
+    pairs = zip(one.seeds, other.seeds, strict=False)
+    return _mean_over_seeds([a.test.values[quantity] - b.test.values[quantity] for a, b in pairs])
 
 
-def _mean(one: EvaluatedVariant, quantity: str, split: str = "test") -> Estimate:
-    """A quantity's mean and its error: over rows, or over seeds where there are several."""
-    every = [getattr(j, split).values[quantity] for j in (one, *one.further)]
-    return mean_se(every[0] if len(every) == 1 else torch.stack([values.mean() for values in every]))
+def _signed(estimate: Estimate) -> str:
+    return f"{'+' if estimate.mean >= 0 else ''}{number(estimate)}"
 
 
-def _mean_gain(one: EvaluatedVariant, family: str) -> Estimate:
-    """A family gain's mean and its error: over rows, or over seeds where there are several."""
-    every = [j.test.family_gains[family].gain for j in (one, *one.further)]
-    return mean_se(every[0] if len(every) == 1 else torch.stack([values.mean() for values in every]))
+def _join(phrases: list[str]) -> str:
+    return " and ".join(phrases) if len(phrases) < 3 else f"{', '.join(phrases[:-1])} and {phrases[-1]}"
 
 
-def _own_decoders(judged: list[EvaluatedVariant]) -> Iterator[str]:
-    if len(judged) < 2:
+def _ranking(evaluated: list[EvaluatedVariant]) -> Iterator[str]:
+    if len(evaluated) < 2:
         return
-    ranked = sorted(judged, key=lambda j: -_mean(j, "evidence").mean)
-    best, rest = ranked[0], ranked[1:]
-    leads = []
-    for j in rest:
-        lead = _paired_difference(best, j, "evidence")
-        leads.append(
-            f"{number(lead)} above {j.name}" + ("" if _clear(lead, 1 + len(best.further)) else " (no clear difference)")
-        )
-    times = ", ".join(f"{j.name} {_seconds(j):.3g} s" for j in judged)
-    repeated = f", over {1 + len(best.further)} seeds" if best.further else ""
+    best, *others = sorted(evaluated, key=lambda one: -one.mean("evidence").mean)
+    seeds, leads = len(best.seeds), []
+    for other in others:
+        lead = _paired_difference(best, other, "evidence")
+        leads.append(f"{number(lead)} above {other.name}" + ("" if _clear(lead, seeds) else " (no clear difference)"))
+    times = ", ".join(f"{one.name} {sum(s.seconds for s in one.seeds) / len(one.seeds):.3g} s" for one in evaluated)
+    over = f", over {seeds} seeds" if seeds > 1 else ""
     yield (
-        f"Each with its own decoder: {best.name} gives the best test evidence, {number(_mean(best, 'evidence'))} nats"
-        f"{repeated}, {_listed(leads)}. Training took {times}."
+        f"Each with its own decoder: {best.name} gives the best test evidence, {number(best.mean('evidence'))} nats"
+        f"{over}, {_join(leads)}. Training took {times}."
     )
 
 
-def _seconds(one: EvaluatedVariant) -> float:
-    every = (one, *one.further)
-    return sum(j.seconds for j in every) / len(every)
-
-
-def _listed(parts: list[str]) -> str:
-    return " and ".join(parts) if len(parts) < 3 else f"{', '.join(parts[:-1])} and {parts[-1]}"
-
-
-def _amortization(
-    judged: list[EvaluatedVariant], same: list[SameDecoder], curve: RefinementCurve | None
-) -> Iterator[str]:
-    amortized = [j for j in judged if j.source == "Amortized"]
-    if not amortized:
-        return
+def _amortization(evaluated: list[EvaluatedVariant]) -> Iterator[str]:
+    amortized = [one for one in evaluated if one.inference == "Amortized"]
     for split in ("test", "train") if len(amortized) == 1 else ("test",):
-        for j in amortized:
-            lost, family, encoder = (_mean(j, f"{gap}_gap", split) for gap in GAPS)
-            who = "the amortized guide" if len(amortized) == 1 else j.name
-            yield (
-                f"On {split} rows {who} loses {number(lost)} nats of evidence: {number(encoder)} because an encoder "
-                f"gives q_params (amortization gap), {number(family)} because of the family of q (approximation gap)."
+        for one in amortized:
+            total, approximation, amortization = (
+                number(one.mean(f"{gap}_gap", split)) for gap in ("inference", "approximation", "amortization")
             )
+            elbo = "amortized ELBO" if len(amortized) == 1 else f"ELBO of {one.name}"
+            yield (
+                f"On {split} rows the {elbo} is {total} nats below the evidence: {amortization} from amortization (the "
+                f"encoder is not optimal for each row), {approximation} from the variational family (approximation "
+                "gap)."
+            )
+
+
+def _same_decoder(same: list[SameDecoder], curve: RefinementCurve | None) -> Iterator[str]:
     if curve is not None:
-        wins = {s: mean_se(curve.elbo[m] - curve.elbo[0]) for m, s in enumerate(curve.steps) if s in (1, 5, 20, 100)}
-        bought = ", ".join(f"{number(win)} nats after {s}" for s, win in wins.items())
+        gains = {s: mean_se(curve.elbo[m] - curve.elbo[0]) for m, s in enumerate(curve.steps) if s in (1, 5, 20, 100)}
+        phrases = ", ".join(f"{number(gain)} nats after {s}" for s, gain in gains.items())
         yield (
-            f"Refinement steps on its decoder win back: {bought}; a step costs {curve.seconds_per_step * 1e6:.3g} "
-            "microseconds per test row."
+            f"Refinement steps on the amortized decoder raise the test ELBO by {phrases}; a step takes "
+            f"{curve.seconds_per_step * 1e6:.3g} microseconds per row."
         )
     if len(same) > 1:
-        gains = [(s.guide, mean_se(s.elbo - same[0].elbo)) for s in same[1:]]
-        parts = ", ".join(f"{guide} {'+' if gain.mean >= 0 else ''}{number(gain)}" for guide, gain in gains)
-        yield f"On the same decoder, against its own encoder, nats of test ELBO: {parts}."
+        phrases = ", ".join(f"{one.guide} {_signed(mean_se(one.elbo - same[0].elbo))}" for one in same[1:])
+        yield f"On the amortized decoder, test ELBO relative to its own encoder, nats: {phrases}."
 
 
-def _families(judged: list[EvaluatedVariant]) -> Iterator[str]:
-    for j in judged:
-        gains = {name: _mean_gain(j, name) for name in j.test.family_gains}
-        if gains:
-            phrases = [f"{name} {'+' if gain.mean >= 0 else ''}{number(gain)}" for name, gain in gains.items()]
-            yield f"The best q of another family on the decoder of {j.name}, nats of test ELBO won: {_listed(phrases)}."
-
-
-def _rows(judged: list[EvaluatedVariant]) -> Iterator[str]:
-    for j in judged:
-        if j.source == "PerDatapoint":
-            far = _mean(j, "amortization_gap", "train")
+def _families(evaluated: list[EvaluatedVariant]) -> Iterator[str]:
+    for one in evaluated:
+        if gains := [f"{family} {_signed(one.mean_gain(family))}" for family in one.test.family_gains]:
             yield (
-                f"The rows of {j.name} stand {number(far)} nats below their optimum after training (optimization "
-                "gap); more local steps or epochs would win that."
+                f"On the decoder of {one.name} the best q of another variational family changes the test ELBO by, "
+                f"nats: {_join(gains)}."
             )
 
 
-def _faults(judged: list[EvaluatedVariant]) -> Iterator[str]:
-    for j in judged:
+def _local_params(evaluated: list[EvaluatedVariant]) -> Iterator[str]:
+    for one in evaluated:
+        if one.inference == "PerDatapoint":
+            gap = number(one.mean("amortization_gap", "train"))
+            yield (
+                f"After training, the rows of {one.name} are {gap} nats below the best ELBO of their family "
+                "(amortization gap); more local steps or epochs would close it."
+            )
+
+
+def _faults(evaluated: list[EvaluatedVariant]) -> Iterator[str]:
+    for one in evaluated:
         for split in ("train", "test"):
-            values = getattr(j, split).values
+            values = getattr(one, split).values
             for gap in ("approximation_gap", "amortization_gap"):
-                found = mean_se(values[gap])
-                if found.mean < 0 and _clear(found):
+                mean = mean_se(values[gap])
+                if mean.mean < 0 and _clear(mean):
                     yield (
-                        f"The {gap.replace('_', ' ')} of {j.name} on {split} rows is negative beyond its error, "
-                        f"{number(found)}: the estimate is at fault; evaluate with more --samples or --refine-steps."
+                        f"The {gap.replace('_', ' ')} of {one.name} on {split} rows is negative beyond its error, "
+                        f"{number(mean)}: the estimate is at fault; evaluate with more {param('K')} or "
+                        f"{param('refine_steps')}."
                     )
             left = mean_se(values["optimization_gap"]).mean
             if left > max(0.1 * mean_se(values["inference_gap"]).mean, NEGLIGIBLE):
                 yield (
-                    f"The search for the best q_params of {j.name} on {split} rows had not come to rest: doubling its "
-                    f"steps still won {left:.3f} nats; evaluate with more --refine-steps."
+                    f"The search for the best variational parameters of {one.name} on {split} rows had not converged: "
+                    f"its last doubling of steps gained {left:.3f} nats (optimization gap); evaluate with more "
+                    f"{param('refine_steps')}."
                 )

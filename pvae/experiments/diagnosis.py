@@ -1,4 +1,4 @@
-"""The diagnosis of a run: how far each posterior is from the truth, why, for which rows, and what to make of it."""
+"""Diagnosis of a run: each variant's posterior diagnosed on test rows, written to ``diagnosis.json``."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ from torch import Tensor
 
 from pvae.diagnostics.battery import DiagnosisBudget, join_parts
 from pvae.diagnostics.diagnosis import Diagnosis, diagnose, estimate_seconds
-from pvae.errors import UserError, nearest
-from pvae.experiments import run_folder
-from pvae.experiments.compare import RunOptions, TrainedVariant
+from pvae.errors import UserError, nearest, param
+from pvae.experiments.compare import RunOptions
+from pvae.experiments.opened_run import TrainedVariant
+from pvae.experiments.run_folder import CACHE_DIRS, cache_folder, fingerprint
 from pvae.runtime.files import read_json, write_json
 from pvae.runtime.progress import progress_bar
 from pvae.runtime.result_cache import ResultCache, load_all
@@ -25,44 +26,46 @@ from pvae.runtime.torch_state import pick_device
 from pvae.stats import Estimate
 
 FILE, SCHEMA = "diagnosis.json", 1
-FOLDER = run_folder.CACHE_DIRS[1]
+FOLDER = CACHE_DIRS[1]
 FIELDS = {"name", "plan", "fitted", "parts", "seconds", "figures", "refined", "verdicts"}
 
 
 def diagnose_run(
-    entries: Sequence[TrainedVariant],
+    variants: Sequence[TrainedVariant],
     results: Mapping[str, Any],
-    job: RunOptions,
-    plan: DiagnosisBudget,
+    options: RunOptions,
+    budget: DiagnosisBudget,
     only: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """Diagnose fitted variants on test rows and write ``diagnosis.json``; finished parts are kept and not made again.
+    """Diagnose fitted variants on test rows and write ``diagnosis.json``; finished tasks are cached.
 
     Arguments:
-        entries: the variants, see `load_diagnosis`; of several seeds the first is looked at.
-        results: what evaluation found of them, as in ``results.json``.
-        job: where and how; its rows and budget are evaluation's and not used here.
-        plan: how closely to look.
+        variants: see `open_variants`; if one was trained with several seeds, only the first is diagnosed.
+        results: of the evaluation, as in ``results.json``.
+        options: where and how; rows and budget there are the evaluation's and not used.
+        budget: of the diagnosis.
         only: names of variants; all unless given.
 
     Raises:
         UserError: an unknown name, or HMC diverges everywhere.
+
+    See also: `pvae.diagnose`, for one model and guide.
     """
-    wanted = select_variants(entries, only)
-    kept = [own for own in _readable(job.folder) if only and own["name"] not in only]
+    wanted = select_variants(variants, only)
+    others = [one for one in _load_readable(options.folder) if only and one["name"] not in only]
     rows = {row["name"]: row for group in results["groups"] for row in group["rows"]}
-    variants = []
-    for entry in wanted:
-        variant, x = entry.variants[0], entry.data.test[: plan.rows].to(pick_device(job.device))
-        if entry is wanted[0]:
-            job.say(_price(estimate_seconds(variant.model, variant.guide, x, plan), plan, len(wanted)))
-        start, cache = time.perf_counter(), _cache(entry, job, plan)
-        diagnosis = _diagnose(entry, x, plan, cache, dict(_of_evaluation(rows[entry.name])), job)
-        variants.append(
+    device, diagnoses = pick_device(options.device), []
+    for variant in wanted:
+        fitted, x = variant.fits[0], variant.data.test[: budget.rows].to(device)
+        if variant is wanted[0]:
+            options.say(_announce(estimate_seconds(fitted.model, fitted.guide, x, budget), budget, len(wanted)))
+        start, cache = time.perf_counter(), _cache(variant, options, budget)
+        diagnosis = _diagnose(variant, x, budget, cache, dict(_bounds_and_gaps(rows[variant.name])), options)
+        diagnoses.append(
             {
-                "name": entry.name,
-                "plan": asdict(plan),
-                "fitted": run_folder.fingerprint(variant),
+                "name": variant.name,
+                "plan": asdict(budget),
+                "fitted": fingerprint(fitted),
                 "parts": cache.key,
                 "seconds": time.perf_counter() - start,
                 "figures": {name: value._asdict() for name, value in diagnosis.figures.items()},
@@ -70,13 +73,13 @@ def diagnose_run(
                 "verdicts": [verdict._asdict() for verdict in diagnosis.verdicts.values()],
             }
         )
-    whole = {"schema": SCHEMA, "variants": variants + kept}
-    write_json(job.folder / FILE, whole)
-    return whole
+    contents = {"schema": SCHEMA, "variants": diagnoses + others}
+    write_json(options.folder / FILE, contents)
+    return contents
 
 
 def load_diagnosis(folder: Path) -> dict[str, Any]:
-    """What ``diagnose_run`` has written, or an empty mapping where it has not.
+    """Read what `diagnose_run` has written; an empty mapping without it.
 
     Raises:
         UserError: it is broken or of another version.
@@ -84,87 +87,85 @@ def load_diagnosis(folder: Path) -> dict[str, Any]:
     path = folder / FILE
     if not path.is_file():
         return {}
-    found = read_json(path, f"pvae diagnose {folder} writes it")
-    try:
-        if found["schema"] == SCHEMA and all(own.keys() >= FIELDS for own in found["variants"]):
-            return found
-    except (KeyError, TypeError, AttributeError):
-        pass
+    contents = read_json(path, f"pvae diagnose {folder} writes it")
+    with suppress(KeyError, TypeError, AttributeError):
+        if contents["schema"] == SCHEMA and all(variant.keys() >= FIELDS for variant in contents["variants"]):
+            return contents
     raise UserError(f"{path} is broken or of another version; pvae diagnose {folder} writes it anew")
 
 
-def _readable(folder: Path) -> list[dict[str, Any]]:
+def _load_readable(folder: Path) -> list[dict[str, Any]]:
     with suppress(UserError):
         return list(load_diagnosis(folder).get("variants", []))
     return []
 
 
-def parts(folder: Path, variant: Mapping[str, Any]) -> dict[str, Any]:
-    """The arrays behind a variant's figures, by part; what is not there is left out."""
-    return join_parts(load_all(folder / FOLDER / run_folder.folder_name(variant["name"]), variant["parts"]))
+def load_parts(folder: Path, variant: Mapping[str, Any]) -> dict[str, Any]:
+    """Read the arrays behind a variant's figures, by part; parts that are not cached are left out."""
+    return join_parts(load_all(cache_folder(folder, FOLDER, variant["name"]), variant["parts"]))
 
 
-def select_variants(entries: Sequence[TrainedVariant], only: Sequence[str]) -> list[TrainedVariant]:
-    """The variants of these names, all of them where none is given.
+def select_variants(variants: Sequence[TrainedVariant], only: Sequence[str]) -> list[TrainedVariant]:
+    """Return the variants of these names, all of them if none is given.
 
     Raises:
         UserError: the run has none of such a name.
     """
-    known = {entry.name: entry for entry in entries}
+    known = {variant.name: variant for variant in variants}
     for name in only:
         if name not in known:
-            raise UserError(f"--only {name}: the run has no such variant{nearest(name, known)}")
-    return [known[name] for name in only] or list(entries)
+            raise UserError(f"{param('only', name)}: the run has no such variant{nearest(name, known)}")
+    return [known[name] for name in only] or list(variants)
 
 
-def _cache(entry: TrainedVariant, job: RunOptions, plan: DiagnosisBudget) -> ResultCache:
-    variant = entry.variants[0]
+def _cache(variant: TrainedVariant, options: RunOptions, budget: DiagnosisBudget) -> ResultCache:
+    fitted = variant.fits[0]
     key = {
-        "fitted": run_folder.fingerprint(variant),
-        "rows": entry.data.digest,
-        "plan": asdict(plan),
-        "seed": variant.recipe.seed,
+        "fitted": fingerprint(fitted),
+        "rows": variant.data.digest,
+        "plan": asdict(budget),
+        "seed": fitted.recipe.seed,
         "version": version("pvae-pyro"),
     }
-    return ResultCache(job.folder / FOLDER / run_folder.folder_name(entry.name), key)
+    return ResultCache(cache_folder(options.folder, FOLDER, variant.name), key)
 
 
-def _price(seconds: float, plan: DiagnosisBudget, variants: int) -> str:
-    """Say what a diagnosis is going to cost."""
-    passes, minutes = sum(plan.passes().values()), seconds / 60
+def _announce(seconds: float, budget: DiagnosisBudget, variants: int) -> str:
+    """Write what a diagnosis is going to cost."""
+    passes, minutes = sum(budget.passes().values()), seconds / 60
     wait = "less than a minute" if minutes < 1 else f"about {minutes:.0f} min"
     each = f" for each of {variants} variants" if variants > 1 else ""
     return f"diagnosis: {passes / 1e6:.2g} million rows through the decoder, {wait}{each}"
 
 
 def _diagnose(
-    entry: TrainedVariant,
+    variant: TrainedVariant,
     x: Tensor,
-    plan: DiagnosisBudget,
+    budget: DiagnosisBudget,
     cache: ResultCache,
     evaluation: Mapping[str, Estimate],
-    job: RunOptions,
+    options: RunOptions,
 ) -> Diagnosis:
     """Diagnose a variant's first seed, with a progress bar."""
-    variant = entry.variants[0]
-    with progress_bar("%", 100, wanted=job.progress) as show:
+    fitted, name = variant.fits[0], variant.name
+    with progress_bar("%", 100, wanted=options.progress) as show:
         return diagnose(
-            variant.model,
-            variant.guide,
+            fitted.model,
+            fitted.guide,
             x,
-            budget=plan,
-            labels=entry.data.test_labels,
-            seed=variant.recipe.seed,
-            progress=lambda share, task: show(int(100 * share), f"{entry.name}: {task}" if task else entry.name),
+            budget=budget,
+            labels=variant.data.test_labels,
+            seed=fitted.recipe.seed,
+            progress=lambda share, task: show(int(100 * share), f"{name}: {task}" if task else name),
             cache=cache,
             evaluation=evaluation,
         )
 
 
-def _of_evaluation(row: Mapping[str, Any]) -> Iterator[tuple[str, Estimate]]:
+def _bounds_and_gaps(row: Mapping[str, Any]) -> Iterator[tuple[str, Estimate]]:
+    """Bounds and gaps of a row of ``results.json``, of the first seed as the diagnosis is."""
     for name in ("elbo", "ais", "evidence", "inference_gap", "approximation_gap", "amortization_gap"):
         if name in row["test"]:
             value = row["test"][name]
-            # The other figures are of the first seed, and so are these.
             mean, se = (value["by_seed"][0], None) if "by_seed" in value else (value["mean"], value["se"])
             yield name, Estimate(*(math.nan if number is None else number for number in (mean, se)))

@@ -1,4 +1,4 @@
-"""Results: what was trained and judged as plain numbers and words, as they stand in ``results.json``."""
+"""Results of a comparison as plain numbers and words, as ``results.json`` holds them."""
 
 from __future__ import annotations
 
@@ -11,11 +11,13 @@ from importlib.metadata import version
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
-from pvae.data.dataset import Batch, Dataset
+from pvae.data.dataset import Dataset
 from pvae.diagnostics.evaluation import Evaluation, RefinementCurve
 from pvae.experiments import run_folder
 from pvae.experiments.conclusions import EvaluatedVariant, SameDecoder, draw_conclusions
+from pvae.experiments.opened_run import TrainedVariant
 from pvae.recipes import registry
 from pvae.recipes.build import FittedModel
 from pvae.recipes.recipe import Recipe
@@ -23,61 +25,66 @@ from pvae.stats import UNRELIABLE, Estimate, mean_se
 
 SCHEMA = 2
 LIBRARIES = ("pvae-pyro", "torch", "pyro-ppl", "numpy", "arviz-base")
+SPLITS = ("train", "test")
 WORDS = ("program", "likelihood", "prior", "family", "network", "objective")
+RECORDED = ("log_joint", "elbo", "iwae", "evidence", "reconstruction")
 
 
 class Group(NamedTuple):
-    """Variants whose nats can be compared: of the same rows, binarization and base measure."""
+    """Variants whose nats can be compared, of the same rows, binarization and base measure; test rows [B, C]."""
 
     data: Dataset
     base_measure: str
-    test: Batch
-    variants: list[list[FittedModel]]
-    judged: list[EvaluatedVariant]
+    test: Tensor
+    variants: list[TrainedVariant]
+    evaluated: list[EvaluatedVariant]
     spaces: Mapping[str, Mapping[str, Estimate]] = {}
     same: Sequence[SameDecoder] = ()
     curve: RefinementCurve | None = None
 
 
-def collect_results(groups: list[Group], left_out: Mapping[str, str]) -> dict[str, Any]:
-    """The whole of ``results.json``; each group of variants that can be compared has its own tables."""
-    recipes = [variant.recipe for group in groups for variants in group.variants for variant in variants]
-    results: dict[str, Any] = {
+def collect_results(
+    groups: list[dict[str, Any]], fits: Sequence[FittedModel], device: str, left_out: Mapping[str, str]
+) -> dict[str, Any]:
+    """Return the whole of ``results.json`` from the results of its groups; each has its own tables."""
+    return {
         "schema": SCHEMA,
-        "versions": {"python": platform.python_version()} | {name: version(name) for name in LIBRARIES},
-        "machine": {"device": str(groups[0].data.train.device), "threads": torch.get_num_threads()},
-        "recipe": _common(recipes),
+        "versions": library_versions(),
+        "machine": {"device": device, "threads": torch.get_num_threads()},
+        "recipe": common_settings([fitted.recipe for fitted in fits]),
         "left_out": dict(left_out),
-        "groups": [_group(group) for group in groups],
+        "groups": groups,
     }
-    return results
+
+
+def library_versions() -> dict[str, str]:
+    """Return the versions of Python and of the libraries that make the numbers."""
+    return {"python": platform.python_version()} | {name: version(name) for name in LIBRARIES}
 
 
 def expected_figures(results: Mapping[str, Any]) -> dict[str, Any]:
-    """What a recipe file keeps of a run: each variant's test means and errors, seconds, and what made them."""
-    found: dict[str, Any] = {"versions": results["versions"], "machine": results["machine"], "date": f"{date.today()}"}
+    """Return what a recipe file keeps of a run: test means and errors, seconds, and what made them."""
+    figures: dict[str, Any] = {key: results[key] for key in ("versions", "machine")} | {"date": f"{date.today()}"}
     for group in results["groups"]:
+        rows = group["data"]["evaluated_rows"]["test"]
         for row in group["rows"]:
-            names = [
-                name for name in ("log_joint", "elbo", "iwae", "evidence", "reconstruction") if name in row["test"]
-            ]
-            kept = {name: row["test"][name] for name in names}
-            means = {name: [round(v[key], 3) for key in ("mean", "se")] for name, v in kept.items()}
-            draws = next(iter(kept.values()))["K"]
-            rows = group["data"]["evaluated_rows"]["test"]
-            found[row["name"]] = means | {"seconds": round(row["seconds"], 1), "rows": rows, "K": draws}
-    return found
+            test = {name: row["test"][name] for name in RECORDED if name in row["test"]}
+            means = {name: [round(value[key], 3) for key in ("mean", "se")] for name, value in test.items()}
+            draws = next(iter(test.values()))["K"]
+            figures[row["name"]] = means | {"seconds": round(row["seconds"], 1), "rows": rows, "K": draws}
+    return figures
 
 
-def _common(recipes: list[Recipe]) -> dict[str, Any]:
-    """What all recipes share."""
-    first, *others = [asdict(own) for own in recipes]
+def common_settings(recipes: Sequence[Recipe]) -> dict[str, Any]:
+    """Return the settings that all recipes share."""
+    first, *others = [asdict(recipe) for recipe in recipes]
     return {name: value for name, value in first.items() if all(other[name] == value for other in others)}
 
 
-def _group(group: Group) -> dict[str, Any]:
+def group_results(group: Group) -> dict[str, Any]:
+    """Return the results of variants that can be compared, as an entry of ``results.json``."""
     data = group.data
-    found: dict[str, Any] = {
+    results: dict[str, Any] = {
         "data": {
             "name": data.name,
             "identity": data.identity,
@@ -87,86 +94,85 @@ def _group(group: Group) -> dict[str, Any]:
             "training_rows": len(data.train),
             "test_rows": len(data.test),
             "evaluated_rows": {
-                split: len(getattr(group.judged[0], split).values["reconstruction"]) for split in SPLITS
+                split: len(getattr(group.evaluated[0], split).values["reconstruction"]) for split in SPLITS
             },
             "shape": list(data.shape),
             "summary": data.summary(),
         },
         "rows": [
-            _row(variants, judged) | _space(group, judged.name)
-            for variants, judged in zip(group.variants, group.judged, strict=True)
+            _row(variant.fits, evaluated) | _latent_space(group, variant.name)
+            for variant, evaluated in zip(group.variants, group.evaluated, strict=True)
         ],
-        "verdicts": draw_conclusions(group.judged, list(group.same), group.curve, dynamic=data.binarize == "dynamic"),
+        "verdicts": draw_conclusions(
+            group.evaluated, list(group.same), group.curve, dynamic=data.binarize == "dynamic"
+        ),
     }
     if group.same and group.curve is not None:
-        found["same_decoder"] = _same_decoder(group.judged, group.same)
-        found["refinement"] = _curve(group.curve)
-    return found
+        results["same_decoder"] = _same_decoder(group.evaluated, group.same)
+        results["refinement"] = _curve(group.curve)
+    return results
 
 
-SPLITS = ("train", "test")
-
-
-def _row(variants: list[FittedModel], judged: EvaluatedVariant) -> dict[str, Any]:
-    first, own = variants[0], variants[0].recipe
-    every = [judged, *judged.further]
+def _row(fits: list[FittedModel], evaluated: EvaluatedVariant) -> dict[str, Any]:
+    first, recipe = fits[0], fits[0].recipe
+    every = [evaluated, *evaluated.further]
     row = {
-        "name": judged.name,
-        "guide": judged.source.rpartition(":")[2],
-        "settings": {name: value for name, value in registry.as_table(own.guide).items() if name != "type"},
-        **{word: own.name(word) for word in WORDS},
+        "name": evaluated.name,
+        "guide": evaluated.inference.rpartition(":")[2],
+        "settings": {name: value for name, value in registry.as_table(recipe.guide).items() if name != "type"},
+        **{kind: recipe.name(kind) for kind in WORDS},
         "latent": first.guide.sites.dim,
         "parameters": run_folder.count_parameters(first),
         "epochs": len(first.fit.history),
-        "seconds": sum(v.fit.seconds for v in variants) / len(variants),
-        "evaluation_seconds": sum(j.train.seconds + j.test.seconds for j in every) / len(every),
+        "seconds": sum(fitted.fit.seconds for fitted in fits) / len(fits),
+        "evaluation_seconds": sum(one.train.seconds + one.test.seconds for one in every) / len(every),
         "history": first.fit.history,
-        "seeds": [v.recipe.seed for v in variants],
-        "fitted": [run_folder.fingerprint(v) for v in variants],
-        **{split: _quantities([getattr(j, split) for j in every]) for split in SPLITS},
+        "seeds": [fitted.recipe.seed for fitted in fits],
+        "fitted": [run_folder.fingerprint(fitted) for fitted in fits],
+        **{split: _quantities([getattr(one, split) for one in every]) for split in SPLITS},
     }
-    if len(variants) > 1:
-        row["seconds_by_seed"] = [v.fit.seconds for v in variants]
+    if len(fits) > 1:
+        row["seconds_by_seed"] = [fitted.fit.seconds for fitted in fits]
     return row
 
 
-def _space(group: Group, name: str) -> dict[str, Any]:
-    """The figures of a variant's latent space, of its first seed, where there are any."""
-    found = group.spaces.get(name, {})
-    return {"latent_space": {figure: value._asdict() for figure, value in found.items()}} if found else {}
+def _latent_space(group: Group, name: str) -> dict[str, Any]:
+    """Return the figures of a variant's latent geometry, of its first seed, where there are any."""
+    figures = group.spaces.get(name, {})
+    return {"latent_space": {key: value._asdict() for key, value in figures.items()}} if figures else {}
 
 
-def _quantities(found: list[Evaluation]) -> dict[str, Any]:
-    """Each quantity's mean and error: over rows for one seed, over the seeds' means for several."""
-    K = found[0].K
-    named = {"iwae": f"IWAE-{K}", "evidence": found[0].estimator}
-    summaries, intervals = [_summary(one) for one in found], found[0].intervals()
-    over = "draws and rows" if len(found) == 1 else f"draws, rows and {len(found)} seeds; the error is over seeds"
+def _quantities(evaluations: list[Evaluation]) -> dict[str, Any]:
+    """Return each quantity's mean and error: over rows for one seed, over the seeds' means for several."""
+    K, seeds = evaluations[0].K, len(evaluations)
+    named = {"iwae": f"IWAE-{K}", "evidence": evaluations[0].estimator}
+    summaries, intervals = [_summary(evaluation) for evaluation in evaluations], evaluations[0].intervals()
+    over = "draws and rows" if seeds == 1 else f"draws, rows and {seeds} seeds; the error is over seeds"
     quantities = {}
     for name, first in summaries[0].items():
         means = [summary[name].mean for summary in summaries]
-        estimate = first if len(found) == 1 else mean_se(torch.tensor(means))
+        estimate = first if seeds == 1 else mean_se(torch.tensor(means))
         quantities[name] = estimate._asdict() | {"K": K, "estimator": named.get(name, f"mean over {over}")}
-        if len(found) > 1:
+        if seeds > 1:
             quantities[name]["by_seed"] = means
         elif name in intervals:
             quantities[name]["interval"] = intervals[name]
     return quantities
 
 
-def _summary(found: Evaluation) -> dict[str, Estimate]:
-    """Means and errors, and the share of rows whose weights are unreliable; the mean k-hat is of finite ones."""
-    summary = found.summary()
+def _summary(evaluation: Evaluation) -> dict[str, Estimate]:
+    """Return means and errors, and the share of rows with unreliable weights; the mean k-hat is of finite ones."""
+    summary = evaluation.summary()
     if "k_hat" in summary:
-        k_hat = found.values["k_hat"]
+        k_hat = evaluation.values["k_hat"]
         summary["k_hat"] = mean_se(k_hat[k_hat.isfinite()]) if k_hat.isfinite().any() else Estimate(math.nan, math.nan)
         summary["k_hat_above"] = mean_se((~(k_hat <= UNRELIABLE)).double())
     return summary
 
 
-def _same_decoder(judged: list[EvaluatedVariant], same: Sequence[SameDecoder]) -> dict[str, Any]:
-    values = next(j for j in judged if j.source == "Amortized").test.values
-    own = same[0].elbo
+def _same_decoder(evaluated: list[EvaluatedVariant], same: Sequence[SameDecoder]) -> dict[str, Any]:
+    values = next(one for one in evaluated if one.inference == "Amortized").test.values
+    encoder = same[0].elbo
     return {
         "decoder": "Amortized",
         "split": "test",
@@ -174,13 +180,13 @@ def _same_decoder(judged: list[EvaluatedVariant], same: Sequence[SameDecoder]) -
         "best_elbo": mean_se(values["best_elbo"])._asdict(),
         "rows": [
             {
-                "guide": s.guide,
-                "elbo": mean_se(s.elbo)._asdict(),
-                "gain": (mean_se(s.elbo - own) if s is not same[0] else Estimate(0.0, 0.0))._asdict(),
-                "left": mean_se(values["best_elbo"] - s.elbo)._asdict(),
-                "seconds_per_row": s.seconds_per_row,
+                "guide": one.guide,
+                "elbo": mean_se(one.elbo)._asdict(),
+                "gain": (mean_se(one.elbo - encoder) if one is not same[0] else Estimate(0.0, 0.0))._asdict(),
+                "left": mean_se(values["best_elbo"] - one.elbo)._asdict(),
+                "seconds_per_row": one.seconds_per_row,
             }
-            for s in same
+            for one in same
         ],
     }
 

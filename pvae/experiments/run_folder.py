@@ -1,4 +1,4 @@
-"""Run folders: a recipe, its checkpoint and what was made of them; prepared, trained and loaded again."""
+"""A run folder: a recipe, its checkpoint and the results made of them; prepared, trained in and loaded again."""
 
 from __future__ import annotations
 
@@ -14,147 +14,186 @@ from typing import Any
 import torch
 
 from pvae.data.dataset import Dataset
-from pvae.errors import UserError
-from pvae.recipes import recipe, registry
+from pvae.errors import UserError, param
+from pvae.recipes import registry
 from pvae.recipes.build import FittedModel, build_model, fit_recipe
-from pvae.recipes.recipe import Recipe
+from pvae.recipes.recipe import Recipe, read_recipe, read_recipe_file, write_recipe
 from pvae.runtime.torch_state import pick_device
 from pvae.training import checkpoints
 from pvae.training.loop import Fit
 
+RECIPE = "recipe.toml"
 FILES = (
-    "recipe.toml",
-    "checkpoint.safetensors",
-    "state.json",
+    RECIPE,
+    checkpoints.FILE,
+    checkpoints.STATE,
     "history.csv",
     "results.json",
     "idata.nc",
     "report.html",
     "diagnosis.json",
 )
-# Folders of finished parts, which a longer job goes on from, and of what the run was used for.
+# Folders of cached results, of the applications' results, and of class models.
 CLASS_MODELS_DIR = "classes"
 CACHE_DIRS = ("evaluation", "diagnosis", "uses", CLASS_MODELS_DIR)
 
 
 def prepare_folder(
     folder: Path,
-    own: Recipe,
+    recipe: Recipe,
     vary: Mapping[str, list[Any]] | None = None,
     *,
     overwrite: bool = False,
     resume: bool = False,
 ) -> None:
-    """Make a folder ready for a run of a resolved recipe, and write the recipe there.
+    """Prepare a folder for the run of a resolved recipe, and write the recipe there.
+
+    Arguments:
+        vary: axes of a comparison.
+        overwrite: replace a run that the folder holds.
+        resume: continue it.
 
     Raises:
         UserError: the folder holds something else, can't be written to, or is to be resumed with another recipe.
     """
     if overwrite and resume:
-        raise UserError("--overwrite and --resume exclude each other")
+        raise UserError(f"{param('overwrite', True)} and {param('resume', True)} exclude each other")
+    label = param("folder", folder)
     if folder.exists() and not folder.is_dir():
-        raise UserError(f"--out {folder} is a file; name a folder")
-    holds_run = (folder / "recipe.toml").is_file()
+        raise UserError(f"{label} is a file; name a folder")
+    holds_run = (folder / RECIPE).is_file()
     if resume:
-        _check_same(folder, own, dict(vary or {}))
+        _check_same(folder, recipe, dict(vary or {}))
     elif holds_run and not overwrite:
-        raise UserError(f"--out {folder} holds a run; give --overwrite, --resume or another --out")
+        ways = f"give {param('overwrite', True)}, {param('resume', True)} or another {param('folder')}"
+        raise UserError(f"{label} holds a run", ways)
     elif holds_run:
         _clear(folder)
     elif folder.is_dir() and any(folder.iterdir()):
-        raise UserError(f"--out {folder} holds files that are not a run's; name another folder")
-    recipe.write_recipe(own, folder, dict(vary or {}))
+        raise UserError(f"{label} holds files that are not a run's; name another folder")
+    write_recipe(recipe, folder, dict(vary or {}))
 
 
-def _check_same(folder: Path, own: Recipe, vary: dict[str, list[Any]]) -> None:
-    # Nothing of it is run: what is built is the recipe at hand.
-    there, axes, _ = recipe.read_recipe_file(folder / "recipe.toml", trust=True)
+def _check_same(folder: Path, recipe: Recipe, vary: dict[str, list[Any]]) -> None:
+    # Code that the folder's recipe names does not run: only the recipe at hand is built.
+    stored, axes, _ = read_recipe_file(folder / RECIPE, trust=True)
+    resume, hint = param("resume", True), f"give the same values, or another {param('folder')}"
     if bool(axes) != bool(vary):
         kinds = {True: "compare's", False: "fit's"}
-        raise UserError(f"--resume: {folder} is {kinds[bool(axes)]}, not {kinds[bool(vary)]}; name another --out")
+        raise UserError(f"{resume}: {folder} is {kinds[bool(axes)]}, not {kinds[bool(vary)]}; name another folder")
     if axes != vary:
-        raise UserError(f"--resume: {folder} varies {axes}, but now {vary}; give the same flags, or another --out")
-    for name, value in vars(own).items():
-        if value != getattr(there, name):
-            raise UserError(
-                f"--resume: {folder} was made with {name.replace('_', '-')} = {getattr(there, name)}, but now it is "
-                f"{value}; give the same flags, or another --out"
-            )
+        raise UserError(f"{resume}: {folder} varies {axes}, but now {vary}", hint)
+    for name, value in vars(recipe).items():
+        if value != (before := getattr(stored, name)):
+            raise UserError(f"{resume}: {folder} was made with {name} = {before}, but now it is {value}", hint)
 
 
 def _clear(folder: Path) -> None:
-    """Remove what pvae wrote, and nothing else."""
+    """Remove the files that pvae wrote, and nothing else."""
     for name in FILES:
         (folder / name).unlink(missing_ok=True)
-    for further in folder.glob("idata-*.nc"):
-        further.unlink()
+    for path in folder.glob("idata-*.nc"):
+        path.unlink()
     checkpoints.remove(folder)
     for name in CACHE_DIRS:
         shutil.rmtree(folder / name, ignore_errors=True)
     for inner in folder.iterdir():
-        if inner.is_dir() and (inner / "recipe.toml").is_file():
+        if inner.is_dir() and (inner / RECIPE).is_file():
             shutil.rmtree(inner)
 
 
 def train_in_folder(
-    own: Recipe, data: Dataset, folder: Path, *, device: str = "auto", resume: bool = False, progress: bool = False
+    untrained: FittedModel, data: Dataset, folder: Path, *, resume: bool = False, **options: Any
 ) -> FittedModel:
-    """Fit a resolved recipe in its prepared folder."""
-    resumed = resume and (folder / checkpoints.FILE).is_file()
-    return fit_recipe(build_model(own, data), data, device=device, folder=folder, resume=resumed, progress=progress)
-
-
-def load_fit(folder: Path, data: Dataset, *, device: str = "auto", trust: bool = False) -> FittedModel:
-    """The fitted variant of a run folder.
+    """Fit a model in its prepared folder, from the folder's checkpoint on if it is to ``resume`` and there is one.
 
     Arguments:
+        untrained: of `check_recipe` or `build_model`.
+        options: of `fit`: device, progress.
+    """
+    resume = resume and is_trained(folder)
+    return fit_recipe(untrained, data, folder=folder, resume=resume, **options)
+
+
+def is_trained(folder: Path) -> bool:
+    """Return whether a folder holds a checkpoint, of a training that may be unfinished."""
+    return (folder / checkpoints.FILE).is_file()
+
+
+def load_fit(
+    folder: Path,
+    data: Dataset,
+    *,
+    device: str = "auto",
+    trust: bool = False,
+    untrained: FittedModel | None = None,
+) -> FittedModel:
+    """Load the fitted model of a run folder.
+
+    Arguments:
+        data: that the run was fitted to.
+        device: ``auto``, ``cpu`` or ``cuda``.
         trust: run the code of files that the recipe names.
+        untrained: a model of the folder's recipe that is to take the parameters, in place of a new one.
 
     Raises:
         UserError: no run, or a checkpoint that is broken, of another model or of other data.
     """
-    own = recipe.read_recipe(folder, trust=trust)
+    recipe = untrained.recipe if untrained else read_recipe(folder, trust=trust)
     tensors, header = checkpoints.read(folder)
     if header["digest"] != data.digest:
         raise UserError(f"{folder} was fitted to other rows than {data.identity} has now; fit it anew")
-    built = build_model(own, data)
+    model = untrained or build_model(recipe, data)
     tensors = checkpoints.best_params(tensors) or tensors
-    for kind, module in built.modules.items():
+    for kind, module in model.modules.items():
         checkpoints.load_module(module, kind, tensors, folder)
         module.to(pick_device(device)).eval()
-    return replace(built, fit=Fit(header["history"], header["seconds"], header["stopped"], header.get("engine", "")))
+    return replace(model, fit=Fit.from_header(header))
 
 
-def unfinished_note(variant: FittedModel) -> str:
-    """What is left of a training that was stopped, in words; empty where nothing is."""
-    done, wanted = len(variant.fit.history), variant.recipe.epochs or 0
-    if done >= wanted or variant.fit.stopped == "early":
+def unfinished_note(fitted: FittedModel) -> str:
+    """Return how many epochs of a stopped training are left, in words; empty for a finished one."""
+    done, wanted = len(fitted.fit.history), fitted.recipe.epochs or 0
+    if done >= wanted or fitted.fit.stopped == "early":
         return ""
-    return f"has had {done} of its {wanted} epochs; the command that began it with --resume trains the rest"
+    return (
+        f"has had {done} of its {wanted} epochs; the command that began it with {param('resume', True)} trains the rest"
+    )
 
 
-def count_parameters(variant: FittedModel) -> dict[str, int]:
-    """How many numbers are trained: shared by all datapoints, and of the datapoints' own."""
-    shared = {id(p): p.numel() for module in variant.modules.values() for p in module.parameters() if p.requires_grad}
-    table = getattr(variant.guide, "table", torch.empty(0))
+def count_parameters(fitted: FittedModel) -> dict[str, int]:
+    """Count trained numbers: global ones, shared by all rows, and local ones, the rows' variational parameters."""
+    shared = {id(p): p.numel() for module in fitted.modules.values() for p in module.parameters() if p.requires_grad}
+    table = getattr(fitted.guide, "table", torch.empty(0))
     return {"global": sum(shared.values()), "local": table.numel()}
 
 
-def fingerprint(variant: FittedModel) -> str:
-    """SHA-256 of a fit, first 16 hex digits: its numbers, its recipe, and the code of files that this names.
+def fingerprint(fitted: FittedModel) -> str:
+    """Return the SHA-256 of a fit, first 16 hex digits: of its parameters, its recipe, and the code that this names.
 
-    What was found under another one is not of this fit.
+    Cached results belong to the fit of their fingerprint alone.
     """
-    own = variant.recipe
-    found = hashlib.sha256(json.dumps(asdict(own), sort_keys=True, default=str).encode())
-    found.update("".join(registry.source_code(getattr(own, kind)) for kind in registry.KINDS).encode())
-    for module in variant.modules.values():
+    recipe = fitted.recipe
+    words = asdict(recipe) | {kind: registry.with_old_words(getattr(recipe, kind)) for kind in registry.KINDS}
+    digest = hashlib.sha256(json.dumps(words, sort_keys=True, default=str).encode())
+    digest.update("".join(registry.source_code(getattr(recipe, kind)) for kind in registry.KINDS).encode())
+    for module in fitted.modules.values():
         for name, values in module.state_dict().items():
-            found.update(f"{name}{tuple(values.shape)}".encode())
-            found.update(values.detach().cpu().contiguous().numpy().tobytes())
-    return found.hexdigest()[:16]
+            digest.update(f"{name}{tuple(values.shape)}".encode())
+            digest.update(values.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def folder_name(name: str) -> str:
-    """The folder of a variant's parts."""
-    return re.sub(r"[^\w=.,()+-]", "_", name)
+    """Return the folder name of a variant.
+
+    >>> folder_name("MLP(hidden=[8, 4]) / latent 2")
+    'MLP_hidden=_8,_4_latent_2'
+    """
+    return re.sub(r"[^\w.=,-]+", "_", name).strip("_")
+
+
+def cache_folder(folder: Path, kind: str, name: str) -> Path:
+    """Return the folder of a variant's cached results of a kind: of `CACHE_DIRS`; folders of version 0.1 are found."""
+    before = (re.sub(r"[^\w.=,()+-]", "_", name), name.replace("/", "_"))
+    return next((path for old in before if (path := folder / kind / old).is_dir()), folder / kind / folder_name(name))

@@ -1,4 +1,4 @@
-"""Grids: a recipe whose axes vary becomes the cells of a product, each trained in a folder of its own."""
+"""Sweeps: the product of a recipe's axes becomes points, each trained in a folder of its own."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import ast
 import itertools
 import multiprocessing
 import os
-import re
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from dataclasses import dataclass, field, replace
@@ -16,33 +15,40 @@ from typing import Any
 import torch
 
 from pvae.data.dataset import Dataset
-from pvae.errors import Incompatible, UserError
-from pvae.experiments import run_folder
-from pvae.recipes import preflight, recipe, registry
-from pvae.recipes.build import FittedModel
-from pvae.recipes.recipe import Recipe
+from pvae.errors import Incompatible, UserError, param
+from pvae.experiments.run_folder import folder_name, load_fit, prepare_folder, train_in_folder
+from pvae.recipes import registry
+from pvae.recipes.build import FittedModel, build_model
+from pvae.recipes.preflight import check_recipe
+from pvae.recipes.recipe import Recipe, check_value, load_recipe_data, resolve
 from pvae.runtime.progress import progress_bar
 from pvae.runtime.signals import TrainingInterrupt, handle_first_signal, raise_interrupt
 
 
 @dataclass(frozen=True)
 class SweepPoint:
-    """One run of a grid.
+    """One run of a sweep.
 
     Attributes:
         name: of its variant: the values of the axes, without the seed.
         recipe: resolved.
-        place: the name of its folder.
+        folder_name: of its run, in the folder of the sweep.
+        untrained: the model of the recipe, if it was built to be checked.
     """
 
     name: str
     recipe: Recipe
-    place: str
+    folder_name: str
+    untrained: FittedModel | None = field(default=None, repr=False, compare=False)
+
+    def build(self, data: Dataset) -> FittedModel:
+        """Return the untrained model, built unless it was."""
+        return self.untrained or build_model(self.recipe, data)
 
 
 @dataclass(frozen=True)
 class Workers:
-    """How cells are trained.
+    """Processes that train the points of a sweep.
 
     Attributes:
         jobs: processes at a time.
@@ -61,21 +67,21 @@ class Workers:
 
 @dataclass
 class DatasetCache:
-    """Data sets of recipes, each read once."""
+    """Data sets of recipes, each loaded once."""
 
     folder: str | Path | None = None
-    known: dict[tuple[Any, ...], Dataset] = field(default_factory=dict)
+    loaded: dict[tuple[str, ...], Dataset] = field(default_factory=dict)
 
-    def __getitem__(self, own: Recipe) -> Dataset:
+    def __getitem__(self, recipe: Recipe) -> Dataset:
         keys = ("data", "binarize", "test_size", "validation_size", "split_seed", "missing", "only", "program")
-        key = tuple(str(getattr(own, name)) for name in keys)
-        if key not in self.known:
-            self.known[key] = recipe.load_recipe_data(own, self.folder)
-        return self.known[key]
+        key = tuple(str(getattr(recipe, name)) for name in keys)
+        if key not in self.loaded:
+            self.loaded[key] = load_recipe_data(recipe, self.folder)
+        return self.loaded[key]
 
 
 def parse_axis(words: str) -> tuple[str, list[Any]]:
-    """An axis as one writes it on the command line.
+    """Parse an axis as one writes it on the command line.
 
     Raises:
         UserError: it is not of the form ``name=value,value``, or names no key of a recipe.
@@ -83,17 +89,18 @@ def parse_axis(words: str) -> tuple[str, list[Any]]:
     >>> parse_axis("objective=ELBO,IWAE(K=5)"), parse_axis("latent=2,8")
     (('objective', ['ELBO', 'IWAE(K=5)']), ('latent', [2, 8]))
     """
-    name, equals, values = words.partition("=")
+    name, equals, text = words.partition("=")
     name = name.strip().replace("-", "_")
-    found = [_value(name, word) for word in registry.split_words(values)]
-    if not equals or "" in found or None in found or len(found) != len({str(value) for value in found}):
-        raise UserError(f"--vary {words}: write {name}=VALUE,VALUE,... with different values")
-    for value in found:
-        recipe.check_value(name, value, f"--vary {words}: ")
-    return name, found
+    values = [_parse_value(name, word) for word in registry.split_words(text)]
+    axis = param("vary", words)
+    if not equals or "" in values or None in values or len(values) != len({str(value) for value in values}):
+        raise UserError(f"{axis}: write {name}=VALUE,VALUE,... with different values")
+    for value in values:
+        check_value(name, value, f"{axis}: ")
+    return name, values
 
 
-def _value(name: str, word: str) -> Any:
+def _parse_value(name: str, word: str) -> Any:
     if name in registry.KINDS:
         return word
     try:
@@ -102,137 +109,134 @@ def _value(name: str, word: str) -> Any:
         return word
 
 
-def sweep_points(own: Recipe, vary: Mapping[str, Sequence[Any]]) -> list[SweepPoint]:
-    """The product of the axes, the last one fastest; an axis ``seed`` repeats each variant on the same rows.
+def sweep_points(recipe: Recipe, vary: Mapping[str, Sequence[Any]]) -> list[SweepPoint]:
+    """Return the product of the axes, the last one fastest; an axis ``seed`` repeats each variant on the same rows.
 
     Raises:
-        UserError: an unknown component, or two cells of one name.
+        UserError: an unknown component, or two points of one name.
     """
-    seeds = list(vary.get("seed", [own.seed]))
+    seeds = list(vary.get("seed", [recipe.seed]))
     axes = {name: values for name, values in vary.items() if name != "seed"}
-    base = replace(own, split_seed=seeds[0] if own.split_seed is None else own.split_seed)
-    told = [name for name, values in axes.items() if len(values) > 1]
-    found = []
+    base = replace(recipe, split_seed=seeds[0] if recipe.split_seed is None else recipe.split_seed)
+    naming = [name for name, values in axes.items() if len(values) > 1] or list(axes)
+    points = []
     for values in itertools.product(*axes.values()):
-        chosen = dict(zip(axes, values, strict=True))
-        name = " / ".join(_word(kind, chosen[kind]) for kind in told or axes) or own.name("guide")
+        settings = dict(zip(axes, values, strict=True))
+        name = " / ".join(_value_label(key, settings[key]) for key in naming) or recipe.name("guide")
         for seed in seeds:
-            resolved = recipe.resolve(replace(base, **chosen, seed=seed))
-            place = re.sub(r"[^\w.=,-]+", "_", name).strip("_") + (f",seed={seed}" if len(seeds) > 1 else "")
-            found.append(SweepPoint(name, resolved, place))
-    if len({cell.place for cell in found}) < len(found):
+            folder = folder_name(name) + (f",seed={seed}" if len(seeds) > 1 else "")
+            points.append(SweepPoint(name, resolve(replace(base, **settings, seed=seed)), folder))
+    if len({point.folder_name for point in points}) < len(points):
         raise UserError("two variants have the same name; give each value once")
-    return found
+    return points
 
 
-def _word(kind: str, value: Any) -> str:
-    """A value as it was given, so that IWAE(K=5) says its K, default or not."""
-    return registry.label(value) if kind in registry.KINDS else f"{kind.replace('_', ' ')} {value}"
+def _value_label(key: str, value: Any) -> str:
+    """Write a value with the arguments that it was given, so that IWAE(K=5) shows its K, default or not."""
+    return registry.label(value) if key in registry.KINDS else f"{key.replace('_', ' ')} {value}"
 
 
-def runnable(all_cells: list[SweepPoint], shelf: DatasetCache) -> tuple[list[SweepPoint], dict[str, str]]:
-    """The cells that can be trained, and by name those that are left out with the reason.
+def runnable(points: list[SweepPoint], datasets: DatasetCache) -> tuple[list[SweepPoint], dict[str, str]]:
+    """Check points before anything is trained.
+
+    Returns:
+        The points that can be trained, with their models, and by name those that are left out with the reason.
 
     Raises:
-        UserError: a mistake in any cell, or no cell that can be trained.
+        UserError: a mistake in any point, or no point that can be trained.
     """
-    kept, refused = [], {}
-    for cell in all_cells:
+    accepted: list[SweepPoint] = []
+    refused: dict[str, str] = {}
+    checked: set[tuple[int, str, str]] = set()
+    for point in points:
+        data, recipe = datasets[point.recipe], point.recipe
+        # The program and its likelihood alone say which values may be observed.
+        observed = id(data), str(recipe.program), str(recipe.likelihood)
         try:
-            preflight.check_recipe(cell.recipe, shelf[cell.recipe])
-            kept.append(cell)
+            untrained = check_recipe(recipe, data, check_data=observed not in checked)
         except Incompatible as error:
-            refused[cell.name] = str(error)
-    if not kept:
+            refused[point.name] = str(error)
+        else:
+            checked.add(observed)
+            accepted.append(replace(point, untrained=untrained))
+    if not accepted:
         raise UserError(next(iter(refused.values())))
-    return kept, refused
+    return accepted, refused
 
 
 def train_sweep(
-    wanted: list[SweepPoint],
+    points: list[SweepPoint],
     folder: Path,
-    shelf: DatasetCache,
-    pool: Workers,
+    datasets: DatasetCache,
+    workers: Workers,
     *,
     overwrite: bool = False,
     resume: bool = False,
 ) -> list[FittedModel]:
-    """Train each cell in its own folder and return the variants in the order of the cells.
+    """Train each point in its own folder and return the fitted models in their order.
 
     Arguments:
-        wanted: the cells.
-        folder: of the comparison.
-        shelf: their data.
-        pool: how.
-        overwrite: replace what the folders hold.
-        resume: go on with what is there; what is trained is not trained again.
+        folder: of the sweep.
+        overwrite: replace what the points' folders hold.
+        resume: continue trainings that their folders hold; finished ones are loaded.
     """
-    begun = [resume and (folder / cell.place / "recipe.toml").is_file() for cell in wanted]
-    for cell, known in zip(wanted, begun, strict=True):
-        run_folder.prepare_folder(folder / cell.place, cell.recipe, overwrite=overwrite, resume=known)
-    if pool.jobs > 1 and len(wanted) > 1:
-        _train_apart(wanted, folder, pool, begun)
-        return [run_folder.load_fit(folder / c.place, shelf[c.recipe], device=pool.device, trust=True) for c in wanted]
-    found = []
-    for number, (cell, known) in enumerate(zip(wanted, begun, strict=True), 1):
-        own = cell.recipe
-        count = f" ({number} of {len(wanted)})" if len(wanted) > 1 else ""
-        pool.say(f"training {_told(cell)}: {_epochs(own)}, batches of {own.batch_size}{count}")
-        found.append(
-            run_folder.train_in_folder(
-                own,
-                shelf[own],
-                folder / cell.place,
-                device=pool.device,
-                resume=known,
-                progress=pool.progress,
-            )
-        )
-    return found
+    folders = [folder / point.folder_name for point in points]
+    begun = [resume and (path / "recipe.toml").is_file() for path in folders]
+    for point, path, known in zip(points, folders, begun, strict=True):
+        prepare_folder(path, point.recipe, overwrite=overwrite, resume=known)
+    if workers.jobs > 1 and len(points) > 1:
+        _train_in_processes(points, folders, begun, workers)
+        pairs = [(path, point, datasets[point.recipe]) for path, point in zip(folders, points, strict=True)]
+        return [load_fit(path, data, device=workers.device, untrained=point.build(data)) for path, point, data in pairs]
+    models, options = [], {"device": workers.device, "progress": workers.progress}
+    for number, (point, path, known) in enumerate(zip(points, folders, begun, strict=True), 1):
+        data, batch_size = datasets[point.recipe], point.recipe.batch_size
+        count = f" ({number} of {len(points)})" if len(points) > 1 else ""
+        workers.say(f"training {_title(point)}: {_epochs(point.recipe)}, batches of {batch_size}{count}")
+        models.append(train_in_folder(point.build(data), data, path, resume=known, **options))
+    return models
 
 
-def _told(cell: SweepPoint) -> str:
-    return cell.place.replace(",seed=", ", seed ")
+def _title(point: SweepPoint) -> str:
+    return point.folder_name.replace(",seed=", ", seed ")
 
 
-def _epochs(own: Recipe) -> str:
-    return f"{own.epochs} epoch{'' if own.epochs == 1 else 's'}"
+def _epochs(recipe: Recipe) -> str:
+    return f"{recipe.epochs} epoch{'' if recipe.epochs == 1 else 's'}"
 
 
-def _train_apart(wanted: list[SweepPoint], folder: Path, pool: Workers, begun: list[bool]) -> None:
-    """Train cells in processes of their own, which share the machine's threads; a signal ends them all, saved."""
-    jobs = min(pool.jobs, len(wanted))
+def _train_in_processes(points: list[SweepPoint], folders: list[Path], begun: list[bool], workers: Workers) -> None:
+    """Train points in processes of their own, which share the machine's threads; a signal ends them all, saved."""
+    jobs = min(workers.jobs, len(points))
     threads = max(1, torch.get_num_threads() // jobs)
-    pool.say(f"training {len(wanted)} variants, {jobs} at a time, {threads} threads each")
+    workers.say(f"training {len(points)} variants, {jobs} at a time, {threads} threads each")
     spawning = multiprocessing.get_context("spawn")
     with (
         # In process groups of their own, Ctrl-C reaches them once, through this process, and not twice.
-        ProcessPoolExecutor(jobs, mp_context=spawning, initializer=os.setpgrp) as workers,
-        progress_bar("variants", len(wanted), wanted=pool.progress) as show,
+        ProcessPoolExecutor(jobs, mp_context=spawning, initializer=os.setpgrp) as pool,
+        progress_bar("variants", len(points), wanted=workers.progress) as show,
         handle_first_signal(raise_interrupt),
     ):
-        waiting, running, trained = list(zip(wanted, begun, strict=True)), dict[Any, SweepPoint](), 0
+        waiting, running, trained = list(zip(points, folders, begun, strict=True)), dict[Any, SweepPoint](), 0
         try:
             while waiting or running:
                 while waiting and len(running) < jobs:
-                    cell, known = waiting.pop(0)
-                    place = folder / cell.place
-                    job = workers.submit(_train_alone, cell, place, pool.device, pool.data_folder, known, threads)
-                    running[job] = cell
+                    point, path, known = waiting.pop(0)
+                    arguments = (point.recipe, path, workers.device, workers.data_folder, known, threads)
+                    running[pool.submit(_train_in_process, *arguments)] = point
                 for done in wait(running, return_when=FIRST_COMPLETED).done:
                     done.result()
                     trained += 1
-                    show(trained, _told(running.pop(done)))
+                    show(trained, _title(running.pop(done)))
         except TrainingInterrupt:
             for process in multiprocessing.active_children():
                 process.terminate()
             raise
 
 
-def _train_alone(
-    cell: SweepPoint, folder: Path, device: str, data_folder: str | Path | None, resume: bool, threads: int
+def _train_in_process(
+    recipe: Recipe, folder: Path, device: str, data_folder: str | Path | None, resume: bool, threads: int
 ) -> None:
     torch.set_num_threads(threads)
-    run_folder.train_in_folder(
-        cell.recipe, recipe.load_recipe_data(cell.recipe, data_folder), folder, device=device, resume=resume
-    )
+    data = load_recipe_data(recipe, data_folder)
+    train_in_folder(build_model(recipe, data), data, folder, device=device, resume=resume)

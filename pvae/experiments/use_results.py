@@ -1,4 +1,4 @@
-"""What came of using a run: arrays, a picture and sentences, written where they are wanted and kept for the page."""
+"""Results of the applications: arrays, a picture and sentences, written to files and stored in the run's folder."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from pvae.errors import UserError, nearest
+from pvae.errors import UserError, nearest, param
 from pvae.runtime.files import atomic_replace, read_json, write_json
 
 # In a run's folder.
@@ -35,7 +35,7 @@ KINDS = (".npz", ".npy", ".csv", ".png", ".html")
 
 @dataclass
 class UseResult:
-    """What a command gives.
+    """Result of a command on a run.
 
     Attributes:
         verb: the command's name.
@@ -44,7 +44,7 @@ class UseResult:
         tables: title, header and lines of words, likewise.
         figure: a picture.
         page: a self-contained page that one can move in.
-        aside: names of arrays that are not about the rows, and so never columns.
+        not_columns: names of arrays that are not about the rows, and so never columns.
         columns: names of the data's columns, if they have any.
     """
 
@@ -54,7 +54,7 @@ class UseResult:
     tables: list[tuple[str, list[str], list[list[str]]]] = field(default_factory=list)
     figure: Figure | None = None
     page: str = ""
-    aside: Collection[str] = ()
+    not_columns: Collection[str] = ()
     columns: Sequence[str] | None = None
 
 
@@ -62,7 +62,6 @@ def check_outputs(outs: Sequence[Path], overwrite: bool, *, page: bool = True) -
     """Refuse, before any work, files that can't be written or would replace others.
 
     Arguments:
-        outs: the files.
         overwrite: files may be replaced.
         page: there will be a page.
 
@@ -70,18 +69,19 @@ def check_outputs(outs: Sequence[Path], overwrite: bool, *, page: bool = True) -
         UserError: an unknown format, a page where there is none, or a file that exists while ``overwrite`` is off.
     """
     for path in outs:
+        label = param("out", path)
         if path.suffix not in KINDS:
-            raise UserError(f"--out {path}: unknown format '{path.suffix}'{nearest(path.suffix, KINDS)}")
+            raise UserError(f"{label}: unknown format '{path.suffix}'{nearest(path.suffix, KINDS)}")
         if path.suffix == ".html" and not page:
-            raise UserError(f"--out {path}: only map makes a page; write .npz, .npy, .csv or .png")
+            raise UserError(f"{label}: only map makes a page; write .npz, .npy, .csv or .png")
         if path.is_dir():
-            raise UserError(f"--out {path} is a folder; name a file in it")
+            raise UserError(f"{label} is a folder; name a file in it")
         if path.exists() and not overwrite:
-            raise UserError(f"--out {path} exists; give --overwrite to replace it, or another name")
+            raise UserError(f"{label} exists; give {param('overwrite', True)} to replace it, or another name")
 
 
 def write_outputs(use: UseResult, *paths: Path) -> None:
-    """Write a use to files, each whole or not at all: all arrays (.npz), the first (.npy), a table, picture, page.
+    """Write a result to files, each whole or not at all: all arrays (.npz), the first (.npy), a table, picture, page.
 
     Raises:
         UserError: there is no picture or page, and nothing is written; or a file can't be written.
@@ -89,7 +89,7 @@ def write_outputs(use: UseResult, *paths: Path) -> None:
     for path in paths:
         if (path.suffix == ".png" and use.figure is None) or (path.suffix == ".html" and not use.page):
             what = {".png": "picture", ".html": "page"}[path.suffix]
-            raise UserError(f"--out {path}: there is no {what} of {use.verb}; write .npz, .npy or .csv")
+            raise UserError(f"{param('out', path)}: there is no {what} of {use.verb}; write .npz, .npy or .csv")
     for path in paths:
         _write(use, path)
 
@@ -101,8 +101,8 @@ def _write(use: UseResult, path: Path) -> None:
         elif path.suffix == ".npy":
             np.save(file, next(iter(use.arrays.values())))
         elif path.suffix == ".csv":
-            shown = {name: values for name, values in use.arrays.items() if name not in use.aside}
-            _write_csv(file, shown, use.columns)
+            arrays = {name: values for name, values in use.arrays.items() if name not in use.not_columns}
+            _write_csv(file, arrays, use.columns)
         else:
             file.write(use.page.encode() if path.suffix == ".html" else _picture(use))
 
@@ -115,9 +115,9 @@ def _picture(use: UseResult) -> bytes:
 
 
 def _write_csv(file: Any, arrays: Mapping[str, np.ndarray], names: Sequence[str] | None) -> None:
-    """Columns of all arrays that have a row for each row of the first.
+    """Write columns of all arrays with as many rows as the first.
 
-    Those of a table are numbered, but those of x are the data's own, so that the file may stand for the data's.
+    Columns of x are named as the data's, so that the file may replace the data's; those of other tables are numbered.
     """
     import pyarrow as pa
     from pyarrow import csv
@@ -127,43 +127,44 @@ def _write_csv(file: Any, arrays: Mapping[str, np.ndarray], names: Sequence[str]
         if values.ndim == 1 and len(values) == rows:
             columns[name] = values
         elif values.ndim == 2 and len(values) == rows:
-            own = names if names and len(names) == values.shape[1] else None
-            for place in range(values.shape[1]):
-                told = f"{name}{place}" if own is None else own[place] if name == "x" else f"{name}_{own[place]}"
-                columns[told] = values[:, place]
+            for place, column in enumerate(values.T):
+                if names is None or len(names) != values.shape[1]:
+                    columns[f"{name}{place}"] = column
+                else:
+                    columns[names[place] if name == "x" else f"{name}_{names[place]}"] = column
     csv.write_csv(pa.table({name: np.ascontiguousarray(values) for name, values in columns.items()}), file)
 
 
 def save_in_run(use: UseResult, folder: Path, about: Mapping[str, Any]) -> list[Path]:
-    """Keep a use in a run's folder, in the place of the last one of its verb, and return the files.
+    """Store a result in a run's folder, in place of the last one of its verb, and return the files.
 
     Arguments:
         about: what it belongs to: the variant, the fit's fingerprint, the shape of a row.
     """
     kinds = {".npz": True, ".png": use.figure is not None, ".html": bool(use.page)}
     paths = {kind: folder / FOLDER / f"{use.verb}{kind}" for kind in kinds}
-    for kind, there in kinds.items():
-        if there:
+    for kind, exists in kinds.items():
+        if exists:
             write_outputs(use, paths[kind])
         else:
-            paths[kind].unlink(missing_ok=True)  # of an earlier use, to which it would not belong
-    told = {"sentences": use.sentences, "tables": use.tables}
-    write_json(folder / FOLDER / f"{use.verb}.json", {"verb": use.verb, **about, **told})
+            paths[kind].unlink(missing_ok=True)  # of an earlier result
+    contents = {"verb": use.verb, **about, "sentences": use.sentences, "tables": use.tables}
+    write_json(folder / FOLDER / f"{use.verb}.json", contents)
     return [path for kind, path in paths.items() if kinds[kind]]
 
 
 def load_from_run(folder: Path, fitted: Collection[str]) -> list[dict[str, Any]]:
-    """What a run's folder keeps of its uses, in the order of ``VERBS``; that of earlier fits is left out.
+    """Load the results that a run's folder stores of these fits, by their fingerprints, in the order of ``VERBS``.
 
     Returns:
         What `save_in_run` wrote of each, with the paths ``picture`` (None without one) and ``arrays``.
     """
-    found = []
+    results = []
     for verb in VERBS:
         path = folder / FOLDER / f"{verb}.json"
-        told = read_json(path, f"pvae {verb} {folder} writes it anew") if path.is_file() else {}
-        if told.get("fitted") in fitted:
-            drawn = path.with_suffix(".png")
-            told["picture"] = drawn if drawn.is_file() else None
-            found.append(told | {"arrays": path.with_suffix(".npz")})
-    return found
+        contents = read_json(path, f"pvae {verb} {folder} writes it anew") if path.is_file() else {}
+        if contents.get("fitted") in fitted:
+            picture = path.with_suffix(".png")
+            files = {"picture": picture if picture.is_file() else None, "arrays": path.with_suffix(".npz")}
+            results.append(contents | files)
+    return results

@@ -13,6 +13,7 @@ from pvae.diagnostics.evaluation import Budget
 from pvae.diagnostics.trust import USES
 from pvae.errors import UserError
 from pvae.experiments import compare, diagnosis
+from pvae.experiments.opened_run import open_variants
 from pvae.runtime.files import write_json
 from pvae.samplers import ais
 
@@ -43,13 +44,13 @@ def short_warm_up(monkeypatch):
 def diagnosed(run, plan=SMALL, only=(), say=lambda line: None):
     folder, results = run
     job = compare.RunOptions(folder, **JOB, say=say)
-    return diagnosis.diagnose_run(compare.load_variants(job), results, job, plan, only)
+    return diagnosis.diagnose_run(open_variants(folder), results, job, plan, only)
 
 
 def test_every_stage_is_made_and_judged(run):
     good, point = diagnosed(run)["variants"]
     assert good["name"] == "DiagonalNormal"
-    assert set(diagnosis.parts(run[0], good)) == {
+    assert set(diagnosis.load_parts(run[0], good)) == {
         "rows",
         "health",
         "predictive",
@@ -60,7 +61,7 @@ def test_every_stage_is_made_and_judged(run):
     assert {"k_hat_above", "sbc_p", "sound", "inference_gap"} <= set(good["refined"])
     assert [verdict["use"] for verdict in good["verdicts"]] == list(USES)
     # A point mass has no weights, no bound and no spread: only its codes and its model are looked at.
-    assert set(diagnosis.parts(run[0], point)) == {"rows", "health", "predictive"}
+    assert set(diagnosis.load_parts(run[0], point)) == {"rows", "health", "predictive"}
     assert not {"k_hat_above", "sbc_p", "inference_gap"} & set(point["figures"])
     assert diagnosis.load_diagnosis(run[0])["variants"][0]["figures"].keys() == good["figures"].keys()
 
@@ -100,13 +101,13 @@ def test_it_goes_on_where_it_was_stopped(run, monkeypatch):
         diagnosed(run, plan, ["DiagonalNormal"])
     found = diagnosed(run, plan, ["DiagonalNormal"])
     assert len(calls) == 4  # three batches, one of them twice
-    assert len(diagnosis.parts(run[0], found["variants"][0])["sandwich"].lower) == 31
+    assert len(diagnosis.load_parts(run[0], found["variants"][0])["sandwich"].lower) == 31
 
 
 def test_another_plan_does_not_read_what_an_earlier_one_left(run):
     diagnosed(run, replace(SMALL, annealed=31), ["DiagonalNormal"])
     found = diagnosed(run, SMALL, ["DiagonalNormal"])
-    assert len(diagnosis.parts(run[0], found["variants"][0])["sandwich"].lower) == 3
+    assert len(diagnosis.load_parts(run[0], found["variants"][0])["sandwich"].lower) == 3
 
 
 def test_one_variant_alone_leaves_the_others_diagnosis(run):
@@ -144,10 +145,10 @@ def test_a_diagnosis_of_another_version_is_refused(run, tmp_path):
 
 def test_results_of_other_fits_are_not_current(run):
     folder, _ = run
-    entries = compare.load_variants(compare.RunOptions(folder, **JOB))
+    entries = open_variants(folder)
     assert compare.current_results(folder, entries) == json.loads((folder / "results.json").read_text())
     with torch.no_grad():
-        next(entries[0].variants[0].program.parameters()).add_(1)
+        next(entries[0].fits[0].program.parameters()).add_(1)
     assert compare.current_results(folder, entries) == {}
 
 

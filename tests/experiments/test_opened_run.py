@@ -20,8 +20,9 @@ from sklearn.datasets import load_digits
 from pvae.cli.app import main
 from pvae.data.loading import load_data
 from pvae.errors import UserError
-from pvae.experiments import opened_run
-from pvae.experiments.opened_run import open_run, parse_positions, select_rows
+from pvae.experiments import row_selection
+from pvae.experiments.opened_run import open_run
+from pvae.experiments.row_selection import parse_positions, select_rows
 
 SMALL = "--epochs 1 --hidden 16 --latent 2"
 FIT = f"fit {SMALL}"
@@ -93,7 +94,7 @@ def test_variants_that_are_not_trained_yet_are_none(tmp_path):
     with pytest.raises(UserError, match="has no variant 'Amortized'; did you mean 'SemiAmortized'"):
         open_run(tmp_path / "run", "Amortized")
     (tmp_path / "run/SemiAmortized/checkpoint.safetensors").unlink()
-    with pytest.raises(UserError, match="holds no trained variant; the command that began it with --resume goes on"):
+    with pytest.raises(UserError, match="holds no trained variant; the command that began it with resume=True goes on"):
         open_run(tmp_path / "run")
 
 
@@ -108,7 +109,7 @@ def test_what_is_no_run_or_has_other_data_is_refused(tmp_path):
 
 
 def test_code_that_a_run_names_runs_only_where_it_is_trusted(labelled):
-    with pytest.raises(UserError, match="--trust"):
+    with pytest.raises(UserError, match="trust"):
         open_run(labelled.folder)
 
 
@@ -156,15 +157,15 @@ def test_positions_are_those_that_are_named(select, found):
 @pytest.mark.parametrize(
     ("select", "words"),
     [
-        ("10", "--select 10: there is no row 10; there are 10 rows, counted from 0"),
-        ("0:11", "--select 0:11: there is no row 10; there are 10 rows"),
+        ("10", "select=10: there is no row 10; there are 10 rows, counted from 0"),
+        ("0:11", "select=0:11: there is no row 10; there are 10 rows"),
         ("0:1000000000000", "there is no row 10; there are 10 rows"),
         ("-1", "there is no row -1"),
         ("-3:2", "there is no row -3"),
         ("1,-2", "there is no row -2"),
-        ("5:5", "--select 5:5 is empty; there are 10 rows, counted from 0"),
+        ("5:5", "select=5:5 is empty; there are 10 rows, counted from 0"),
         ("7:3", "is empty"),
-        ("", "--select '': write positions, as 3,17,5 or 0:20"),
+        ("", "select '': write positions, as 3,17,5 or 0:20"),
         ("1,", "write positions"),
         ("one", "write positions"),
         ("1.5", "write positions"),
@@ -204,8 +205,8 @@ def test_of_rows_on_disk_those_selected_alone_are_read(counts, monkeypatch):
     assert found.x.equal(torch.from_numpy(read[streamed.train.rows[[5, 0, 1]]]))
     streamed.train.values = read
     assert select_rows(own, "train").x.equal(streamed.train.to_tensor())
-    monkeypatch.setattr(opened_run, "available_memory", lambda: 2000 * 6 * 4.0)
-    with pytest.raises(UserError, match=r"2400 training rows take .*; name fewer, as --select 0:1000"):
+    monkeypatch.setattr(row_selection, "available_memory", lambda: 2000 * 6 * 4.0)
+    with pytest.raises(UserError, match=r"2400 training rows take .*; name fewer, as select=0:1000"):
         select_rows(own, "train")
     assert len(select_rows(own, "train", "0:1000").x) == 1000
 
@@ -359,7 +360,7 @@ def test_labels_become_columns_where_the_program_takes_them(labelled, tmp_path):
 
 
 def test_the_module_lists_the_words_that_it_knows():
-    assert tuple(opened_run.SPLIT_LABELS) == ("test", "train", "validation")
+    assert tuple(row_selection.SPLIT_LABELS) == ("test", "train", "validation")
 
 
 def test_columns_are_known_by_their_names(tmp_path):
@@ -376,6 +377,8 @@ def test_columns_are_known_by_their_names(tmp_path):
     run = replace(open_run(run_of(FIT)), data=data)
     assert data.columns == ("a", "b", "c")
     for path in (table("turned.csv", (2, 0, 1)), table("wider.csv", (0, 1, 2), more=("sd_a", "row"))):
-        np.testing.assert_array_equal(opened_run._from_file(run, path, True, False).x.numpy(), rows.astype(np.float32))
+        np.testing.assert_array_equal(
+            row_selection._from_file(run, path, True, False).x.numpy(), rows.astype(np.float32)
+        )
     with pytest.raises(UserError, match="it has no column 'b', which the run's data have"):
-        opened_run._from_file(run, table("lacking.csv", (0, 2)), True, False)
+        row_selection._from_file(run, table("lacking.csv", (0, 2)), True, False)

@@ -19,6 +19,7 @@ from pvae.diagnostics.evaluation import Budget
 from pvae.errors import UserError
 from pvae.experiments import arviz_export, compare, sweep
 from pvae.experiments.compare import RunOptions
+from pvae.experiments.opened_run import open_variants
 from pvae.recipes import recipe
 from pvae.recipes.recipe import Recipe
 from pvae.recipes.registry import KINDS
@@ -82,7 +83,7 @@ def test_an_axis_is_a_name_and_values(words, name, values):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ("latnt=2", "--vary latnt=2: unknown key 'latnt'; did you mean 'latent'?"),
+        ("latnt=2", "vary=latnt=2: unknown key 'latnt'; did you mean 'latent'?"),
         ("latent", "write latent=VALUE,VALUE,... with different values"),
         ("latent=", "write latent=VALUE"),
         ("latent=2,,3", "write latent=VALUE"),
@@ -109,15 +110,15 @@ def test_cells_are_the_product_of_the_axes_the_last_fastest():
     assert [(cell.recipe.name("prior"), cell.recipe.latent) for cell in found] == [
         *itertools.product(["StandardNormal", "StudentT(df=3.0)"], [2, 3])
     ]
-    assert [cell.place for cell in found] == [Path(cell.place).name for cell in found]
+    assert [cell.folder_name for cell in found] == [Path(cell.folder_name).name for cell in found]
     assert all(cell.recipe == recipe.resolve(cell.recipe) for cell in found)
-    assert len({cell.place for cell in found}) == 4
+    assert len({cell.folder_name for cell in found}) == 4
 
 
 def test_seeds_repeat_a_variant_on_the_same_rows():
     found = sweep.sweep_points(small(), {"prior": ["StandardNormal", "StudentT"], "seed": [4, 5]})
     assert [cell.name for cell in found] == ["StandardNormal"] * 2 + ["StudentT"] * 2
-    assert [cell.place for cell in found] == [
+    assert [cell.folder_name for cell in found] == [
         f"{name},seed={seed}" for name in ("StandardNormal", "StudentT") for seed in (4, 5)
     ]
     assert [(cell.recipe.seed, cell.recipe.split_seed) for cell in found] == [(4, 4), (5, 4)] * 2
@@ -258,7 +259,7 @@ def test_mean_and_error_over_seeds_are_those_of_the_seeds_means(kept):
         job = RunOptions(
             Path(shutil.copytree(kept / f"StudentT,seed={seed}", f"run-{seed}")), rows=5, budget=Budget(5, 5)
         )
-        (row,) = compare.evaluate_variants(compare.load_variants(job), job)["groups"][0]["rows"]
+        (row,) = compare.evaluate_variants(open_variants(job.folder), job)["groups"][0]["rows"]
         elbo = group["rows"][1]["test"]["elbo"]
         assert row["test"]["elbo"]["mean"] == pytest.approx(elbo["by_seed"][seed], abs=1e-6)
     assert "over 2 seeds" in " ".join(group["verdicts"])

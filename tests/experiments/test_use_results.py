@@ -1,6 +1,5 @@
 """What came of a use, written and read back: every format, whole or not at all, and what a run's page is told of it."""
 
-import base64
 import io
 import json
 
@@ -85,7 +84,7 @@ def test_what_is_not_about_rows_is_no_column_though_it_is_as_long(use, workplace
     use.arrays["prior"] = ARRAYS["prior"][:5]
     write_outputs(use, workplace / "one.csv")
     assert "prior0" in csv.read_csv(workplace / "one.csv").column_names
-    use.aside = {"prior"}
+    use.not_columns = {"prior"}
     write_outputs(use, workplace / "other.csv")
     assert csv.read_csv(workplace / "other.csv").column_names == ["x0", "x1", "x2", "row", "flagged"]
 
@@ -104,14 +103,14 @@ def test_what_there_is_not_can_not_be_written_and_nothing_else_is(kind, what, wo
         ("out.txt", "unknown format '.txt'"),
         ("out.NPY", "did you mean '.npy'?"),
         ("out", "unknown format ''"),
-        ("there.npz", "exists; give --overwrite to replace it, or another name"),
+        ("there.npz", "exists; give overwrite=True to replace it, or another name"),
         ("folder.npz", "is a folder; name a file in it"),
     ],
 )
 def test_outputs_are_refused_before_any_work(name, words, workplace):
     (workplace / "there.npz").write_text("old")
     (workplace / "folder.npz").mkdir()
-    with pytest.raises(UserError, match=rf"^--out .*{name} ?.*") as error:
+    with pytest.raises(UserError, match=rf"^out=.*{name} ?.*") as error:
         check_outputs([workplace / "new.npy", workplace / name], False)
     assert words in str(error.value)
     check_outputs([workplace / "new.npy"], False)
@@ -162,7 +161,7 @@ def test_a_use_is_kept_and_told_with_its_picture(use, workplace):
     assert told["sentences"] == ["Said <so>."]
     assert told["tables"] == [["Title", ["a"], [["1"]]]]
     assert told["arrays"] == paths[0]
-    picture = base64.b64decode(told["picture"].removeprefix("data:image/png;base64,"))
+    picture = told["picture"].read_bytes()
     assert picture == paths[1].read_bytes()
 
 

@@ -33,7 +33,7 @@ IMAGES = (np.random.default_rng(0).random((40, 3, 4)) < 0.5).astype("float32")
 VECTORS = np.random.default_rng(1).normal(size=(40, 7)).astype("float32")
 
 # id: (rows, changes of the recipe, sources, figures)
-ALWAYS = {"curves", "maps", "pictures", "prior"}
+ALWAYS = {"curves", "maps", "reconstructions", "prior"}
 RUNS = {
     "images": (IMAGES, {}, INFERENCE_METHODS, ALWAYS | {"gaps", "refinement", "scatter"}),
     "vectors": (VECTORS, {"likelihood": "Gaussian"}, ("PerDatapoint",), ALWAYS | {"gaps"}),
@@ -106,7 +106,7 @@ def decoded(address):
 def test_the_page_fetches_nothing(page):
     _, _, found = page
     assert {tag for tag, *_ in found.tags} & {"script", "link", "iframe", "object", "embed", "base", "form"} == set()
-    assert {name for name, _ in found.values} <= {"lang", "charset", "name", "content", "class", "src", "alt"}
+    assert {name for name, _ in found.values} <= {"lang", "charset", "name", "content", "class", "src", "alt", "title"}
     assert all(re.match("data:image/", address) for address in addresses(found))
     assert not re.search(r"https?://|@import|url\(", found.text)
     for kind, picture in map(decoded, addresses(found)):
@@ -295,12 +295,12 @@ def judged(guide="Amortized", *, sign=1, split=None, **means):
         mine = usual | means if split in (None, here) else usual
         return Evaluation({name: around(mean, sign) for name, mean in mine.items()}, 100, 1.0)
 
-    return EvaluatedVariant(guide, 2.0, values("train"), values("test"), source=guide)
+    return EvaluatedVariant(guide, 2.0, values("train"), values("test"), inference=guide)
 
 
 def point_mass(guide="Amortized"):
     found = Evaluation({"log_joint": around(-5.0), "reconstruction": around(-4.0)}, 100, 1.0)
-    return EvaluatedVariant(guide, 2.0, found, found, source=guide)
+    return EvaluatedVariant(guide, 2.0, found, found, inference=guide)
 
 
 def said(*own, same=(), curve=None, **options):
@@ -327,7 +327,7 @@ RULES = {
         [judged(amortization_gap=-0.04)],
     ),
     "search at work": (
-        "The search for the best q_params of Amortized on test rows had not come to rest",
+        "The search for the best variational parameters of Amortized on test rows had not converged",
         [judged(split="test", optimization_gap=0.04)],
         [judged(split="test", optimization_gap=0.02)],
     ),
@@ -348,7 +348,7 @@ RULES = {
     ),
     "point mass in no ranking": ("Each with its own decoder", [judged(), PER_ROW], [judged(), point_mass("Other")]),
     "dynamic": (
-        "Under dynamic binarization a row of PerDatapoint",
+        "Under dynamic binarization PerDatapoint fits a row",
         [judged(), PER_ROW, {"dynamic": True}],
         [judged(), PER_ROW],
     ),
@@ -358,18 +358,18 @@ RULES = {
         [judged(), {"dynamic": True}],
     ),
     "amortized": (
-        "On test rows the amortized guide loses 0.30 ± 0.02 nats of evidence: 0.20 ± 0.02 because an encoder",
+        "On test rows the amortized ELBO is 0.30 ± 0.02 nats below the evidence: 0.20 ± 0.02 from amortization",
         [judged()],
         [PER_ROW],
     ),
-    "amortized on both": ("On train rows the amortized guide loses", [judged()], [judged("SemiAmortized")]),
+    "amortized on both": ("On train rows the amortized ELBO is", [judged()], [judged("SemiAmortized")]),
     "rows": (
-        "The rows of PerDatapoint stand 0.20 ± 0.02 nats below their optimum",
+        "the rows of PerDatapoint are 0.20 ± 0.02 nats below the best ELBO of their family (amortization gap)",
         [PER_ROW],
         [judged()],
     ),
     "same decoder": (
-        "against its own encoder, nats of test ELBO: PerDatapoint +0.25 ± 0.04, SemiAmortized -0.25 ± 0.04.",
+        "test ELBO relative to its own encoder, nats: PerDatapoint +0.25 ± 0.04, SemiAmortized -0.25 ± 0.04.",
         [
             judged(),
             {
@@ -383,7 +383,7 @@ RULES = {
         [judged(), {"same": [SameDecoder("Amortized", around(-10.0), 1e-6)]}],
     ),
     "refinement": (
-        "win back: 0.10 ± 0.04 nats after 1, 0.30 ± 0.04 nats after 20; a step costs 30 microseconds per test row.",
+        "by 0.10 ± 0.04 nats after 1, 0.30 ± 0.04 nats after 20; a step takes 30 microseconds per row.",
         [
             judged(),
             {
