@@ -1,20 +1,30 @@
+from .battery import DIAGNOSIS_BUDGETS, DiagnosisBudget
 from .calibration import Calibration, calibrate
+from .diagnosis import Diagnosis, diagnose
 from .evaluation import Budget, Evaluation, RefinementCurve, bounds, evaluate, family_gains, refinement_curve
+from .gaps import FamilyGain
 from .latent_geometry import LatentGeometry, measure_latent_geometry
 from .latent_usage import LatentUsage, measure_latent_usage
 from .mcmc_reference import MCMCReference, compare_with_chains, compare_with_mcmc, run_long_chains
 from .predictive_checks import PredictiveChecks, run_predictive_checks
+from .quantities import QUANTITIES, Quantity
 from .trust import RULES, TrustVerdict, assess_trust
 
 __all__ = [
+    "DIAGNOSIS_BUDGETS",
+    "QUANTITIES",
+    "RULES",
     "Budget",
     "Calibration",
+    "Diagnosis",
+    "DiagnosisBudget",
     "Evaluation",
+    "FamilyGain",
     "LatentGeometry",
     "LatentUsage",
     "MCMCReference",
     "PredictiveChecks",
-    "RULES",
+    "Quantity",
     "RefinementCurve",
     "TrustVerdict",
     "assess_trust",
@@ -22,6 +32,7 @@ __all__ = [
     "calibrate",
     "compare_with_chains",
     "compare_with_mcmc",
+    "diagnose",
     "evaluate",
     "family_gains",
     "measure_latent_geometry",

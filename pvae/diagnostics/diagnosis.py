@@ -44,10 +44,10 @@ class Diagnosis:
         return summary_frame(self.figures, self.refined)
 
     def __repr__(self) -> str:
-        lines = []
+        lines = [self._title()]
         for verdict in self.verdicts.values():
             lines += [f"{verdict.level.upper()}: {USES[verdict.use]}", *(f"  - {line}" for line in _sentences(verdict))]
-        return "\n".join([*lines, "", summary_text(self._title(), self.figures, self.refined)])
+        return "\n".join([*lines, "", summary_text(self.figures, self.refined)])
 
     def _repr_html_(self) -> str:
         verdicts = "".join(
@@ -55,7 +55,7 @@ class Diagnosis:
             + "".join(f"<dd>{escape(line)}</dd>" for line in _sentences(verdict))
             for verdict in self.verdicts.values()
         )
-        return f"<dl>{verdicts}</dl>{summary_html(self._title(), self.figures, self.refined)}"
+        return f"<p>{self._title()}</p><dl>{verdicts}</dl>{summary_html(self.figures, self.refined)}"
 
     def _title(self) -> str:
         rows: Rows = self.parts["rows"]

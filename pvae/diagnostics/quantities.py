@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from html import escape
 from typing import Any, NamedTuple
 
 from pvae.stats import Estimate, number
@@ -74,7 +73,7 @@ _TABLE = {
         ),
         Quantity(
             "evidence_width",
-            "width of the evidence bracket, simulated rows",
+            "width of the evidence bracket on simulated rows",
             "nats",
             "Upper minus lower AIS bound of the evidence of rows simulated from the model; near 0 is good.",
         ),
@@ -84,7 +83,7 @@ _TABLE = {
         Quantity("k_hat_above", "share of rows with k-hat above 0.7", "1", "Rows with unreliable weights; 0 is good."),
         Quantity(
             "draws_needed",
-            "draws needed by half of the rows",
+            "sample size needed by half of the rows",
             "draws",
             "Draws from which weighted estimates are reliable, the median over rows; fewer is better.",
         ),
@@ -141,7 +140,7 @@ _TABLE = {
         Quantity(
             "marginal_kl", "KL of the aggregate posterior", "nats", "Mismatch with the prior; 0 is a perfect match."
         ),
-        Quantity("active_units", "active units", "dimensions", "Latent dimensions that depend on the data (Burda)."),
+        Quantity("active_units", "active units", "1", "Latent dimensions that depend on the data (Burda)."),
         Quantity(
             "mmd", "squared MMD of the aggregate posterior", "1", "Distance from the prior; 0 is a perfect match."
         ),
@@ -168,7 +167,7 @@ _TABLE = {
         ),
     ),
     "Predictive checks": (
-        Quantity("statistics_off", "misfitting statistics", "statistics", "Statistics with p beyond 0.005 or 0.995."),
+        Quantity("statistics_off", "misfitting statistics", "1", "Statistics with p beyond 0.005 or 0.995."),
         Quantity(
             "columns_off", "share of misfitting columns", "1", "Columns with p beyond 0.025 or 0.975; 0.05 is chance."
         ),
@@ -192,7 +191,7 @@ def describe(key: str) -> Quantity:
         KeyError: no diagnostic reports a quantity of this name.
 
     >>> describe("amortization_gap").label, describe("family_gain[FullRankNormal]").label
-    ('amortization gap', 'family gain of FullRankNormal')
+    ('amortization gap', 'FullRankNormal gain')
     """
     if key in QUANTITIES:
         return QUANTITIES[key]
@@ -205,7 +204,7 @@ def describe(key: str) -> Quantity:
     name, _, family = key.partition("[")
     if not family:
         raise KeyError(key)
-    return QUANTITIES[name]._replace(key=key, label=f"{QUANTITIES[name].label} of {family.removesuffix(']')}")
+    return QUANTITIES[name]._replace(key=key, label=QUANTITIES[name].label.replace("family", family.removesuffix("]")))
 
 
 def summary_frame(figures: Figures, refined: Figures | None = None) -> Any:
@@ -222,14 +221,14 @@ def summary_frame(figures: Figures, refined: Figures | None = None) -> Any:
     return frame
 
 
-def summary_text(title: str, figures: Figures, refined: Figures | None = None) -> str:
-    """Return a title and a table of headings and numbers with their errors, for a terminal."""
-    return f"{title}\n{_number_frame(figures, refined).to_string(index_names=False)}"
+def summary_text(figures: Figures, refined: Figures | None = None) -> str:
+    """Return a table of headings and numbers with their errors, for a terminal."""
+    return str(_number_frame(figures, refined).to_string())
 
 
-def summary_html(title: str, figures: Figures, refined: Figures | None = None) -> str:
-    """Return the same as HTML, for a notebook."""
-    return f"<p>{escape(title)}</p>{_number_frame(figures, refined).to_html(index_names=False)}"
+def summary_html(figures: Figures, refined: Figures | None = None) -> str:
+    """Return the same table as HTML, for a notebook."""
+    return str(_number_frame(figures, refined).to_html())
 
 
 def _number_frame(figures: Figures, refined: Figures | None) -> Any:
