@@ -1,8 +1,8 @@
-"""One SVI step by several engines, and the loop around it.
+"""Training: one SVI step by several engines, and the loop around it.
 
 ``fit`` trains a model and a guide; ``ELBO`` is the default objective, :mod:`objectives` has the others. ``FusedAdam``
-lets plain ``SVI`` train a ``PerDatapoint`` guide. Engines, CUDA graphs and data parallelism change no loss, only its
-price.
+lets plain ``SVI`` train a ``PerDatapoint`` guide. Engines, CUDA graphs and data parallelism change the time of a step,
+not its loss.
 """
 
 import lazy_loader

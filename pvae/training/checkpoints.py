@@ -1,12 +1,13 @@
-"""Checkpoints: named tensors and a JSON header in one safetensors file, replaced whole; nothing is ever unpickled.
+"""Checkpoints: named tensors and a JSON header in one safetensors file, replaced atomically; nothing is unpickled.
 
-Where several processes train, each writes its rows to a part of its own, and the file names the parts: one of these is
-replaced by no other, so that whoever reads the file finds the parts of the same step.
+With several ranks each writes its rows and random state to a shard of its own under a new name, and the file names
+the shards, so that a reader finds those of the same step.
 """
 
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Collection
 from contextlib import suppress
 from pathlib import Path
@@ -17,18 +18,19 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from pvae.errors import UserError
+from pvae.errors import UserError, param
+from pvae.runtime import distributed
 from pvae.runtime.files import atomic_replace, write_json
 
 FILE, STATE, BEST, RANDOM = "checkpoint.safetensors", "state.json", "best.", "random."
 PARTS = "checkpoint.*.safetensors"
 
-# How often a checkpoint is tried whose parts are replaced while it is read.
+# Attempts to read a checkpoint whose shards are replaced meanwhile.
 READS = 3
 
 
 class CheckpointShard(NamedTuple):
-    """A file of a checkpoint, and which rows of tables it holds: those from ``start`` up to ``stop``."""
+    """One rank's file of a checkpoint, with rows ``start`` to ``stop`` of the per-datapoint tables."""
 
     file: str
     start: int
@@ -36,22 +38,45 @@ class CheckpointShard(NamedTuple):
 
 
 def write(folder: Path, tensors: dict[str, Tensor], header: dict[str, Any]) -> None:
-    """Write ``checkpoint.safetensors``, and the header once more as ``state.json`` for people to read.
-
-    Parts that the header does not name among its ``parts`` are removed.
-    """
+    """Write ``checkpoint.safetensors``, and its header also as ``state.json``; remove shards that it does not name."""
     _save(folder / FILE, tensors, header)
     write_json(folder / STATE, header)
     remove(folder, {file for file, *_ in header.get("parts", [])})
 
 
 def write_part(folder: Path, part: CheckpointShard, tensors: dict[str, Tensor]) -> None:
-    """Write one process's part of a checkpoint whose header is yet to be written: its rows, its random stream."""
+    """Write one rank's shard, its rows and random state; the header is written afterwards."""
     _save(folder / part.file, tensors, {"rows": [part.start, part.stop]})
 
 
+def write_ranks(
+    folder: Path, tensors: dict[str, Tensor], shard: dict[str, Tensor], header: dict[str, Any], num_rows: int
+) -> None:
+    """Write a checkpoint from all ranks: first each its shard, then rank 0 the shared tensors and the header.
+
+    Until the last file is written the old checkpoint is valid. A single rank writes one file.
+
+    Arguments:
+        tensors: what all ranks share.
+        shard: this rank's rows of tables and its random state.
+        num_rows: N, rows of the tables on all ranks.
+    """
+    if distributed.world_size() == 1:
+        write(folder, tensors | shard, header)
+        return
+    mark = distributed.broadcast_int(time.time_ns())
+    names = (f"checkpoint.{mark:x}-{rank}.safetensors" for rank in range(distributed.world_size()))
+    shards = zip(names, distributed.shards(num_rows), strict=True)
+    parts = [CheckpointShard(name, rows.start, rows.stop) for name, rows in shards]
+    with distributed.fail_together():
+        write_part(folder, parts[distributed.rank()], shard)
+    with distributed.fail_together():
+        if distributed.is_main_process():
+            write(folder, tensors, header | {"parts": parts})
+
+
 def remove(folder: Path, but: Collection[str] = ()) -> None:
-    """Remove the parts of checkpoints, but for these."""
+    """Remove the shards of checkpoints, except for those named."""
     for file in folder.glob(PARTS):
         if file.name not in but:
             file.unlink(missing_ok=True)
@@ -59,21 +84,21 @@ def remove(folder: Path, but: Collection[str] = ()) -> None:
 
 def _save(path: Path, tensors: dict[str, Tensor], header: dict[str, Any]) -> None:
     with atomic_replace(path) as temporary:
-        own = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        save_file(own, temporary, metadata={"pvae": json.dumps(header)})
+        arrays = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        save_file(arrays, temporary, metadata={"pvae": json.dumps(header)})
 
 
 def read(
     folder: Path, tables: Collection[str] = (), rows: range | None = None
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors and header of a folder's checkpoint, whatever number of processes wrote it.
+    """Return tensors and header of a folder's checkpoint, whatever number of ranks wrote it.
 
     Arguments:
         tables: names of tensors with a row for each datapoint.
-        rows: which of these to read, those of a process with its random stream; all unless given.
+        rows: rows of these to read, by a rank that owns them together with its random state; all by default.
 
     Raises:
-        UserError: there is none, or it is truncated or not ours.
+        UserError: there is no checkpoint, or it is truncated or of another program.
     """
     path = folder / FILE
     if not path.is_file():
@@ -84,9 +109,8 @@ def read(
                 return _read(folder, tables, rows)
         raise ValueError("parts that it names are missing")
     except (SafetensorError, KeyError, ValueError, TypeError, OSError) as error:
-        raise UserError(
-            f"{path} is truncated or not a checkpoint of pvae ({error}); start anew with --overwrite"
-        ) from error
+        reason = f"{path} is truncated or not a checkpoint of pvae ({error})"
+        raise UserError(reason, f"start anew with {param('overwrite', True)}") from error
 
 
 def _read(folder: Path, tables: Collection[str], rows: range | None) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -94,23 +118,23 @@ def _read(folder: Path, tables: Collection[str], rows: range | None) -> tuple[di
         header = json.loads((file.metadata() or {})["pvae"])
         tensors = {name: _rows(file, name, rows if name in tables else None) for name in file.keys()}  # noqa: SIM118
     parts = [CheckpointShard(*part) for part in header.get("parts", [])]
-    pieces: dict[str, list[Tensor]] = {}
+    by_name: dict[str, list[Tensor]] = {}
     for part in parts:
         for name, values in _read_part(folder, part, rows or range(parts[-1].stop)).items():
-            pieces.setdefault(name, []).append(values)
-    return tensors | {name: torch.cat(found) for name, found in pieces.items()}, header
+            by_name.setdefault(name, []).append(values)
+    return tensors | {name: torch.cat(values) for name, values in by_name.items()}, header
 
 
 def _read_part(folder: Path, part: CheckpointShard, rows: range) -> dict[str, Tensor]:
-    """What a part holds of these rows, and its random stream if it holds them alone."""
+    """Return a shard's tensors of these rows, with its random state if the rows are exactly its own."""
     start, stop = max(part.start, rows.start) - part.start, min(part.stop, rows.stop) - part.start
-    own = rows == range(part.start, part.stop)
+    exact = rows == range(part.start, part.stop)
     with safe_open(folder / part.file, framework="pt") as file:
         random = [name for name in file.keys() if name.startswith(RANDOM)]  # noqa: SIM118
-        found = {name: file.get_tensor(name) for name in random if own}
+        tensors = {name: file.get_tensor(name) for name in random if exact}
         for name in set(file.keys()) - set(random) if start < stop else ():
-            found[name] = _rows(file, name, range(start, stop))
-    return found
+            tensors[name] = _rows(file, name, range(start, stop))
+    return tensors
 
 
 def _rows(file: Any, name: str, rows: range | None) -> Tensor:
@@ -118,7 +142,7 @@ def _rows(file: Any, name: str, rows: range | None) -> Tensor:
 
 
 def best_params(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of the best epoch, under their own names; empty without early stopping."""
+    """Return the tensors of the best epoch under their own names; empty without early stopping."""
     return {name.removeprefix(BEST): tensor for name, tensor in tensors.items() if name.startswith(BEST)}
 
 
@@ -128,13 +152,13 @@ def load_module(module: nn.Module, prefix: str, tensors: dict[str, Tensor], wher
     Raises:
         UserError: names or shapes differ: the checkpoint is of another model.
     """
-    own = module.state_dict()
-    found = {name.removeprefix(f"{prefix}."): t for name, t in tensors.items() if name.startswith(f"{prefix}.")}
-    for name in sorted(own.keys() | found.keys()):
-        one, other = own.get(name), found.get(name)
+    current = module.state_dict()
+    state = {name.removeprefix(f"{prefix}."): t for name, t in tensors.items() if name.startswith(f"{prefix}.")}
+    for name in sorted(current.keys() | state.keys()):
+        one, other = current.get(name), state.get(name)
         if one is None or other is None or one.shape != other.shape:
             here, there = (tuple(t.shape) if isinstance(t, torch.Tensor) else "absent" for t in (one, other))
             raise UserError(
                 f"{where / FILE} is of another model: {prefix}.{name} is {there} in it, but {here} in this recipe"
             )
-    module.load_state_dict(found)
+    module.load_state_dict(state)

@@ -1,9 +1,10 @@
-"""The graph engine: a whole step of training as one CUDA graph, which the device runs without waiting for Python."""
+"""CUDA graphs: a whole training step as one graph, which the device runs without waiting for Python."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,23 +14,23 @@ from pvae.data.dataset import Dataset
 from pvae.runtime.torch_state import warn_once
 from pvae.training.engines import EngineChoice, TracedStep
 
-# Steps that are made before one is captured, so that what is allocated or compiled at the first is there.
+# Steps before the capture, so that the first step's allocations and compilations are done.
 WARM_UP = 3
 
 
 class CudaGraphStep:
-    """Rows gathered and binarized on the device, loss, gradients, optimizer and the rows' own step, captured as one.
+    """Step captured as one CUDA graph: gather and binarize rows, loss, gradients, optimizer, local updates.
 
     Arguments:
-        step: the recorded step.
+        step: the traced step.
         data: resident on the device.
-        size: of the batches that are captured; others, as the last of an epoch, go by ``step``.
+        size: batch size of the captured step; other batches, such as an epoch's last, go by ``step``.
 
-    Its random numbers come from the device's generator, as those of the step do. The loss is left on the device.
+    Random numbers come from the device's generator, as in ``step``. The loss stays on the device.
     """
 
     def __init__(self, step: TracedStep, data: Dataset, size: int) -> None:
-        self.step, self.data, self.made = step, data, 0
+        self.step, self.data, self.calls = step, data, 0
         self.index = torch.zeros(size, dtype=torch.long, device=data.train.device)
         self.weight = torch.zeros((), device=data.train.device)
         self.replay: Callable[[], Tensor | float] | None = None
@@ -41,58 +42,59 @@ class CudaGraphStep:
             return self.step(self.data.rows(index), index)
         self.index.copy_(index)
         self.weight.fill_(float(self.step.objective.weight))
-        self.made += 1
-        if self.made <= WARM_UP:
-            return on_side_stream(self._whole)
+        self.calls += 1
+        if self.calls <= WARM_UP:
+            return on_side_stream(self._full_step)
         if self.replay is None:
-            self.replay = self._captured()
+            self.replay = self._capture()
         return self.replay()
 
-    def batches(self, *which: Any) -> Iterator[tuple[Tensor]]:
-        """The index of each of the data's batches, see `order`."""
-        return ((index,) for index in self.data.order(*which))
+    def batches(self, *args: Any) -> Iterator[tuple[Tensor]]:
+        """Yield the index of each batch, see `Dataset.order`."""
+        return ((index,) for index in self.data.order(*args))
 
-    def _captured(self) -> Callable[[], Tensor | float]:
+    def _capture(self) -> Callable[[], Tensor | float]:
         try:
-            return capture_graph(self._whole)
+            return capture_graph(self._full_step)
         except RuntimeError as error:  # it waits for the device, or there is no memory for a second set of tensors
             reason = " ".join(str(error).split())[:160]
             warn_once(f"the step can't be captured as a CUDA graph ({reason}): going on without")
-            return self._whole
+            return self._full_step
 
-    def _whole(self) -> Tensor | float:
+    def _full_step(self) -> Tensor | float:
         self.step.objective.weight = self.weight
         return self.step(self.data.rows(self.index), self.index)
 
 
 def with_cuda_graph(choice: EngineChoice, engine: str, data: Dataset, size: int) -> EngineChoice:
-    """The choice's step in a CUDA graph, where that was asked for or is best, and the rows are on the device."""
+    """Return the choice with its step in a CUDA graph, if that is asked for or ``auto``, and the rows are on a GPU."""
     resident = isinstance(data.train, Tensor) and data.train.is_cuda
-    if not (resident and isinstance(choice.step, TracedStep) and engine in ("auto", "graph")):
+    if not (resident and choice.traced and engine in ("auto", "graph")):
         return choice
-    return EngineChoice(CudaGraphStep(choice.step, data, min(size, len(data.train))), "graph", choice.why)
+    step = CudaGraphStep(choice.traced, data, min(size, len(data.train)))
+    return replace(choice, step=step, name="graph", traced=None, batches=step.batches)
 
 
 def on_side_stream(function: Callable[[], Any]) -> Any:
-    """Run a function on a stream of its own, as has to be done before it is captured."""
-    stream, here = torch.cuda.Stream(), torch.cuda.current_stream()
-    stream.wait_stream(here)
-    with torch.cuda.stream(stream):
-        found = function()
-    here.wait_stream(stream)
-    return found
+    """Run a function on a CUDA stream of its own, as a warm-up before a capture requires."""
+    side, current = torch.cuda.Stream(), torch.cuda.current_stream()
+    side.wait_stream(current)
+    with torch.cuda.stream(side):
+        result = function()
+    current.wait_stream(side)
+    return result
 
 
 def capture_graph(function: Callable[[], Any]) -> Callable[[], Tensor]:
-    """A function's work on the device, done again at each call; what it gave is copied before it is overwritten."""
+    """Capture a function's work on the device, and return its replay, which copies the result."""
     graph = torch.cuda.CUDAGraph()
     # Threads that read rows ahead may allocate meanwhile.
     capturing: AbstractContextManager[None] = torch.cuda.graph(graph, capture_error_mode="thread_local")
     with capturing:
-        found = function()
+        result = function()
 
     def replay() -> Tensor:
         graph.replay()
-        return found.clone()
+        return result.clone()
 
     return replay

@@ -53,7 +53,7 @@ class TracedStep:
         compile: compile the traced graph.
 
     Attributes:
-        op_size: mean size of the graph's operations, see `OpSizes`; NaN before `check` and for compiled graphs.
+        reduce: sums loss and gradients over several ranks, see `DataParallelStep`; None for one.
 
     Raises:
         TraceError: when it is called, see `TracedFunction`.
@@ -73,7 +73,7 @@ class TracedStep:
         self.gradients = TracedFunction(self._gradients, *self.modules, compile=compile)
         self.fallback = PyroStep(model, guide, optimizer, objective)
         self.refused: set[int] = set()
-        self.op_size = math.nan
+        self.reduce: Callable[[Tensor, Sequence[Tensor | None]], tuple[Tensor, list[Tensor]]] | None = None
 
     def __call__(self, x: Tensor, index: Tensor) -> Tensor | float:
         if len(x) in self.refused:
@@ -85,6 +85,9 @@ class TracedStep:
             self.refused.add(len(x))
             return self.fallback(x, index)
         assert loss is not None
+        if self.reduce:
+            count = len(self.optimizer.parameters)
+            loss, updates[:count] = self.reduce(loss, updates[:count])
         if stream is None:  # no look at the loss, which would wait for the device
             self.apply(index, updates)
             return loss.double()
@@ -138,7 +141,6 @@ class TracedStep:
             TraceError: they differ: the program does what its trace on other rows did not show.
         """
         buffers = [b for module in self.modules for b in module.buffers()]
-        self.gradients.prepare(*self._inputs(x, index)) if False else None
         with restore_state(buffers):
             loss = self.gradients(*self._inputs(x, index))[0]
         with restore_state(buffers):
@@ -152,6 +154,12 @@ class TracedStep:
         # Sums of float32 in another order.
         if loss is not None and not abs(loss.item() - expected) <= 1e-5 * abs(expected) + 1e-4 * len(x):
             raise TraceError(f"replayed, the loss is {loss.item():g}, but Pyro's is {expected:g}")
+
+    def op_size(self, x: Tensor, index: Tensor) -> float:
+        """Return the mean size of the graph's operations, see `cpu_threads`, by a replay without effect."""
+        with restore_state([b for module in self.modules for b in module.buffers()]), OpSizes() as sizes:
+            self.gradients(*self._inputs(x, index))
+        return sizes.mean
 
     def _find_cause(self, x: Tensor, index: Tensor) -> NonFiniteLoss:
         try:
@@ -226,7 +234,7 @@ def _trace_step(name: str, parts: Parts, batches: Sequence[Rows], steps: int) ->
     compile, reason = name == "compiled", "as asked"
     step = None if compile else _checked_step(parts, batches)
     if step and name in ("auto", "graph"):
-        cost, saved = step.gradients.worth
+        cost, saved = step.gradients.compile_cost
         compile = steps * saved > cost
         reason = f"compiling takes about {cost:.0f} s and saves about {steps * saved:.2g} s in {steps:,} steps"
     if compile:
@@ -238,7 +246,7 @@ def _trace_step(name: str, parts: Parts, batches: Sequence[Rows], steps: int) ->
     if name == "graph" and not batches[0][0].is_cuda:
         reason = "a CUDA graph needs a CUDA device"
     step = step or _checked_step(parts, batches)
-    return EngineChoice(step, "traced", reason, step, op_size=step.op_size)
+    return EngineChoice(step, "traced", reason, step, op_size=step.op_size(*batches[0]))
 
 
 def _checked_step(parts: Parts, batches: Sequence[Rows], *, compile: bool = False) -> TracedStep:

@@ -1,4 +1,4 @@
-"""Training: one loop around Pyro's SVI, on resident data, that can be stopped at any step and goes on bit for bit."""
+"""Training loop around Pyro's SVI: epochs, validation, early stopping and checkpoints that resume bit for bit."""
 
 from __future__ import annotations
 
@@ -11,49 +11,62 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import pyro
 import torch
 from torch import Tensor
 
 from pvae.data.dataset import Dataset
-from pvae.errors import UserError
+from pvae.errors import UserError, check_range, param
 from pvae.inference.guides import Guide
 from pvae.inference.importance import log_weights
 from pvae.runtime import distributed
 from pvae.runtime.files import write_text
 from pvae.runtime.precision import matmul_precision
 from pvae.runtime.progress import progress_bar
-from pvae.runtime.pyro_params import Program, module_of
+from pvae.runtime.pyro_params import Program, local_param_store, module_of
 from pvae.runtime.signals import TrainingInterrupt, handle_first_signal
+from pvae.runtime.threads import cpu_threads
 from pvae.runtime.torch_state import RandomState, no_validation, pick_device, seeded
 from pvae.training import checkpoints
-from pvae.training.cuda_graph import CudaGraphStep, with_cuda_graph
-from pvae.training.data_parallel import DataParallelStep, data_parallel_step, supported_engine
+from pvae.training.cuda_graph import with_cuda_graph
+from pvae.training.data_parallel import data_parallel_step, supported_engine
 from pvae.training.engines import EngineChoice, check_engine, choose_engine, recheck_engine
 from pvae.training.objectives import ELBO, NonFiniteLoss, Objective
 from pvae.training.optimizer import FusedAdam
 from pvae.training.support import check_support
 
-# Seconds between checkpoints: each epoch's end is one, unless the last is younger than this.
+# Least seconds between the checkpoints at the ends of epochs.
 CHECKPOINT_SECONDS = 2.0
 
 
 @dataclass
 class Fit:
-    """What a fit did.
+    """Report of a fit.
 
     Attributes:
-        history: a row for each epoch: ``epoch``, ``seconds`` of training so far, ``objective`` (its bound as it was
+        history: a row for each epoch: ``epoch``, ``seconds`` of training so far, ``objective`` (the bound as it was
             trained, mean over the epoch, nats per datapoint) and ``validation_elbo`` where there is a validation split.
-        seconds: of training, recording and compiling included, interruptions left out.
-        stopped: why it ended: ``finished`` or ``early``.
-        engine: which one made the steps, and why, in a line.
+        seconds: duration of training, tracing and compiling included, interruptions left out.
+        stopped: why training ended: ``finished`` or ``early``.
+        engine: name of the engine that made the steps, empty before the first.
+        engine_reason: why it was chosen, in a line.
     """
 
     history: list[dict[str, float]] = field(default_factory=list)
     seconds: float = 0.0
     stopped: str = "finished"
     engine: str = ""
+    engine_reason: str = ""
+
+    @classmethod
+    def from_header(cls, header: dict[str, Any]) -> Fit:
+        """Return the report in a checkpoint's header; version 0.1 wrote engine and reason as one string.
+
+        >>> header = {"history": [], "seconds": 1.0, "stopped": "finished", "engine": "pyro: as asked"}
+        >>> Fit.from_header(header).engine, Fit.from_header(header).engine_reason
+        ('pyro', 'as asked')
+        """
+        engine, _, reason = header.get("engine", "").partition(": ")
+        return cls(header["history"], header["seconds"], header["stopped"], engine, header.get("engine_reason", reason))
 
 
 def fit(
@@ -73,26 +86,30 @@ def fit(
     folder: Path | None = None,
     resume: bool = False,
     progress: bool = False,
+    check_data: bool = True,
 ) -> Fit:
-    r"""Maximize a bound over model and guide together, by default :math:`\sum_i E_q[\log p(x_i, z) - \log q(z|x_i)]`.
+    r"""Train model and guide by stochastic variational inference (SVI).
+
+    By default they maximize the ELBO, :math:`\sum_i E_q[\log p(x_i, z) - \log q(z|x_i)]`.
 
     Arguments:
         model, guide: Pyro programs of one signature ``(x, index)``: modules, or methods of modules.
-        data: what to train on; a tensor [N, D] stands for a data set without test rows.
-        epochs: visits of every datapoint.
+        data: training data; a tensor [N, D] stands for a data set without test rows.
+        epochs: number of passes over the training rows.
         batch_size: datapoints in a step.
         learning_rate: of Adam on the global parameters.
-        objective: the bound; the ELBO unless given.
-        patience: stop when the validation ELBO has not risen for so many epochs, and go back to the best.
+        objective: the bound to maximize; `ELBO` by default.
+        patience: number of epochs without a rise of the validation ELBO after which training stops and returns to the
+            best epoch.
         seed: of batches and draws; the random stream outside is left alone.
         device: ``auto``, ``cpu`` or ``cuda``; model and guide are moved there.
-        engine: how a step is made, see `engines`: ``pyro`` by ``SVI.step``, ``traced`` by replaying what it
-            does, ``compiled`` by Inductor, ``graph`` in a CUDA graph; ``auto`` takes the quickest for this device and
-            number of steps.
+        engine: ``pyro`` (``SVI.step``), ``traced`` (replays the traced step), ``compiled`` (by Inductor), ``graph`` (a
+            CUDA graph), or ``auto``, the quickest for this device and number of steps.
         precision: of the networks' layers, see `matmul_precision`.
-        folder: where to keep checkpoints.
+        folder: where checkpoints are saved.
         resume: go on from the folder's checkpoint; on the CPU, to bit-identical results.
         progress: show a progress bar.
+        check_data: refuse data outside the support first; False where the caller has done so.
 
     Raises:
         UserError: a budget out of range, data outside the support, a checkpoint that doesn't fit, or a log-density
@@ -101,65 +118,59 @@ def fit(
     """
     if isinstance(data, Tensor):
         data = Dataset("data", data, data[:0], data[:0], tuple(data.shape[1:]))
-    place = pick_device(device)
-    with (
-        seeded(distributed.rank_seed(seed)),
-        no_validation(),
-        pyro.get_param_store().scope(),
-        matmul_precision(precision, place),
-    ):
+    target = pick_device(device)
+    rank_seed, objective = distributed.rank_seed(seed), objective or ELBO()
+    with seeded(rank_seed), no_validation(), local_param_store(), matmul_precision(precision, target):
         with distributed.fail_together():
             check_budget(data, epochs, batch_size, learning_rate, patience)
             check_engine(engine)
-            steps = (batch_size, learning_rate, objective or ELBO())
-            loop = _Loop(model, guide, data, distributed.local_device(place), *steps, patience, seed, folder)
-            check_support(model, loop.data)
+            loop = _Loop(
+                model,
+                guide,
+                data,
+                device=distributed.local_device(target),
+                batch_size=batch_size,
+                learning_rate=learning_rate,
+                objective=objective,
+                patience=patience,
+                seed=rank_seed,
+                folder=folder,
+            )
+            if check_data:
+                check_support(model, loop.data)
             if resume:
                 loop.restore()
-        wanted = progress and distributed.is_main_process()
-        with (
-            handle_first_signal(loop.caught.append),
-            progress_bar("epochs", epochs, done=loop.epoch, wanted=wanted) as show,
-        ):
-            if loop.epoch < epochs and loop.report.stopped != "early":
-                loop.start(engine, epochs, progress)
-            while loop.epoch < epochs and loop.report.stopped != "early":
-                loop.run_epoch()
-                row, speed = loop.report.history[-1], loop.epoch / max(loop.report.seconds, 1e-9)
-                show(loop.epoch, f"objective {row['objective']:.2f} nats, {speed:.3g} epochs/s")
-            if number := distributed.all_reduce_max(max(loop.caught, default=0)):
-                loop.interrupted(number)
-        loop.finish()
+        loop.run(epochs, engine, progress)
     return loop.report
 
 
 def check_budget(data: Dataset, epochs: int, batch_size: int, learning_rate: float, patience: int | None) -> None:
-    """Refuse a training budget that is out of range; the message names the flag."""
-    for name, value, least in (("epochs", epochs, 0), ("batch-size", batch_size, 1), ("patience", patience, 1)):
-        if value is not None and value < least:
-            raise UserError(f"--{name} is {value}, but it must be at least {least}")
-    if not 0 < learning_rate < float("inf"):
-        raise UserError(f"--learning-rate is {learning_rate}, but it must be positive")
-    if batch_size % distributed.world_size():
+    """Refuse a training budget that is out of range."""
+    check_range(least=0, epochs=epochs)
+    check_range(least=1, batch_size=batch_size, patience=1 if patience is None else patience)
+    check_range(learning_rate=learning_rate)
+    world_size = distributed.world_size()
+    if batch_size % world_size:
+        name = param("batch_size")
         raise UserError(
-            f"--batch-size is {batch_size}, but {distributed.world_size()} processes share it; give a multiple"
+            f"{name} is {batch_size}, but {world_size} processes share it", f"set a multiple of {world_size}"
         )
-    if len(data.train) < distributed.world_size():
-        raise UserError(
-            f"{len(data.train)} training rows are too few for {distributed.world_size()} processes; start fewer"
-        )
+    if len(data.train) < world_size:
+        raise UserError(f"{len(data.train)} training rows are too few for {world_size} processes; start fewer")
     if patience is not None and not len(data.validation):
-        raise UserError("--patience: early stopping needs validation rows; give --validation-size")
+        needed = param("validation_size")
+        raise UserError(f"{param('patience')}: early stopping needs validation rows", f"set {needed}")
 
 
 class _Loop:
-    """The state of a training run: everything that a checkpoint holds, and the step that changes it."""
+    """State of a training run: the content of a checkpoint, and the step that changes it."""
 
     def __init__(
         self,
         model: Program,
         guide: Program,
         data: Dataset,
+        *,
         device: torch.device,
         batch_size: int,
         learning_rate: float,
@@ -168,77 +179,99 @@ class _Loop:
         seed: int,
         folder: Path | None,
     ) -> None:
-        self.model, self.guide, self.data = model, guide, data.shard().to(device)
-        self.rows, self.batch_size, self.patience, self.folder = len(data.train), batch_size, patience, folder
-        self.seed, self.share = distributed.rank_seed(seed), batch_size // distributed.world_size()
+        self.data, self.patience, self.seed, self.folder = data.shard().to(device), patience, seed, folder
+        self.num_rows, self.batch_size = len(data.train), batch_size
+        self.rank_batch_size = batch_size // distributed.world_size()
         # Shards' sizes differ by a row at most. Where that row would take a step of its own, it joins the last one's.
-        self.steps = -(-(self.rows // distributed.world_size()) // self.share)
+        self.steps_per_epoch = -(-(self.num_rows // distributed.world_size()) // self.rank_batch_size)
         self.modules = {"model": module_of(model), "guide": module_of(guide)}
         for module in self.modules.values():
             module.to(device).train()
         self.optimizer, self.objective = FusedAdam(*self.modules.values(), learning_rate=learning_rate), objective
+        self.parts = (model, guide, self.optimizer, objective)
         self.names = {id(p): f"adam.{k}.{n}" for k, m in self.modules.items() for n, p in m.named_parameters()}
         self.report, self.epoch, self.batch = Fit(), 0, 0
         self.total: float | Tensor = 0.0
         self.best: dict[str, Tensor] = {}
         self.caught: list[int] = []
+        # Signals to stop for: with several ranks those that all ranks know of.
+        self.agreed = self.caught if distributed.world_size() == 1 else []
         self.tables = self._table_names()
         self.example: Sequence[Tensor] = ()
         self.digest = data.digest if folder and distributed.is_main_process() else ""
         self.saved_at = time.perf_counter()
 
-    def start(self, asked: str, epochs: int, progress: bool) -> None:
-        """Choose how steps are made: a run that goes on keeps its engine, and with it its bits."""
-        begin, engine = time.perf_counter(), asked
-        if engine == "auto" and self.report.engine:
-            engine = self.report.engine.split(":")[0]
-        steps, stream = epochs * self.steps, RandomState()
-        batches = self.data.batches(self.share, self.seed, 0, steps=self.steps)
-        self.example = example = next(batches)
-        self._tell_epoch()
-        parts = (self.model, self.guide, self.optimizer, self.objective)
+    def run(self, epochs: int, engine: str, progress: bool) -> None:
+        """Train until so many epochs are done or early stopping ends them, save, and leave the modules in eval mode."""
+        with (
+            handle_first_signal(self.caught.append),
+            progress_bar("epochs", epochs, done=self.epoch, wanted=progress and distributed.is_main_process()) as show,
+        ):
+            if self.epoch < epochs and self.report.stopped != "early":
+                self._start(engine, epochs, progress)
+            while self.epoch < epochs and self.report.stopped != "early":
+                self._run_epoch()
+                row, speed = self.report.history[-1], self.epoch / max(self.report.seconds, 1e-9)
+                show(self.epoch, f"objective {row['objective']:.2f} nats, {speed:.3g} epochs/s")
+            if number := distributed.all_reduce_max(max(self.caught, default=0)):
+                self._interrupt(number)
+        self._set_kl_weight()
+        self._save()
+        if self.best:
+            self._load_modules(self.best)
+        for module in self.modules.values():
+            module.eval()
+
+    def _start(self, requested: str, epochs: int, progress: bool) -> None:
+        """Choose how steps are made: a resumed run keeps its engine, and with it its bits."""
+        start, stream = time.perf_counter(), RandomState()
+        engine = self.report.engine if requested == "auto" and self.report.engine else requested
         engine = supported_engine(engine, self.data.train.device)
-        self.engine: EngineChoice = choose_engine(engine, parts, (example, next(batches, example)), steps)
+        batches = self.data.batches(self.rank_batch_size, self.seed, 0, steps=self.steps_per_epoch)
+        self.example = example = next(batches)
+        self._set_kl_weight()
+        steps = epochs * self.steps_per_epoch
+        self.engine = choose_engine(engine, self.parts, (example, next(batches, example)), steps)
         if distributed.world_size() > 1:
-            self.engine = data_parallel_step(self.engine, parts, self.caught)
+            self.engine = data_parallel_step(self.engine, self.parts, self.caught, self.agreed)
         else:
-            self.engine = with_cuda_graph(self.engine, engine, self.data, self.share)
-        if not self.report.engine.startswith(f"{self.engine.name}:"):
-            self._say_engine(progress or asked not in ("auto", self.engine.name))
+            self.engine = with_cuda_graph(self.engine, engine, self.data, self.rank_batch_size)
+        if self.report.engine != self.engine.name:
+            self._report_engine(self.engine, progress or requested not in ("auto", self.engine.name))
         stream.restore()
-        self.report.seconds += time.perf_counter() - begin
-
-    def _say_engine(self, aloud: bool) -> None:
-        self.report.engine = f"{self.engine.name}: {self.engine.why}"
-        if aloud and distributed.is_main_process():
-            print(f"  engine {self.report.engine}", file=sys.stderr, flush=True)
-
-    def _confirm_engine(self) -> None:
-        """After the first epoch, when parameters have moved: does a recording still give Pyro's loss?"""
-        parts = (self.model, self.guide, self.optimizer, self.objective)
-        if distributed.world_size() == 1 and self.example:
-            found, self.example = recheck_engine(self.engine, parts, self.example), ()
-            if found is not self.engine:
-                self.engine = found
-                self._say_engine(True)
-
-    def run_epoch(self) -> None:
-        """The rest of the current epoch, its row in the history, and a checkpoint where one is due."""
-        start = time.perf_counter()
-        source = self.engine.step if isinstance(self.engine.step, CudaGraphStep) else self.data
-        for batch in source.batches(self.share, self.seed, self.epoch, self.batch, self.steps):
-            self._tell_epoch()
-            try:
-                self.total -= self.engine.step(*batch)
-            except NonFiniteLoss as error:
-                raise self._diverged(str(error), self.epoch + 1) from error
-            self.batch += 1
-            if number := self._signal():
-                self.report.seconds += time.perf_counter() - start
-                self.interrupted(number)
         self.report.seconds += time.perf_counter() - start
-        self._confirm_engine()
-        mean = float(self.total) / self.rows
+
+    def _report_engine(self, engine: EngineChoice, show: bool) -> None:
+        self.report.engine, self.report.engine_reason = engine.name, engine.reason
+        if show and distributed.is_main_process():
+            print(f"  engine {engine.name}: {engine.reason}", file=sys.stderr, flush=True)
+
+    def _recheck_engine(self) -> None:
+        """Compare the traced step with Pyro's loss once more after the first epoch, when parameters have moved."""
+        if distributed.world_size() == 1 and self.example:
+            engine, self.example = recheck_engine(self.engine, self.parts, self.example), ()
+            if engine is not self.engine:
+                self.engine = engine
+                self._report_engine(engine, True)
+
+    def _run_epoch(self) -> None:
+        """Run the rest of the current epoch, add its row to the history, and save if a checkpoint is due."""
+        start = time.perf_counter()
+        batches = self.engine.batches or self.data.batches
+        with cpu_threads(self.engine.op_size):
+            for batch in batches(self.rank_batch_size, self.seed, self.epoch, self.batch, self.steps_per_epoch):
+                self._set_kl_weight()
+                try:
+                    self.total -= self.engine.step(*batch)
+                except NonFiniteLoss as error:
+                    raise self._diverged(str(error), self.epoch + 1) from error
+                self.batch += 1
+                if self.agreed:
+                    self.report.seconds += time.perf_counter() - start
+                    self._interrupt(max(self.agreed))
+        self.report.seconds += time.perf_counter() - start
+        self._recheck_engine()
+        mean = float(self.total) / self.num_rows
         with distributed.fail_together():
             if not math.isfinite(mean):
                 raise self._diverged("the loss is not finite", self.epoch + 1)
@@ -250,46 +283,34 @@ class _Loop:
         if self.patience:
             self._stop_early(self.patience)
         if distributed.broadcast_int(time.perf_counter() - self.saved_at > CHECKPOINT_SECONDS):
-            self.save()
+            self._save()
 
-    def _signal(self) -> int:
-        """A signal that training is to end for: one that all processes know of."""
-        step = self.engine.step
-        return step.signal if isinstance(step, DataParallelStep) else max(self.caught, default=0)
-
-    def _tell_epoch(self) -> None:
-        """Where training stands, for what changes with it: the KL weight of objective and rows' own bound."""
-        epoch = self.epoch + self.batch * self.batch_size / self.rows
+    def _set_kl_weight(self) -> None:
+        """Set the KL weight of the objective and of the guide's local ELBO for the current (fractional) epoch."""
+        epoch = self.epoch + self.batch * self.batch_size / self.num_rows
         self.objective.weight = self.objective.weight_at(epoch)
         if isinstance(self.modules["guide"], Guide):
             self.modules["guide"].kl_weight = self.objective.weight
 
-    def finish(self) -> None:
-        """Save, go back to the best epoch if there was early stopping, and leave the modules ready to evaluate."""
-        self._tell_epoch()
-        self.save()
-        if self.best:
-            self._load_modules(self.best)
-        for module in self.modules.values():
-            module.eval()
-
     def _validate(self) -> float:
+        """Return the ELBO of the validation rows from 8 draws, in nats per datapoint."""
+        model, guide, *_ = self.parts
         with seeded(self.seed), torch.no_grad():
             for module in self.modules.values():
                 module.eval()
-            own = distributed.shard(len(self.data.validation))
-            rows = self.data.validation[own.start : own.stop].split(1024) if own else ()
-            total = sum(log_weights(self.model, self.guide, x, None, 8).log_w.mean(0).sum().item() for x in rows)
+            shard = distributed.shard(len(self.data.validation))
+            batches = self.data.validation[shard.start : shard.stop].split(1024) if shard else ()
+            total = sum(log_weights(model, guide, x, None, 8).log_w.mean(0).sum().item() for x in batches)
             for module in self.modules.values():
                 module.train()
         return distributed.all_reduce_sum(total) / len(self.data.validation)
 
     def _stop_early(self, patience: int) -> None:
         values = [row["validation_elbo"] for row in self.report.history]
-        top = max(range(len(values)), key=values.__getitem__)
-        if top == len(values) - 1:
+        best = max(range(len(values)), key=values.__getitem__)
+        if best == len(values) - 1:
             self.best = {name: tensor.clone() for name, tensor in self._module_tensors().items()}
-        if len(values) - 1 - top >= patience:
+        if len(values) - 1 - best >= patience:
             self.report.stopped = "early"
 
     def _module_tensors(self) -> dict[str, Tensor]:
@@ -300,97 +321,77 @@ class _Loop:
             checkpoints.load_module(module, kind, tensors, self.folder or Path())
 
     def _table_names(self) -> set[str]:
-        """Names of the tensors that have a row for each datapoint."""
+        """Return the names of the tensors that have a row for each datapoint."""
         rows = {id(values) for table in self.optimizer.tables for values in table.buffers(recurse=False)}
-        own = {f"{k}.{n}" for k, m in self.modules.items() for n, t in m.named_buffers() if id(t) in rows}
-        return own | {f"{checkpoints.BEST}{name}" for name in own}
+        names = {f"{k}.{n}" for k, m in self.modules.items() for n, t in m.named_buffers() if id(t) in rows}
+        return names | {f"{checkpoints.BEST}{name}" for name in names}
 
-    def save(self) -> None:
+    def _save(self) -> None:
         """Write a checkpoint, unless a parameter is no longer finite: the last good one stays."""
         with distributed.fail_together():
-            tensors = self._finite()
+            tensors = self._finite_tensors()
         if self.folder is None:
             return
         tensors |= self.optimizer.state_tensors(self.names)
         tensors |= {f"{checkpoints.BEST}{name}": tensor for name, tensor in self.best.items()}
-        own = {name: tensors.pop(name) for name in self.tables & tensors.keys()}
-        own[f"{checkpoints.RANDOM}cpu"] = torch.get_rng_state()
+        shard = {name: tensors.pop(name) for name in self.tables & tensors.keys()}
+        shard[f"{checkpoints.RANDOM}cpu"] = torch.get_rng_state()
         if self.data.train.is_cuda:
-            own[f"{checkpoints.RANDOM}cuda"] = torch.cuda.get_rng_state()
+            shard[f"{checkpoints.RANDOM}cuda"] = torch.cuda.get_rng_state()
         position = {"epoch": self.epoch, "batch": self.batch, "total": float(self.total), "digest": self.digest}
-        header = position | {
-            "seconds": self.report.seconds,
-            "stopped": self.report.stopped,
-            "engine": self.report.engine,
-            "history": self.report.history,
-        }
-        if distributed.world_size() == 1:
-            checkpoints.write(self.folder, tensors | own, header)
-        else:
-            self._save_shared(self.folder, tensors, own, header)
+        checkpoints.write_ranks(self.folder, tensors, shard, position | vars(self.report), self.num_rows)
         if distributed.is_main_process():
             columns = list(self.report.history[0]) if self.report.history else ["epoch", "seconds", "objective"]
             rows = [",".join(str(row[name]) for name in columns) for row in self.report.history]
             write_text(self.folder / "history.csv", "\n".join([",".join(columns), *rows]) + "\n")
         self.saved_at = time.perf_counter()
 
-    def _finite(self) -> dict[str, Tensor]:
+    def _finite_tensors(self) -> dict[str, Tensor]:
         tensors = self._module_tensors()
         for name, tensor in tensors.items():
             if tensor.is_floating_point() and not tensor.isfinite().all():
                 raise self._diverged(f"parameter '{name}' is not finite", self.epoch + bool(self.batch))
         return tensors
 
-    def _save_shared(
-        self, folder: Path, tensors: dict[str, Tensor], own: dict[str, Tensor], header: dict[str, Any]
-    ) -> None:
-        """Each process writes its part, then the first one what they share: until then the old checkpoint is valid."""
-        mark = distributed.broadcast_int(time.time_ns())
-        shares = enumerate(distributed.shards(self.rows))
-        parts = [
-            checkpoints.CheckpointShard(f"checkpoint.{mark:x}-{r}.safetensors", s.start, s.stop) for r, s in shares
-        ]
-        with distributed.fail_together():
-            checkpoints.write_part(folder, parts[distributed.rank()], own)
-        with distributed.fail_together():
-            if distributed.is_main_process():
-                checkpoints.write(folder, tensors, header | {"parts": parts})
-
     def restore(self) -> None:
-        """Take up the folder's checkpoint."""
+        """Restore the state of the folder's checkpoint."""
         if self.folder is None:
-            raise UserError("resume needs the folder of the run")
-        own = distributed.shard(self.rows) if distributed.world_size() > 1 else None
-        tensors, header = checkpoints.read(self.folder, self.tables, own)
+            raise UserError(f"{param('resume', True)} needs the folder of the run")
+        shard = distributed.shard(self.num_rows) if distributed.world_size() > 1 else None
+        tensors, header = checkpoints.read(self.folder, self.tables, shard)
         if distributed.is_main_process() and header["digest"] != self.digest:
-            raise UserError(f"--resume: {self.folder} was fitted to other rows than {self.data.identity} has now")
+            start = f"{param('resume', True)}: {self.folder} was fitted"
+            raise UserError(f"{start} to other rows than {self.data.identity} has now")
         self._load_modules(tensors)
         self.optimizer.load_tensors(self.names, tensors)
         self.best = checkpoints.best_params(tensors)
         self.epoch, self.batch, self.total = header["epoch"], header["batch"], header["total"]
-        self.report = Fit(header["history"], header["seconds"], header["stopped"], header.get("engine", ""))
-        before = len(header.get("parts", [checkpoints.FILE]))
-        if before != distributed.world_size():
-            self._begin_anew(before)
+        self.report = Fit.from_header(header)
+        world_size = len(header.get("parts", [checkpoints.FILE]))
+        if world_size != distributed.world_size():
+            self._restart_epoch(world_size)
             return
         torch.set_rng_state(tensors[f"{checkpoints.RANDOM}cpu"])
         if self.data.train.is_cuda and f"{checkpoints.RANDOM}cuda" in tensors:
             torch.cuda.set_rng_state(tensors[f"{checkpoints.RANDOM}cuda"])
 
-    def _begin_anew(self, before: int) -> None:
-        """Other shards have other batches: begin the epoch anew, with draws of its own."""
+    def _restart_epoch(self, world_size: int) -> None:
+        """Begin the epoch anew, with new draws, since the shards of another world size have other batches."""
         self.batch, self.total = 0, 0.0
         if distributed.is_main_process():
-            now = f"{before} processes before, {distributed.world_size()} now"
-            print(f"--resume: {now}: epoch {self.epoch + 1} and the draws begin anew", file=sys.stderr)
+            change = f"{world_size} processes before, {distributed.world_size()} now"
+            start = f"{param('resume', True)}: {change}"
+            print(f"{start}: epoch {self.epoch + 1} and the draws begin anew", file=sys.stderr)
 
-    def interrupted(self, number: int) -> None:
+    def _interrupt(self, number: int) -> None:
         """Save, and say which signal stopped the run and how to go on."""
-        self.save()
-        kept = f"saved in {self.folder}; the same command with --resume goes on" if self.folder else "nothing was kept"
-        raise TrainingInterrupt(f"stopped in epoch {self.epoch + 1} by {signal.Signals(number).name}; {kept}", number)
+        self._save()
+        how = f"the same command with {param('resume', True)} goes on"
+        saved = f"saved in {self.folder}; {how}" if self.folder else "nothing was kept"
+        raise TrainingInterrupt(f"stopped in epoch {self.epoch + 1} by {signal.Signals(number).name}; {saved}", number)
 
     def _diverged(self, reason: str, epoch: int) -> UserError:
-        there = self.folder is not None and (self.folder / checkpoints.FILE).is_file()
-        kept = f"; the last good checkpoint is kept in {self.folder}" if there else ""
-        return UserError(f"training diverged in epoch {epoch}: {reason}; lower --learning-rate{kept}")
+        has_checkpoint = self.folder is not None and (self.folder / checkpoints.FILE).is_file()
+        where = f"; the last good checkpoint is kept in {self.folder}" if has_checkpoint else ""
+        hint = f"lower {param('learning_rate')}{where}"
+        return UserError(f"training diverged in epoch {epoch}: {reason}", hint)

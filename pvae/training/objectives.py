@@ -1,9 +1,9 @@
-"""Objectives: each a ``pyro.infer.ELBO`` that works in Pyro's ``SVI``. Its value is the bound it is named for."""
+"""Training objectives: variational bounds with their gradient estimators, for Pyro's ``SVI``."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pyro
@@ -24,82 +24,82 @@ class NonFiniteLoss(ArithmeticError):
     """A log-density is NaN or infinite; the message says which."""
 
 
+@dataclass(kw_only=True, eq=False)
 class Objective(pyro.infer.ELBO):
-    r"""What every objective states: a bound of each datapoint from K draws, whose mean over the data SVI climbs.
+    r"""Base of all objectives: a bound of each datapoint from K draws, whose mean over the data SVI maximizes.
 
     Arguments:
         K: draws for each datapoint.
         kl_weight: beta, the weight of log q(z|x) - log p(z) in training; 1 gives a bound of log p(x).
-        warm_up: epochs over which the weight rises from 0 to beta, linearly.
-        cycle: epochs after which the rise begins again; 0 for once.
+        warm_up: epochs over which the weight rises from 0 to beta, linearly (KL annealing).
+        cycle: epochs after which the rise begins again (cyclical annealing); 0 for once.
         free_bits: nats of KL, a batch's mean over all latent dimensions, that cost nothing.
 
     Attributes:
-        weight: the KL weight of this moment, which `fit` keeps at `weight_at` its epoch.
+        weight: the current KL weight, which `fit` sets to `weight_at` the epoch.
 
-    Evaluation never sees the weights. Log-weights are taken without the scales of plates and ``poutine.scale``, which
-    an importance-weighted bound can't bear in its exponent; a plate "data" that subsamples scales the loss.
+    Evaluation ignores the KL weight. Log-weights are taken without the scales of plates and ``poutine.scale``, which
+    would distort an importance-weighted bound; a plate "data" that subsamples scales the loss.
 
     Raises:
         UserError: an argument out of range.
 
-    Source of the cycles: Fu et al. (2019), arXiv:1903.10145; of free bits: Kingma et al. (2016), arXiv:1606.04934.
+    Source of beta: Higgins et al. (2017), *beta-VAE*, ICLR; of cycles: Fu et al. (2019), arXiv:1903.10145; of free
+    bits: Kingma et al. (2016), arXiv:1606.04934.
     """
 
-    def __init__(
-        self,
-        *,
-        K: int = 1,
-        kl_weight: float = 1.0,
-        warm_up: float = 0.0,
-        cycle: float = 0.0,
-        free_bits: float = 0.0,
-    ) -> None:
+    K: int = 1
+    kl_weight: float = 1.0
+    warm_up: float = 0.0
+    cycle: float = 0.0
+    free_bits: float = 0.0
+
+    def __post_init__(self) -> None:
         name = type(self).__name__
-        if K < 1:
-            raise UserError(f"{name}: K is {K}, but at least 1 draw is needed")
-        for word, value in {"kl_weight": kl_weight, "warm_up": warm_up, "cycle": cycle, "free_bits": free_bits}.items():
-            if not 0 <= value < math.inf:
-                raise UserError(f"{name}: {word} is {value}, but it must be 0 or positive, and finite")
-        if 0 < cycle <= warm_up:
-            raise UserError(f"{name}: cycle is {cycle}, but it must be longer than the warm-up of {warm_up} epochs")
-        super().__init__(num_particles=K, max_plate_nesting=1)
-        self.K, self.kl_weight, self.warm_up, self.cycle, self.free_bits = K, kl_weight, warm_up, cycle, free_bits
+        if self.K < 1:
+            raise UserError(f"{name}: K is {self.K}, but at least 1 draw is needed")
+        for word in ("kl_weight", "warm_up", "cycle", "free_bits"):
+            if not 0 <= getattr(self, word) < math.inf:
+                raise UserError(f"{name}: {word} is {getattr(self, word)}, but it must be 0 or positive, and finite")
+        if 0 < self.cycle <= self.warm_up:
+            longer = f"but it must be longer than the warm-up of {self.warm_up} epochs"
+            raise UserError(f"{name}: cycle is {self.cycle}, {longer}")
+        super().__init__(num_particles=self.K, max_plate_nesting=1)
         self.weight: float | Tensor = self.weight_at(0.0)
-        self._counted: float | Tensor = self.weight
+        self._kl_factor: float | Tensor = self.weight
 
     def weight_at(self, epoch: float) -> float:
-        """beta at so many epochs from the beginning."""
+        """Return the KL weight at a (fractional) epoch, counted from 0."""
         since = epoch % self.cycle if self.cycle else epoch
         return self.kl_weight * (min(1.0, since / self.warm_up) if self.warm_up else 1.0)
 
     def draw(self, model: Program, guide: Program, x: Tensor, index: Tensor | None = None) -> LogWeights:
-        """Log-densities of K draws, with the gradients that the estimator takes."""
+        """Return the log-densities of K draws, with the gradients of the estimator."""
         return score_draws(model, guide, x, index, self.K, require_rsample=torch.is_grad_enabled())
 
     def bound(self, w: LogWeights) -> Tensor:
-        """The bound of each datapoint, [B] in nats, from log-weights that bear the KL weight."""
+        """Return the bound of each datapoint, [B] in nats, from log-weights that bear the KL weight."""
         raise NotImplementedError
 
     def tempered(self, w: LogWeights) -> LogWeights:
-        """The same draws with the KL weight on log p(z) and log q(z|x), or with the free bits in the KL's place."""
+        """Apply the KL weight to log p(z) and log q(z|x), or put the free bits in the place of the KL."""
         if not self.free_bits:
-            self._counted = self.weight
+            self._kl_factor = self.weight
             return replace(w, log_prior=self.weight * w.log_prior, log_q=self.weight * w.log_q)
         free = (w.log_q - w.log_prior).detach().mean() < self.free_bits
-        self._counted = torch.where(free, 0.0, self.weight)
-        given = torch.where(free, self.weight * self.free_bits, 0.0)
-        return replace(w, log_prior=self._counted * w.log_prior, log_q=self._counted * w.log_q + given)
+        self._kl_factor = torch.where(free, 0.0, self.weight)
+        constant = torch.where(free, self.weight * self.free_bits, 0.0)
+        return replace(w, log_prior=self._kl_factor * w.log_prior, log_q=self._kl_factor * w.log_q + constant)
 
     def tensor_loss(self, model: Program, guide: Program, x: Tensor, index: Tensor | None = None) -> Tensor:
-        """Minus the bound, summed over the batch, in nats, whatever its value is: no look at it, for recording."""
+        """Return minus the bound, summed over the batch, in nats, without reading its value (for tracing)."""
         return self._loss(self.tempered(self.draw(model, guide, x, index)))
 
     def _loss(self, w: LogWeights) -> Tensor:
         return -w.scale * self.bound(w).sum()
 
     def differentiable_loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> Tensor:
-        """Minus the bound, summed over the batch, in nats."""
+        """Return minus the bound, summed over the batch, in nats; raise `NonFiniteLoss` if it is not finite."""
         w = self.tempered(self.draw(model, guide, *args, **kwargs))
         loss = self._loss(w)
         if not math.isfinite(loss.item()):
@@ -109,15 +109,15 @@ class Objective(pyro.infer.ELBO):
         return loss
 
     def _get_trace(self, model: Any, guide: Any, args: Any, kwargs: Any) -> tuple[Trace, Trace]:
-        raise NotImplementedError("the traces of this objective are scored by pvae.inference.importance")
+        raise NotImplementedError("pvae.inference.importance scores the traces of this objective")
 
     def loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> float:
-        """The loss as a number."""
+        """Return the loss as a number."""
         with torch.no_grad():
             return self.differentiable_loss(model, guide, *args, **kwargs).item()
 
     def loss_and_grads(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> float:
-        """The loss as a number, its gradients added to the parameters'."""
+        """Return the loss as a number and add its gradients to those of the parameters."""
         loss = self.differentiable_loss(model, guide, *args, **kwargs)
         if loss.requires_grad:
             loss.backward()
@@ -125,17 +125,17 @@ class Objective(pyro.infer.ELBO):
 
 
 class ELBO(Objective, Trace_ELBO):
-    r"""The evidence lower bound, :math:`E_q[\log p(x|z)] - \beta\, E_q[\log q(z|x) - \log p(z)]`, over K draws.
+    r"""Evidence lower bound (ELBO), :math:`E_q[\log p(x|z)] - \beta\, E_q[\log q(z|x) - \log p(z)]`, over K draws.
 
-    Arguments as in every objective: K, kl_weight, warm_up, cycle, free_bits. With one draw and no weights it is Pyro's
-    ``Trace_ELBO``, which also takes latents that are not reparametrized.
+    Arguments: see `Objective`. With one draw and no KL weight it is Pyro's ``Trace_ELBO``, which also takes latents
+    that are not reparametrized.
 
     Source: Kingma and Welling (2014), *Auto-Encoding Variational Bayes*, arXiv:1312.6114.
     """
 
     @property
     def plain(self) -> bool:
-        """Pyro's own ELBO."""
+        """Whether this is Pyro's own ELBO."""
         return (self.K, self.kl_weight, self.warm_up, self.free_bits) == (1, 1, 0, 0)
 
     def bound(self, w: LogWeights) -> Tensor:
@@ -159,10 +159,10 @@ class ELBO(Objective, Trace_ELBO):
 
 
 class AnalyticKL(Objective):
-    r"""The ELBO with its KL in closed form, :math:`E_q[\log p(x|z)] - \beta\, KL(q(z|x) \| p(z))`.
+    r"""ELBO with an analytic KL, :math:`E_q[\log p(x|z)] - \beta\, KL(q(z|x) \| p(z))`. Arguments: see `Objective`.
 
     Raises:
-        UserError: in training, where family and prior have no closed form; it never samples in secret.
+        UserError: in training, where family and prior have no KL in closed form; it never falls back to sampling.
 
     Source: Kingma and Welling (2014), arXiv:1312.6114, appendix B.
     """
@@ -174,64 +174,50 @@ class AnalyticKL(Objective):
         return w.log_w.mean(0)
 
 
-class _MultiSample(Objective):
-    """An objective whose bound rises with K; 5 draws unless told."""
+@dataclass(kw_only=True, eq=False)
+class IWAE(Objective):
+    r"""Importance-weighted bound (IWAE), :math:`E[\log \frac1K \sum_k w_k]`, :math:`w_k = p(x, z_k) / q(z_k|x)`.
 
-    def __init__(
-        self,
-        *,
-        K: int = 5,
-        kl_weight: float = 1.0,
-        warm_up: float = 0.0,
-        cycle: float = 0.0,
-        free_bits: float = 0.0,
-    ) -> None:
-        super().__init__(K=K, kl_weight=kl_weight, warm_up=warm_up, cycle=cycle, free_bits=free_bits)
-
-
-class IWAE(_MultiSample):
-    r"""The importance-weighted bound, :math:`E[\log \frac1K \sum_k w_k]` with :math:`w_k = p(x, z_k) / q(z_k|x)`.
+    Arguments: see `Objective`; K is 5 by default.
 
     Source: Burda, Grosse, Salakhutdinov (2016), *Importance Weighted Autoencoders*, arXiv:1509.00519.
     """
+
+    K: int = 5
 
     def bound(self, w: LogWeights) -> Tensor:
         return log_mean_exp(w.log_w)
 
 
+@dataclass(kw_only=True, eq=False)
 class Renyi(Objective):
-    r"""Renyi's bound, :math:`\frac1{1 - \alpha} \log \frac1K \sum_k w_k^{1 - \alpha}`: IWAE at 0, ELBO near 1.
+    r"""Renyi bound, :math:`\frac1{1 - \alpha} \log \frac1K \sum_k w_k^{1 - \alpha}`: IWAE at 0, ELBO near 1.
 
     Arguments:
-        alpha: order, not 1; above 1 and below 0 it bounds no evidence from below.
-        K, kl_weight, warm_up, cycle, free_bits: as in every objective.
+        alpha: order, not 1; above 1 and below 0 it is no lower bound of the evidence.
+
+    Other arguments: see `Objective`; K is 5 by default.
 
     Source: Li and Turner (2016), *Renyi Divergence Variational Inference*, arXiv:1602.02311.
     """
 
-    def __init__(
-        self,
-        *,
-        alpha: float = 0.5,
-        K: int = 5,
-        kl_weight: float = 1.0,
-        warm_up: float = 0.0,
-        cycle: float = 0.0,
-        free_bits: float = 0.0,
-    ) -> None:
-        if alpha == 1 or not math.isfinite(alpha):
-            raise UserError(f"Renyi: alpha is {alpha}, but it must be finite and not 1; there the bound is the ELBO")
-        super().__init__(K=K, kl_weight=kl_weight, warm_up=warm_up, cycle=cycle, free_bits=free_bits)
-        self.alpha = alpha
+    alpha: float = 0.5
+    K: int = 5
+
+    def __post_init__(self) -> None:
+        if self.alpha == 1 or not math.isfinite(self.alpha):
+            range_ = "but it must be finite and not 1; there the bound is the ELBO"
+            raise UserError(f"Renyi: alpha is {self.alpha}, {range_}")
+        super().__post_init__()
 
     def bound(self, w: LogWeights) -> Tensor:
         return log_mean_exp((1 - self.alpha) * w.log_w) / (1 - self.alpha)
 
 
 class StickingTheLanding(Objective):
-    r"""The ELBO, its gradient without the score of q, :math:`\nabla_\phi z\, \nabla_z \log w`.
+    r"""ELBO with the path gradient (STL), :math:`\nabla_\phi z\, \nabla_z \log w`, without the score of q.
 
-    At the exact posterior each draw's gradient is zero, not their mean alone.
+    At the exact posterior the gradient of each draw is zero, not only their mean. Arguments: see `Objective`.
 
     Source: Roeder, Wu, Duvenaud (2017), *Sticking the Landing*, arXiv:1703.09194.
     """
@@ -243,11 +229,11 @@ class StickingTheLanding(Objective):
         return w.log_w.mean(0)
 
 
-class DReG(_MultiSample):
+class DReG(IWAE):
     r"""IWAE with the doubly reparametrized gradient, :math:`\sum_k \tilde w_k^2 \nabla_\phi z_k \nabla_z \log w_k`.
 
-    The model's parameters have IWAE's own gradient. With a KL weight beta, :math:`\tilde w^2` becomes
-    :math:`\tilde w (1 - \beta + \beta \tilde w)`.
+    The gradient of the model's parameters is that of IWAE. With a KL weight beta, :math:`\tilde w^2` becomes
+    :math:`\tilde w (1 - \beta + \beta \tilde w)`. Arguments: see `IWAE`.
 
     Source: Tucker, Lawson, Gu, Maddison (2019), *Doubly Reparameterized Gradient Estimators*, arXiv:1810.04152.
     """
@@ -257,25 +243,25 @@ class DReG(_MultiSample):
         return score_draws(model, guide, x, index, self.K, hook=self._hook, path_gradient=True)
 
     def _hook(self, z: Tensor, event_dim: int) -> Tensor:
-        """The draw itself, whose gradient is multiplied on its way back by a factor known only then."""
+        """Return the draw with a hook that multiplies its gradient by a factor known only in the backward pass."""
         if not z.requires_grad:
             return z
         z = z.view_as(z)
 
-        def scaled(gradient: Tensor) -> Tensor:
+        def rescale(gradient: Tensor) -> Tensor:
             assert self._factor is not None
             K, B = self._factor.shape
             inner = gradient.dim() - event_dim - (2 if K > 1 else 1)
             lead = (K,) if K > 1 else ()
             return gradient * self._factor.view(lead + (1,) * inner + (B,) + (1,) * event_dim)
 
-        z.register_hook(scaled)
+        z.register_hook(rescale)
         return z
 
     def bound(self, w: LogWeights) -> Tensor:
-        share = w.log_w.detach().softmax(0)
+        normalized = w.log_w.detach().softmax(0)
         # A point mass has no score of q to turn into a path, nor have free bits in the KL's place.
-        beta = self._counted if w.log_q.requires_grad and not w.point_mass else 0.0
-        self._factor = 1 - beta + beta * share
-        climb = (share * (w.log_lik + w.log_prior - self._factor * w.log_q)).sum(0)
-        return log_mean_exp(w.log_w).detach() + climb - climb.detach()
+        beta = self._kl_factor if w.log_q.requires_grad and not w.point_mass else 0.0
+        self._factor = 1 - beta + beta * normalized
+        surrogate = (normalized * (w.log_lik + w.log_prior - self._factor * w.log_q)).sum(0)
+        return log_mean_exp(w.log_w).detach() + surrogate - surrogate.detach()

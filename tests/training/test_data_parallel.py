@@ -97,13 +97,13 @@ def child(folder):
     """All that two processes are to do, in one of them."""
     distributed.init_process_group()
     told = {"sent": [], "size": sum(p.numel() for m in modules("PerDatapoint") for p in m.parameters())}
-    add = data_parallel._add
-    data_parallel._add = lambda state, bucket: (told["sent"].append(bucket.buffer().nbytes), add(state, bucket))[1]
+    add = data_parallel.all_reduce_flat
+    data_parallel.all_reduce_flat = lambda terms: (told["sent"].append(sum(t.nbytes for t in terms)), add(terms))[1]
     for engine in ("pyro", "traced"):
         for source in ("Amortized", "PerDatapoint"):
             report = trained(source, folder / f"{source}-{engine}", engine=engine)
             told[f"{source}-{engine}"] = report.history
-    data_parallel._add = add
+    data_parallel.all_reduce_flat = add
     trained("Delta", folder / "Delta", tiny("none"), batch_size=26)
     trained("PerDatapoint", folder / "resumed", epochs=1)
     trained("PerDatapoint", folder / "resumed", resume=True)
@@ -112,11 +112,9 @@ def child(folder):
     trained("PerDatapoint", folder / "stopped", resume=True)
     told["broken"] = broken(folder)
     told["full"] = full(folder / "full")
-    data_parallel._add = lambda state, bucket: add(state, bucket).then(
-        lambda done: done.value() / distributed.world_size()
-    )
+    data_parallel.all_reduce_flat = lambda terms: [total / distributed.world_size() for total in add(terms)]
     trained("Amortized", folder / "mean")
-    data_parallel._add = add
+    data_parallel.all_reduce_flat = add
     told["lines"] = [command(line, folder) for line in LINES]
     (folder / f"told-{os.environ['RANK']}.json").write_text(json.dumps(told))
 
@@ -133,7 +131,7 @@ def broken(folder):
     """How a training ends in which the second process's loss alone turns NaN."""
 
     def spoil():
-        raise data_parallel.NonFinite("the log-density of site 'x' is not finite")
+        raise data_parallel.NonFiniteLoss("the log-density of site 'x' is not finite")
 
     with pytest.raises((UserError, PeerFailed)) as error:
         trained("Amortized", folder / "broken", event=(4, spoil) if distributed.rank() else None)
@@ -283,9 +281,9 @@ def test_the_mean_of_gradients_would_be_seen(two):
 
 def test_nothing_is_sent_but_gradients_of_global_parameters(two):
     for told in two[1]:
-        sent, steps, word = told["sent"], 3 * EPOCHS, 2
+        sent, steps, flags = told["sent"], 3 * EPOCHS, 2
         per_datapoint = sent[-steps:]  # of the last fit
-        assert per_datapoint == [4 * (told["size"] + word)] * steps
+        assert per_datapoint == [4 * (told["size"] + flags)] * steps
 
 
 def test_going_on_is_the_whole_bit_for_bit(two):
@@ -297,20 +295,20 @@ def test_going_on_is_the_whole_bit_for_bit(two):
 def test_a_signal_to_one_stops_all_at_the_same_step(two):
     folder, told = two
     assert [each["stop"] for each in told] == [
-        f"stopped in epoch 1 by SIGTERM; saved in {folder / 'stopped'}; the same command with --resume goes on"
+        f"stopped in epoch 1 by SIGTERM; saved in {folder / 'stopped'}; the same command with resume=True goes on"
     ] * 2
 
 
 def test_one_that_diverges_ends_all_and_alone_says_why(two):
     first, second = (each["broken"] for each in two[1])
-    assert first[0] == "Elsewhere"
+    assert first[0] == "PeerFailed"
     assert second[0] == "UserError"
     assert "diverged in epoch 1: the log-density of site 'x' is not finite" in second[1]
 
 
 def test_a_part_that_cannot_be_written_ends_all_and_leaves_the_old_checkpoint(two):
     folder, told = two
-    assert [each["full"] for each in told] == [["Elsewhere", "process 1 has failed"], ["UserError", "no space"]]
+    assert [each["full"] for each in told] == [["PeerFailed", "process 1 has failed"], ["UserError", "no space"]]
     assert checkpoints.read(folder / "full")[1]["epoch"] == 1
 
 
@@ -335,7 +333,7 @@ def test_the_command_line_speaks_once(two):
     first, second = (each["lines"] for each in two[1])
     assert [line[0] for line in first] == [line[0] for line in second] == [2, 0, 2]
     assert all(out == err == "" for _, out, err in second)
-    assert "--batch-size is 7, but 2 processes share it" in first[0][2]
+    assert "--batch-size is 7, but 2 processes share it; set a multiple of 2" in first[0][2]
     assert first[2][2].startswith("error: pvae evaluate is a job for one process")
 
 

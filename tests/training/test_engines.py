@@ -1,6 +1,7 @@
 """Engines: each makes Pyro's step. Losses are Pyro's but for the order of their sums, gradients and rows to the bit."""
 
 import math
+from dataclasses import replace
 
 import pyro
 import pytest
@@ -51,9 +52,9 @@ class Seen(FusedAdam):
 
 
 def component(word):
-    from pvae.recipes.registry import parse
+    from pvae.recipes.registry import parse_component
 
-    return parse(word) if "(" in word else small(word)
+    return parse_component(word) if "(" in word else small(word)
 
 
 def steps(case, engine, dtype=torch.float64, count=3, **options):
@@ -152,6 +153,11 @@ def trained(engine, seed=1, epochs=2, **options):
     return report, [p.detach() for m in (vae, guide) for p in m.parameters()]
 
 
+def reported(report):
+    """Engine and reason, as the screen shows them."""
+    return f"{report.engine}: {report.engine_reason}"
+
+
 def test_a_fit_gives_the_same_parameters_by_any_engine():
     report, expected = trained("pyro")
     for engine in ("traced", "graph"):
@@ -173,7 +179,8 @@ def test_a_captured_step_makes_the_steps_in_their_order(objective, monkeypatch):
         return lambda: replays.append(1) or function()
 
     def everywhere(choice, engine, data, size):
-        return choice._replace(step=cuda_graph.CudaGraphStep(choice.step, data, size))
+        step = cuda_graph.CudaGraphStep(choice.traced, data, size)
+        return replace(choice, step=step, batches=step.batches, traced=None)
 
     expected = trained("traced", epochs=4, objective=objective)[1]
     monkeypatch.setattr(cuda_graph, "capture_graph", capture)
@@ -186,11 +193,11 @@ def test_a_captured_step_makes_the_steps_in_their_order(objective, monkeypatch):
 
 
 def test_the_report_says_which_engine_and_why(capsys):
-    assert trained("auto")[0].engine == "pyro: 8 steps are too few to pay for recording one"
-    assert trained("traced")[0].engine == "traced: as asked"
+    assert reported(trained("auto")[0]) == "pyro: 8 steps are too few to pay for tracing one"
+    assert reported(trained("traced")[0]) == "traced: as asked"
     assert capsys.readouterr().err == ""
     if not torch.cuda.is_available():
-        assert trained("graph")[0].engine == "traced: a CUDA graph needs a CUDA device"
+        assert reported(trained("graph")[0]) == "traced: a CUDA graph needs a CUDA device"
         assert capsys.readouterr().err == "  engine traced: a CUDA graph needs a CUDA device\n"
     trained("auto", progress=True)
     assert "  engine pyro: 8 steps are too few" in capsys.readouterr().err
@@ -259,7 +266,7 @@ def guide_steps(state):
 
 def test_buffers_that_are_replaced_go_by_pyro():
     report, found = normed("traced", replaces=True)
-    assert "buffer 'mean' is replaced" in report.engine
+    assert "buffer 'mean' is replaced" in report.engine_reason
     assert all(a.equal(b) for a, b in zip(found, normed("pyro", replaces=True)[1], strict=True))
 
 
@@ -298,16 +305,16 @@ def test_programs_that_can_not_be_recorded_go_by_pyro_in_one_line(kind, reason):
     program, x = Odd(kind), torch.ones(8, 3).triu()
     guide = Amortized(nn.Linear(3, 4), families.DiagonalNormal(2))
     report = fit(program.model, guide, x, epochs=2, batch_size=4, engine="traced")
-    assert report.engine.startswith("pyro: the step can't be recorded (")
-    assert reason in report.engine
-    assert "\n" not in report.engine
+    assert reported(report).startswith("pyro: the step can't be traced (")
+    assert reason in report.engine_reason
+    assert "\n" not in report.engine_reason
 
 
 def test_a_recording_that_falls_away_from_the_program_is_left_after_an_epoch(capsys):
     # The program's fifth pass is another: data are checked in the first, the step is recorded and checked in three.
     program, guide = Odd("late"), Amortized(nn.Linear(3, 4), families.DiagonalNormal(2))
     report = fit(program.model, guide, torch.ones(48, 3).tril(), epochs=2, batch_size=4, engine="traced")
-    assert report.engine.startswith("pyro: what was recorded no longer holds (replayed, the loss is")
+    assert reported(report).startswith("pyro: the traced step no longer holds (replayed, the loss is")
     assert capsys.readouterr().err.count("\n") == 1
 
 
@@ -315,7 +322,7 @@ def test_a_last_batch_that_can_not_be_recorded_goes_by_pyro():
     program = Odd("small")
     guide = Amortized(nn.Linear(3, 4), families.DiagonalNormal(2))
     report = fit(program.model, guide, torch.ones(18, 3).tril(), epochs=2, batch_size=4, engine="traced")
-    assert report.engine == "traced: as asked"
+    assert reported(report) == "traced: as asked"
     assert math.isfinite(report.history[-1]["objective"])
 
 
@@ -347,8 +354,8 @@ def test_latents_without_reparametrization_go_by_pyro():
 
     program, guide = Discrete(), Discrete()
     report = fit(program.model, guide, torch.randn(8, 3), epochs=1, batch_size=4, engine="traced")
-    assert report.engine.startswith("pyro: the step can't be recorded (")
-    assert "not reparametrized" in report.engine
+    assert reported(report).startswith("pyro: the step can't be traced (")
+    assert "not reparametrized" in report.engine_reason
     assert math.isfinite(report.history[0]["objective"])
 
 
@@ -358,5 +365,5 @@ def test_without_a_compiler_the_recording_is_replayed(monkeypatch):
 
     monkeypatch.setattr("pvae.runtime.tracing.compile_graph", none)
     report, found = trained("compiled")
-    assert report.engine == "traced: the step can't be compiled (InvalidCxxCompiler: no C++ compiler)"
+    assert reported(report) == "traced: the step can't be compiled (InvalidCxxCompiler: no C++ compiler)"
     assert all(a.equal(b) for a, b in zip(found, trained("pyro")[1], strict=True))

@@ -385,7 +385,7 @@ def test_a_truncated_checkpoint_is_refused(keep, tmp_path):
 def test_a_folder_without_a_checkpoint_is_refused(tmp_path):
     with pytest.raises(UserError, match="holds no checkpoint"):
         resumed("Amortized", tmp_path)
-    with pytest.raises(UserError, match="resume needs the folder"):
+    with pytest.raises(UserError, match="resume=True needs the folder"):
         resumed("Amortized", None)
 
 
@@ -420,14 +420,14 @@ def test_data_outside_the_support_are_refused_by_place_and_value(part):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"epochs": -1}, "--epochs is -1, but it must be at least 0"),
-        ({"batch_size": 0}, "--batch-size is 0, but it must be at least 1"),
-        ({"learning_rate": 0.0}, "--learning-rate is 0.0, but it must be positive"),
-        ({"learning_rate": -1.0}, "--learning-rate is -1.0, but it must be positive"),
-        ({"learning_rate": float("nan")}, "--learning-rate is nan, but it must be positive"),
-        ({"learning_rate": float("inf")}, "--learning-rate is inf, but it must be positive"),
-        ({"patience": -1}, "--patience is -1, but it must be at least 1"),
-        ({"patience": 0}, "--patience is 0, but it must be at least 1"),
+        ({"epochs": -1}, "epochs is -1, but it must be at least 0"),
+        ({"batch_size": 0}, "batch_size is 0, but it must be at least 1"),
+        ({"learning_rate": 0.0}, "learning_rate is 0.0, but it must be positive"),
+        ({"learning_rate": -1.0}, "learning_rate is -1.0, but it must be positive"),
+        ({"learning_rate": float("nan")}, "learning_rate is nan, but it must be positive"),
+        ({"learning_rate": float("inf")}, "learning_rate is inf, but it must be positive"),
+        ({"patience": -1}, "patience is -1, but it must be at least 1"),
+        ({"patience": 0}, "patience is 0, but it must be at least 1"),
         ({"device": "gpu"}, "unknown device 'gpu'"),
     ],
     ids=str,

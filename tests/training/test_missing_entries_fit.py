@@ -66,7 +66,7 @@ def program(likelihood):
 def amortized(means):
     with seeded(0):
         family = DiagonalNormal(LATENT)
-        return Amortized(ImputeMeans(MLP(COLUMNS, family.size, hidden=[4]), means), family)
+        return Amortized(ImputeMeans(MLP(COLUMNS, family.num_params, hidden=[4]), means), family)
 
 
 @pytest.fixture(params=LIKELIHOODS)
@@ -156,7 +156,7 @@ def test_no_value_in_the_place_of_a_missing_entry_changes_a_loss_or_a_gradient(k
     vae, x = program(LIKELIHOODS[kind]()), holed(rows(LIKELIHOODS[kind]()))
     there, family, found = ~x.isnan(), DiagonalNormal(LATENT), []
     for value, mask in ((torch.nan, None), (torch.nan, there), (0.0, there), (7.0, there)):
-        q_params = torch.linspace(-1, 1, len(x) * family.size).view(len(x), -1).requires_grad_()
+        q_params = torch.linspace(-1, 1, len(x) * family.num_params).view(len(x), -1).requires_grad_()
         with seeded(3):
             loss = objective().differentiable_loss(
                 mask_missing(vae.model, mask), fixed_guide(family, q_params), torch.where(there, x, value)
@@ -209,7 +209,7 @@ def test_a_replayed_step_is_the_programs_own_to_the_bit(guide):
     for engine in ("pyro", "traced"):
         own, data = built(guide, x, True, likelihood="Gaussian")
         report = fit(own.program.model, own.guide, data, epochs=2, batch_size=8, engine=engine)
-        assert report.engine.startswith(f"{engine}:")
+        assert report.engine == engine
         numbers = [p for m in (own.program, own.guide) for p in m.parameters()]
         found.append((*numbers, getattr(own.guide, "table", torch.zeros(1))))
     assert all(map(torch.equal, *found))
@@ -222,7 +222,7 @@ def test_every_likelihood_takes_finite_steps_and_can_be_recorded(likelihood):
     data = dataset(x)
     check_support(mask_missing(vae.model), data)
     report = fit(mask_missing(vae.model), guide, data, epochs=1, batch_size=12, engine="traced")
-    assert report.engine.startswith("traced:")
+    assert report.engine == "traced"
     assert all(p.isfinite().all() for p in (*vae.parameters(), *guide.parameters()))
     assert not any(map(torch.equal, before, vae.decoder.parameters()))
 

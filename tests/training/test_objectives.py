@@ -20,7 +20,7 @@ from pvae.generative.vae import VAE
 from pvae.inference.families import Delta, DiagonalNormal, FullRankNormal, MixtureOfNormals
 from pvae.inference.guides import Amortized, Guide, PerDatapoint
 from pvae.inference.importance import log_weights
-from pvae.inference.latents import LatentSites, LatentSite
+from pvae.inference.latents import LatentSite, LatentSites
 from pvae.inference.refinement import fixed_guide
 from pvae.runtime.pyro_params import LocalModule
 from pvae.training import objectives
