@@ -133,16 +133,16 @@ def impute(
     results["ess"] = values.new_full((len(values),), torch.nan)
     if len(incomplete):
         part = every.at(incomplete)
-        candidate = part.with_nan if _encodes_nan(guide, part.with_nan[:1]) else part.rows
+        candidates = part.with_nan if _encodes_nan(guide, part.with_nan[:1]) else part.rows
 
         def compute(rows: RowBatch) -> dict[str, Tensor]:
-            given, there = part.values[rows.place], part.observed[rows.place]
+            values, there = part.values[rows.place], part.observed[rows.place]
             program = mask_missing(model, there)
-            codes = _posterior_draws(program, guide, rows, candidate[rows.place], K, steps, seed, part.max_batch)
-            mean, sd = _mixture_moments(model, guide, codes, rows, _entry_moments, part.max_batch)
-            drawn = torch.where(there, given, _mixture_draws(model, guide, codes, rows, draws)).transpose(0, 1)
-            mean, sd = torch.where(there, given, mean), sd.masked_fill(there, 0)
-            return {"x": mean, "sd": sd, "draws": drawn, "ess": codes.ess}
+            mixture = part.fit_mixture(program, guide, rows, candidates[rows.place], K, steps, seed)
+            mean, sd = mixture.moments(lambda fn, _: entry_moments(fn))
+            drawn = torch.where(there, values, mixture.draw(draws)).transpose(0, 1)
+            mean, sd = torch.where(there, values, mean), sd.masked_fill(there, 0)
+            return {"x": mean, "sd": sd, "draws": drawn, "ess": mixture.codes.ess}
 
         for name, imputed in part.map_batches(model, guide, compute, seed, progress).items():
             results[name][incomplete.cpu()] = imputed
@@ -190,19 +190,18 @@ def denoise(
     def compute(rows: RowBatch) -> dict[str, Tensor]:
         seen, there = every.values[rows.place], every.observed[rows.place]
         program = noisy if there.all() else mask_missing(noisy, there)
-        fn, candidate = observed_site(model, rows.x, rows.index)["fn"], rows.x.clone()
-        candidate[:, : seen.shape[1]] = clamp_to_support(fn, seen.round() if fn.support.is_discrete else seen)
-        codes = _posterior_draws(program, guide, rows, candidate, K, steps, seed, every.max_batch)
+        fn, candidates = observed_site(model, rows.x, rows.index)["fn"], rows.x.clone()
+        candidates[:, : seen.shape[1]] = clamp_to_support(fn, seen.round() if fn.support.is_discrete else seen)
+        mixture = every.fit_mixture(program, guide, rows, candidates, K, steps, seed)
 
         def clean_moments(fn: Any, part: slice) -> Moments:
             """Mean and variance of p(x|y, z) for observed entries, of p(x|z) for missing ones."""
-            noisy_fn, observed = _unmasked(fn).base_dist, tile_rows(there, None, part)[0]
-            given_y = noisy_fn.clean_moments(tile_rows(seen, None, part)[0])
-            pairs = zip(given_y, entry_moments(noisy_fn.clean), strict=True)
-            return Moments(*(torch.where(observed, *pair) for pair in pairs))
+            y, is_observed = (tile_rows(t, None, part)[0] for t in (seen, there))
+            pairs = zip(fn.base_dist.clean_moments(y), entry_moments(fn.base_dist.clean), strict=True)
+            return Moments(*(torch.where(is_observed, *pair) for pair in pairs))
 
-        mean, sd = _mixture_moments(program, guide, codes, rows, clean_moments, every.max_batch)
-        return {"x": mean, "sd": sd, "ess": codes.ess}
+        mean, sd = mixture.moments(clean_moments)
+        return {"x": mean, "sd": sd, "ess": mixture.codes.ess}
 
     return Denoising(**every.map_batches(model, guide, compute, seed, progress))
 
@@ -237,18 +236,23 @@ class _ObservedRows(NamedTuple):
         """The rows with NaN in the place of missing entries."""
         return torch.where(self.mask, self.rows, torch.nan)
 
-    @property
-    def max_batch(self) -> int:
-        """Draws of all rows that pass through the program together."""
-        return max(1, min(ROWS_PER_PASS, ENUMERATED // max(1, num_levels(self.fn))))
-
     def map_batches(
         self, model: Program, guide: Guide, compute: Callable[[RowBatch], Any], seed: int, progress: Progress
     ) -> dict[str, Tensor]:
-        """Map batches of the rows, fewer rows in each if all levels of an entry are enumerated."""
+        """Map batches of the rows, of fewer rows if all levels of an entry are enumerated."""
         size = max(1, min(ROWS, ENUMERATED // (CHECK_DRAWS * max(1, num_levels(self.fn)))))
         options: dict[str, Any] = {"seed": seed, "batch_size": size, "progress": progress}
         return map_batches(model, guide, compute, self.rows, self.index, **options)
+
+    def fit_mixture(
+        self, program: Program, guide: Guide, rows: RowBatch, candidates: Tensor, K: int, steps: int, seed: int
+    ) -> _Mixture:
+        """Refit q to a batch as a program scores it, starting from candidates; draw codes with importance weights."""
+        x, index, seed = rows.x, rows.index, seed + SEARCH + rows.place.start
+        max_batch = max(1, min(ROWS_PER_PASS, ENUMERATED // max(1, num_levels(self.fn))))
+        q_params = refit_params(program, guide, x, index, candidates=[candidates], steps=steps, seed=seed)
+        codes = importance_draws(program, guide, q_params, x, index, K, max_batch)
+        return _Mixture(program, guide, rows, codes, max_batch)
 
     def check_values(self, support: Any) -> None:
         """Refuse observed values outside a support."""
@@ -287,7 +291,6 @@ def _observe(
 
 
 def _as_mask(x: Tensor, observed: Values | None) -> Tensor:
-    """Return the mask of observed entries, of the rows' shape."""
     mask = torch.ones_like(x, dtype=torch.bool) if observed is None else torch.as_tensor(observed)
     if mask.dtype != torch.bool or mask.shape != x.shape:
         raise UserError(
@@ -298,7 +301,6 @@ def _as_mask(x: Tensor, observed: Values | None) -> Tensor:
 
 
 def _as_means(x: Tensor, means: Values) -> Tensor:
-    """Return column means, 0 where there is none."""
     values = torch.as_tensor(means).to(x)
     if values.shape != x.shape[1:]:
         raise UserError(f"the means have shape {tuple(values.shape)}, but the rows' columns {tuple(x.shape[1:])}")
@@ -324,10 +326,6 @@ def _unmasked(fn: Any) -> Any:
     return _unmasked(fn.fn) if isinstance(fn, MaskedDistribution) else fn
 
 
-def _entry_moments(fn: Any, part: slice) -> Moments:
-    return entry_moments(_unmasked(fn))
-
-
 def _encodes_nan(guide: Guide, rows: Tensor) -> bool:
     """Return whether the guide has an encoder that was made for rows with missing entries."""
     encoder = getattr(guide, "encoder", None)
@@ -335,41 +333,34 @@ def _encodes_nan(guide: Guide, rows: Tensor) -> bool:
         return encoder is not None and bool(encoder(rows).isfinite().all())
 
 
-def _posterior_draws(
-    program: Program, guide: Guide, rows: RowBatch, candidate: Tensor, K: int, steps: int, seed: int, max_batch: int
-) -> WeightedDraws:
-    """Refit q to rows as a program scores them, and draw from it with importance weights."""
-    seed = seed + SEARCH + rows.place.start
-    q_params = refit_params(program, guide, rows.x, rows.index, candidates=[candidate], steps=steps, seed=seed)
-    return importance_draws(program, guide, q_params, rows.x, rows.index, K, max_batch)
+class _Mixture(NamedTuple):
+    r"""Mixture :math:`\sum_k v_k\, p(x|z_k)` over importance draws of each row's code."""
 
+    program: Program
+    guide: Guide
+    rows: RowBatch
+    codes: WeightedDraws
+    max_batch: int
 
-def _mixture_moments(
-    program: Program,
-    guide: Guide,
-    codes: WeightedDraws,
-    rows: RowBatch,
-    moments_of: Callable[[Any, slice], Moments],
-    max_batch: int,
-) -> tuple[Tensor, Tensor]:
-    r"""Mean and standard deviation of the mixture :math:`\sum_k v_k\, p_k`, [B, C], from the moments of each p_k."""
-    mean = square = centre = torch.zeros(())
-    for part in draw_chunks(len(codes.z), len(rows.x), max_batch):
-        chunk = WeightedDraws(codes.z[part], codes.log_weights[part])
-        fn = likelihood_at(program, guide.sites, chunk.z.flatten(0, 1), *tile_rows(rows.x, rows.index, part))
-        first, second = (values.unflatten(0, chunk.z.shape[:2]) for values in moments_of(fn, part))
-        centre = first[0] if part.start == 0 else centre  # squares around 0 lose the digits of a mean far from it
-        mean = mean + chunk.mean(first - centre)
-        square = square + chunk.mean(second + (first - centre) ** 2)
-    return centre + mean, (square - mean**2).clamp(min=0).sqrt()
+    def moments(self, moments_of: Callable[[Any, slice], Moments]) -> tuple[Tensor, Tensor]:
+        """Compute mean and standard deviation, [B, C], from the moments of p(x|z_k) for slices of the draws."""
+        mean = square = centre = torch.zeros(())
+        for part in draw_chunks(len(self.codes.z), len(self.rows.x), self.max_batch):
+            chunk = WeightedDraws(self.codes.z[part], self.codes.log_weights[part])
+            first, second = (t.unflatten(0, chunk.z.shape[:2]) for t in moments_of(self._at(chunk.z, part), part))
+            centre = first[0] if part.start == 0 else centre  # squares around 0 lose the digits of a mean far from it
+            mean = mean + chunk.mean(first - centre)
+            square = square + chunk.mean(second + (first - centre) ** 2)
+        return centre + mean, (square - mean**2).clamp(min=0).sqrt()
 
+    def draw(self, count: int) -> Tensor:
+        """Draw rows, [S, B, C]."""
+        which = torch.multinomial(self.codes.log_weights.exp().mT, count, replacement=True).mT
+        z = self.codes.z.gather(0, which.unsqueeze(-1).expand(-1, -1, self.codes.z.shape[-1]))
+        parts = draw_chunks(count, len(self.rows.x))
+        return torch.cat([self._at(z[part], part).sample().unflatten(0, z[part].shape[:2]) for part in parts])
 
-def _mixture_draws(model: Program, guide: Guide, codes: WeightedDraws, rows: RowBatch, count: int) -> Tensor:
-    r"""Draw rows from the mixture :math:`\sum_k v_k\, p(x|z_k)`, [S, B, C]."""
-    which = torch.multinomial(codes.log_weights.exp().mT, count, replacement=True).mT
-    z = codes.z.gather(0, which.unsqueeze(-1).expand(-1, -1, codes.z.shape[-1]))
-    draws = []
-    for part in draw_chunks(count, len(rows.x)):
-        fn = likelihood_at(model, guide.sites, z[part].flatten(0, 1), *tile_rows(rows.x, rows.index, part))
-        draws.append(_unmasked(fn).sample().unflatten(0, z[part].shape[:2]))
-    return torch.cat(draws)
+    def _at(self, z: Tensor, part: slice) -> Any:
+        """Return p(x|z) at z [k, B, D]."""
+        rows = tile_rows(self.rows.x, self.rows.index, part)
+        return _unmasked(likelihood_at(self.program, self.guide.sites, z.flatten(0, 1), *rows))
