@@ -141,7 +141,9 @@ def fit(
             for warning in preflight.recipe_warnings(complete):
                 typer.echo(f"warning: {warning}", err=True)
             run_folder.prepare_folder(folder, complete, overwrite=overwrite, resume=resume)
-    fitted = run_folder.train_in_folder(untrained, dataset, folder, device=device, resume=resume, progress=True)
+    fitted = run_folder.train_in_folder(
+        untrained, dataset, folder, device=device, resume=resume, progress=True, check_data=False
+    )
     distributed.destroy_process_group()
     if rank_info().rank == 0:
         typer.echo(f"{_test_bound(fitted, dataset.test.to(local_device))}\nthe run: {folder} (pvae evaluate {folder})")

@@ -196,7 +196,7 @@ def classify(
     """Classify rows by Bayes' rule on a model of each class, fitted at the first use, with calibrated probabilities."""
     from pvae.cli import run_classification
 
-    check_range(least=1, samples=samples, **({} if epochs is None else {"epochs": epochs}))
+    check_range(least=1, samples=samples, epochs=1 if epochs is None else epochs)
     use.apply(run_classification.fit_and_classify, rows, select, total=None, epochs=epochs, K=samples)
 
 

@@ -1,4 +1,4 @@
-"""Pictures of what a run is used for: rows of images with their names, histograms of scores, tables of confusions."""
+"""Figures of the uses of a run: lines and sheets of rows, histograms of scores, confusion matrices."""
 
 from __future__ import annotations
 
@@ -10,22 +10,23 @@ from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
+from sklearn.metrics import ConfusionMatrixDisplay
 
 from pvae.reporting.style import COLOURS, GREY, SMALL, grey_limits, image_grid, image_shape, subplots
 
-# Images beside each other, places of a line that few images don't fill, and the width of a picture in inches.
+# Largest and smallest number of places in a line of images, and the width of a figure in inches.
 ACROSS, FEWEST, WIDTH = 16, 9, 8.6
-# Panels of rows that are no images; stretches, and images of each, that a picture holds.
+# Largest numbers of panels of rows that are no images, of stretches, and of images in each.
 PANELS, STRETCHES, IMAGES = 8, 8, 96
 PATH = LinearSegmentedColormap.from_list("path", [COLOURS[0], "#c8c8c8", COLOURS[1]])
 
 
 def draw_strips(lines: Mapping[str, np.ndarray], shape: tuple[int, ...], notes: Sequence[str] = ()) -> Figure:
-    """Images in columns: each line of them under its name, such as a row, the row with noise, and what it was.
+    """Draw named lines of images below each other, such as rows, their noisy versions and reconstructions.
 
     Arguments:
-        lines: rows [B, C] by the line's name, the given ones first, on whose scale of greys all are drawn. The first
-            ``ACROSS`` are shown, or ``PANELS`` of rows that are no images; a line without any value is left out.
+        lines: rows [B, C] by the line's name; the first sets the grey scale of all. The first ``ACROSS`` rows are
+            shown, or ``PANELS`` of rows that are no images; a line without any value is left out.
         shape: of a row.
         notes: a word above each column.
     """
@@ -39,9 +40,9 @@ def draw_strips(lines: Mapping[str, np.ndarray], shape: tuple[int, ...], notes: 
     places = max(count, FEWEST)
     tall = min(WIDTH * 0.86 / places * height / width, 1.6)
     figure = _figure(0.25 + len(shown) * tall + 0.15 * bool(notes), title)
-    ends = grey_limits(next(iter(shown.values()), np.zeros(0)))
+    limits = grey_limits(next(iter(shown.values()), np.zeros(0)))
     for place, (axis, (name, rows)) in enumerate(zip(_column(figure, len(shown)), shown.items(), strict=True)):
-        image_grid(axis, rows, shape, places, ends)
+        image_grid(axis, rows, shape, places, limits)
         axis.set_ylabel(name, rotation=0, ha="right", va="center", fontsize=8)
         if notes and place == 0:
             middles = [(width + 1) * k + width / 2 - 0.5 for k in range(count)]
@@ -51,14 +52,14 @@ def draw_strips(lines: Mapping[str, np.ndarray], shape: tuple[int, ...], notes: 
 
 
 def draw_sheets(panels: Mapping[str, np.ndarray], shape: tuple[int, ...], per_line: int = ACROSS) -> Figure:
-    """Stretches of rows, one under another, each under its title: sheets of images, or curves in one panel each.
+    """Draw stretches of rows below each other, each under its title: sheets of images, or one panel of curves.
 
     Arguments:
-        panels: rows [B, C] by the stretch's title. The first ``STRETCHES`` are shown, and of each ``IMAGES`` rows from
-            its first to its last.
+        panels: rows [B, C] by the stretch's title. The first ``STRETCHES`` are shown, and ``IMAGES`` rows of each,
+            evenly spaced.
         shape: of a row.
-        per_line: images of a line; more than ``ACROSS`` are broken into lines of about one length. Rows that are no
-            images, and no more than one line, are a path: coloured from the first to the last.
+        per_line: images in a line; more than ``ACROSS`` are broken into lines of about one length. Rows that are no
+            images and fill no more than one line are a path, coloured from the first to the last.
     """
     height, width = image_shape(shape)
     shown = dict(_thinned(name, rows) for name, rows in list(panels.items())[:STRETCHES])
@@ -68,24 +69,23 @@ def draw_sheets(panels: Mapping[str, np.ndarray], shape: tuple[int, ...], per_li
     longest = min(per_line, max(map(len, shown.values())))
     places = max(-(-longest // -(-longest // ACROSS)), FEWEST)
     tall = [0.3 + -(-len(rows) // places) * WIDTH / places * height / width for rows in shown.values()]
-    figure, ends = _figure(min(sum(tall), 11), title), grey_limits(*shown.values())
+    figure, limits = _figure(min(sum(tall), 11), title), grey_limits(*shown.values())
     for axis, (name, rows) in zip(_column(figure, len(shown), tall), shown.items(), strict=True):
-        image_grid(axis, rows, shape, places, ends)
+        image_grid(axis, rows, shape, places, limits)
         axis.set_title(name, fontsize=9, loc="left")
     return figure
 
 
 def _thinned(name: str, rows: np.ndarray) -> tuple[str, np.ndarray]:
-    """As many rows as a sheet holds, from the first to the last, under a title that says so."""
+    """Return as many rows as a sheet holds, evenly spaced, under a title that says so."""
     if len(rows) <= IMAGES:
         return name, rows
-    return f"{name}: {IMAGES} of {len(rows)}, evenly spaced", rows[
-        np.linspace(0, len(rows) - 1, IMAGES).round().astype(int)
-    ]
+    which = np.linspace(0, len(rows) - 1, IMAGES).round().astype(int)
+    return f"{name}: {IMAGES} of {len(rows)}, evenly spaced", rows[which]
 
 
 def _figure(tall: float, title: str) -> Figure:
-    """A figure of the width of all, with a title if there is one."""
+    """Return a figure of the common width, with a title if there is one."""
     figure = Figure(figsize=(WIDTH, tall + 0.2 * bool(title)), layout="constrained")
     if title:
         figure.suptitle(title, fontsize=9, x=0.01, ha="left")
@@ -97,7 +97,7 @@ def _column(figure: Figure, count: int, tall: Sequence[float] | None = None) -> 
 
 
 def _tiles(count: int, across: int, tall: float, title: str) -> tuple[Figure, list[Any]]:
-    """Small panels with common axes for rows that are no images."""
+    """Return a figure with small panels that share their axes."""
     down = -(-count // across)
     figure = _figure(0.7 + tall * down, title)
     axes = list(figure.subplots(down, across, squeeze=False, sharex=True, sharey=True).flat)
@@ -113,7 +113,7 @@ def _tiles(count: int, across: int, tall: float, title: str) -> tuple[Figure, li
 
 
 def _curves(lines: Mapping[str, np.ndarray], count: int, title: str) -> Figure:
-    """A small panel for each row, its values by column: what is seen of it as points if entries are missing."""
+    """Draw each row's values by column in a small panel; the observed ones as points if entries are missing."""
     figure, axes = _tiles(count, min(count, 4), 1.5, title)
     partial = [name for name, rows in lines.items() if np.isnan(rows).any()]
     order = list(lines)
@@ -129,14 +129,14 @@ def _curves(lines: Mapping[str, np.ndarray], count: int, title: str) -> Figure:
 
 
 def _style(beyond: int, missing: Any) -> dict[str, Any]:
-    """How a line is drawn: as it is, as the points that are seen (0), or thin, marked where it fills in (1 and on)."""
+    """Return the style of a line: plain, as observed points (0), or thin and marked at missing entries (1 and on)."""
     if beyond > 0:
         return {"lw": 0.6, "marker": "D", "ms": 3.5, "markevery": list(missing)}
     return {"ls": "none", "marker": "o", "ms": 4, "zorder": 3} if beyond == 0 else {"lw": 1, "marker": "o", "ms": 2}
 
 
 def _stretches(panels: Mapping[str, np.ndarray], title: str, longest: int) -> Figure:
-    """Each stretch of rows that are no images in one panel, their values by column; a path's have its colours."""
+    """Draw each stretch's values by column in one panel; those of a path in its colours."""
     figure, axes = _tiles(len(panels), min(len(panels), 2), 1.9, title)
     path = all(1 < len(rows) <= longest for rows in panels.values())
     for axis, (name, rows) in zip(axes, panels.items(), strict=True):
@@ -151,24 +151,28 @@ def _stretches(panels: Mapping[str, np.ndarray], title: str, longest: int) -> Fi
     return figure
 
 
-def draw_scores(found: Mapping[str, tuple[np.ndarray, np.ndarray, float]], anomalous: np.ndarray | None) -> Figure:
-    """Histograms of each score.
+def draw_scores(scores: Mapping[str, tuple[np.ndarray, np.ndarray, float]], anomalous: np.ndarray | None) -> Figure:
+    """Draw histograms of each score.
 
     Arguments:
-        found: by the score's name, with its units: of the rows, of held-out normal rows, and the threshold.
-        anomalous: which rows are known to be, if that is known.
+        scores: by name and unit: those of the rows, those of held-out normal rows, and the threshold.
+        anomalous: which rows are anomalous, if that is known.
     """
-    columns = min(3, len(found))
-    lines = -(-len(found) // columns)
+    columns = min(3, len(scores))
+    lines = -(-len(scores) // columns)
     figure = Figure(figsize=(WIDTH, 0.5 + 2.1 * lines), layout="constrained")
     axes = figure.subplots(lines, columns, squeeze=False).flat
     for axis in axes:
         axis.set_axis_off()
-    for place, (axis, (name, (own, reference, threshold))) in enumerate(zip(figure.axes, found.items(), strict=False)):
+    for place, (axis, (name, (values, reference, threshold))) in enumerate(
+        zip(figure.axes, scores.items(), strict=False)
+    ):
         axis.set_axis_on()
         axis.set_ylabel("" if place % columns else "share of rows", fontsize=8)
-        known = {"rows": own} if anomalous is None else {"normal": own[~anomalous], "anomalous": own[anomalous]}
-        _histogram(axis, {"held-out normal rows": reference, **known}, threshold)
+        kinds = (
+            {"rows": values} if anomalous is None else {"normal": values[~anomalous], "anomalous": values[anomalous]}
+        )
+        _histogram(axis, {"held-out normal rows": reference, **kinds}, threshold)
         axis.set_title(name, fontsize=8)
     figure.supxlabel("score; the outermost bars hold what lies beyond", fontsize=8)
     figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=4, **SMALL)
@@ -183,14 +187,8 @@ def _histogram(axis: Any, kinds: Mapping[str, np.ndarray], threshold: float) -> 
         if not len(values):
             continue
         style: Any = {"histtype": "stepfilled" if colour == GREY else "step", "lw": 1.4}
-        axis.hist(
-            np.clip(values, low, high),
-            weights=np.full(len(values), 1 / len(values)),
-            bins=edges,
-            color=colour,
-            label=kind,
-            **style,
-        )
+        shares = np.full(len(values), 1 / len(values))
+        axis.hist(np.clip(values, low, high), weights=shares, bins=edges, color=colour, label=kind, **style)
     axis.axvline(threshold, color="black", lw=1, ls="--", label="threshold")
     axis.set_yticks([])
     axis.spines["left"].set_visible(False)
@@ -199,17 +197,13 @@ def _histogram(axis: Any, kinds: Mapping[str, np.ndarray], threshold: float) -> 
 
 
 def draw_confusion_matrix(counts: np.ndarray, names: Sequence[str]) -> Figure:
-    """A confusion matrix: how many rows of each class were taken for each."""
+    """Draw a confusion matrix of row counts, coloured by their shares of the true label."""
     figure, (axis,) = subplots(1, width=WIDTH, height=min(1.2 + 0.34 * len(names), 7.0))
     shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
-    axis.imshow(shares, cmap="Blues", vmin=0, vmax=1)
-    for row, column in np.ndindex(*counts.shape):
-        if counts[row, column]:
-            colour = "white" if shares[row, column] > 0.5 else "black"
-            axis.text(column, row, str(counts[row, column]), ha="center", va="center", fontsize=7, color=colour)
-    ticks = np.arange(len(names))
-    axis.set_xticks(ticks, names, fontsize=8)
-    axis.set_yticks(ticks, names, fontsize=8)
-    axis.set(xlabel="taken for", ylabel="class")
+    display = ConfusionMatrixDisplay(shares, display_labels=names)
+    display.plot(ax=axis, cmap="Blues", colorbar=False, im_kw={"vmin": 0, "vmax": 1}, text_kw={"fontsize": 7})
+    for text, count in zip(display.text_.flat, counts.flat, strict=True):
+        text.set_text(str(count) if count else "")
+    axis.tick_params(labelsize=8)
     axis.spines[:].set_visible(False)
     return figure

@@ -159,10 +159,10 @@ def compare(
             stack.callback(shutil.rmtree, folder, ignore_errors=True)
         say = print if progress else _silent
         options = comparing.RunOptions(folder, device, rows, preset, families, jobs, trust, progress, say)
-        results = comparing.compare(
+        comparing.compare(
             file.recipe, options, vary=axes or None, data_folder=data_folder, overwrite=overwrite, resume=resume
         )
-        comparison = Comparison(folder, results)
+        comparison = Comparison.from_folder(folder)
         weakref.finalize(comparison, stack.pop_all().close)
     return comparison
 

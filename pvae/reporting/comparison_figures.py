@@ -97,7 +97,7 @@ def _gaps(rows: list[dict[str, Any]]) -> Figure:
             for place, value in enumerate(mean):
                 if value > 0.12 * max(left + mean):
                     axis.text(left[place], place, f" {value:.2f}", color="white", fontsize=8, ha="left", va="center")
-            left, reach = left + mean, np.maximum(reach, left + mean + 2 * se)
+            left, reach = left + mean, np.fmax(reach, left + mean + 2 * np.nan_to_num(se))
         axis.set_title({"train": "training rows", "test": "test rows"}[split], fontsize=9)
         axis.set_xlabel("inference gap: evidence - ELBO (nats per row)")
         axis.set_xlim(min(0, 1.15 * float(np.min(left))), 1.05 * max(float(np.max(reach)), 1e-3))
@@ -177,7 +177,7 @@ def _reconstructions(idata: xr.DataTree, shape: tuple[int, ...], count: int = 20
     return figure
 
 
-def _by_variant(means: xr.DataArray) -> dict[str, np.ndarray]:
+def _by_variant(means: Any) -> dict[str, np.ndarray]:
     return {str(name): means.sel(variant=name).to_numpy() for name in means.variant.to_numpy()}
 
 

@@ -61,7 +61,7 @@ def draw_latent_map(shown: LatentMap | Sliders, labels: Labels | None = None, sh
     figure, axes = _pairs(1 if shown.how == "tsne" else 2, height=4.2)
     codes = to_numpy(shown.codes, float)
     if shown.spread is not None:
-        _outline(axes[0], codes, _ellipses(shown), classes)
+        _outline(axes[0], codes, _ellipses(shown.spread), classes)
     scatter_latents(
         axes[0],
         codes,
@@ -173,7 +173,7 @@ def _map_data(shown: LatentMap, labels: Labels | None) -> dict[str, Any]:
     some = np.linspace(0, len(shown.codes) - 1, min(CODES, len(shown.codes))).round().astype(int)
     codes = to_numpy(shown.codes, float)
     places = [(*codes[b].round(4).tolist(), int(kinds[b])) for b in some]
-    ellipses = [] if shown.spread is None else _ellipses(shown)[some].round(5).tolist()
+    ellipses = [] if shown.spread is None else _ellipses(shown.spread)[some].round(5).tolist()
     axes = (shown.grid_x, shown.grid_y) if shown.how != "tsne" else tuple(shown.codes.T)
     circles = [1, 2, 3] if shown.prior is not None and standard_normal(to_numpy(shown.prior, float)) else []
     return {
@@ -216,9 +216,9 @@ def _image_data(grid: Any, shape: Sequence[int]) -> dict[str, Any]:
     return {"grid": packed, "low": low, "high": high, "height": height, "width": width, "columns": values.shape[1]}
 
 
-def _ellipses(shown: LatentMap) -> np.ndarray:
+def _ellipses(spread: Any) -> np.ndarray:
     """Return half axes, the long one first, and angle of each row's ellipse of one standard deviation, [B, 3]."""
-    values, ways = np.linalg.eigh(to_numpy(shown.spread, float))
+    values, ways = np.linalg.eigh(to_numpy(spread, float))
     axes = np.sqrt(np.clip(values[:, ::-1], 0, None))
     return np.column_stack([axes, np.arctan2(ways[:, 1, 1], ways[:, 0, 1])])
 

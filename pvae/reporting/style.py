@@ -31,16 +31,15 @@ STYLE: Any = {
 }
 
 
-# Marks and pixels of a figure beyond which it is encoded as PNG, not as SVG.
+# Marks of a figure beyond which it is encoded as PNG, not as SVG.
 MARKS = 1000
 
 
 @rc_context(STYLE)
 def data_uri(figure: Figure) -> str:
-    """Encode a figure as a data URI: SVG, or PNG if it has many marks or pixels. Equal figures give equal bytes."""
-    images = (image.get_array() for axis in figure.axes for image in axis.images)
-    marks = sum(len(points.get_offsets()) for axis in figure.axes for points in axis.collections)
-    if marks + sum(0 if pixels is None else pixels.size for pixels in images) > MARKS:
+    """Encode a figure as a data URI: SVG, or PNG if it has images or many marks. Equal figures give equal bytes."""
+    marks = sum(np.size(points.get_offsets()) // 2 for axis in figure.axes for points in axis.collections)
+    if marks > MARKS or any(axis.images for axis in figure.axes):
         return png_uri(_saved(figure, "png"))
     return f"data:image/svg+xml;base64,{base64.b64encode(_saved(figure, 'svg', metadata={'Date': None})).decode()}"
 
@@ -136,7 +135,7 @@ def scatter_latents(
     axis.scatter(prior[:, 0], prior[:, 1], s=5, color="#cccccc", linewidths=0, label="prior" if len(prior) else None)
     names = class_names(labels) if len(labels) == len(codes) else []
     for colour, kind, word in zip(CLASS_COLOURS, np.unique(labels), names, strict=False):
-        axis.scatter(*codes[labels == kind].T, s=7, color=colour, linewidths=0, label=word)
+        axis.scatter(codes[labels == kind, 0], codes[labels == kind, 1], s=7, color=colour, linewidths=0, label=word)
     if not names:
         axis.scatter(codes[:, 0], codes[:, 1], s=7, color=COLOURS[0], alpha=0.7, linewidths=0, label=name)
     if len(prior) and standard_normal(prior):

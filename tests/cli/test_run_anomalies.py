@@ -91,7 +91,7 @@ def test_an_obvious_anomaly_is_found_in_a_file_whose_labels_say_which():
     normal, odd = (DIGITS.images[np.isin(DIGITS.target, kinds)][:30] / 16 for kinds in ([0, 1, 2], [7]))
     rows = np.concatenate([normal, 1 - odd])
     path = written(run.folder.parent, "judged.npz", rows.astype("float32"), np.repeat([0, 1], 30))
-    whole = replace(run, variant=run.variant._replace(recipe=replace(run.variant.recipe, only=None)))
+    whole = replace(run, variant=replace(run.variant, recipe=replace(run.recipe, only=None)))
     made = anomalies(asked(whole, select_rows(run, path)), K=4, scores=["evidence"])
     assert made.arrays["anomalous"].tolist() == [False] * 30 + [True] * 30
     assert "against 116 held-out normal rows" in made.sentences[0]

@@ -1,4 +1,4 @@
-"""Panels of a diagnosis: what is there is drawn, what is not is left out, and the same arrays make the same bytes."""
+"""Figures of a diagnosis: parts that are known are drawn, others are left out, and equal arrays make equal bytes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from pvae.diagnostics.latent_usage import LatentUsage
 from pvae.diagnostics.mcmc_reference import MCMCReference
 from pvae.diagnostics.predictive_checks import STATISTICS, PredictiveChecks
 from pvae.reporting.diagnosis_figures import CAPTIONS, draw_diagnosis
-from pvae.reporting.latent_figures import aggregate
+from pvae.reporting.latent_figures import draw_aggregate
+from pvae.reporting.style import data_uri
 
 GAPS = {"inference": (3.1, 2.9, 3.4), "approximation": (0.9, 0.8, 1.0), "amortization": (2.2, 2.0, 2.5)}
 SETTINGS = {
@@ -87,6 +88,10 @@ def _found(D: int, B: int, shape: tuple[int, ...], labelled: bool) -> dict[str, 
     }
 
 
+def _drawn(parts: dict[str, Any], shape: tuple[int, ...]) -> dict[str, str]:
+    return {name: data_uri(figure) for name, figure in draw_diagnosis(parts, shape).items()}
+
+
 def _content(address: str) -> bytes:
     return base64.b64decode(address.partition(",")[2])
 
@@ -99,7 +104,7 @@ def small() -> dict[str, Any]:
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_every_panel_is_drawn_from_every_kind_of_run(setting: str) -> None:
     D, B, shape, labelled = SETTINGS[setting]
-    drawn = draw_diagnosis(_found(D, B, shape, labelled), shape)
+    drawn = _drawn(_found(D, B, shape, labelled), shape)
     assert list(drawn) == list(CAPTIONS)
     for address in drawn.values():
         start = b"\x89PNG" if address.startswith("data:image/png;base64,") else b"<?xml"
@@ -158,10 +163,10 @@ def test_a_single_row_is_drawn(small: dict[str, Any]) -> None:
 
 
 def test_the_same_arrays_make_the_same_bytes(small: dict[str, Any]) -> None:
-    again = draw_diagnosis(small | {"sandwich": replace(small["sandwich"], upper=small["sandwich"].upper + 1)}, (5,))
-    first = draw_diagnosis(small, (5,))
+    again = _drawn(small | {"sandwich": replace(small["sandwich"], upper=small["sandwich"].upper + 1)}, (5,))
+    first = _drawn(small, (5,))
     assert {name for name, address in first.items() if again[name] != address} == {"sandwich"}
-    assert draw_diagnosis({"sandwich": small["sandwich"]}, (5,))["sandwich"] == first["sandwich"]
+    assert _drawn({"sandwich": small["sandwich"]}, (5,))["sandwich"] == first["sandwich"]
 
 
 def test_names_are_drawn_as_they_are_written() -> None:
@@ -171,15 +176,20 @@ def test_names_are_drawn_as_they_are_written() -> None:
         r"$\frac{$ & _^": (2.0, 1.5, 2.5),
         "x.py:Mine would win": (0, 0, 0),
     }
-    picture = _content(draw_diagnosis({"gaps": wild}, (5,))["gaps"])
+    picture = _content(_drawn({"gaps": wild}, (5,))["gaps"])
     assert b"<script>" not in picture
     assert not any("<" in caption or "$" in caption for caption in CAPTIONS.values())
 
 
 def test_classes_are_coloured_only_where_each_code_has_its_label(small: dict[str, Any]) -> None:
     health, x = small["health"], small["rows"].x
-    plain = aggregate({"health": health}, (5,))
+
+    def drawn(**parts: Any) -> str:
+        figure = draw_aggregate({"health": health, **parts}, (5,))
+        assert figure is not None
+        return data_uri(figure)
+
     classes = torch.arange(20) % 10
-    assert aggregate({"health": health, "rows": Rows(x, classes)}, (5,)) != plain
-    assert aggregate({"health": health, "rows": Rows(x, classes[:-1])}, (5,)) == plain
-    assert aggregate({"health": health, "rows": Rows(x, torch.arange(20))}, (5,)) == plain
+    assert drawn(rows=Rows(x, classes)) != drawn()
+    assert drawn(rows=Rows(x, classes[:-1])) == drawn()
+    assert drawn(rows=Rows(x, torch.arange(20))) == drawn()
