@@ -19,7 +19,7 @@ from pvae.runtime.pyro_params import Program
 
 __all__ = ["SOURCES", "Curved", "LinearGaussian"]
 
-# The three sources of q_params for diagonal Gaussians under a program of D latents and M columns, for N rows. A linear
+# The three inference methods for diagonal Gaussians under a program of D latents and M columns, for N rows. A linear
 # encoder holds the best diagonal of LinearGaussian exactly; draws and rates leave little noise in it.
 SOURCES: dict[str, Callable[[Program, int, int, int], Guide]] = {
     "Amortized": lambda model, D, M, N: Amortized(nn.Linear(M, 2 * D), DiagonalNormal(D)),

@@ -105,15 +105,12 @@ class HandledProgram:
     def __getstate__(self) -> dict[str, Any]:
         # A method goes by its class: a module that has this program in the method's place would give this program.
         method = isinstance(self.model, MethodType)
-        return {
-            "model": self.model.__self__ if method else self.model,
-            "method": self.model.__name__ if method else None,
-            "handler": self.handler,
-        }
+        return vars(self) | {"model": self.model.__name__ if method else self.model}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        model, method = state["model"], state["method"]
-        self.__init__(MethodType(getattr(type(model), method), model) if method else model, state["handler"])
+        vars(self).update(state)
+        if isinstance(self.model, str):
+            self.model = MethodType(getattr(type(self.__self__), self.model), self.__self__)
 
 
 class ObserveThroughNoise(Messenger):

@@ -12,6 +12,7 @@ from joblib import Parallel, delayed
 from oracles import SOURCES, LinearGaussian
 from pyro.infer import SVI, Trace_ELBO
 from torch import nn
+from torch.distributions import constraints
 
 from pvae.errors import UserError
 from pvae.generative.handlers import mask_missing
@@ -22,6 +23,7 @@ from pvae.generative.vae import VAE
 from pvae.inference.families import Delta, DiagonalNormal
 from pvae.inference.guides import Amortized, FrozenGuide, PerDatapoint, SemiAmortized
 from pvae.inference.importance import log_weights
+from pvae.inference.latents import LatentSite, LatentSites
 from pvae.inference.posterior import freeze
 from pvae.inference.refinement import LocalELBO, fixed_guide, maximize_local_elbo, refine
 from pvae.runtime.torch_state import seeded
@@ -378,3 +380,20 @@ def test_a_frozen_guide_knows_training_rows_by_their_index(oracle):
     guide.table.zero_()
     assert torch.equal(frozen.params(x[3:5], index[3:5]), torch.arange(12.0, 20.0).view(2, 4))
     assert not frozen.params(x[3:5], torch.tensor([4, 3])).any()
+
+
+def test_a_guide_over_several_sites_pickles():
+    support = constraints.positive
+    sites = LatentSites((LatentSite("z", (2,), constraints.real_vector), LatentSite("s", (), support)))
+    guide = Amortized(nn.Linear(5, 6), DiagonalNormal(3), sites=sites)
+    single = Amortized(nn.Linear(5, 4), DiagonalNormal(2))
+    for one in (guide, single):
+        other = pickle.loads(pickle.dumps(one))
+        assert other.sites == one.sites
+        draws = []
+        for program in (one, other):
+            with seeded(0):
+                trace = pyro.poutine.trace(program).get_trace(torch.ones(4, 5))
+            draws.append({name: site["value"] for name, site in trace.nodes.items() if site["type"] == "sample"})
+        assert draws[0].keys() == draws[1].keys()
+        assert all(torch.equal(draws[0][name], draws[1][name]) for name in ("z",))
