@@ -83,7 +83,7 @@ class VAE(ClassNamePrefixFeaturesOutMixin, TransformerMixin, DensityMixin, BaseE
         n_features_in_, feature_names_in_: columns, and their names where X has any.
 
     Raises:
-        ValueError: a parameter, or values of X, that don't do; one line that says which.
+        ValueError: a parameter or a value of X that is refused, in one line.
 
     >>> X = np.random.default_rng(0).normal(size=(50, 4))
     >>> VAE(n_components=2, max_iter=1, random_state=0).fit_transform(X).shape

@@ -44,9 +44,8 @@ class AnomalyScores:
         left_out: scores that this guide does not have, with the reason.
         missing: share of missing entries of each row, [B], and of each reference row, [R].
 
-    Scores made of bounds sum over the observed entries: a row with fewer entries seems more normal, whatever they are.
-    Rates of false alarms hold if rows miss entries as the reference does; ranks among rows that miss different numbers
-    of entries say little (``comparable``).
+    Bounds sum over the observed entries: a row with fewer entries seems more normal. Rates of false alarms hold if
+    rows miss entries as the reference does; ranks among rows that miss different numbers say little (``comparable``).
     """
 
     scores: dict[str, Tensor]
@@ -97,13 +96,7 @@ class AnomalyScores:
 
     def summary(self, labels: Values) -> dict[str, Estimate]:
         """Compute ``auroc[S]``, ``detected[S]`` and ``false_alarms[S]`` of each score S: the area under the ROC curve
-        and the shares of anomalous and of normal rows that are flagged.
-
-        Arguments:
-            labels: True where a row is anomalous, [B].
-
-        Raises:
-            UserError: labels that do not fit the rows, or only one kind of them.
+        and the shares of anomalous and of normal rows that are flagged, from labels [B], True for anomalous rows.
         """
         figures, anomalous = {}, _check_labels(labels, len(next(iter(self.scores.values()))))
         for name, values in self.scores.items():
@@ -206,7 +199,6 @@ def auroc(scores: Tensor, anomalous: Tensor) -> Estimate:
 
 
 def _row_statistics(model: Program, guide: Program, K: int, rows: RowBatch) -> Statistics:
-    """Compute the bounds of rows, their codes if the guide has any, and their shares of missing entries."""
     statistics, q = {"missing": rows.x.isnan().flatten(1).double().mean(1)}, guide
     if isinstance(guide, Guide):
         q_params = guide.params(rows.x, rows.index).detach()
@@ -267,7 +259,7 @@ SCORES: dict[str, Callable[[Statistics, Statistics], tuple[Tensor, Tensor]]] = {
 
 
 def _available_scores(guide: Program, names: Sequence[str] | None) -> tuple[list[str], dict[str, str]]:
-    """Return which of the wanted scores a guide has, and why not the others."""
+    """Return the wanted scores that a guide has, and why not the others."""
     wanted, reasons = list(SCORES if names is None else names), dict[str, str]()
     for name in wanted:
         if name not in SCORES:
@@ -284,12 +276,10 @@ def _available_scores(guide: Program, names: Sequence[str] | None) -> tuple[list
 
 
 def _nan_last(scores: Tensor) -> Tensor:
-    """Return scores in double precision, with infinity in the place of what is not a number."""
     return scores.double().nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf)
 
 
 def _threshold_rank(R: int, rate: float) -> int:
-    """Return the rank of the threshold among R sorted reference scores."""
     least = max(3, math.ceil((1 - rate) / rate - 1e-9))
     if least > R:
         raise UserError(f"{R} reference rows are too few for a false-alarm rate of {rate:g}; give {least} or more")
@@ -297,7 +287,6 @@ def _threshold_rank(R: int, rate: float) -> int:
 
 
 def _check_labels(labels: Values, rows: int) -> Tensor:
-    """Return which rows are anomalous, [B]."""
     values = torch.as_tensor(labels).cpu()
     if values.shape != (rows,) or not ((values == 0) | (values == 1)).all():
         raise UserError(f"the labels must be {rows} truth values, True where a row is anomalous")

@@ -240,12 +240,10 @@ def _classify(
 
 
 def _log_posterior(log_evidence: Tensor, log_prior: Tensor, power: float) -> Tensor:
-    """log p(y|x), [B, C], of evidence taken to a power."""
     return (log_prior + power * log_evidence.double()).log_softmax(1)
 
 
 def _log_prior(prior: ClassPrior, classes: int) -> Tensor:
-    """Return log p(y), [C], of weights of the classes."""
     p = torch.ones(classes) if prior is None else torch.as_tensor(prior)
     if p.shape != (classes,):
         raise UserError(f"the prior has shape {tuple(p.shape)}, but there are {classes} classes; give one number each")
@@ -255,7 +253,6 @@ def _log_prior(prior: ClassPrior, classes: int) -> Tensor:
 
 
 def _check_labels(labels: Values, log_evidence: Tensor) -> Tensor:
-    """Return labels as whole numbers on the CPU, one for each row."""
     y, (rows, classes) = torch.as_tensor(labels).cpu(), log_evidence.shape
     if y.shape != (rows,):
         raise UserError(f"the labels have shape {tuple(y.shape)}, but there are {rows} rows; give one number each")

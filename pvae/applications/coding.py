@@ -12,18 +12,11 @@ from torch import Tensor
 
 from pvae.errors import Incompatible, UserError, check_range, nearest, param
 from pvae.generative.handlers import HandledProgram, TemperPrior
+from pvae.inference import posterior
 from pvae.inference.batching import Progress, RowBatch, Values, draw_chunks, map_batches, silent
 from pvae.inference.guides import Guide
 from pvae.inference.importance import log_weights
-from pvae.inference.posterior import (
-    decode_latents,
-    likelihood_at,
-    posterior_means,
-    posterior_moments,
-    posterior_predictive,
-    prior_predictive,
-    with_fixed_params,
-)
+from pvae.inference.posterior import likelihood_at, posterior_moments
 from pvae.runtime.pyro_params import Program
 from pvae.stats import Estimate, mean_se
 
@@ -124,7 +117,7 @@ def decode(
         raise UserError(f"{len(z)} codes need as many given rows, but there are {len(given)}")
     if z.shape[-1] != guide.sites.dim:
         raise UserError(f"the codes have {z.shape[-1]} columns, but the program's latents have {guide.sites.dim}")
-    return decode_latents(model, guide, z, given, draw=draw, seed=seed, progress=progress)
+    return posterior.decode_latents(model, guide, z, given, draw=draw, seed=seed, progress=progress)
 
 
 def reconstruct(
@@ -148,9 +141,9 @@ def reconstruct(
     check_range("reconstruct", K=K)
 
     def compute(rows: RowBatch) -> dict[str, Tensor]:
-        q, total = with_fixed_params(guide, rows.x, rows.index), torch.zeros(())
+        q, total = posterior.with_fixed_params(guide, rows.x, rows.index), torch.zeros(())
         for _ in range(K):
-            total = total + posterior_predictive(model, q, rows.x, rows.index).likelihood.mean / K
+            total = total + posterior.posterior_predictive(model, q, rows.x, rows.index).likelihood.mean / K
         return {"x": total}
 
     return map_batches(model, guide, compute, x, index, seed=seed, progress=progress)["x"]
@@ -188,7 +181,7 @@ def sample(
     tempered = HandledProgram(model, partial(TemperPrior, temperature))
 
     def compute(rows: RowBatch) -> dict[str, Tensor]:
-        fn = prior_predictive(tempered, rows.x).likelihood
+        fn = posterior.prior_predictive(tempered, rows.x).likelihood
         return {"x": fn.sample() if draw else fn.mean}
 
     return map_batches(model, None, compute, like, seed=seed, progress=progress)["x"]
@@ -240,7 +233,7 @@ def interpolate(
         raise UserError(f"unknown path '{how}'{nearest(how, PATHS)}")
     if len(x) < 2:
         raise UserError(f"a path needs at least 2 rows, but {len(x)} is given")
-    codes = posterior_means(model, guide, x, index, seed=seed)
+    codes = posterior.posterior_means(model, guide, x, index, seed=seed)
     at = torch.arange(steps * (len(x) - 1) + 1).to(codes) / steps
     first = at.long().clamp(max=len(x) - 2)
     z = _between(codes[first], codes[first + 1], (at - first).unsqueeze(-1), how)

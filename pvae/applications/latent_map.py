@@ -161,7 +161,6 @@ def make_sliders(
 
 
 def _choose_projection(word: str, D: int) -> str:
-    """Return the projection for D latent dimensions."""
     if word not in PROJECTIONS:
         raise UserError(f"unknown projection '{word}'{nearest(word, PROJECTIONS)}")
     if D == 1:
@@ -205,14 +204,13 @@ def _principal_components(codes: Tensor, count: int) -> tuple[Tensor, Tensor, Te
 
 
 def _prior_draws(model: Program, guide: Guide, rows: Tensor, seed: int) -> Tensor:
-    """Draw unconstrained latents from the prior, [S, D]."""
     like = rows[torch.arange(PRIOR_DRAWS) % len(rows)]
     with inference_mode(model, seed=seed):
         return unconstrain(guide.sites, prior_predictive(model, like).latents).cpu().float()
 
 
 def _grid_lines(codes: Tensor, prior: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """Return grid lines [size] each way that cover all codes, with a margin, and the prior except its tails."""
+    """Return grid lines that cover all codes, with a margin, and the prior except its tails."""
     low = torch.minimum(codes.amin(0), prior.quantile(TAIL, 0))
     high = torch.maximum(codes.amax(0), prior.quantile(1 - TAIL, 0))
     margin = 0.03 * (high - low)
@@ -233,7 +231,6 @@ def _covariance(family: Family, q_params: Tensor, axes: Tensor) -> Tensor:
 
 
 def _embed_by_tsne(codes: Tensor, perplexity: float, seed: int) -> Tensor:
-    """Embed codes in a plane by t-SNE, [B, 2]."""
     from sklearn.manifold import TSNE
 
     check_range("latent_map", perplexity=perplexity)

@@ -14,18 +14,8 @@ from pvae.distributions.noisy import Channel, Moments, clamp_to_support, entry_m
 from pvae.distributions.supports import base_constraint
 from pvae.errors import Incompatible, UserError, check_range, refuse_first
 from pvae.generative.handlers import mask_missing, with_noise
-from pvae.inference.batching import (
-    ROWS,
-    Progress,
-    RowBatch,
-    Values,
-    as_rows,
-    draw_chunks,
-    inference_mode,
-    map_batches,
-    silent,
-    tile_rows,
-)
+from pvae.inference import batching
+from pvae.inference.batching import Progress, RowBatch, Values, as_rows, draw_chunks, inference_mode, silent, tile_rows
 from pvae.inference.guides import Guide
 from pvae.inference.importance import ROWS_PER_PASS
 from pvae.inference.latents import observed_site
@@ -207,14 +197,8 @@ def denoise(
 
 
 class _ObservedRows(NamedTuple):
-    """Rows as a program observes them.
-
-    Attributes:
-        rows: all columns that the program is given, with means in the place of missing entries, [B, C'].
-        mask: which of these are observed.
-        index: which training datapoints they are, [B], or None.
-        values, observed: rows and mask of the columns at the observed site, [B, C].
-        site, fn: name of the observed site, and p(x|z) of a few rows at draws of the prior.
+    """Rows as a program observes them: all columns [B, C'] with means in the place of missing entries, and their mask;
+    their indices; values and mask of the columns [B, C] at the observed site; its name, and p(x|z) of a few rows.
     """
 
     rows: Tensor
@@ -226,23 +210,20 @@ class _ObservedRows(NamedTuple):
     fn: Any
 
     def at(self, which: Tensor) -> _ObservedRows:
-        """Return some of the rows."""
         index = None if self.index is None else self.index[which]
         rows, mask, values, observed = (t[which] for t in (self.rows, self.mask, self.values, self.observed))
         return _ObservedRows(rows, mask, index, values, observed, self.site, self.fn)
 
     @property
     def with_nan(self) -> Tensor:
-        """The rows with NaN in the place of missing entries."""
         return torch.where(self.mask, self.rows, torch.nan)
 
     def map_batches(
         self, model: Program, guide: Guide, compute: Callable[[RowBatch], Any], seed: int, progress: Progress
     ) -> dict[str, Tensor]:
-        """Map batches of the rows, of fewer rows if all levels of an entry are enumerated."""
-        size = max(1, min(ROWS, ENUMERATED // (CHECK_DRAWS * max(1, num_levels(self.fn)))))
+        size = max(1, min(batching.ROWS, ENUMERATED // (CHECK_DRAWS * max(1, num_levels(self.fn)))))
         options: dict[str, Any] = {"seed": seed, "batch_size": size, "progress": progress}
-        return map_batches(model, guide, compute, self.rows, self.index, **options)
+        return batching.map_batches(model, guide, compute, self.rows, self.index, **options)
 
     def fit_mixture(
         self, program: Program, guide: Guide, rows: RowBatch, candidates: Tensor, K: int, steps: int, seed: int
@@ -255,20 +236,13 @@ class _ObservedRows(NamedTuple):
         return _Mixture(program, guide, rows, codes, max_batch)
 
     def check_values(self, support: Any) -> None:
-        """Refuse observed values outside a support."""
         inner = base_constraint(support)
         outside = self.observed & ~(inner.check(self.values) & self.values.isfinite())
         refuse_first(outside, self.values, f", which is no value of site '{self.site}' ({inner})")
 
 
 def _observe(
-    who: str,
-    model: Program,
-    guide: Guide,
-    x: Values,
-    index: Tensor | None,
-    observed: Values | None = None,
-    means: Values | None = None,
+    who: str, model: Program, guide: Guide, x: Values, index: Tensor | None, observed: Any = None, means: Any = None
 ) -> _ObservedRows:
     """Return rows with means in the place of missing entries, and what the program observes of them."""
     if not isinstance(guide, Guide):
@@ -284,9 +258,8 @@ def _observe(
         raise Incompatible(f"{who}: observed site '{site['name']}' is not of the rows' own columns, but made of them")
     if not mask[:, columns:].all():
         row, column = (~mask[:, columns:]).nonzero()[0][:2].tolist()
-        raise UserError(
-            f"row {row}, column {column + columns} is missing, but the program is given it beside its latents"
-        )
+        where = f"row {row}, column {column + columns}"
+        raise UserError(f"{where} is missing, but the program is given it beside its latents")
     return _ObservedRows(rows, mask, index, rows[:, :columns], mask[:, :columns], site["name"], _unmasked(site["fn"]))
 
 
@@ -308,7 +281,6 @@ def _as_means(x: Tensor, means: Values) -> Tensor:
 
 
 def _check_variance(rows: _ObservedRows) -> None:
-    """Refuse a likelihood without finite variance, or without a formula for it."""
     try:
         is_finite = bool(entry_moments(rows.fn).variance.isfinite().all())
     except NotImplementedError:
@@ -322,7 +294,6 @@ def _check_variance(rows: _ObservedRows) -> None:
 
 
 def _unmasked(fn: Any) -> Any:
-    """Return p(x|z) of all entries."""
     return _unmasked(fn.fn) if isinstance(fn, MaskedDistribution) else fn
 
 
@@ -354,13 +325,11 @@ class _Mixture(NamedTuple):
         return centre + mean, (square - mean**2).clamp(min=0).sqrt()
 
     def draw(self, count: int) -> Tensor:
-        """Draw rows, [S, B, C]."""
         which = torch.multinomial(self.codes.log_weights.exp().mT, count, replacement=True).mT
         z = self.codes.z.gather(0, which.unsqueeze(-1).expand(-1, -1, self.codes.z.shape[-1]))
         parts = draw_chunks(count, len(self.rows.x))
         return torch.cat([self._at(z[part], part).sample().unflatten(0, z[part].shape[:2]) for part in parts])
 
     def _at(self, z: Tensor, part: slice) -> Any:
-        """Return p(x|z) at z [k, B, D]."""
         rows = tile_rows(self.rows.x, self.rows.index, part)
         return _unmasked(likelihood_at(self.program, self.guide.sites, z.flatten(0, 1), *rows))

@@ -68,8 +68,7 @@ def build_model(recipe: Recipe, dataset: Dataset) -> FittedModel:
     """Build the program, guide and objective of a resolved recipe, sized from the data.
 
     Recipes that differ in the guide alone start from the same decoder and, if they have one, the same encoder. If
-    entries may be missing, the program's ``model`` scores the observed entries, and encoder and prior start from rows
-    with missing entries replaced by their columns' means.
+    entries may be missing, the program's ``model`` scores the observed ones.
 
     Raises:
         UserError: a component refuses its arguments.
@@ -81,16 +80,9 @@ def build_model(recipe: Recipe, dataset: Dataset) -> FittedModel:
         decoder = make_decoder(recipe, dataset, likelihood)
         encoder = make_encoder(recipe, dataset, family)
         prior = make_prior(recipe, dataset, EncoderPosterior(family, encoder))
-        program = make(
-            "program",
-            recipe.program,
-            columns=dataset.train.shape[1] - dataset.num_label_columns,
-            latent=recipe.latent,
-            likelihood=likelihood,
-            decoder=decoder,
-            prior=prior,
-            classes=dataset.num_label_columns,
-        )
+        parts = {"likelihood": likelihood, "decoder": decoder, "prior": prior, "latent": recipe.latent}
+        classes = dataset.num_label_columns
+        program = make("program", recipe.program, **parts, columns=dataset.train.shape[1] - classes, classes=classes)
         if dataset.missing:  # the program's own attribute, so that every reader of ``program.model`` sees this one
             program.model = mask_missing(program.model)
         sites = find_latent_sites(program.model, dataset.train[:3])
@@ -106,7 +98,7 @@ def build_model(recipe: Recipe, dataset: Dataset) -> FittedModel:
 
 
 def make_decoder(recipe: Recipe, dataset: Dataset, likelihood: Any) -> nn.Module | None:
-    """Make the decoder, z to the likelihood's parameters; None if the program takes no decoder."""
+    """Make the decoder, z to the likelihood's parameters; None if the program takes none."""
     if not accepts_argument("program", recipe.program, "decoder"):
         return None
     outputs = likelihood.params_per_value * (dataset.train.shape[1] - dataset.num_label_columns)
@@ -125,21 +117,17 @@ def make_encoder(recipe: Recipe, dataset: Dataset, family: Family) -> nn.Module:
 
 
 def make_prior(recipe: Recipe, dataset: Dataset, posterior: EncoderPosterior) -> nn.Module | None:
-    """Make the prior p(z), of the amortized posterior if it is a VampPrior; None if the program takes no prior.
-
-    Raises:
-        Incompatible: the prior is made of the amortized posterior, but the guide has no encoder or q no density.
-    """
+    """Make the prior p(z), a VampPrior of the amortized posterior; None if the program takes none."""
     if not accepts_argument("program", recipe.program, "prior"):
         return None
     if _is_made_of_posterior(recipe):
         prior, guide, family = (recipe.type_name(kind) for kind in ("prior", "guide", "family"))
         if not accepts_argument("guide", recipe.guide, "encoder"):
-            use = param("guide", "Amortized")
-            raise Incompatible(f"prior {prior} needs an encoder, and guide {guide} has none; use {use}")
+            hint = f"use {param('guide', 'Amortized')}"
+            raise Incompatible(f"prior {prior} needs an encoder, and guide {guide} has none", hint)
         if posterior.family.point_mass:
-            use = param("family")
-            raise Incompatible(f"prior {prior} needs a density, and family {family} has none; use another {use}")
+            hint = f"use another {param('family')}"
+            raise Incompatible(f"prior {prior} needs a density, and family {family} has none", hint)
     return make("prior", recipe.prior, dim=recipe.latent, posterior=posterior, data=_example_rows(dataset))
 
 
@@ -149,7 +137,7 @@ def _is_made_of_posterior(recipe: Recipe) -> bool:
 
 
 def _example_rows(dataset: Dataset) -> Tensor:
-    """Training rows for the start of encoder and prior, missing entries replaced by means."""
+    """Return training rows for the start of encoder and prior, after mean imputation."""
     rows, means = dataset.sample, dataset.means
     return rows if means is None else impute_column_means(rows, means=means)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import torch
 from pyro.infer import SVI
 
 from pvae.data.dataset import Dataset
@@ -68,35 +67,29 @@ def try_recipe(untrained: FittedModel, data: Dataset) -> Iterator[str]:
     yield f"two steps: loss {_take_two_steps(untrained, data):.2f} nats per row"
     if names := list(_without_gradient(untrained)):
         raise UserError(f"no finite gradient reaches {', '.join(names)}; is the parameter used in the program?")
-    model_size, guide_size = (
-        sum(p.numel() for p in module.parameters() if p.requires_grad) for module in untrained.modules.values()
-    )
-    table_size = getattr(guide, "table", torch.empty(0)).numel()
-    rows = f", rows {table_size:,}" if table_size else ""
-    yield f"a gradient in every parameter: model {model_size:,}, guide {guide_size:,}{rows}"
+    sizes = {k: sum(p.numel() for p in m.parameters() if p.requires_grad) for k, m in untrained.modules.items()}
+    sizes |= {"rows": guide.table.numel()} if hasattr(guide, "table") else {}
+    yield f"a gradient in every parameter: {', '.join(f'{kind} {size:,}' for kind, size in sizes.items())}"
 
 
 def recipe_warnings(recipe: Recipe) -> Iterator[str]:
     """Return warnings of settings that can be trained but are hardly meant, for a resolved recipe."""
     warm_up, epochs = make("objective", recipe.objective).warm_up, recipe.epochs or 0
     if warm_up > epochs:
-        yield (
-            f"the KL weight rises over {warm_up:g} epochs, but training has {epochs}: it never reaches its full value"
-        )
+        rise = f"the KL weight rises over {warm_up:g} epochs"
+        yield f"{rise}, but training has {epochs}: it never reaches its full value"
 
 
 class _GradientKeepingAdam(FusedAdam):
     """Adam that does not clear the gradients of its last step."""
 
-    def __call__(self, params: object, *args: object, **kwargs: object) -> None:
+    def step_parameters(self) -> None:
         if self.adam:
             self.adam.step()
-        for table in self.tables:
-            table.step_local_params()
 
 
 def _take_two_steps(untrained: FittedModel, data: Dataset) -> float:
-    """Train on two small batches, with the KL nearly at its full weight, and return the loss per row."""
+    """Train on two small batches, the KL nearly at its full weight, and return the loss per row."""
     recipe, objective = untrained.recipe, untrained.objective
     objective.weight, objective.free_bits = objective.weight_at(0.9 * objective.warm_up), 0.0
     optimizer = _GradientKeepingAdam(*untrained.modules.values(), learning_rate=recipe.learning_rate or 1e-3)
@@ -109,7 +102,7 @@ def _take_two_steps(untrained: FittedModel, data: Dataset) -> float:
 
 
 def _without_gradient(untrained: FittedModel) -> Iterator[str]:
-    """Names of trainable parameters that no finite gradient has reached."""
+    """Name the trainable parameters that no finite gradient has reached."""
     for kind, module in untrained.modules.items():
         for name, p in module.named_parameters():
             if p.requires_grad and (p.grad is None or not p.grad.isfinite().all()):

@@ -17,15 +17,7 @@ from pvae.data.dataset import Dataset
 from pvae.data.sources import NAMES
 from pvae.errors import UserError, fits, nearest, param
 from pvae.recipes import registry
-from pvae.recipes.registry import (
-    KINDS,
-    Component,
-    accepts_argument,
-    as_table,
-    make,
-    with_new_words,
-    with_source_file,
-)
+from pvae.recipes.registry import KINDS, Component, accepts_argument, as_table, make
 from pvae.runtime.files import write_text
 from pvae.runtime.precision import check_precision
 from pvae.training.engines import check_engine
@@ -170,7 +162,6 @@ def check_value(key: str, value: Any, where: str = "") -> None:
 
 
 def _check_range(recipe: Recipe, where: str = "") -> None:
-    """Refuse numbers out of range, and an unknown engine or precision; ``where`` begins the message."""
     for name, least in LEAST.items():
         value = getattr(recipe, name)
         if value is not None and not least <= value < 2**31:
@@ -216,7 +207,7 @@ def read_recipe(folder: Path, *, trust: bool = False) -> Recipe:
         trust: run the code of files that the recipe names.
 
     Raises:
-        UserError: the file is missing or broken, has an unknown key, or names code that is not trusted.
+        UserError: as `read_recipe_file`.
     """
     if not (folder / "recipe.toml").is_file():
         raise UserError(f"{folder} is not a run: it has no recipe.toml")
@@ -244,7 +235,7 @@ def read_recipe_file(path: Path, changes: Mapping[str, Any] | None = None, *, tr
             for value in values:
                 check_value(key, value, f"{path}: {where}")
     keys = {key: _locate(value, key, path.parent) for key, value in keys.items()}
-    keys |= {kind: with_new_words(keys[kind]) for kind in KINDS if kind in keys}
+    keys |= {kind: registry.with_new_words(keys[kind]) for kind in KINDS if kind in keys}
     vary = {key: [_locate(value, key, path.parent) for value in values] for key, values in vary.items()}
     if not trust:
         named = {registry.source_file(value) for value in changes.values() if isinstance(value, (str, dict))}
@@ -287,11 +278,10 @@ def _locate(value: Any, key: str, folder: Path) -> Any:
     if key == "data" and isinstance(value, str) and (folder / value).is_file():
         return str(folder / value)
     file = registry.source_file(value) if key in KINDS else None
-    return value if file is None or not (folder / file).is_file() else with_source_file(value, folder / file)
+    return value if file is None or not (folder / file).is_file() else registry.with_source_file(value, folder / file)
 
 
 def _refuse_code(path: Path, keys: Mapping[str, list[Any]], named: Collection[Path]) -> None:
-    """Refuse a recipe that names code in files which the user has not named."""
     for kind in KINDS:
         for value in keys.get(kind, []):
             file = registry.source_file(value)

@@ -23,38 +23,20 @@ from pvae.training import objectives
 
 Component = str | Mapping[str, Any]
 
-KINDS: dict[str, ModuleType] = {
-    "program": vae,
-    "likelihood": likelihoods,
-    "prior": priors,
-    "family": families,
-    "network": networks,
-    "guide": guides,
-    "objective": objectives,
+# By kind: the module whose ``__all__`` names the components, their base class (a program is known by its method
+# ``model``), and the constructor's arguments that `build_model` supplies, so that no recipe may.
+_KINDS: dict[str, tuple[ModuleType, type, tuple[str, ...]]] = {
+    "program": (vae, nn.Module, ("columns", "latent", "decoder", "likelihood", "prior", "classes")),
+    "likelihood": (likelihoods, likelihoods.Likelihood, ()),
+    "prior": (priors, priors.Prior, ("dim", "posterior", "data")),
+    "family": (families, families.Family, ("dim",)),
+    "network": (networks, nn.Module, ("inputs", "outputs", "shape", "labels", "decodes")),
+    "guide": (guides, guides.Guide, ("encoder", "family", "num_data", "model", "sites")),
+    "objective": (objectives, objectives.Objective, ()),
 }
-
-# Base class of each kind; a program is known by its method ``model``.
-BASES: dict[str, type] = {
-    "program": nn.Module,
-    "likelihood": likelihoods.Likelihood,
-    "prior": priors.Prior,
-    "family": families.Family,
-    "network": nn.Module,
-    "guide": guides.Guide,
-    "objective": objectives.Objective,
-}
-
-# Arguments that `build_model` supplies to constructors, so that no recipe may.
-SUPPLIED: dict[str, tuple[str, ...]] = {
-    "program": ("columns", "latent", "decoder", "likelihood", "prior", "classes"),
-    "likelihood": (),
-    "prior": ("dim", "posterior", "data"),
-    "family": ("dim",),
-    "network": ("inputs", "outputs", "shape", "labels", "decodes"),
-    "guide": ("encoder", "family", "num_data", "model", "sites"),
-    "objective": (),
-}
-
+KINDS = {kind: module for kind, (module, _, _) in _KINDS.items()}
+BASES = {kind: base for kind, (_, base, _) in _KINDS.items()}
+SUPPLIED = {kind: supplied for kind, (_, _, supplied) in _KINDS.items()}
 
 # New names of arguments that earlier versions named otherwise, by class: recipes written before still open.
 RENAMED_ARGUMENTS: dict[str, dict[str, str]] = {"PerDatapoint": {"new_steps": "num_steps_new_data"}}
@@ -65,25 +47,20 @@ def as_table(component: Component) -> dict[str, Any]:
     return parse_component(component) if isinstance(component, str) else dict(component)
 
 
-def with_new_words(component: Component) -> Component:
+def with_new_words(component: Component, renamed: Mapping[str, Mapping[str, str]] = RENAMED_ARGUMENTS) -> Component:
     """Translate a component's arguments that an earlier version named otherwise.
 
     >>> with_new_words({"type": "PerDatapoint", "new_steps": 200})
     {'type': 'PerDatapoint', 'num_steps_new_data': 200}
     """
-    return _translate(component, RENAMED_ARGUMENTS)
+    table = as_table(component)
+    names = renamed.get(str(table.get("type")), {})
+    return {names.get(name, name): value for name, value in table.items()} if names.keys() & table else component
 
 
 def with_old_words(component: Component) -> Component:
     """Translate a component's arguments to their first names, under which digests of fits stay the same."""
-    inverse = {kind: {new: old for old, new in names.items()} for kind, names in RENAMED_ARGUMENTS.items()}
-    return _translate(component, inverse)
-
-
-def _translate(component: Component, names: Mapping[str, Mapping[str, str]]) -> Component:
-    table = as_table(component)
-    words = names.get(str(table.get("type")), {})
-    return {words.get(name, name): value for name, value in table.items()} if words.keys() & table else component
+    return with_new_words(component, {k: {new: old for old, new in r.items()} for k, r in RENAMED_ARGUMENTS.items()})
 
 
 def parse_component(word: str) -> dict[str, Any]:
@@ -249,17 +226,13 @@ def accepts_argument(kind: str, component: Component, argument: str) -> bool:
 
 
 def first_doc_line(cls: Any) -> str:
-    """Return the first paragraph of a class's docstring as plain text, up to its formula if it has one."""
-    return plain_words((inspect.getdoc(cls) or "").split("\n\n")[0])
+    """Return the first paragraph of a class's docstring without mark-up, up to its formula if it has one.
 
-
-def plain_words(line: str) -> str:
-    """Remove the mark-up of a line of documentation, and a formula with what follows it.
-
-    >>> plain_words("Binary values, :math:`p(x) = 1` for all.")
-    'Binary values.'
+    >>> first_doc_line(likelihoods.Bernoulli).count("`")
+    0
     """
-    words, formula, _ = " ".join(line.split()).partition(":math:")
+    paragraph = " ".join((inspect.getdoc(cls) or "").split("\n\n")[0].split())
+    words, formula, _ = paragraph.partition(":math:")
     words = words.rstrip(" ,:") + "." if formula else words
     return re.sub(r":\w+:`~?([^`]*)`|``?([^`]*)``?", r"\1\2", words)
 
@@ -301,11 +274,9 @@ def type_words(hint: Any) -> str:
 
 
 def _arguments(cls: type) -> dict[str, inspect.Parameter]:
-    """Return the named parameters of a class's constructor."""
     parameters = inspect.signature(cls).parameters
     return {name: p for name, p in parameters.items() if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)}
 
 
 def _own_arguments(kind: str, cls: type) -> dict[str, inspect.Parameter]:
-    """Return the parameters that a recipe may set: those that `build_model` does not supply."""
     return {name: p for name, p in _arguments(cls).items() if name not in SUPPLIED[kind]}

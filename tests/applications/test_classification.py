@@ -230,7 +230,7 @@ def test_evidence_that_is_always_right_is_doubted_by_a_row():
 
 
 def test_evidence_that_tells_less_than_the_prior_has_no_temperature():
-    with pytest.raises(UserError, match=r"less of the classes of these 3 rows than the prior.*; fit the programs"):
+    with pytest.raises(UserError, match=r"less about the classes of these 3 rows than the prior.*; fit the programs"):
         fit_temperature(-torch.eye(CLASSES), [0, 1, 2])
 
 
