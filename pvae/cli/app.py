@@ -253,6 +253,7 @@ def check(options: RecipeOptions, arguments: GuideOptions, data_dir: DataDir = N
     for name, reason in left_out.items():
         typer.echo(f"{name} is left out: {reason}")
     for point in points:
+        assert point.untrained is not None  # of every runnable point
         for line in try_recipe(point.untrained, datasets[point.recipe]):
             typer.echo(f"{point.name}: {line}" if len(points) > 1 else line)
 

@@ -37,14 +37,9 @@ def training_means(run: Run) -> Tensor:
 
 
 def preserved_labels(run: Run, rows: SelectedRows, x: Tensor, row: Tensor) -> str:
-    """Return a sentence on how many new rows keep their label, by a classifier that was fitted to other rows.
+    """Return a sentence on how many new rows x keep the label of the given row that each was made around.
 
-    Arguments:
-        rows: the given rows, with labels.
-        x, row: new rows, and which of the given ones each was made around; as many for each.
-
-    Returns:
-        Nothing if no other rows with labels are known.
+    A classifier that was fitted to other rows decides; the sentence is empty if no others with labels are known.
     """
     from sklearn.neighbors import KNeighborsClassifier
 

@@ -32,6 +32,8 @@ Text = str | None
 Whole = int | None
 Number = float | None
 Flag = bool | None
+Texts = list[str] | None
+Paths = list[Path] | None
 # Parameters whose options have other names.
 FLAGS = {"K": "--samples", "data_folder": "--data-dir", "folder": "--out"}
 
@@ -57,9 +59,7 @@ class RecipeOptions:
     binarize: Annotated[Text, OfRecipe(help="none, threshold (x > 0.5), dynamic (by batch) or levels (0..255).")] = None
     test_size: Annotated[Number, OfRecipe(help="Test rows, as a count or a fraction (default 0.2).")] = None
     validation_size: Annotated[Number, OfRecipe(help="Validation rows out of the training rows, likewise.")] = None
-    missing: Annotated[
-        Flag, OfRecipe("--missing/--no-missing", help="NaN marks missing entries; only observed entries are scored.")
-    ] = None
+    missing: Annotated[Flag, OfRecipe("--missing/--no-missing", help="NaN marks missing entries (not scored).")] = None
     only: Annotated[Text, OfRecipe(help="Train and test on rows with these labels alone, as 0,1,2.")] = None
     program: Annotated[Text, OfRecipe(help="The generative model: VAE, or file.py:Class.")] = None
     likelihood: Annotated[Text, OfRecipe(help="p(x|z), see `pvae list`.")] = None
@@ -74,9 +74,7 @@ class RecipeOptions:
     batch_size: Annotated[Whole, OfRecipe(help="Rows in a training step (default 128).")] = None
     learning_rate: Annotated[Number, OfRecipe(help="Adam's, for the shared parameters.")] = None
     patience: Annotated[Whole, OfRecipe(help="Stop after so many epochs without a better validation ELBO.")] = None
-    engine: Annotated[
-        Text, OfRecipe(help="How a training step runs: auto (default), pyro, traced, compiled or graph (CUDA).")
-    ] = None
+    engine: Annotated[Text, OfRecipe(help="Of training steps: auto, pyro, traced, compiled or graph (CUDA).")] = None
     precision: Annotated[Text, OfRecipe(help="Of matrix products: float32 (default), bf16, or tf32 (CUDA).")] = None
     seed: Annotated[Whole, OfRecipe(help="Of splits, initial parameters, batches and draws (default 0).")] = None
 
@@ -95,9 +93,8 @@ class RecipeOptions:
         from pvae.recipes import recipe, registry
 
         keys = self.recipe_keys()
-        if self.path is None:
-            file = recipe.RecipeFile(recipe.Recipe(**keys), {}, {})
-        else:
+        file = recipe.RecipeFile(recipe.Recipe(**keys), {}, {})
+        if self.path is not None:
             file = recipe.read_recipe_file(self.path, keys, trust=trust)
         if self.hidden is not None:
             widths = {"hidden": whole_numbers("hidden", self.hidden, "width", least=1)}
@@ -113,9 +110,7 @@ class GuideOptions:
     local_steps: Annotated[Whole, OfGuide(help="PerDatapoint: steps of a row at each visit.")] = None
     local_learning_rate: Annotated[Number, OfGuide(help="PerDatapoint: learning rate of these steps.")] = None
     semi_steps: Annotated[Whole, OfGuide(help="SemiAmortized: number of refinement steps.")] = None
-    unroll: Annotated[
-        Flag, OfGuide("--unroll/--no-unroll", help="SemiAmortized: differentiate through the refinement steps.")
-    ] = None
+    unroll: Annotated[Flag, OfGuide("--unroll/--no-unroll", help="SemiAmortized: differentiate through them.")] = None
 
     def complete(self, file: Any) -> Any:
         """Return a `RecipeFile` with these arguments in its guide and in the guides that it varies."""
@@ -139,9 +134,7 @@ class GuideOptions:
 class SweepOptions:
     """What a comparison varies."""
 
-    vary: Annotated[
-        list[str] | None, OfSweep(help="A key and its values, as prior=StandardNormal,VampPrior; repeatable.")
-    ] = None
+    vary: Annotated[Texts, OfSweep(help="A key and values, as prior=StandardNormal,VampPrior; repeatable.")] = None
     guides: Annotated[Text, OfSweep(help="Short for --vary guide=...: inference methods to compare, by commas.")] = None
     seeds: Annotated[int, OfSweep(help="Train each variant from so many seeds.")] = 1
 
@@ -181,12 +174,8 @@ class BudgetOptions:
     ] = "standard"
     rows: Annotated[Whole, OfBudget(help="Rows of each split to evaluate.")] = None
     samples: Annotated[Whole, OfBudget(help="K, draws for each row and bound; k-hat needs 30.")] = None
-    refine_steps: Annotated[
-        Whole, OfBudget(help="Largest number of steps of the search for the best variational parameters.")
-    ] = None
-    ais: Annotated[bool, OfBudget("--ais", help="Estimate the evidence by annealed importance sampling (AIS) too.")] = (
-        False
-    )
+    refine_steps: Annotated[Whole, OfBudget(help="Most steps of a row's search for its best q.")] = None
+    ais: Annotated[bool, OfBudget("--ais", help="Estimate the evidence by annealed importance sampling.")] = False
     temperatures: Annotated[Whole, OfBudget(help="AIS: number of temperatures (default 500).")] = None
     chains: Annotated[Whole, OfBudget(help="AIS: chains for each row (default 16).")] = None
     schedule: Annotated[Text, OfBudget(help="AIS: sigmoid (default), linear or geometric.")] = None
@@ -219,10 +208,7 @@ class UseOptions:
 
     run: Run
     variant: Annotated[Text, Option(help="Variant of a comparison (default its first).")] = None
-    out: Annotated[
-        list[Path] | None,
-        Option(help="A .npz, .npy, .csv, .png or .html; repeatable (default in the run's folder)."),
-    ] = None
+    out: Annotated[Paths, Option(help="A .npz, .npy, .csv, .png or .html; repeatable (default in the run).")] = None
     overwrite: Annotated[bool, Option("--overwrite", help="Replace files that --out names.")] = False
     seed: Annotated[int, Option(help="Of all draws.")] = 0
     device: Device = "auto"

@@ -8,15 +8,12 @@ from typing import Annotated
 
 import typer
 
-from pvae.cli.options import UseOptions, with_options
+from pvae.cli.options import Flag, Number, Text, UseOptions, Whole, with_options
 from pvae.errors import check_range
 
 Option = typer.Option
-Rows = Annotated[
-    str,
-    typer.Argument(help="test, train or validation rows of the run, or a .npy, .npz, .csv or .parquet file."),
-]
-Select = Annotated[str | None, Option(help="Which rows, counted from 0, as 0:20 or 3,17,5 (default all).")]
+Rows = Annotated[str, typer.Argument(help="test, train or validation rows, or a .npy, .npz, .csv or .parquet file.")]
+Select = Annotated[Text, Option(help="Which rows, counted from 0, as 0:20 or 3,17,5 (default all).")]
 Samples = Annotated[int, Option(help="K, draws of each row's code.")]
 Steps = Annotated[int, Option(help="Largest number of refinement steps of a row.")]
 DrawX = Annotated[bool, Option("--draw", help="Draw x from p(x|z) instead of taking its mean.")]
@@ -37,7 +34,7 @@ def sample(
     count: Annotated[int, Option(help="Number of rows.")] = 64,
     temperature: Annotated[float, Option(help="Scale of the prior's noise; below 1 draws are closer to its mean.")] = 1,
     draw: DrawX = False,
-    label: Annotated[str | None, Option(help="Of all rows, for a program that takes labels.")] = None,
+    label: Annotated[Text, Option(help="Of all rows, for a program that takes labels.")] = None,
 ) -> None:
     """Generate rows from the prior."""
     from pvae.cli import run_coding
@@ -66,9 +63,7 @@ def latent_map(
     use: UseOptions,
     rows: Rows = "test",
     select: Select = None,
-    projection: Annotated[
-        str, Option(help="plane (two latent dimensions), pca, tsne, or auto: plane for two dimensions, else pca.")
-    ] = "auto",
+    projection: Annotated[str, Option(help="plane (of two dimensions), pca, tsne, or auto: plane or pca.")] = "auto",
     size: Annotated[int, Option(help="Columns and rows of the grid that is decoded.")] = 20,
 ) -> None:
     """Map codes on a plane, with a page on which the pointer shows what each place decodes to."""
@@ -103,13 +98,8 @@ def denoise(
     use: UseOptions,
     rows: Rows = "test",
     select: Select = None,
-    noise: Annotated[
-        str, Option(help="Model of the noise: GaussianNoise(scale=...) or FlipNoise(rate=...).")
-    ] = "GaussianNoise(scale=0.5)",
-    add: Annotated[
-        bool | None,
-        Option("--add/--as-is", help="Add the noise first (default for the run's rows), or not (for files)."),
-    ] = None,
+    noise: Annotated[str, Option(help="GaussianNoise(scale=...) or FlipNoise(rate=...).")] = "GaussianNoise(scale=0.5)",
+    add: Annotated[Flag, Option("--add/--as-is", help="Add the noise first (default for the run's rows).")] = None,
     samples: Samples = 100,
     steps: Steps = 100,
 ) -> None:
@@ -125,9 +115,7 @@ def impute(
     use: UseOptions,
     rows: Rows = "test",
     select: Select = None,
-    hide: Annotated[
-        float | None, Option(help="Hide this share of the entries, to measure the error of the imputation.")
-    ] = None,
+    hide: Annotated[Number, Option(help="Hide this share of the entries, to measure the error.")] = None,
     draws: Annotated[int, Option(help="Draws of each missing entry.")] = 5,
     samples: Samples = 100,
     steps: Steps = 100,
@@ -144,11 +132,8 @@ def anomalies(
     use: UseOptions,
     rows: Rows = "test",
     select: Select = None,
-    anomalous: Annotated[
-        str | None,
-        Option(help="Labels that count as anomalous (default those that the run was not trained on; 1 in a file)."),
-    ] = None,
-    score: Annotated[str | None, Option(help="Scores, by commas (default all).")] = None,
+    anomalous: Annotated[Text, Option(help="Anomalous labels (default those of no training row; 1 in a file).")] = None,
+    score: Annotated[Text, Option(help="Scores, by commas (default all).")] = None,
     false_alarm: Annotated[float, Option(help="Share of normal rows that may be flagged.")] = 0.05,
     samples: Samples = 16,
 ) -> None:
@@ -190,7 +175,7 @@ def classify(
     use: UseOptions,
     rows: Rows = "test",
     select: Select = None,
-    epochs: Annotated[int | None, Option(help="Of each class's model (default the run's).")] = None,
+    epochs: Annotated[Whole, Option(help="Of each class's model (default the run's).")] = None,
     samples: Samples = 16,
 ) -> None:
     """Classify rows by Bayes' rule on a model of each class, fitted at the first use, with calibrated probabilities."""

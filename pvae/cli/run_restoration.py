@@ -19,10 +19,7 @@ from pvae.stats import mean_se, number
 def denoise(context: UseContext, noise: str, *, add: bool | None = None, K: int = 100, steps: int = 100) -> UseResult:
     """Remove noise from rows: the posterior mean of x given the noisy rows.
 
-    Arguments:
-        noise: the model of the noise, as ``GaussianNoise(scale=0.5)``.
-        add: the rows are clean, and the noise is added to them first, so that the error that is left can be given; by
-            default the run's own rows are.
+    With ``add``, the default for the run's own rows, they are clean, and the noise is added to them first.
     """
     model = make_noise(parse_component(noise))
     add = context.rows.from_run if add is None else add
@@ -47,13 +44,7 @@ def denoise(context: UseContext, noise: str, *, add: bool | None = None, K: int 
 
 
 def impute(context: UseContext, *, hide: float | None, draws: int = 5, K: int = 100, steps: int = 100) -> UseResult:
-    """Impute missing entries from the observed ones.
-
-    Arguments:
-        hide: a share of the entries to hide at random, so that the error of the imputation can be given; None imputes
-            the missing entries.
-        draws: of each missing entry.
-    """
+    """Impute missing entries from the observed ones, and measure the error on a share to ``hide`` at random, if any."""
     observed = _observed(context, hide)
     seen = torch.where(observed, context.x, torch.nan)
     x, means = torch.cat([seen, context.rows.x[:, context.run.columns :]], 1), training_means(context.run)

@@ -36,15 +36,7 @@ SELECTED = -1
 
 @dataclass(frozen=True)
 class UseContext:
-    """An opened run and rows to use it on.
-
-    Attributes:
-        run: the run.
-        rows: the selected rows.
-        seed: of all draws.
-        progress: takes how many rows have passed since it was last called.
-        data_folder: of torchvision's data sets.
-    """
+    """An opened run and rows to use it on; ``progress`` takes how many rows have passed since its last call."""
 
     run: Run
     rows: SelectedRows
@@ -112,12 +104,10 @@ def carry_out(
     """Open a run, apply a use to rows, write its result, and print its sentences.
 
     Arguments:
-        options: the run, and where to write.
         use: function of a `UseContext` and ``arguments``.
-        rows, select, raw, missing: which rows, see `select_rows`.
+        rows, select, raw, missing: see `select_rows`; ``choose`` selects rows in their place.
         total: rows that will pass, for the progress bar; None if that is not known.
         page: the use makes an HTML page.
-        choose: selects the rows in the place of ``rows`` and ``select``.
     """
     if not 0 <= options.seed < 2**31:
         raise UserError(f"--seed is {options.seed}, but it must be at least 0 and below {2**31}")
@@ -185,10 +175,9 @@ def check_room(context: UseContext, rows: int, option: str) -> None:
 
 
 def rows_to_decode(context: UseContext, count: int, labels: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
-    """Return rows that the program takes beside new latents, [count, C], and by name the labels in them, if any.
+    """Return rows [count, C] with what the program takes beside new latents, and by name the labels in them, if any.
 
-    Arguments:
-        labels: of the new rows, [count]; those of the selected rows, in their order, unless given.
+    Labels [count] are those of the selected rows, in their order, unless given.
     """
     run, rows = context.run, context.rows
     which = torch.arange(count) % len(rows.x)

@@ -152,11 +152,9 @@ def _stretches(panels: Mapping[str, np.ndarray], title: str, longest: int) -> Fi
 
 
 def draw_scores(scores: Mapping[str, tuple[np.ndarray, np.ndarray, float]], anomalous: np.ndarray | None) -> Figure:
-    """Draw histograms of each score.
+    """Draw histograms of each score: of the rows, of held-out normal rows, and its threshold.
 
-    Arguments:
-        scores: by name and unit: those of the rows, those of held-out normal rows, and the threshold.
-        anomalous: which rows are anomalous, if that is known.
+    ``anomalous`` tells which rows are, if that is known.
     """
     columns = min(3, len(scores))
     lines = -(-len(scores) // columns)

@@ -22,12 +22,7 @@ OTHERS = (*COLOURS[3:6], *COLOURS[:3], COLOURS[6])
 
 @rc_context(STYLE)
 def draw_comparison(group: dict[str, Any], idata: xr.DataTree) -> dict[str, Figure]:
-    """Return all figures that the results of a group allow, by name.
-
-    Arguments:
-        group: of variants, as in ``results.json``.
-        idata: the group's draws, see `load_idata`.
-    """
+    """Return all figures that a group of ``results.json`` and its draws allow, by name."""
     shape, rows = tuple(group["data"]["shape"]), group["rows"]
     figures = {
         "curves": _curves(rows),

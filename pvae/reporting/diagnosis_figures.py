@@ -53,12 +53,9 @@ CAPTIONS = {
 
 @rc_context(STYLE)
 def draw_diagnosis(parts: Mapping[str, Any], shape: tuple[int, ...]) -> dict[str, Figure]:
-    """Return all figures that the parts of a variant's diagnosis allow, by the names of ``CAPTIONS``.
+    """Return all figures that the parts of a variant's diagnosis (see `battery`) allow, by the names of ``CAPTIONS``.
 
-    Arguments:
-        parts: by name, see `battery`; any may be absent. ``gaps`` maps a gap's name to its mean and the ends of its
-            interval, in nats per row.
-        shape: of a row; two numbers make it an image.
+    ``gaps`` among them maps a gap's label to its mean and the ends of its interval, in nats per row.
     """
     drawn = {name: draw(parts, shape) for name, draw in DRAWN.items()}
     return {name: figure for name, figure in drawn.items() if figure is not None}

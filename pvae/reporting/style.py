@@ -84,11 +84,7 @@ def grey_limits(*groups: np.ndarray) -> tuple[float, float]:
 def image_grid(
     axis: Axes, images: np.ndarray, shape: tuple[int, ...], per_line: int, limits: tuple[float, float] | None = None
 ) -> None:
-    """Draw rows [B, columns] as a grid of framed images, this many a line; missing entries are pale blue.
-
-    Arguments:
-        limits: of the grey scale, beyond which values are clipped; the rows' own unless given.
-    """
+    """Draw rows [B, columns] as a grid of framed images, this many a line; missing entries are pale blue."""
     height, width = image_shape(shape)
     lines = -(-len(images) // per_line)
     whole = np.full((lines * (height + 1) - 1, per_line * (width + 1) - 1), np.nan)

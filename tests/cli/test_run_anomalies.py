@@ -105,10 +105,10 @@ def test_labels_given_count_as_anomalous():
     rows = torch.from_numpy(made.arrays["row"])
     expected = torch.isin(run.data.test_labels[rows], torch.tensor([3, 8]))
     assert made.arrays["anomalous"].tolist() == expected.tolist()
-    with pytest.raises(UserError, match="--anomalous: no row has label 11; there are"):
+    with pytest.raises(UserError, match="anomalous: no row has label 11; there are"):
         anomalies(asked(run), anomalous=["11"], K=2)
     bare = select_rows(run)._replace(labels=None)
-    with pytest.raises(UserError, match="--anomalous: the test rows have no labels"):
+    with pytest.raises(UserError, match="anomalous: the test rows have no labels"):
         anomalies(asked(run, bare), anomalous=["3"], K=2)
 
 
@@ -174,7 +174,7 @@ def test_a_program_that_takes_the_label_is_asked_about_its_own_labels_alone():
     made = anomalies(asked(run, rows), anomalous=["2"], K=1, scores=["elbo"])
     assert set(rows.labels.tolist()) == {0, 1, 2}
     assert made.arrays["anomalous"].sum() == (rows.labels == 2).sum()
-    with pytest.raises(UserError, match="--anomalous: no row has label 7; there are"):
+    with pytest.raises(UserError, match="anomalous: no row has label 7; there are"):
         anomalies(asked(run, rows), anomalous=["7"], K=1)
 
 

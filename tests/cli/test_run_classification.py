@@ -117,7 +117,7 @@ def test_labels_need_not_count_from_0_and_may_be_unknown(classified):
     assert set(base.arrays["predicted"].tolist()) <= {5, 7, 9}
     bare = classify(asked(run, rows._replace(labels=None)), models, data=shifted, K=2)
     assert bare.arrays["predicted"].tolist() == base.arrays["predicted"].tolist()
-    assert "The rows have no labels to judge this by." in bare.sentences
+    assert "The rows have no labels to compare with." in bare.sentences
     with pytest.raises(UserError, match=r"have labels that no class model knows; known are \[5, 7, 9\]"):
         classify(asked(run, rows), models, data=shifted, K=2)
 
@@ -125,7 +125,7 @@ def test_labels_need_not_count_from_0_and_may_be_unknown(classified):
 PARTS = ("train", "validation", "test")
 
 
-def test_rows_that_are_judged_do_not_calibrate():
+def test_rows_that_are_classified_do_not_calibrate():
     run = opened(f"{LABELLED} --validation-size 0.1")
     held = select_rows(run, "validation")
     made = classify(asked(run, held), None, data=run.data, K=2)
@@ -183,7 +183,7 @@ def test_a_program_that_takes_the_label_is_its_own_class_model(monkeypatch):
     x[:, run.columns :] = x[:, run.columns :].roll(1, 1)
     again = classify(asked(run, rows._replace(x=x)), None, data=data, K=2)
     assert again.arrays["predicted"].tolist() == made.arrays["predicted"].tolist()
-    with pytest.raises(UserError, match="calibrates on rows that the program has not seen; fit with --validation-size"):
+    with pytest.raises(UserError, match="calibrates on rows that the program has not seen; fit with validation_size=0.1"):
         fit_class_models(opened(LABELLED))
 
 
