@@ -66,7 +66,8 @@ def test_readmes_python_runs_as_printed_but_for_smaller_numbers(tmp_path, monkey
         exec(compile(program, "README.md", "exec"), {})
     printed = capsys.readouterr().out
     assert "Estimate(mean=" in printed
-    assert "amortization_gap" in printed
+    assert "Diagnosis of 4 rows" in printed
+    assert "rows x 9 columns]" in printed
     assert "torch.Size([359, 8]) torch.Size([5, 64])" in printed
     assert (tmp_path / "gaps.png").is_file()
 

@@ -149,7 +149,7 @@ def denoising(case: Case) -> Table:
     """Denoising of Gaussian noise of 0.5."""
     noise, x = GaussianNoise(scale=0.5), case.x
     with seeded(17):
-        y = noise.added(x)
+        y = noise.add_to(x)
     built = case.vae
     begin = time.perf_counter()
     own = applications.denoise(built.model, built.guide, y, noise).x
