@@ -144,7 +144,8 @@ class VAE(ClassNamePrefixFeaturesOutMixin, TransformerMixin, DensityMixin, BaseE
             data = rows if recipe.patience is None else _hold_out(rows, self.validation_fraction, recipe.seed)
             untrained = build_model(recipe, data)
             _check_support(untrained.model, rows)
-            fitted = fit_recipe(untrained, data, device=self.device, progress=bool(self.verbose))
+            options = {"device": self.device, "progress": bool(self.verbose), "check_data": False}
+            fitted = fit_recipe(untrained, data, **options)
         self.model_, self.guide_, self.recipe_ = fitted.program.cpu().double(), fitted.guide.cpu().double(), recipe
         self.history_, self.n_iter_ = fitted.fit.history, len(fitted.fit.history)
         return self

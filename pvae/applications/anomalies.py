@@ -172,8 +172,8 @@ def detect_anomalies(
     normal = map_batches(model, guide, compute, reference, seed=seed + REFERENCE, progress=progress)
     rows = map_batches(model, guide, compute, x, index, seed=seed, progress=progress)
     pairs = {name: [_nan_last(values) for values in SCORES[name](rows, normal)] for name in names}
-    by_side = [{name: pair[side] for name, pair in pairs.items()} for side in (0, 1)]
-    return AnomalyScores(*by_side, false_alarm, K, left_out, (rows["missing"], normal["missing"]))
+    of_rows, of_normal = ({name: pair[side] for name, pair in pairs.items()} for side in (0, 1))
+    return AnomalyScores(of_rows, of_normal, false_alarm, K, left_out, (rows["missing"], normal["missing"]))
 
 
 def auroc(scores: Tensor, anomalous: Tensor) -> Estimate:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from pvae.data.dataset import Dataset
+from pvae.data.sources import SPLITS
 from pvae.errors import UserError, check_range, param
 from pvae.inference.guides import Guide
 from pvae.inference.importance import log_weights
@@ -136,8 +137,8 @@ def fit(
                 seed=rank_seed,
                 folder=folder,
             )
-            if check_data:
-                check_support(model, loop.data)
+            # Run even if no split is to be checked: its draws come before training's in the random stream.
+            check_support(model, loop.data, splits=SPLITS if check_data else ())
             if resume:
                 loop.restore()
         loop.run(epochs, engine, progress)
@@ -369,19 +370,15 @@ class _Loop:
         self.report = Fit.from_header(header)
         world_size = len(header.get("parts", [checkpoints.FILE]))
         if world_size != distributed.world_size():
-            self._restart_epoch(world_size)
+            self.batch, self.total = 0, 0.0  # other shards have other batches
+            if distributed.is_main_process():
+                change = f"{world_size} processes before, {distributed.world_size()} now"
+                start = f"{param('resume', True)}: {change}"
+                print(f"{start}: epoch {self.epoch + 1} and the draws begin anew", file=sys.stderr)
             return
         torch.set_rng_state(tensors[f"{checkpoints.RANDOM}cpu"])
         if self.data.train.is_cuda and f"{checkpoints.RANDOM}cuda" in tensors:
             torch.cuda.set_rng_state(tensors[f"{checkpoints.RANDOM}cuda"])
-
-    def _restart_epoch(self, world_size: int) -> None:
-        """Begin the epoch anew, with new draws, since the shards of another world size have other batches."""
-        self.batch, self.total = 0, 0.0
-        if distributed.is_main_process():
-            change = f"{world_size} processes before, {distributed.world_size()} now"
-            start = f"{param('resume', True)}: {change}"
-            print(f"{start}: epoch {self.epoch + 1} and the draws begin anew", file=sys.stderr)
 
     def _interrupt(self, number: int) -> None:
         """Save, and say which signal stopped the run and how to go on."""

@@ -9,18 +9,21 @@ import torch
 from pyro import poutine
 
 from pvae.data.dataset import Dataset
+from pvae.data.sources import SPLITS
 from pvae.distributions.masked import MaskedDistribution
 from pvae.distributions.supports import base_constraint
 from pvae.errors import param, refuse_first
 from pvae.runtime.pyro_params import Program
 
 
-def check_support(model: Program, data: Dataset, remedies: Sequence[str] = ("likelihood", "binarize")) -> None:
+def check_support(
+    model: Program, data: Dataset, remedies: Sequence[str] = ("likelihood", "binarize"), splits: Sequence[str] = SPLITS
+) -> None:
     """Refuse data outside the support of the model's observed sites; missing entries are skipped.
 
     Arguments:
         model: the Pyro program.
-        data: all splits are checked.
+        data, splits: the data, and which splits are checked.
         remedies: parameters that the message proposes to change.
 
     Raises:
@@ -37,7 +40,7 @@ def check_support(model: Program, data: Dataset, remedies: Sequence[str] = ("lik
         if data.num_label_columns + columns != data.train.shape[1]:
             continue
         fn = site["fn"]
-        for part in ("train", "validation", "test"):
+        for part in splits:
             if (part, data.binarize) != ("train", "dynamic"):
                 _check_part(name, fn, data, part, columns, " or ".join(map(param, remedies)))
 

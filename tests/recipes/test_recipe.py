@@ -14,7 +14,8 @@ from pvae.errors import Incompatible, UserError
 from pvae.experiments.opened_run import open_variants
 from pvae.generative.networks import Standardize
 from pvae.recipes import registry
-from pvae.recipes.build import build_model
+from pvae.recipes.build import build_model, fit_recipe
+from pvae.recipes.preflight import check_recipe
 from pvae.recipes.recipe import (
     Recipe,
     load_recipe_data,
@@ -335,6 +336,18 @@ def test_arguments_that_were_named_otherwise_before_are_read_as_their_new_names(
     assert registry.with_new_words(registry.with_old_words(new.guide)) == new.guide
     assert registry.with_old_words(new.guide)["new_steps"] == 7
     assert resolve(replace(new, guide=file.vary["guide"][0])) == new
+
+
+@pytest.mark.parametrize("guide", ["Amortized", "PerDatapoint", "SemiAmortized(steps=2)"])
+def test_a_checked_model_trains_to_the_same_bits_as_a_built_one(guide):
+    own = resolve(Recipe(guide=guide, latent=2, network="MLP(hidden=[4])", epochs=2, batch_size=4))
+    data = rows()
+    checked, fresh = check_recipe(own, data), build_model(own, data)
+    assert same(checked.program, fresh.program)
+    assert same(checked.guide, fresh.guide)
+    first, again = fit_recipe(checked, data, check_data=False), fit_recipe(fresh, data)
+    assert [row["objective"] for row in first.fit.history] == [row["objective"] for row in again.fit.history]
+    assert same(first.guide, again.guide)
 
 
 # Components in words
