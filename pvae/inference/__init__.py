@@ -1,8 +1,8 @@
-"""The approximate posterior q(z|x): families, guides, refinement, and the one place that scores traces.
+"""The approximate posterior q(z|x): variational families, guides, refinement, and the one place that scores traces.
 
-``Amortized`` with ``DiagonalNormal`` is the default guide; ``PerDatapoint`` and ``SemiAmortized`` find the same
-family's parameters otherwise, and ``RefinedGuide`` optimizes another guide's for each row. ``log_weights`` scores
-model and guide; every bound is a function of what it returns.
+``Amortized`` with ``DiagonalNormal`` is the default guide; ``PerDatapoint`` and ``SemiAmortized`` are other inference
+methods for the same families, ``RefinedGuide`` optimizes another guide's q_params for each row, and ``freeze`` computes
+them once. ``log_weights`` scores model and guide; every bound is a function of the log-weights.
 """
 
 import lazy_loader

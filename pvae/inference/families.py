@@ -8,7 +8,6 @@ from typing import Any, ClassVar
 import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import pad
 
 from pvae.distributions.flows import Flow, spline
 from pvae.distributions.mixtures import ReparametrizedMixture, well_spread
@@ -257,7 +256,7 @@ class MixtureOfNormals(Family):
         self.num_params = components * (1 + 2 * dim)
 
     def params_from_diagonal(self, mean: Tensor, log_scale: Tensor) -> Tensor:
-        # The components a little apart: at one place they would stay together.
+        # The components a little apart: at one place they would stay together, for their gradients are the same.
         apart = well_spread(self.components, self.dim).to(mean) / 2
         means = mean.unsqueeze(-2) + log_scale.exp().unsqueeze(-2) * apart
         weights = mean.new_zeros(*mean.shape[:-1], self.components)
@@ -270,9 +269,7 @@ class MixtureOfNormals(Family):
         return ReparametrizedMixture(soft_clip(logits), means, positive_scale(log_scales))
 
     def initial_params(self) -> Tensor:
-        # Components at one place would stay together: their gradients are the same.
-        means = well_spread(self.components, self.dim).flatten() / 2
-        return pad(means, (self.components, self.components * self.dim))
+        return self.params_from_diagonal(*torch.zeros(2, self.dim))
 
 
 class FlowFamily(_LocationScaleFamily):

@@ -126,7 +126,7 @@ def test_batches_share_no_noise_with_what_small_seeds_and_constants_draw(oracle,
         assert torch.randn(6, 4).equal(own["draw"])  # this can fail
 
 
-def test_the_lam_that_a_search_finds_is_judged_by_other_draws(oracle, guide):
+def test_the_params_that_a_search_finds_is_judged_by_other_draws(oracle, guide):
     """A single draw is searched to its end and then judged: under the same draw its bound is far above the ELBO."""
     x, bound = oracle.sample(200), LocalELBO(oracle.model, guide.family)
 

@@ -153,8 +153,8 @@ def test_without_unrolling_gradients_pass_straight_through():
         start = encoder(x)
         q_params = refine(lambda q_params: bound(q_params, x, None, 2), start, 3, rule=rule).q_params.requires_grad_()
         value = log_weights(oracle.model, fixed_guide(FAMILY, q_params), x).log_w.sum()
-    by_lam, *by_decoder = torch.autograd.grad(value, [q_params, *oracle.parameters()])
-    expected = [*torch.autograd.grad(start, list(encoder.parameters()), by_lam), *by_decoder]
+    by_params, *by_decoder = torch.autograd.grad(value, [q_params, *oracle.parameters()])
+    expected = [*torch.autograd.grad(start, list(encoder.parameters()), by_params), *by_decoder]
     for one, other in zip(straight, expected, strict=True):
         torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
     unrolled, _ = gradients(unroll=True)
