@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from matplotlib.figure import Figure
 from torch import Tensor
 
 from pvae import applications
@@ -66,20 +67,17 @@ def anomalies(
     known = _known(context, labels)
     place = (scored & known).nonzero()[:, 0]
     rows, truth = context.rows.at(place), None if truth is None else truth[place]
-    result = applications.detect_anomalies(
-        *context.programs,
-        rows.x,
-        rows.index,
-        reference=reference,
-        scores=scores,
-        K=K,
-        false_alarm=false_alarm,
-        **context.options,
-    )
+    options = {"reference": reference, "scores": scores, "K": K, "false_alarm": false_alarm} | context.options
+    result = applications.detect_anomalies(*context.programs, rows.x, rows.index, **options)
     arrays = {"row": rows.place} | ({"row_of_all": place} if rows.where == ALL_LABELS else {}) | dict(result.scores)
     arrays |= {f"flagged_{name}": result.flagged(name) for name in result.scores}
     arrays |= {f"p_{name}": result.p_values(name) for name in result.scores}
     arrays |= {} if truth is None else {"anomalous": truth}
+    sentences = _sentences(result, len(reference), rows, truth, int((~known).sum()))
+    return make_result("anomalies", arrays, sentences, _figure(result, truth), tables=[_table(result, truth)])
+
+
+def _figure(result: AnomalyScores, truth: Tensor | None) -> Figure:
     histograms = {
         f"{name} ({UNITS.get(name, 'nats')})": (
             to_numpy(values),
@@ -88,9 +86,7 @@ def anomalies(
         )
         for name, values in result.scores.items()
     }
-    figure = draw_scores(histograms, None if truth is None else to_numpy(truth))
-    sentences = _sentences(result, len(reference), rows, truth, int((~known).sum()))
-    return make_result("anomalies", arrays, sentences, figure, tables=[_table(result, truth)])
+    return draw_scores(histograms, None if truth is None else to_numpy(truth))
 
 
 def _reference(context: UseContext, anomalous: Sequence[float] | None) -> tuple[Tensor, Tensor]:
@@ -168,9 +164,9 @@ def _sentences(result: AnomalyScores, held: int, rows: SelectedRows, truth: Tens
             f"All rows are {'anomalous' if truth.all() else 'normal'}: no AUROC without rows of both kinds."
         )
     if not result.comparable:
-        own, other = (100 * share.mean().item() for share in result.missing)
+        here, there = (100 * share.mean().item() for share in result.missing)
         sentences.append(
-            f"Rows lack {own:.2g}% of their entries, the reference {other:.2g}%; scores sum over observed entries, so "
+            f"Rows lack {here:.2g}% of their entries, the reference {there:.2g}%; scores sum over observed entries, so "
             "that rows with more missing entries seem more normal."
         )
     return sentences

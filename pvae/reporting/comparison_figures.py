@@ -98,15 +98,10 @@ def _gaps(rows: list[dict[str, Any]]) -> Figure:
         axis.set_xlim(min(0, 1.15 * float(np.min(left))), 1.05 * max(float(np.max(reach)), 1e-3))
         axis.invert_yaxis()
     axes[1].set_yticklabels([])
-    figure.legend(handles=_gap_handles(), loc="outside lower center", ncols=1, frameon=False, fontsize=8)
+    legend = {"grey: approximation gap; bars: 2 standard errors": GREY, "coloured: amortization gap": COLOURS[0]}
+    handles = [Patch(color=colour, label=label) for label, colour in legend.items()]
+    figure.legend(handles=handles, loc="outside lower center", frameon=False, fontsize=8)
     return figure
-
-
-def _gap_handles() -> list[Patch]:
-    return [
-        Patch(color=GREY, label="grey: approximation gap; bars: 2 standard errors"),
-        Patch(color=COLOURS[0], label="coloured: amortization gap"),
-    ]
 
 
 def _refinement(group: dict[str, Any]) -> Figure:
@@ -123,17 +118,8 @@ def _refinement(group: dict[str, Any]) -> Figure:
     axis.set(xlabel="refinement steps from the encoder's output", ylabel="test ELBO gained (nats per row)")
     axis.margins(y=0.12)
     for position, row in enumerate(same["rows"]):
-        seconds, left = row["seconds_per_row"] * 1e3, row["left"]
-        price.errorbar(
-            seconds,
-            left["mean"],
-            yerr=2 * (left["se"] or 0),
-            marker="o",
-            color=_colour(row["guide"], position),
-            capsize=3,
-            ls="none",
-            label=row["guide"],
-        )
+        gap, style = row["left"], {"color": _colour(row["guide"], position), "label": row["guide"], "marker": "o"}
+        price.errorbar(row["seconds_per_row"] * 1e3, gap["mean"], 2 * (gap["se"] or 0), capsize=3, ls="none", **style)
     price.set_xscale("log")
     price.set(xlabel="time of inference (ms per row, in a batch)", ylabel="amortization gap (nats per row)")
     price.legend(frameon=False, fontsize=8)

@@ -97,30 +97,34 @@ def _k_hat(parts: Mapping[str, Any], shape: tuple[int, ...]) -> Figure | None:
     values = {who: k[~np.isnan(k)] if who == "best" else k for who, k in values.items() if not np.isnan(k).all()}
     if not values:
         return None
-    worst = _worst(next(iter(values.values())))
+    k = next(iter(values.values()))
+    worst = _worst(k)
     figure = Figure(figsize=(8.6, 3.4), layout="constrained")
     if not len(worst):
         _k_histogram(figure.subplots(), values)
         return figure
     left, right = np.asarray(figure.subfigures(1, 2, width_ratios=(1.15, 1)))
     _k_histogram(left.subplots(), values)
-    k = next(iter(values.values()))[worst]
     if len(shape) == 2 and "rows" in parts:
         x = to_numpy(parts["rows"].x, float)
         images = x.reshape(len(x), -1)[worst, : int(np.prod(shape))]
         right.suptitle("rows of largest k-hat", fontsize=9)
-        _pictured(right, images.reshape(-1, *shape), k)
-        return figure
-    axis = right.subplots()
-    places = np.arange(len(worst))
+        _pictured(right, images.reshape(-1, *shape), k[worst])
+    else:
+        _listed(right.subplots(), worst, k[worst])
+    return figure
+
+
+def _listed(axis: Axes, rows: np.ndarray, k: np.ndarray) -> None:
+    """Draw a bar with the k-hat of each of these rows."""
+    places = np.arange(len(rows))
     bars = axis.barh(places, np.minimum(k, BEYOND), color=BLUE, height=0.6)
     axis.bar_label(bars, [f"{value:.2f}" for value in k], padding=3, fontsize=8)
     axis.margins(x=0.12)
-    axis.set_yticks(places, [f"row {n}" for n in worst])
+    axis.set_yticks(places, [f"row {n}" for n in rows])
     axis.invert_yaxis()
-    axis.set(xlabel="k-hat", title="rows of largest k-hat, counted from 0")
-    axis.title.set_fontsize(9)
-    return figure
+    axis.set_xlabel("k-hat")
+    axis.set_title("rows of largest k-hat, counted from 0", fontsize=9)
 
 
 def _worst(k: np.ndarray) -> np.ndarray:
@@ -176,31 +180,33 @@ def _reference(parts: Mapping[str, Any], shape: tuple[int, ...]) -> Figure | Non
         scale, unit = to_numpy(parts["health"].prior, float).std(0), "prior sd"
     for place, (who, part) in enumerate(references.items()):
         sound, names = to_numpy(part.sound, bool), ("mean", "sd", "guide_mean", "guide_sd")
-        mean, sd, ours, our_sd = (to_numpy(getattr(part, field), float)[sound] for field in names)
-        name, colour = WHO[who]
-        dots: Any = {"s": 9, "alpha": 0.5, "color": colour, "linewidths": 0, "label": name}
-        means.scatter(mean / scale, ours / scale, **dots)
-        spreads.scatter(sd / scale, our_sd / scale, **dots)
-        share = [to_numpy(values, float)[sound].mean(-1) for values in (part.coverage_50, part.coverage_90)]
-        errors = [2 * s.std(ddof=1) / len(s) ** 0.5 if len(s) > 1 else 0.0 for s in share]
-        at = np.arange(2) + (place - (len(references) - 1) / 2) * 0.36
-        coverage.bar(at, [100 * s.mean() for s in share], width=0.34, color=colour, alpha=0.75)
-        coverage.errorbar(
-            at, [100 * s.mean() for s in share], [100 * e for e in errors], fmt="none", ecolor="black", lw=1
-        )
+        mean, sd, ours, our_sd = (to_numpy(getattr(part, field), float)[sound] / scale for field in names)
+        dots: Any = {"s": 9, "alpha": 0.5, "color": WHO[who][1], "linewidths": 0, "label": WHO[who][0]}
+        means.scatter(mean, ours, **dots)
+        spreads.scatter(sd, our_sd, **dots)
+        shares = [to_numpy(values, float)[sound].mean(-1) for values in (part.coverage_50, part.coverage_90)]
+        _coverage_bars(coverage, np.arange(2) + (place - (len(references) - 1) / 2) * 0.36, shares, WHO[who][1])
     spreads.set(xscale="log", yscale="log")
-    for axis, what in ((means, "mean"), (spreads, "sd")):
+    for axis, moment in ((means, "mean"), (spreads, "sd")):
         _diagonal(axis)
-        axis.set(xlabel=f"{what} by HMC ({unit})", ylabel=f"{what} of q ({unit})")
+        axis.set(xlabel=f"{moment} by HMC ({unit})", ylabel=f"{moment} of q ({unit})")
     _plain_ticks(spreads)
-    coverage.hlines([50, 90], [-0.45, 0.55], [0.45, 1.45], color="black", lw=1.2, ls="--", label="nominal")
-    coverage.set_xticks([0, 1], ["50% intervals", "90% intervals"])
-    coverage.set(ylabel="chains' draws inside (%)", ylim=(0, 105))
-    handles = [*means.get_legend_handles_labels()[0], *coverage.get_legend_handles_labels()[0]]
+    handles = [*means.get_legend_handles_labels()[0], *coverage.get_legend_handles_labels()[0][:1]]
     figure.legend(handles=handles, loc="outside lower center", ncols=3, markerscale=2, **SMALL)
     first = next(iter(references.values())).sound
     figure.suptitle(f"{int(first.sum())} of {len(first)} rows have converged chains", fontsize=9)
     return figure
+
+
+def _coverage_bars(axis: Axes, places: np.ndarray, shares: list[np.ndarray], colour: str) -> None:
+    """Draw the coverage of 50% and 90% intervals, in percent, with two standard errors over rows."""
+    percent = [100 * share.mean() for share in shares]
+    errors = [200 * s.std(ddof=1) / len(s) ** 0.5 if len(s) > 1 else 0.0 for s in shares]
+    axis.bar(places, percent, width=0.34, color=colour, alpha=0.75)
+    axis.errorbar(places, percent, errors, fmt="none", ecolor="black", lw=1)
+    axis.hlines([50, 90], [-0.45, 0.55], [0.45, 1.45], color="black", lw=1.2, ls="--", label="nominal")
+    axis.set_xticks([0, 1], ["50% intervals", "90% intervals"])
+    axis.set(ylabel="chains' draws inside (%)", ylim=(0, 105))
 
 
 def _plain_ticks(axis: Axes) -> None:

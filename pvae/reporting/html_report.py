@@ -75,7 +75,8 @@ def _diagnoses(folder: Path, group: dict[str, Any]) -> list[dict[str, Any]]:
         row = rows.get(one["name"], {})
         if one["fitted"] in row.get("fitted", []):
             parts = diagnosis.load_parts(folder, one) | {"gaps": _gaps(row["test"])}
-            diagnoses.append(one | {"tables": diagnosis_tables(one), "drawn": draw_diagnosis(parts, shape)})
+            panels = {name: data_uri(figure) for name, figure in draw_diagnosis(parts, shape).items()}
+            diagnoses.append(one | {"tables": diagnosis_tables(one), "panels": panels})
     return diagnoses
 
 
@@ -118,30 +119,12 @@ def render(
 ) -> str:
     """Return the page's HTML, with each group's figures; everything from data, options or files is escaped."""
     diagnosed = diagnoses or [[] for _ in results["groups"]]
-    groups = [
-        (
-            group,
-            comparison_tables(group),
-            _encoded(drawn),
-            [one | {"panels": _encoded(one["drawn"])} for one in diagnoses_of_group],
-        )
-        for group, drawn, diagnoses_of_group in zip(results["groups"], figures, diagnosed, strict=True)
-    ]
-    return str(
-        render_template(
-            "report.html.jinja",
-            results=results,
-            groups=groups,
-            captions=CAPTIONS,
-            trusted=USES,
-            glossary=_glossary(results, diagnosed),
-            uses=uses,
-        )
-    )
-
-
-def _encoded(figures: Mapping[str, Any]) -> dict[str, str]:
-    return {name: data_uri(figure) for name, figure in figures.items()}
+    tables = [comparison_tables(group) for group in results["groups"]]
+    encoded = [{name: data_uri(figure) for name, figure in drawn.items()} for drawn in figures]
+    groups = list(zip(results["groups"], tables, encoded, diagnosed, strict=True))
+    glossary = _glossary(results, diagnosed)
+    texts = {"captions": CAPTIONS, "trusted": USES, "glossary": glossary}
+    return str(render_template("report.html.jinja", results=results, groups=groups, uses=uses, **texts))
 
 
 def _glossary(results: dict[str, Any], diagnoses: Sequence[list[dict[str, Any]]]) -> list[Quantity]:

@@ -72,7 +72,7 @@ def _by_variant(
 ) -> Table:
     """Return a table with a line for each variant and a column for each quantity."""
     names = {key: (labels or {}).get(key, describe(key).heading) for key in keys}
-    lines = [[variant, *(_estimate(own.get(key)) for key in keys)] for variant, own in figures.items()]
+    lines = [[name, *(_estimate(values.get(key)) for key in keys)] for name, values in figures.items()]
     return Table(title, ["variant", *names.values()], lines, {name: describe(key).help for key, name in names.items()})
 
 
