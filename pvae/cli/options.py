@@ -86,7 +86,8 @@ class RecipeOptions:
         keys = {name: value for name, value in keys.items() if value is not None}
         if self.only is not None:
             keys["only"] = whole_numbers("only", self.only, "label", least=0)
-        return {name: registry.parse_component(v) if name in registry.KINDS else v for name, v in keys.items()}
+        parsed = registry.KINDS.keys() - {"guide"}  # GuideOptions completes it as it was given
+        return {name: registry.parse_component(v) if name in parsed else v for name, v in keys.items()}
 
     def open(self, *, trust: bool = False) -> Any:
         """Return the `RecipeFile` with the options in the place of its keys, and fixed where the file varies them."""

@@ -177,8 +177,9 @@ class Dataset:
         x = draw_fixed_binarization(x.cpu()).to(x.device) if self.binarize == "dynamic" else x
         return Batch(x, torch.arange(len(x), device=x.device) if isinstance(rows, int) else rows)
 
-    def summary(self) -> str:
-        """Return one line: sizes, shape, range of values and binarization."""
+    @cached_property
+    def _value_range(self) -> tuple[float, float, int]:
+        """Smallest, largest and number of observed training values; computed once."""
         columns = self.train.shape[1] - self.num_label_columns
         low, high, observed = np.inf, -np.inf, 0
         for x, _ in self.iter_chunks("train"):
@@ -187,6 +188,12 @@ class Dataset:
             if values.numel():
                 low, high = min(low, values.min().item()), max(high, values.max().item())
             observed += values.numel()
+        return low, high, observed
+
+    def summary(self) -> str:
+        """Return one line: sizes, shape, range of values and binarization."""
+        columns = self.train.shape[1] - self.num_label_columns
+        low, high, observed = self._value_range
         first = self.train[:1000][:, :columns]
         values_in = "0 or 1" if set(first[~first.isnan()].tolist()) <= {0.0, 1.0} else f"from {low:g} to {high:g}"
         how = BINARIZATION_WORDS[self.binarize]

@@ -109,7 +109,7 @@ def train_in_folder(
 
     Arguments:
         untrained: of `check_recipe` or `build_model`.
-        options: of `fit`: device, progress.
+        options: of `fit`: device, progress, check_data.
     """
     resume = resume and is_trained(folder)
     return fit_recipe(untrained, data, folder=folder, resume=resume, **options)

@@ -193,7 +193,10 @@ def train_sweep(
         data, batch_size = datasets[point.recipe], point.recipe.batch_size
         count = f" ({number} of {len(points)})" if len(points) > 1 else ""
         workers.say(f"training {_title(point)}: {_epochs(point.recipe)}, batches of {batch_size}{count}")
-        models.append(train_in_folder(point.build(data), data, path, resume=known, **options))
+        is_checked = point.untrained is not None
+        models.append(
+            train_in_folder(point.build(data), data, path, resume=known, check_data=not is_checked, **options)
+        )
     return models
 
 

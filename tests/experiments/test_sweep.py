@@ -318,7 +318,7 @@ def test_nats_that_cannot_be_compared_stand_in_groups(data, axes, groups, reason
     found = read("run")
     assert [[row["name"] for row in group["rows"]] for group in found["groups"]] == groups
     page = " ".join(Path("run/report.html").read_text().split())
-    assert "The variants stand in 2 groups, because nats of different data, of different binarizations" in page
+    assert "The variants form 2 groups: nats of different data, of different binarizations" in page
     assert all(words in page for words in reason)
     for number, names in enumerate(groups, 1):
         assert arviz_export.load_idata(Path("run"), number)["posterior"].variant.to_numpy().tolist() == names
