@@ -35,14 +35,9 @@ Rows = tuple[Tensor, Tensor]
 Step = Callable[..., Tensor | float]
 
 
-class PyroStep:
-    """Step of Pyro's own ``SVI``."""
-
-    def __init__(self, model: Program, guide: Program, optimizer: FusedAdam, objective: Objective) -> None:
-        self.svi = SVI(model, guide, optimizer, objective)
-
-    def __call__(self, x: Tensor, index: Tensor) -> Tensor | float:
-        return self.svi.step(x, index)
+def pyro_step(model: Program, guide: Program, optimizer: FusedAdam, objective: Objective) -> Step:
+    """Return the step of Pyro's own ``SVI``."""
+    return SVI(model, guide, optimizer, objective).step
 
 
 class TracedStep:
@@ -60,18 +55,12 @@ class TracedStep:
     """
 
     def __init__(
-        self,
-        model: Program,
-        guide: Program,
-        optimizer: FusedAdam,
-        objective: Objective,
-        *,
-        compile: bool = False,
+        self, model: Program, guide: Program, optimizer: FusedAdam, objective: Objective, *, compile: bool = False
     ) -> None:
         self.model, self.guide, self.optimizer, self.objective = model, guide, optimizer, objective
         self.modules = [module_of(model), module_of(guide)]
         self.gradients = TracedFunction(self._gradients, *self.modules, compile=compile)
-        self.fallback = PyroStep(model, guide, optimizer, objective)
+        self.fallback = pyro_step(model, guide, optimizer, objective)
         self.refused: set[int] = set()
         self.reduce: Callable[[Tensor, Sequence[Tensor | None]], tuple[Tensor, list[Tensor]]] | None = None
 
@@ -227,7 +216,7 @@ def check_engine(name: str) -> None:
 
 
 def _choose_pyro(parts: Parts, reason: str) -> EngineChoice:
-    return EngineChoice(PyroStep(*parts), "pyro", reason)
+    return EngineChoice(pyro_step(*parts), "pyro", reason)
 
 
 def _trace_step(name: str, parts: Parts, batches: Sequence[Rows], steps: int) -> EngineChoice:

@@ -21,7 +21,7 @@ from pvae.runtime.pyro_params import LocalModule, local_method
 from pvae.runtime.torch_state import no_validation, seeded
 from pvae.runtime.tracing import TraceError
 from pvae.training import cuda_graph, engines, loop, objectives
-from pvae.training.engines import PyroStep, TracedStep
+from pvae.training.engines import TracedStep, pyro_step
 from pvae.training.loop import fit
 from pvae.training.objectives import NonFiniteLoss
 from pvae.training.optimizer import FusedAdam
@@ -87,7 +87,7 @@ def close(found, expected, relative):
 @pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(case.values()))
 def test_a_replayed_step_is_pyros(case):
     losses, gradients, rows = steps(case, TracedStep)
-    expected = steps(case, PyroStep)
+    expected = steps(case, pyro_step)
     assert losses == pytest.approx(expected[0], rel=1e-12)
     assert len(set(losses)) == len(losses)
     for found, others in ((gradients, expected[1]), (rows, expected[2])):
@@ -97,7 +97,7 @@ def test_a_replayed_step_is_pyros(case):
 @pytest.mark.parametrize("guide", guides.__all__)
 def test_a_replayed_step_is_pyros_in_float32(guide):
     losses, gradients, rows = steps({"guide": guide}, TracedStep, torch.float32)
-    expected = steps({"guide": guide}, PyroStep, torch.float32)
+    expected = steps({"guide": guide}, pyro_step, torch.float32)
     assert losses == pytest.approx(expected[0], rel=1e-6)
     close(gradients, expected[1], 1e-5)
     close(rows, expected[2], 1e-5)
@@ -120,7 +120,7 @@ def test_a_compiled_step_is_pyros_but_for_rounding(case):
         pytest.skip("does not go together")
     for dtype, relative in ((torch.float64, 1e-10), (torch.float32, 1e-5)):
         losses, gradients, rows = steps(case, TracedStep, dtype, compile=True)
-        expected = steps(case, PyroStep, dtype)
+        expected = steps(case, pyro_step, dtype)
         assert losses == pytest.approx(expected[0], rel=relative)
         close(gradients[: len(gradients) // 3], expected[1][: len(gradients) // 3], relative)
         close(rows, expected[2], 100 * relative)
