@@ -1,4 +1,4 @@
-"""Latent health: what the latents hold of the data, and whether the encoded data fill the prior."""
+"""Latent usage: active units, mutual information, and the aggregate posterior against the prior."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ from torch.distributions import Normal, kl_divergence
 
 from pvae.distributions.masked import entry_log_prob
 from pvae.errors import Incompatible, UserError, check_range
+from pvae.inference.batching import inference_mode
 from pvae.inference.guides import Guide
-from pvae.runtime.pyro_params import Program, local_param_store, module_of
-from pvae.runtime.torch_state import no_validation, seeded
+from pvae.runtime.pyro_params import Program
 from pvae.samplers.log_joint import LogJoint
 from pvae.stats import Estimate, holm
 
-# Rows encoded together; rows that make up the aggregate posterior; draws that tests and pictures see.
+# Rows encoded together; the most rows of the aggregate posterior, and the most of its draws for tests and figures.
 ROWS, AGGREGATE, CODES = 250, 2000, 1000
-# Draws times rows whose densities are taken at once.
+# Draws times rows whose densities are computed together.
 PAIRS = 65536
-# Draws for moments that a family does not know in closed form.
+# Draws for moments that a family does not state.
 MOMENTS = 100
 ACTIVE, FAR = 0.01, 0.99
 
 
 @dataclass(frozen=True)
 class LatentUsage:
-    r"""How the latents are used; u are the real vectors behind them, D entries, and q(u) the mean of q(u|x) over rows.
+    r"""Latent usage; u are the D unconstrained coordinates of the latents, q(u) is the aggregate posterior.
 
     A point mass has no KL and no information: these are NaN.
 
@@ -41,19 +41,19 @@ class LatentUsage:
             place of q(u_d|x), exact for normal families; p(u_d) is exact where the prior is independent, else it is
             the normal of its draws' moments. Where dimensions depend on each other the sum misses the total.
         kl_se: its standard error over rows, [D].
-        activity: :math:`\mathrm{Var}_x(E_q u_d)`, [D]: the dimension is active where it exceeds 0.01.
+        activity: :math:`\mathrm{Var}_x(E_q u_d)`, [D]: a unit is active where it exceeds 0.01.
         total_kl, total_kl_se: :math:`E_x KL(q(u|x) \| p(u))`, by draws.
         mutual_information, mutual_information_se: I(row; u) of the rows that make up q(u), at most 2000 of them, and
             so never above the logarithm of their number. See `saturated`.
-        marginal_kl, marginal_kl_se: :math:`KL(q(u) \| p(u))`, the rest of the total: by what encodings miss the prior.
-        mmd: squared maximum mean discrepancy of q(u) and p(u), unbiased; entries in standard deviations, a Gaussian
-            kernel as wide as the median distance.
+        marginal_kl, marginal_kl_se: :math:`KL(q(u) \| p(u))`, the rest of the total KL.
+        mmd: squared maximum mean discrepancy (MMD) of q(u) and p(u), unbiased; entries in standard deviations, a
+            Gaussian kernel as wide as the median distance.
         mmd_se: its standard deviation if the two were the same.
         mmd_p: its p-value by permutations.
-        ks, ks_p: Kolmogorov-Smirnov distance of q(u_d) and p(u_d), [D], and its p-value adjusted for D of them.
+        ks, ks_p: Kolmogorov-Smirnov (KS) distance of q(u_d) and p(u_d), [D], and its Holm-adjusted p-value.
         holes, holes_se: share of prior draws farther from every encoding than 99% of other rows' encodings are: about
             0.01 where there are none.
-        codes, prior: draws of q(u), one a row and in the rows' order, and of p(u), [M, D] each, M at most 1000.
+        codes, prior: draws of q(u), one per row and in the rows' order, and of p(u), [M, D] each, M at most 1000.
         means: :math:`E_q u`, [N, D].
     """
 
@@ -78,26 +78,27 @@ class LatentUsage:
     means: Tensor
 
     def active(self) -> int:
-        """Number of dimensions that depend on the data, by Burda's rule."""
+        """Return the number of active units (Burda et al. 2016)."""
         return int((self.activity > ACTIVE).sum())
 
     def saturated(self) -> bool:
-        """Whether the mutual information is within a nat of its bound, so that more rows would show more of it."""
+        """Return whether the mutual information is within a nat of its bound, and would grow with more rows."""
         return bool(self.mutual_information > math.log(min(len(self.means), AGGREGATE)) - 1)
 
     def summary(self) -> dict[str, Estimate]:
-        """Every number with its standard error; p-values are given without."""
+        """Return the quantities of section "Latent usage"; p-values and distances have no standard error."""
         measured = ("total_kl", "mutual_information", "marginal_kl", "mmd", "holes")
-        found = {name: Estimate(getattr(self, name).item(), getattr(self, f"{name}_se").item()) for name in measured}
-        found["information_bound"] = Estimate(math.log(min(len(self.means), AGGREGATE)), math.nan)
-        # A variance of N values is known to a share of sqrt(2 / (N - 1)), which leaves units near the threshold open.
+        summary = {name: Estimate(getattr(self, name).item(), getattr(self, f"{name}_se").item()) for name in measured}
+        # A variance of N values has a relative error of sqrt(2 / (N - 1)), which leaves units near the threshold open.
         error = self.activity * (2 / (len(self.means) - 1)) ** 0.5
         sure = Normal(0.0, 1.0).cdf((self.activity - ACTIVE) / error.clamp(min=1e-12))
-        found["active_units"] = Estimate(float(self.active()), (sure * (1 - sure)).sum().sqrt().item())
-        found["mmd_p"] = Estimate(self.mmd_p.item(), math.nan)
-        found["ks_p"] = Estimate(self.ks_p.min().item(), math.nan)
-        found["ks_distance"] = Estimate(self.ks.max().item(), math.nan)
-        return found
+        return summary | {
+            "information_bound": Estimate(math.log(min(len(self.means), AGGREGATE)), math.nan),
+            "active_units": Estimate(float(self.active()), (sure * (1 - sure)).sum().sqrt().item()),
+            "mmd_p": Estimate(self.mmd_p.item(), math.nan),
+            "ks_p": Estimate(self.ks_p.min().item(), math.nan),
+            "ks_distance": Estimate(self.ks.max().item(), math.nan),
+        }
 
 
 def measure_latent_usage(
@@ -110,46 +111,47 @@ def measure_latent_usage(
     permutations: int = 500,
     seed: int = 0,
 ) -> LatentUsage:
-    r"""What the latents hold of the rows, and whether the encoded rows fill the prior.
+    r"""Measure active units, KL by dimension, mutual information, and the aggregate posterior against the prior.
 
     .. math:: E_x KL(q(u|x) \| p(u)) = I_q(x; u) + KL(q(u) \| p(u))
 
     Arguments:
         model: a Pyro program.
-        guide: a family with a source of its parameters.
-        x, index: rows [N, ...], at least 2, and which training datapoints they are; None for new ones.
+        guide: the approximate posterior.
+        x, index: rows [N, ...], at least 2, and which training datapoints they are; None for new rows.
         draws: of each row's q for the total KL.
-        permutations: of the p-value of the maximum mean discrepancy.
-        seed: of all noise.
+        permutations: of the p-value of the MMD.
+        seed: of all noise; the random stream outside is left alone.
 
     Raises:
         UserError: fewer than 2 rows, or a number below 1.
+
+    See also: `measure_latent_geometry`, in data space.
 
     Source: Burda, Grosse, Salakhutdinov (2016), arXiv:1509.00519 (active units); Hoffman and Johnson (2016), *ELBO
     Surgery*, NIPS workshop on approximate inference (the split of the KL); Gretton, Borgwardt, Rasch, Schoelkopf, Smola
     (2012), *A Kernel Two-Sample Test*, JMLR 13.
     """
-    check_range("latent_health", draws=draws, permutations=permutations)
+    check_range(least=1, draws=draws, permutations=permutations)
     if len(x) < 2:
-        raise UserError(f"latent health compares rows with each other: {len(x)} is too few, give at least 2")
-    for program in (model, guide):
-        module_of(program).eval()
-    with torch.no_grad(), no_validation(), local_param_store(), seeded(seed):
+        raise UserError(f"latent usage compares rows with each other: {len(x)} is too few, give at least 2")
+    with inference_mode(model, guide, seed=seed):
         target = LogJoint(model, x, index, guide.sites)
         rows = torch.randperm(len(x))[:AGGREGATE].to(x.device)
-        some = LogJoint(model, x[rows], None if index is None else index[rows], guide.sites)
-        prior = some.prior(1)[0]
+        aggregate = LogJoint(model, x[rows], None if index is None else index[rows], guide.sites)
+        prior = aggregate.prior(1)[0]
         encoded = _encode(guide, target, prior, draws)
         q_params = encoded.q_params[rows]
         codes = guide.family(q_params).sample()
-        found = _of_rows(encoded) | _shared(guide, some, q_params, codes) | _compared(codes, prior, permutations)
+        values = _average(encoded) | _information(guide, aggregate, q_params, codes)
+        values |= _compare(codes, prior, permutations)
     # In the rows' order again, so that labels go with codes.
     codes = codes[:CODES][rows[:CODES].argsort()]
-    return LatentUsage(**found, codes=codes, prior=prior[:CODES], means=encoded.means)
+    return LatentUsage(**values, codes=codes, prior=prior[:CODES], means=encoded.means)
 
 
 class _Encoded(NamedTuple):
-    """Of each row: q_params [N, P], q's means [N, D], the variance of their noise, KL by dimension, and all of it [N]."""
+    """Encoded rows: q_params [N, P], means of q [N, D], variance of their noise, KL by dimension, and total KL [N]."""
 
     q_params: Tensor
     means: Tensor
@@ -160,11 +162,11 @@ class _Encoded(NamedTuple):
 
 def _encode(guide: Guide, target: LogJoint, prior: Tensor, draws: int) -> _Encoded:
     fitted = Normal(prior.mean(0), prior.std(0))
-    parts = [_encode_rows(guide, target.rows(part), fitted, draws) for part in _slices(len(target.x), ROWS)]
-    return _Encoded(*map(torch.cat, zip(*parts, strict=True)))
+    batches = [_encode_batch(guide, target.rows(rows), fitted, draws) for rows in _slices(len(target.x), ROWS)]
+    return _Encoded(*map(torch.cat, zip(*batches, strict=True)))
 
 
-def _encode_rows(guide: Guide, target: LogJoint, fitted: Normal, draws: int) -> _Encoded:
+def _encode_batch(guide: Guide, target: LogJoint, fitted: Normal, draws: int) -> _Encoded:
     q_params = guide.params(target.x, target.index)
     q = guide.family(q_params)
     u = q.sample((draws,))
@@ -177,7 +179,7 @@ def _encode_rows(guide: Guide, target: LogJoint, fitted: Normal, draws: int) -> 
 
 
 def _moments(q: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """q's mean and variance, and the variance of the mean's noise where it took draws, [B, D] each."""
+    """Mean and variance of q, and the variance of the mean's noise where it is that of draws, [B, D] each."""
     with suppress(NotImplementedError):
         return q.mean, q.variance, torch.zeros_like(q.mean)
     u = q.sample((MOMENTS,))
@@ -185,7 +187,7 @@ def _moments(q: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _prior_of(target: LogJoint) -> Any:
-    """The program's p(u) where u is a single site of real numbers, else None."""
+    """The model's p(u) if u is a single unconstrained site, else None."""
     sites = target.latents.sites
     if len(sites) > 1 or not sites[0].is_real_vector:
         return None
@@ -193,7 +195,7 @@ def _prior_of(target: LogJoint) -> Any:
 
 
 def _kl_by_dimension(q: Normal, u: Tensor, prior: Any, fitted: Normal) -> Tensor:
-    """KL(q(u_d|x) || p(u_d)), [B, D], in closed form for normals, by the draws u of q for other independent priors."""
+    """KL(q(u_d|x) || p(u_d)), [B, D]: in closed form for normals, by draws u of q for other independent priors."""
     base = getattr(prior, "base_dist", None)
     if isinstance(base, Normal):
         return kl_divergence(q, Normal(base.loc, base.scale)).expand_as(q.loc)
@@ -203,8 +205,8 @@ def _kl_by_dimension(q: Normal, u: Tensor, prior: Any, fitted: Normal) -> Tensor
     return kl_divergence(q, fitted)
 
 
-def _of_rows(encoded: _Encoded) -> dict[str, Tensor]:
-    """What is a mean over rows."""
+def _average(encoded: _Encoded) -> dict[str, Tensor]:
+    """Means over rows."""
     roots = len(encoded.means) ** 0.5
     return {
         "kl": encoded.kl.mean(0),
@@ -215,7 +217,7 @@ def _of_rows(encoded: _Encoded) -> dict[str, Tensor]:
     }
 
 
-def _shared(guide: Guide, target: LogJoint, q_params: Tensor, codes: Tensor) -> dict[str, Tensor]:
+def _information(guide: Guide, target: LogJoint, q_params: Tensor, codes: Tensor) -> dict[str, Tensor]:
     r"""Mutual information, the mean of :math:`\log q(u|x) - \log q(u)`, and KL(q(u) || p(u)) by codes u of q(u)."""
     unknown = codes.new_tensor(torch.nan)
     names = ("mutual_information", "marginal_kl")
@@ -223,16 +225,16 @@ def _shared(guide: Guide, target: LogJoint, q_params: Tensor, codes: Tensor) -> 
         return {f"{name}{end}": unknown for name in names for end in ("", "_se")}
     u = codes[:CODES]
     log_aggregate = torch.full_like(u[:, 0], -torch.inf)
-    for part in _slices(len(q_params), max(1, PAIRS // len(u))):
-        pairs = u.unsqueeze(1).expand(-1, len(q_params[part]), -1)
-        log_aggregate = torch.logaddexp(log_aggregate, guide.family(q_params[part]).log_prob(pairs).logsumexp(1))
+    for rows in _slices(len(q_params), max(1, PAIRS // len(u))):
+        pairs = u.unsqueeze(1).expand(-1, len(q_params[rows]), -1)
+        log_aggregate = torch.logaddexp(log_aggregate, guide.family(q_params[rows]).log_prob(pairs).logsumexp(1))
     log_aggregate = log_aggregate - math.log(len(q_params))
-    own = guide.family(q_params[:CODES]).log_prob(u)
+    log_q = guide.family(q_params[:CODES]).log_prob(u)
     log_prior = target.rows(slice(CODES)).log_lik_and_prior(u.unsqueeze(0))[1][0]
-    found: dict[str, Tensor] = {}
-    for name, values in zip(names, (own - log_aggregate, log_aggregate - log_prior), strict=True):
-        found |= {name: values.mean(), f"{name}_se": values.std() / len(values) ** 0.5}
-    return found
+    information: dict[str, Tensor] = {}
+    for name, values in zip(names, (log_q - log_aggregate, log_aggregate - log_prior), strict=True):
+        information |= {name: values.mean(), f"{name}_se": values.std() / len(values) ** 0.5}
+    return information
 
 
 def _slices(total: int, size: int) -> Iterator[slice]:
@@ -240,7 +242,7 @@ def _slices(total: int, size: int) -> Iterator[slice]:
         yield slice(start, start + size)
 
 
-def _compared(codes: Tensor, prior: Tensor, permutations: int) -> dict[str, Tensor]:
+def _compare(codes: Tensor, prior: Tensor, permutations: int) -> dict[str, Tensor]:
     """Encodings against prior draws, [M, D] each: discrepancy, each dimension, holes."""
     scale = torch.cat([codes, prior]).std(0).clamp(min=1e-12)
     codes, prior = codes / scale, prior / scale
@@ -261,21 +263,21 @@ def _discrepancy(one: Tensor, two: Tensor, permutations: int) -> dict[str, Tenso
     within, across = (first * inside).sum(0), ((1 - first) * inside).sum(0)
     others, m = kernel.sum() - within - 2 * across, len(two)
     mmd = within / (n * (n - 1)) + others / (m * (m - 1)) - 2 * across / (n * m)
-    own, permuted = mmd[0], mmd[1:]
-    return {"mmd": own, "mmd_se": permuted.std(), "mmd_p": ((permuted >= own).sum() + 1) / (permutations + 1)}
+    value, permuted = mmd[0], mmd[1:]
+    return {"mmd": value, "mmd_se": permuted.std(), "mmd_p": ((permuted >= value).sum() + 1) / (permutations + 1)}
 
 
 def _by_dimension(one: Tensor, two: Tensor) -> dict[str, Tensor]:
     from scipy.stats import ks_2samp
 
     columns = zip(one.T.cpu().numpy(), two.T.cpu().numpy(), strict=True)
-    found = torch.tensor([[test.statistic, test.pvalue] for test in (ks_2samp(*pair) for pair in columns)])
-    return {"ks": found[:, 0].to(one), "ks_p": holm(found[:, 1]).to(one)}
+    tests = torch.tensor([[test.statistic, test.pvalue] for test in (ks_2samp(*pair) for pair in columns)])
+    return {"ks": tests[:, 0].to(one), "ks_p": holm(tests[:, 1]).to(one)}
 
 
 def _holes(codes: Tensor, prior: Tensor) -> dict[str, Tensor]:
     """The share of prior draws farther from every code than 99% of fresh codes are."""
-    # One half of the codes is what is near, the other half tells how near is usual.
+    # One half of the codes is the neighbourhood, the other half shows how near is usual.
     here, fresh = codes.tensor_split(2)
     among, away = (_distances(draws, here).amin(1) for draws in (fresh, prior))
     n, unsure = len(fresh), (FAR * (1 - FAR) / len(fresh)) ** 0.5

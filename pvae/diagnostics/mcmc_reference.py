@@ -1,4 +1,4 @@
-"""The posterior against a reference: q's means, spreads and intervals held against long HMC chains, row by row."""
+"""MCMC reference: means, standard deviations and intervals of a posterior against long HMC chains, row by row."""
 
 from __future__ import annotations
 
@@ -11,38 +11,40 @@ import torch
 from torch import Tensor
 
 from pvae.errors import UserError, check_range
+from pvae.inference.batching import inference_mode
 from pvae.inference.guides import Guide
 from pvae.inference.latents import LatentSites
-from pvae.runtime.pyro_params import Program, local_param_store
-from pvae.runtime.torch_state import no_validation, seeded
+from pvae.runtime.pyro_params import Program
+from pvae.runtime.torch_state import seeded
 from pvae.samplers import hmc
 from pvae.samplers.ais import AISEstimate, anneal
 from pvae.samplers.hmc import Chains
 from pvae.samplers.log_joint import LogJoint
 from pvae.stats import Estimate, chain_ess, holm, mean_se, r_hat
 
-# What makes chains sound. Vehtari et al. (2021), arXiv:1903.08008, ask for R-hat below 1.01 and an ESS of 400 or more;
-# trajectories that diverge leave parts of the posterior out (Betancourt 2017, arXiv:1701.02434).
+# Limits of convergence: R-hat below 1.01 and an ESS of 400 or more (Vehtari et al. 2021, arXiv:1903.08008); divergent
+# trajectories leave parts of the posterior out (Betancourt 2017, arXiv:1701.02434).
 R_HAT, ESS, DIVERGENT = 1.01, 400.0, 0.01
-# Annealed particles for each chain that starts, and draws of q.
+# Annealed particles for each chain, and draws of q.
 PARTICLES, DRAWS = 4, 4000
-# Refinement draws from streams of small seeds: chains and draws must share no noise with it.
+# Seeds of chains and draws are offset by this: refinement uses small seeds, and must share no noise with them.
 STREAM = 2_000_003
 
 
 @dataclass(frozen=True)
 class MCMCReference:
-    """The posterior by chains and by q, of B rows, in the D real coordinates u behind the latents; float64.
+    """Posterior of B rows by MCMC and by q, in the D unconstrained coordinates of the latents; float64.
 
     Attributes:
         mean, sd: of the chains, [B, D].
         guide_mean, guide_sd: of draws of q, [B, D].
-        mean_se: Monte Carlo error of guide_mean - mean, chains' and draws' together, [B, D].
-        sd_se: the same of log(guide_sd / sd), [B, D].
+        mean_se: Monte Carlo error of guide_mean - mean, of chains and draws together, [B, D].
+        sd_se: Monte Carlo error of log(guide_sd / sd), [B, D].
         coverage_50, coverage_90: share of the chains' draws in q's central intervals, [B, D].
         r_hat, ess: of the chains, [B, D].
-        acceptance, divergent: of the chains' trajectories, [B].
-        sound: the row's chains agree, are long enough and seldom diverge, [B]; no figure uses rows that are not.
+        acceptance, divergent: acceptance rate and share of divergent trajectories of the chains, [B].
+        sound: the row's chains have converged: they agree, are long enough and seldom diverge, [B]. Summaries use
+            these rows alone.
         chains, draws: C, and T of each chain.
     """
 
@@ -64,16 +66,16 @@ class MCMCReference:
 
     @property
     def mean_error(self) -> Tensor:
-        """(guide_mean - mean) / sd, [B, D]."""
+        """Error of posterior means in posterior standard deviations, (guide_mean - mean) / sd, [B, D]."""
         return (self.guide_mean - self.mean) / self.sd
 
     @property
     def sd_ratio(self) -> Tensor:
-        """guide_sd / sd, [B, D]."""
+        """Ratio of standard deviations, guide_sd / sd, [B, D]."""
         return self.guide_sd / self.sd
 
     def p_values(self) -> Tensor:
-        r"""p-values [2, D] of q's means, then standard deviations, being the chains' in all sound rows.
+        r"""Return p-values [2, D] that q's means, and its standard deviations, equal the chains' in all converged rows.
 
         By dimension, :math:`\sum_i (\text{difference}_i / \text{its Monte Carlo error}_i)^2` is chi-square: rows are
         independent, dimensions need not be.
@@ -83,17 +85,17 @@ class MCMCReference:
         return torch.special.gammaincc(torch.full_like(off[:, 0], off.shape[1] / 2), off.sum(1) / 2)
 
     def summary(self) -> dict[str, Estimate]:
-        """What the verdict looks at; the share of ``sound`` rows alone if it is below one half.
+        """Return the quantities of section "MCMC reference"; the share of converged rows alone if it is below one half.
 
-        ``mean_error``: root mean square in posterior standard deviations, Monte Carlo error taken off; ``sd_ratio``:
-        geometric mean; ``coverage_50``, ``coverage_90``; ``reference_p``: the smallest of the 2 D p-values, adjusted.
+        Monte Carlo error is subtracted from ``mean_error``; ``sd_ratio`` is a geometric mean.
         """
-        found = {"sound": mean_se(self.sound.double())}
-        if found["sound"].mean < 0.5:
-            return found
+        converged = mean_se(self.sound.double())
+        if converged.mean < 0.5:
+            return {"sound": converged}
         log_ratio = mean_se(self.sd_ratio[self.sound].log().mean(-1))
         ratio = math.exp(log_ratio.mean)
-        return found | {
+        return {
+            "sound": converged,
             "mean_error": self._mean_error(),
             "sd_ratio": Estimate(ratio, ratio * log_ratio.se),
             "coverage_50": mean_se(self.coverage_50[self.sound].mean(-1)),
@@ -102,34 +104,30 @@ class MCMCReference:
         }
 
     def _mean_error(self) -> Estimate:
-        own = self.mean_error**2 - (self.mean_se / self.sd) ** 2
-        square = mean_se(own[self.sound].mean(-1))
+        squares = self.mean_error**2 - (self.mean_se / self.sd) ** 2
+        square = mean_se(squares[self.sound].mean(-1))
         root = max(square.mean, 0.0) ** 0.5
-        # The delta method, but for errors that are zero within noise.
+        # The delta method, unless the error is zero within noise.
         return Estimate(root, square.se / (2 * max(root, square.se**0.5) or math.nan))
 
 
 def compare_with_mcmc(
     model: Program, guide: Guide, x: Tensor, index: Tensor | None = None, *, seed: int = 0, **options: Any
 ) -> MCMCReference:
-    """Hold a guide's q against the posterior of rows x [B, ...] as long HMC chains find it.
+    """Compare a guide with long HMC chains of the posteriors of rows x [B, ...].
 
-    `run_long_chains` with these options, then `compare_with_chains`, which can hold several guides against the same
+    `run_long_chains` with these options, then `compare_with_chains`, which can compare several guides with the same
     chains.
 
-    >>> from pvae.inference.families import DiagonalNormal
-    >>> from pvae.generative.vae import VAE
-    >>> from pvae.inference.guides import Amortized
-    >>> from pvae.generative.likelihoods import Bernoulli
-    >>> from pvae.generative.priors import StandardNormal
-    >>> vae = VAE(torch.nn.Linear(2, 5), Bernoulli(), StandardNormal(2))
-    >>> guide = Amortized(torch.nn.Linear(5, 4), DiagonalNormal(2))
+    >>> import pvae
+    >>> vae = pvae.VAE(torch.nn.Linear(2, 5), pvae.likelihoods.Bernoulli(), pvae.priors.StandardNormal(2))
+    >>> guide = pvae.Amortized(torch.nn.Linear(5, 4), pvae.families.DiagonalNormal(2))
     >>> compare_with_mcmc(vae.model, guide, torch.zeros(3, 5), draws=20, warm_up=20, temperatures=5).sd_ratio.shape
     torch.Size([3, 2])
     """
-    _check(guide)
-    found = run_long_chains(model, x, index, guide.sites, seed=seed, **options)
-    return compare_with_chains(found, guide, x, index, seed=seed)
+    _refuse_point_mass(guide)
+    chains = run_long_chains(model, x, index, guide.sites, seed=seed, **options)
+    return compare_with_chains(chains, guide, x, index, seed=seed)
 
 
 def run_long_chains(
@@ -146,17 +144,17 @@ def run_long_chains(
     seed: int = 0,
     progress: Callable[[float], None] = lambda share: None,
 ) -> Chains:
-    """HMC chains of the posteriors of rows x [B, ...], started where annealing from the prior finds the mass.
+    """Run HMC chains of the posteriors of rows x [B, ...], started where annealing from the prior ends.
 
-    Four annealed particles run for each chain. The chains start at as many different ones, drawn by their weights:
-    modes without mass are left out, but chains in several modes that have some stay apart, and R-hat sees them.
+    Four particles are annealed for each chain. The chains start at different ones, drawn by their weights: modes
+    without mass are left out, but chains in several modes with mass stay apart, and R-hat shows it.
 
     Arguments:
         model: a Pyro program.
         x, index: rows, and which training datapoints they are.
-        sites: the latents, found unless they are given.
-        chains, draws, warm_up, num_integration_steps: see `sample`. Of chains that are well, R-hat is still about
-            1 + chains / ESS, with the ESS of squares, 0.2 to 0.4 of all draws: 1000 of each chain are just enough.
+        sites: the latents; those of the model unless given.
+        chains, draws, warm_up, num_integration_steps: see `sample`. The R-hat of converged chains is still
+            about 1 + chains / ESS, with the ESS of squares, 0.2 to 0.4 of all draws: 1000 of each are just enough.
         temperatures: see `anneal`.
         seed: of all noise; the random stream outside is left alone.
         progress: called with the share of the work done.
@@ -177,10 +175,10 @@ def run_long_chains(
         progress=lambda share: progress(first * share),
     )
     with seeded(seed + STREAM + 1):
-        begin = _drawn(particles, chains)
+        init = _draw_particles(particles, chains)
     return hmc.sample(
         target,
-        begin,
+        init,
         draws=draws,
         warm_up=warm_up,
         num_integration_steps=num_integration_steps,
@@ -190,8 +188,8 @@ def run_long_chains(
     )
 
 
-def _drawn(particles: AISEstimate, chains: int) -> Tensor:
-    """Different particles of each row drawn by their weights, [C, B, D]: the largest log-weights under Gumbel noise.
+def _draw_particles(particles: AISEstimate, chains: int) -> Tensor:
+    """Draw different particles of each row by their weights, [C, B, D]: the largest log-weights under Gumbel noise.
 
     Source: Kool, van Hoof, Welling (2019), *Stochastic Beams and Where to Find Them*, arXiv:1903.06059.
     """
@@ -204,11 +202,11 @@ def _drawn(particles: AISEstimate, chains: int) -> Tensor:
 def compare_with_chains(
     chains: Chains, guide: Guide, x: Tensor, index: Tensor | None = None, *, seed: int = 0
 ) -> MCMCReference:
-    """Hold a guide's q against chains of the posteriors of the same rows.
+    """Compare a guide's posteriors with chains for the same rows.
 
     Arguments:
-        chains: see `run_long_chains`; of the guide's own sites, in their order.
-        guide: the source of q.
+        chains: see `run_long_chains`; of the guide's sites, in their order.
+        guide: the approximate posterior.
         x, index: the rows.
         seed: of q's draws; the random stream outside is left alone.
 
@@ -218,13 +216,12 @@ def compare_with_chains(
     Source: R-hat, ESS and their limits: Vehtari, Gelman, Simpson, Carpenter, Buerkner (2021), *Rank-Normalization,
     Folding, and Localization*, arXiv:1903.08008.
     """
-    _check(guide)
-    guide.eval()
-    with torch.no_grad(), no_validation(), local_param_store(), seeded(seed + STREAM + 3):
-        own = guide.family(guide.params(x, index).detach()).sample((DRAWS,)).double().cpu()
+    _refuse_point_mass(guide)
+    with inference_mode(guide, seed=seed + STREAM + 3):
+        q_draws = guide.family(guide.params(x, index).detach()).sample((DRAWS,)).double().cpu()
     draws = chains.draws.double().cpu()
     pooled = draws.flatten(0, 1)
-    mean, sd, guide_mean, guide_sd = pooled.mean(0), pooled.std(0), own.mean(0), own.std(0)
+    mean, sd, guide_mean, guide_sd = pooled.mean(0), pooled.std(0), q_draws.mean(0), q_draws.std(0)
     ess, agreement = chain_ess(draws), r_hat(draws)
     squares = chain_ess((draws - mean) ** 2)
     divergent = chains.divergence_rate.double().cpu()
@@ -234,9 +231,9 @@ def compare_with_chains(
         guide_mean,
         guide_sd,
         (sd**2 / ess + guide_sd**2 / DRAWS).sqrt(),
-        (_log_sd_variance(pooled, squares) + _log_sd_variance(own, DRAWS)).sqrt(),
-        _inside(pooled, own, 0.5),
-        _inside(pooled, own, 0.9),
+        (_log_sd_variance(pooled, squares) + _log_sd_variance(q_draws, DRAWS)).sqrt(),
+        _coverage(pooled, q_draws, 0.5),
+        _coverage(pooled, q_draws, 0.9),
         agreement,
         ess,
         chains.acceptance_rate.double().cpu(),
@@ -247,11 +244,9 @@ def compare_with_chains(
     )
 
 
-def _check(guide: Guide) -> None:
+def _refuse_point_mass(guide: Guide) -> None:
     if guide.family.point_mass:
-        raise UserError(
-            f"{type(guide.family).__name__} is a point mass: it has no spread to hold against a posterior's"
-        )
+        raise UserError(f"{type(guide.family).__name__} is a point mass: the comparison needs a family with a density")
 
 
 def _log_sd_variance(draws: Tensor, count: Tensor | int) -> Tensor:
@@ -260,7 +255,7 @@ def _log_sd_variance(draws: Tensor, count: Tensor | int) -> Tensor:
     return (square.std(0) / square.mean(0) / 2) ** 2 / count
 
 
-def _inside(draws: Tensor, own: Tensor, level: float) -> Tensor:
-    """Share of draws [S, B, D] in the central intervals of q's own draws, [B, D]."""
-    ordered, outside = own.sort(0).values, round(len(own) * (1 - level) / 2)
+def _coverage(draws: Tensor, q_draws: Tensor, level: float) -> Tensor:
+    """Share of draws [S, B, D] in the central intervals of q's draws, [B, D]."""
+    ordered, outside = q_draws.sort(0).values, round(len(q_draws) * (1 - level) / 2)
     return ((draws > ordered[outside]) & (draws < ordered[-1 - outside])).double().mean(0)

@@ -1,4 +1,4 @@
-"""Predictive checks: does data that the fitted program makes look like the data, and does half a row tell the rest."""
+"""Posterior predictive checks of the model, and imputation of held-out entries."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from typing import NamedTuple
 
 import pyro
 import torch
-from pyro import poutine
 from torch import Tensor
 
 from pvae.distributions.masked import entry_log_prob
-from pvae.errors import Incompatible, UserError, check_range
+from pvae.errors import Incompatible, UserError, check_range, param
 from pvae.generative.handlers import mask_missing
+from pvae.inference.batching import draw_chunks, inference_mode
 from pvae.inference.guides import Guide
-from pvae.inference.importance import ROWS_PER_PASS, log_weights
+from pvae.inference.importance import log_weights
 from pvae.inference.latents import observed_site
-from pvae.inference.posterior import refit_params, with_fixed_params
-from pvae.runtime.pyro_params import Program, local_param_store, module_of
-from pvae.runtime.torch_state import no_validation, seeded
-from pvae.stats import Estimate, mean_se
+from pvae.inference.posterior import posterior_predictive, refit_params, with_fixed_params
+from pvae.runtime.pyro_params import Program
+from pvae.runtime.torch_state import seeded
+from pvae.stats import Estimate, impute_column_means, mean_se
 
-# Datapoints whose hidden entries are forecast together.
+# Rows whose hidden entries are imputed together.
 ROWS = 250
 
 
@@ -31,8 +31,8 @@ def _sd(x: Tensor, dim: int) -> Tensor:
     return (x - x.nanmean(dim, keepdim=True)).square().nanmean(dim).sqrt()
 
 
-# What is compared of N rows [N, M], over the entries that are no NaN. Where a statistic is constant, as the largest of
-# binary values, its p-value is 0.5.
+# Test statistics of N rows [N, M] over their observed entries. One that can't vary, such as the largest of binary
+# values, has p-value 0.5.
 STATISTICS: dict[str, Callable[[Tensor], Tensor]] = {
     "mean": lambda x: x.nanmean(),
     "spread within rows": lambda x: _sd(x, 1).nanmean(),
@@ -46,10 +46,10 @@ STATISTICS: dict[str, Callable[[Tensor], Tensor]] = {
 
 @dataclass(frozen=True)
 class PredictiveChecks:
-    r"""Where data drawn from the fit differ from the data, and how well one half of a row tells the other.
+    r"""Posterior predictive p-values, and log-likelihoods of held-out entries given the others.
 
     A p-value is the share of replicates whose statistic is above the data's, ties and the data themselves by half: near
-    0 the data's is too large, near 1 too small for the program. The latents were fitted to the very rows that are
+    0 the data's is too large, near 1 too small for the model. The latents are inferred from the very rows that are
     checked, which draws p-values towards 0.5: few of them are small by chance, and a misfit may hide (Meng 1994).
 
     Attributes:
@@ -57,9 +57,9 @@ class PredictiveChecks:
         statistics_p: of the statistics of ``STATISTICS``, in its order, [S].
         observed: these statistics of the data, [S].
         replicated: and of each replicate, [R, S].
-        imputation: log p(x_mis | x_obs) / number of missing values, [B] nats for each of them; NaN where a family has
-            no density or the program no density of single entries, and for a row without any entry.
-        imputation_marginal: the same for each column alone, :math:`\sum_d \log p(x_d)`: known before one looks.
+        imputation: log p(x_mis | x_obs) per held-out entry, [B] nats; NaN for a point-mass family, for a likelihood
+            without a density of single entries, and for a row without observed entries.
+        imputation_marginal: the same without the other entries, :math:`\sum_d \log p(x_d)`: the baseline.
     """
 
     pixel_p: Tensor
@@ -70,31 +70,32 @@ class PredictiveChecks:
     imputation_marginal: Tensor
 
     def summary(self) -> dict[str, Estimate]:
-        """p-values of the statistics, how many of them and what share of columns are off, and nats per missing value.
+        """Return the quantities of section "Predictive checks", and the p-value of each statistic, ``p of ...``.
 
         A statistic is off with a p-value beyond 0.005 or 0.995, a column beyond 0.025 or 0.975.
         """
-        found = {f"p of {name}": self._p(p) for name, p in zip(STATISTICS, self.statistics_p.tolist(), strict=True)}
+        summary = {f"p of {name}": self._p(p) for name, p in zip(STATISTICS, self.statistics_p.tolist(), strict=True)}
         off = (self.statistics_p - 0.5).abs() > 0.495
-        found["statistics_off"] = Estimate(float(off.sum()), math.nan)
-        found["columns_off"] = mean_se(((self.pixel_p - 0.5).abs() > 0.475).double())
-        if not self.imputation.isnan().all():
-            own, alone = (v[~self.imputation.isnan()] for v in (self.imputation, self.imputation_marginal))
-            found["imputation"] = mean_se(own)
-            found["imputation_marginal"] = mean_se(alone)
-            found["imputation_gain"] = mean_se(own - alone)
-        return found
+        summary["statistics_off"] = Estimate(float(off.sum()), math.nan)
+        summary["columns_off"] = mean_se(((self.pixel_p - 0.5).abs() > 0.475).double())
+        scored = ~self.imputation.isnan()
+        if scored.any():
+            scores, baseline = self.imputation[scored], self.imputation_marginal[scored]
+            summary["imputation"] = mean_se(scores)
+            summary["imputation_marginal"] = mean_se(baseline)
+            summary["imputation_gain"] = mean_se(scores - baseline)
+        return summary
 
     def _p(self, p: float) -> Estimate:
         return Estimate(p, (p * (1 - p) / len(self.replicated)) ** 0.5)
 
 
-class _Rows(NamedTuple):
-    """Rows, which datapoints they are, which of their entries are there, and the seed of their noise."""
+class _MaskedBatch(NamedTuple):
+    """Batch of rows, their training indices, which of their entries are not held out, and the seed of its noise."""
 
     x: Tensor
     index: Tensor | None  # type: ignore[assignment]
-    there: Tensor
+    observed: Tensor
     seed: int
 
 
@@ -110,26 +111,26 @@ def run_predictive_checks(
     steps: int = 200,
     seed: int = 0,
 ) -> PredictiveChecks:
-    r"""Posterior predictive checks and held-out imputation.
+    r"""Run posterior predictive checks, and score the imputation of held-out entries.
 
     A replicate is z ~ q(z|x), :math:`x^{rep} \sim p(x|z)` for the same rows, and misses what they miss. For the
-    imputation a random part of what each row has is hidden and q refitted to what is left, starting from the guide's
-    q_params for the row filled with the columns' means or from the family's initial one, whichever is better. Then, with
-    :math:`z_k \sim q` and weights :math:`v_k \propto p(x_{obs}, z_k) / q(z_k)`,
+    imputation a random part of each row's observed entries is held out, and q is refitted to the others, starting from
+    the guide's q_params for the row with its columns' means filled in, or from the family's initial ones, whichever are
+    better. Then, with :math:`z_k \sim q` and weights :math:`v_k \propto p(x_{obs}, z_k) / q(z_k)`,
 
     .. math:: \log p(x_{mis}|x_{obs}) \approx \log \textstyle\sum_k v_k\, p(x_{mis}|z_k).
 
-    The v_k never see what is hidden, so that this is the score of a real forecast: an error of the search can only
-    cost. The marginal score is the same for each column alone, under K draws of the prior.
+    The v_k do not depend on held-out entries, so that this is the score of a real forecast: an error of the search can
+    only lower it. The marginal score is that of each column alone, under K draws of the prior.
 
     Arguments:
-        model, guide: Pyro programs of one signature; the imputation is made for our guides alone.
-        x, index: rows [B, ...] and which training datapoints they are; None for new ones.
+        model, guide: Pyro programs of one signature; the imputation needs a `Guide`.
+        x, index: rows [B, ...] and which training datapoints they are; None for new rows.
         replicates: R, number of data sets drawn.
-        hidden: share of the entries of each row to hide; 0 leaves the imputation out.
+        hidden: share of the entries of each row to hold out; 0 for no imputation.
         K: draws for each row of the imputation.
         steps: the most refinement steps of a row.
-        seed: of all noise.
+        seed: of all noise; the random stream outside is left alone.
 
     Raises:
         UserError: a number out of range, or a program that observes no rows of values.
@@ -137,33 +138,30 @@ def run_predictive_checks(
     Source: Gelman, Meng, Stern (1996), *Posterior Predictive Assessment of Model Fitness via Realized Discrepancies*,
     Statistica Sinica 6; Meng (1994), *Posterior Predictive p-Values*, Annals of Statistics 22.
     """
-    check_range("predictive_checks", replicates=replicates, K=K, steps=steps)
+    check_range(least=1, replicates=replicates, K=K, steps=steps)
     if not 0 <= hidden < 1:
-        raise UserError(f"predictive_checks: hidden is {hidden}, but it must be a share from 0 up to 1")
-    for program in (model, guide):
-        module_of(program).eval()
-    with torch.no_grad(), no_validation(), local_param_store():
-        with seeded(seed):
-            own, drawn = _replicates(model, guide, x, index, replicates)
-        with seeded(seed + 1):
-            scores = _imputation(model, guide, x, index, hidden, K, steps, seed + 1)
-    return PredictiveChecks(*own, *drawn, *scores)
+        raise UserError(f"{param('hidden')} is {hidden}, but it must be a share of at least 0 and below 1")
+    with inference_mode(model, guide, seed=seed):
+        p_values, statistics = _replicate(model, guide, x, index, replicates)
+    with inference_mode(seed=seed + 1):
+        scores = _impute(model, guide, x, index, hidden, K, steps, seed + 1)
+    return PredictiveChecks(*p_values, *statistics, *scores)
 
 
-def _replicates(
+def _replicate(
     model: Program, guide: Program, x: Tensor, index: Tensor | None, replicates: int
 ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
     """p-values of columns [M] and statistics [S]; the statistics of the data [S] and of the replicates [R, S]."""
     q = with_fixed_params(guide, x, index)
     means, statistics = [], []
     for _ in range(replicates):
-        site = observed_site(poutine.replay(model, trace=poutine.trace(q).get_trace(x, index)), x, index)
-        drawn = torch.where(site["value"].isnan(), torch.nan, site["fn"].sample()).flatten(1)
-        means.append(_means(drawn))
-        statistics.append(_statistics(drawn))
-    own = site["value"].flatten(1)
-    found, replicated = _statistics(own), torch.stack(statistics)
-    return (_p(_means(own), torch.stack(means)), _p(found, replicated)), (found, replicated)
+        draw = posterior_predictive(model, q, x, index)
+        replicate = torch.where(draw.observed.isnan(), torch.nan, draw.likelihood.sample()).flatten(1)
+        means.append(_means(replicate))
+        statistics.append(_statistics(replicate))
+    data = draw.observed.flatten(1)
+    observed, replicated = _statistics(data), torch.stack(statistics)
+    return (_p(_means(data), torch.stack(means)), _p(observed, replicated)), (observed, replicated)
 
 
 def _means(rows: Tensor) -> Tensor:
@@ -175,73 +173,69 @@ def _statistics(rows: Tensor) -> Tensor:
 
 
 def _p(observed: Tensor, replicated: Tensor) -> Tensor:
-    """Share of the replicates [R, ...] above the observed [...], which count as one of R + 1, and ties by half."""
+    """Share of the replicates [R, ...] above the observed [...], which counts as one of R + 1; ties by half."""
     # Sums of the same numbers in another order are still ties.
     near = 1e-6 * observed.abs()
     above, tied = replicated > observed + near, (replicated - observed).abs() <= near
     return (above.sum(0) + (tied.sum(0) + 1) / 2) / (len(replicated) + 1)
 
 
-def _imputation(
+def _impute(
     model: Program, guide: Program, x: Tensor, index: Tensor | None, hidden: float, K: int, steps: int, seed: int
 ) -> tuple[Tensor, Tensor]:
-    """Scores of the hidden entries given the others, and of each alone, [B] nats for each hidden entry."""
+    """Scores of the held-out entries given the others, and of each alone, [B] nats per held-out entry."""
     unknown = x.new_full((2, len(x)), torch.nan)
     if not hidden or not isinstance(guide, Guide) or guide.family.point_mass:
         return unknown[0], unknown[1]
     value = observed_site(model, x, index)["value"]
     with seeded(seed):  # not the stream of the draws that finding the value took
-        there = _kept(value, hidden)
-    filled = _filled(value, there) if value.shape == x.shape else None
-    found = []
+        observed = _mask(value, hidden)
+    filled = impute_column_means(value, observed) if value.shape == x.shape else None
+    scores = []
     try:
         for start in range(0, len(x), ROWS):
-            part = slice(start, start + ROWS)
-            rows = _Rows(x[part], None if index is None else index[part], there[part], seed + start)
-            offers = () if filled is None else (filled[part],)
-            seen = mask_missing(model, rows.there)
-            q_params = refit_params(seen, guide, rows.x, rows.index, candidates=offers, steps=steps, seed=rows.seed)
-            found.append((_forecast(model, guide, rows, q_params, K), _marginal(model, rows, K)))
-    except Incompatible:  # whole rows are scored, not entries
+            rows = slice(start, start + ROWS)
+            batch = _MaskedBatch(x[rows], None if index is None else index[rows], observed[rows], seed + start)
+            candidates = () if filled is None else (filled[rows],)
+            seen = mask_missing(model, batch.observed)
+            q_params = refit_params(
+                seen, guide, batch.x, batch.index, candidates=candidates, steps=steps, seed=batch.seed
+            )
+            scores.append((_forecast(model, guide, batch, q_params, K), _marginal(model, batch, K)))
+    except Incompatible:  # the likelihood scores whole rows, not entries
         return unknown[0], unknown[1]
-    count = (~there).flatten(1).sum(1)
-    own, alone = (torch.cat(scores) / count for scores in zip(*found, strict=True))
-    return own, alone
+    count = (~observed).flatten(1).sum(1)
+    given_others, alone = (torch.cat(batches) / count for batches in zip(*scores, strict=True))
+    return given_others, alone
 
 
-def _kept(value: Tensor, hidden: float) -> Tensor:
-    """Which entries stay, or miss already, [B, ...]: rows lose the same share, at least one, and keep one."""
+def _mask(value: Tensor, hidden: float) -> Tensor:
+    """Entries that are not held out, or missing, [B, ...]: rows lose the same share, at least one, and keep one."""
     missing = value.isnan().flatten(1)
     noise = torch.rand(value.shape, device=value.device).flatten(1).masked_fill(missing, 2.0)
-    own = (~missing).sum(1, keepdim=True)
-    count = (hidden * own.double()).round().minimum(own - 1.0).clamp(min=1).minimum(own)
+    observed = (~missing).sum(1, keepdim=True)
+    count = (hidden * observed.double()).round().minimum(observed - 1.0).clamp(min=1).minimum(observed)
     return (noise.argsort(1).argsort(1) >= count).view_as(value)
 
 
-def _filled(value: Tensor, there: Tensor) -> Tensor:
-    """The rows with their columns' means, over the rows that have them, in place of what is hidden or missing."""
-    there = there & ~value.isnan()
-    means = torch.where(there, value, 0).sum(0) / there.sum(0).clamp(min=1)
-    return torch.where(there, value, means)
-
-
-def _forecast(model: Program, guide: Guide, rows: _Rows, q_params: Tensor, K: int) -> Tensor:
+def _forecast(model: Program, guide: Guide, batch: _MaskedBatch, q_params: Tensor, K: int) -> Tensor:
     """log p(x_mis | x_obs), [B]."""
-    seen, unseen = mask_missing(model, rows.there), mask_missing(model, ~rows.there)
-    with seeded(rows.seed + 1):
-        log_w = log_weights(seen, guide.with_params(q_params), rows.x, rows.index, K).log_w
-    with seeded(rows.seed + 1):  # the same draws
-        log_lik = log_weights(unseen, guide.with_params(q_params), rows.x, rows.index, K).log_lik
+    seen, unseen = mask_missing(model, batch.observed), mask_missing(model, ~batch.observed)
+    q = guide.with_params(q_params)
+    with seeded(batch.seed + 1):
+        log_w = log_weights(seen, q, batch.x, batch.index, K).log_w
+    with seeded(batch.seed + 1):  # the same draws
+        log_lik = log_weights(unseen, q, batch.x, batch.index, K).log_lik
     return (log_w.log_softmax(0) + log_lik).logsumexp(0)
 
 
-def _marginal(model: Program, rows: _Rows, K: int) -> Tensor:
-    """The sum of log p(x_d) over the hidden entries, [B], by K draws of the prior."""
-    total, size = torch.full_like(rows.there, -torch.inf, dtype=rows.x.dtype), max(1, ROWS_PER_PASS // len(rows.x))
-    for start in range(0, K, size):
-        draws = min(size, K - start)
+def _marginal(model: Program, batch: _MaskedBatch, K: int) -> Tensor:
+    """The sum of log p(x_d) over the held-out entries, [B], by K draws of the prior."""
+    total = torch.full_like(batch.observed, -torch.inf, dtype=batch.x.dtype)
+    for chunk in draw_chunks(K, len(batch.x)):
+        draws = chunk.stop - chunk.start
         with pyro.plate("samples", draws, dim=-2):
-            site = observed_site(model, rows.x, rows.index)
+            site = observed_site(model, batch.x, batch.index)
         log_p = entry_log_prob(site["fn"], site["value"]).expand(draws, *site["value"].shape).logsumexp(0)
         total = torch.logaddexp(total, log_p)
-    return torch.where(rows.there, 0, total - math.log(K)).flatten(1).sum(1)
+    return torch.where(batch.observed, 0, total - math.log(K)).flatten(1).sum(1)

@@ -163,9 +163,9 @@ def test_the_seed_fixes_everything_and_the_stream_outside_is_left_alone():
 @pytest.mark.parametrize(
     ("rows", "train", "draws", "said"),
     [
-        (1, 5, 5, "proximity compares rows with each other: 1 is given"),
+        (1, 5, 5, "latent geometry compares rows with each other: 1 is given"),
         (5, 0, 5, "no rows are given"),
-        (5, 5, 0, "proximity: draws is 0, but it must be positive"),
+        (5, 5, 0, "draws is 0, but it must be at least 1"),
     ],
 )
 def test_too_little_is_refused(rows, train, draws, said):

@@ -10,7 +10,7 @@ import torch
 from oracles import LinearGaussian
 from posteriors import MISSES, Exact, Gridded
 
-from pvae.diagnostics.mcmc_reference import _drawn, compare_with_chains, compare_with_mcmc, run_long_chains
+from pvae.diagnostics.mcmc_reference import _draw_particles, compare_with_chains, compare_with_mcmc, run_long_chains
 from pvae.errors import UserError
 from pvae.inference.families import Delta, DiagonalNormal
 from pvae.inference.guides import Amortized, Guide
@@ -180,7 +180,7 @@ def test_chains_start_at_different_particles_that_have_weight():
     position = torch.arange(12.0).view(12, 1, 1).expand(12, 3, 2)
     log_w = torch.full((12, 3), -1000.0)
     log_w[4:8], log_w[:, 2] = 0.0, math.nan
-    begin = _drawn(AISEstimate(log_w, position, log_w[0], log_w[0]), 4)
+    begin = _draw_particles(AISEstimate(log_w, position, log_w[0], log_w[0]), 4)
     assert begin.shape == (4, 3, 2)
     assert begin[:, :2].sort(0).values[:, 0, 0].tolist() == [4, 5, 6, 7]
     assert len(begin[:, 2, 0].unique()) == 4  # without weights any will do

@@ -7,7 +7,7 @@ import torch
 from oracles import SOURCES, LinearGaussian
 from torch import nn
 
-from pvae.diagnostics.predictive_checks import STATISTICS, _kept, _p, run_predictive_checks
+from pvae.diagnostics.predictive_checks import STATISTICS, _mask, _p, run_predictive_checks
 from pvae.errors import UserError
 from pvae.generative.likelihoods import Bernoulli, Categorical
 from pvae.generative.priors import StandardNormal
@@ -131,7 +131,7 @@ def forecasts(oracle, x, there):
 def hidden_by(x, seed=0, share=0.5):
     """The entries that predictive_checks leaves under this seed."""
     with seeded(seed + 1):
-        return _kept(x, share)
+        return _mask(x, share)
 
 
 @pytest.mark.parametrize("scale", [0.25, 0.5])
