@@ -157,18 +157,14 @@ def compare(
         folder = Path(tempfile.mkdtemp(prefix="pvae-") if out is None else out)
         if out is None:
             stack.callback(shutil.rmtree, folder, ignore_errors=True)
-        say = print if progress else _silent
-        options = comparing.RunOptions(folder, device, rows, preset, families, jobs, trust, progress, say)
+        options = comparing.RunOptions(folder, device, rows, preset, families, jobs, trust, progress)
+        options = replace(options, say=print) if progress else options
         comparing.compare(
             file.recipe, options, vary=axes or None, data_folder=data_folder, overwrite=overwrite, resume=resume
         )
         comparison = Comparison.from_folder(folder)
         weakref.finalize(comparison, stack.pop_all().close)
     return comparison
-
-
-def _silent(line: str) -> None:
-    """Print nothing."""
 
 
 def _budget(budget: str | Budget) -> tuple[int, Budget]:

@@ -425,3 +425,12 @@ def test_of_few_seeds_no_difference_is_called_one_by_their_own_error(seeds):
     se = leads.std(1) / seeds**0.5
     clear = [_clear(Estimate(*pair), seeds) for pair in zip(leads.mean(1).tolist(), se.tolist(), strict=True)]
     assert abs(sum(clear) / len(clear) - 0.0027) < 5 * 0.00042
+
+
+def test_a_latent_map_that_version_0_1_wrote_is_shown(tmp_path):
+    line, codes = np.linspace(-1, 1, 3), np.zeros((5, 2))
+    arrays = {"codes": codes, "spread": np.tile(np.eye(2), (5, 1, 1)), "prior": codes, "share": np.array([0.6, 0.4])}
+    np.savez(tmp_path / "map.npz", **arrays, across=line, up=line, grid=np.zeros((3, 3, 4)), how=np.array("plane"))
+    use = {"verb": "map", "arrays": tmp_path / "map.npz", "shape": [2, 2]}
+    (block,) = html_report._blocks(use)
+    assert 'class="widget latent-map"' in block
