@@ -197,9 +197,9 @@ def _evaluate_group(
     if base is None or not _differ_in_guide_alone(variants) or base.fits[0].guide.family.point_mass:
         return group, draws
     options.say("evaluating every inference method on the amortized variant's decoder")
-    fitted, guides = base.fits[0], {v.name: v.fits[0].recipe for v in variants}
-    others = {name: own.guide for name, own in guides.items() if own.type_name("guide") != "Amortized"}
-    present = {own.type_name("guide") for own in guides.values()}
+    fitted, recipes = base.fits[0], {v.name: v.fits[0].recipe for v in variants}
+    others = {name: recipe.guide for name, recipe in recipes.items() if recipe.type_name("guide") != "Amortized"}
+    present = {recipe.type_name("guide") for recipe in recipes.values()}
     others |= {method: method for method in INFERENCE_METHODS[1:] if method not in present}
     steps = [step for step in CHECK_STEPS if step <= max(options.budget.steps, 1)]
     return group._replace(
@@ -271,8 +271,9 @@ def _cache(variant: TrainedVariant, fitted: FittedModel, options: RunOptions) ->
 
 def _same_decoder(base: FittedModel, guides: Mapping[str, Any], x: Tensor, K: int) -> list[SameDecoder]:
     """Evaluate each guide on the amortized decoder; semi-amortized steps start from its encoder's parameters."""
-    model, own, results = base.model, base.guide, []
-    supplied = {"encoder": own.encoder, "family": own.family, "num_data": 1, "model": model, "sites": own.sites}
+    model, amortized, results = base.model, base.guide, []
+    supplied = {"encoder": amortized.encoder, "family": amortized.family, "sites": amortized.sites}
+    supplied |= {"model": model, "num_data": 1}
     for name, component in guides.items():
         guide = registry.make("guide", component, **supplied).to(x.device).eval()
         start = time.perf_counter()

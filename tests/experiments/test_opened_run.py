@@ -17,8 +17,10 @@ import pytest
 import torch
 from sklearn.datasets import load_digits
 
+from pvae import applications, noise
 from pvae.cli.app import main
 from pvae.data.loading import load_data
+from pvae.diagnostics.evaluation import Budget, evaluate
 from pvae.errors import UserError
 from pvae.experiments import row_selection
 from pvae.experiments.opened_run import open_run
@@ -111,6 +113,32 @@ def test_what_is_no_run_or_has_other_data_is_refused(tmp_path):
 def test_code_that_a_run_names_runs_only_where_it_is_trusted(labelled):
     with pytest.raises(UserError, match="trust"):
         open_run(labelled.folder)
+
+
+def test_a_run_has_the_applications_as_methods(run):
+    """They take the run's test rows unless others are given, and give what the functions give."""
+    few, test = run.data.test[:4], run.data.test
+    assert run.encode(K=2).mean.equal(applications.encode(run.model, run.guide, test, K=2).mean)
+    assert run.reconstruct(few).equal(applications.reconstruct(run.model, run.guide, few))
+    assert run.decode(run.encode(few).mean).shape == (4, 64)
+    assert run.sample(5).equal(applications.sample(run.model, test[:5]))
+    assert run.interpolate(steps=2).x.shape == (3, 64)
+    assert run.augment(few, per_row=2).x.shape == (8, 64)
+    assert run.map_latents(few, size=3).grid.shape == (3, 3, 64)
+    hidden = few.clone()
+    hidden[:, ::2] = torch.nan
+    assert run.impute(hidden, K=5, steps=2).x[:, 1::2].equal(few[:, 1::2])
+    assert run.denoise(few, noise.FlipNoise(rate=0.1), K=5, steps=2).x.shape == (4, 64)
+    assert len(run.detect_anomalies(few, K=2).scores["evidence"]) == 4
+    assert run.encode("train", K=1).mean.shape == (len(run.data.train), 2)
+
+
+def test_a_run_evaluates_and_diagnoses_with_its_seed(run):
+    x, budget = run.data.test[:6], Budget(K=5, steps=2)
+    expected = evaluate(run.model, run.guide, x, budget=budget, seed=run.recipe.seed)
+    assert run.evaluate(x, budget=budget).values["elbo"].equal(expected.values["elbo"])
+    assert "Amortized" in repr(run)
+    assert f"{len(run.data.train)} rows of digits-threshold" in repr(run)
 
 
 # A run's own rows
