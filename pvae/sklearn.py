@@ -114,26 +114,12 @@ class VAE(ClassNamePrefixFeaturesOutMixin, TransformerMixin, DensityMixin, BaseE
         random_state: Any = None,
         verbose: bool = False,
     ) -> None:
-        self.n_components = n_components
-        self.likelihood = likelihood
-        self.prior = prior
-        self.family = family
-        self.network = network
-        self.hidden = hidden
-        self.shape = shape
-        self.inference = inference
-        self.objective = objective
-        self.max_iter = max_iter
-        self.batch_size = batch_size
-        self.learning_rate = learning_rate
-        self.n_iter_no_change = n_iter_no_change
-        self.validation_fraction = validation_fraction
-        self.missing = missing
-        self.n_draws = n_draws
-        self.device = device
-        self.engine = engine
-        self.random_state = random_state
-        self.verbose = verbose
+        self.n_components, self.likelihood, self.prior, self.family = n_components, likelihood, prior, family
+        self.network, self.hidden, self.shape, self.inference = network, hidden, shape, inference
+        self.objective, self.max_iter, self.batch_size = objective, max_iter, batch_size
+        self.learning_rate, self.n_iter_no_change = learning_rate, n_iter_no_change
+        self.validation_fraction, self.missing, self.n_draws = validation_fraction, missing, n_draws
+        self.device, self.engine, self.random_state, self.verbose = device, engine, random_state, verbose
 
     def fit(self, X: Any, y: Any = None) -> VAE:
         """Fit decoder and encoder to the rows X [N, M]; y is ignored."""
