@@ -325,7 +325,7 @@ def _anneal_rows(config: _Config, path: _Path, first: Tensor | None, progress: C
         progress(ahead + (1 - ahead) * t / T)
     progress(1.0)
     means = torch.stack(rates).mean(0) if rates else torch.full_like(log_w[:1].expand(2, -1), torch.nan)
-    return AISEstimate(log_w, state.position, *means, config.reverse)
+    return AISEstimate(log_w, state.position, means[0], means[1], config.reverse)
 
 
 def _init_chains(config: _Config, path: _Path, first: Tensor | None) -> HMCState:
