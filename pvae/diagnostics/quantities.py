@@ -36,151 +36,99 @@ class Quantity(NamedTuple):
 
 
 _TABLE = {
-    "Bounds and gaps": (
-        Quantity("log_joint", "log p(x, z)", "nats", "Log joint density at the point mass; bounds no evidence."),
-        Quantity("elbo", "ELBO", "nats", "Evidence lower bound of the guide; higher is better."),
-        Quantity("iwae", "IWAE", "nats", "Importance-weighted bound from K draws of the guide; higher is better."),
-        Quantity("best_elbo", "best ELBO in family", "nats", "ELBO at the best variational parameters found."),
-        Quantity("best_iwae", "IWAE of the best q", "nats", "Importance-weighted bound from the best q of the family."),
-        Quantity("ais", "AIS", "nats", "Evidence by annealed importance sampling, a lower bound in expectation."),
-        Quantity("evidence", "evidence", "nats", "Best estimate of log p(x), a lower bound in expectation."),
-        Quantity("inference_gap", "inference gap", "nats", "Evidence minus ELBO; 0 for an exact posterior."),
-        Quantity(
-            "approximation_gap",
+    "Bounds and gaps": {
+        "log_joint": ("log p(x, z)", "nats", "Log joint density at the point mass; it bounds no evidence."),
+        "elbo": ("ELBO", "nats", "Evidence lower bound of the guide; higher is better."),
+        "iwae": ("IWAE", "nats", "Importance-weighted bound from K draws of the guide; higher is better."),
+        "best_elbo": ("best ELBO in family", "nats", "ELBO at the best variational parameters that the search found."),
+        "best_iwae": ("IWAE of the best q", "nats", "Importance-weighted bound from the best q of the family."),
+        "ais": ("AIS", "nats", "Evidence by annealed importance sampling, a lower bound in expectation."),
+        "evidence": ("evidence", "nats", "Best estimate of log p(x), a lower bound in expectation; higher is better."),
+        "inference_gap": ("inference gap", "nats", "Evidence minus ELBO; 0 for an exact posterior."),
+        "approximation_gap": (
             "approximation gap",
             "nats",
-            "Evidence minus best ELBO in the family: the cost of the variational family; near 0 is good.",
+            "Evidence minus best ELBO in family: cost of the family; 0 is good.",
         ),
-        Quantity(
-            "amortization_gap",
+        "amortization_gap": (
             "amortization gap",
             "nats",
-            "Best ELBO in the family minus the guide's ELBO: the cost of the inference method, which for PerDatapoint "
-            "is its rows' distance from their optimum; near 0 is good.",
+            "Best ELBO in family minus ELBO: cost of the inference method (encoder or row search); 0 is good.",
         ),
-        Quantity(
-            "optimization_gap",
-            "optimization gap",
+        "optimization_gap": ("optimization gap", "nats", "Convergence error of the search for the best q; 0 is good."),
+        "family_gain": ("family gain", "nats", "Best ELBO in another family minus the best in this one."),
+        "kl": ("KL(q || p)", "nats", "Divergence of q from the prior; 0 if it ignores the row."),
+        "reconstruction": ("reconstruction", "nats", "Mean of log p(x|z) over draws from q; higher is better."),
+        "ais_acceptance": ("AIS acceptance rate", "1", "Of HMC within annealing; it aims at 0.65."),
+        "evidence_width": (
+            "width of the evidence bracket",
             "nats",
-            "ELBO gained by the last doubling of the steps of the search for the best q: its convergence error, not "
-            "the guide's; near 0 is good.",
+            "Upper minus lower AIS bound on simulated rows; 0 is good.",
         ),
-        Quantity("family_gain", "family gain", "nats", "Best ELBO of another family minus the best in this one."),
-        Quantity("kl", "KL(q || p)", "nats", "Divergence of the posterior from the prior: 0 if q ignores the row."),
-        Quantity("reconstruction", "reconstruction", "nats", "Mean of log p(x|z) over draws from q; higher is better."),
-        Quantity(
-            "ais_acceptance", "AIS acceptance rate", "1", "Mean acceptance of HMC within annealing; 0.65 is aimed at."
-        ),
-        Quantity(
-            "evidence_width",
-            "width of the evidence bracket on simulated rows",
-            "nats",
-            "Upper minus lower AIS bound of the evidence of rows simulated from the model; near 0 is good.",
-        ),
-    ),
-    "Importance weights": (
-        Quantity("k_hat", "Pareto k-hat", "1", "Tail index of the importance weights; up to 0.7 they can be used."),
-        Quantity("k_hat_above", "share of rows with k-hat above 0.7", "1", "Rows with unreliable weights; 0 is good."),
-        Quantity(
-            "draws_needed",
+    },
+    "Importance weights": {
+        "k_hat": ("Pareto k-hat", "1", "Tail index of the importance weights; usable up to 0.7."),
+        "k_hat_above": ("share of rows with k-hat above 0.7", "1", "Rows whose weights are unreliable; 0 is good."),
+        "draws_needed": (
             "sample size needed by half of the rows",
             "draws",
-            "Draws from which weighted estimates are reliable, the median over rows; fewer is better.",
+            "For reliable weighted estimates; fewer is better.",
         ),
-        Quantity(
-            "ess", "effective sample size", "draws", "Effective number of importance draws (Kish); K is the best."
+        "ess": ("effective sample size", "draws", "Effective number of importance draws (Kish); K is the best."),
+    },
+    "MCMC reference": {
+        "sound": ("share of rows with converged chains", "1", "Rows whose HMC chains agree; others are left out."),
+        "mean_error": ("RMS error of posterior means", "posterior sd", "Against long HMC chains; 0 is exact."),
+        "sd_ratio": ("ratio of standard deviations, q to MCMC", "1", "Below 1 q is too narrow, above 1 too wide."),
+        "coverage_50": ("coverage of 50% intervals, MCMC", "1", "Share of HMC draws inside; 0.5 is exact."),
+        "coverage_90": ("coverage of 90% intervals, MCMC", "1", "Share of HMC draws inside; 0.9 is exact."),
+        "reference_p": ("p-value of means and sds", "1", "Smallest adjusted p-value that q equals MCMC; small is bad."),
+    },
+    "Calibration": {
+        "sbc_p": ("SBC p-value", "1", "Smallest adjusted p-value of uniform ranks; small is bad."),
+        "sbc_distance": ("SBC distance", "1", "Largest ECDF distance of ranks from uniform; 0 is exact."),
+        "tarp_p": ("TARP p-value", "1", "p-value of exact joint coverage; small is bad."),
+        "tarp_distance": ("TARP distance", "1", "Largest error of the joint coverage; 0 is exact."),
+        "sbc_coverage_50": ("coverage of 50% intervals, SBC", "1", "Share of true latents inside; 0.5 is exact."),
+        "sbc_coverage_90": ("coverage of 90% intervals, SBC", "1", "Share of true latents inside; 0.9 is exact."),
+        "z_mean": ("largest mean z-score", "posterior sd", "Bias of q in its worst dimension; 0 is exact."),
+        "z_sd": ("RMS of z-scores", "1", "Above 1 q is too narrow, below 1 too wide."),
+        "contraction": ("posterior contraction", "1", "1 - variance of q / prior variance; 0 learns nothing."),
+    },
+    "Latent usage": {
+        "total_kl": ("KL(q || p), all rows", "nats", "Mean divergence of q from the prior; 0 is collapse."),
+        "mutual_information": ("mutual information", "nats", "Information of the row in its latents; 0 is collapse."),
+        "information_bound": ("bound of the mutual information", "nats", "Logarithm of the number of rows."),
+        "marginal_kl": ("KL of the aggregate posterior", "nats", "Its mismatch with the prior; 0 is good."),
+        "active_units": ("active units", "1", "Latent dimensions that depend on the data (Burda)."),
+        "mmd": ("squared MMD of the aggregate posterior", "1", "Its distance from the prior; 0 is good."),
+        "mmd_p": ("MMD p-value", "1", "p-value that aggregate posterior and prior agree; small is bad."),
+        "ks_distance": ("largest KS distance of a marginal", "1", "Aggregate posterior against prior; 0 is good."),
+        "ks_p": ("KS p-value", "1", "Smallest adjusted p-value that the marginals agree; small is bad."),
+        "holes": ("share of the prior in holes", "1", "Prior draws far from every encoding; 0.01 without holes."),
+    },
+    "Latent geometry": {
+        "step": ("RMS move of x for 0.1 sd of z", "data units", "Steepness of the decoder; lower is smoother."),
+        "roughness": ("roughness", "1", "95th percentile of these steps over their median; 1 is even."),
+        "vacuum_prior": ("prior draws far from data", "1", "Share beyond 95% of reconstructions; data have 0.05."),
+        "vacuum_between": ("midpoints far from data", "1", "The same halfway between two rows; data have 0.05."),
+        "variety": ("variety of prior draws", "1", "Their spread over that of reconstructions; near 1 is good."),
+    },
+    "Predictive checks": {
+        "statistics_off": ("misfitting statistics", "1", "Those with p beyond 0.005 or 0.995; 0 is good."),
+        "columns_off": ("share of misfitting columns", "1", "Those with p beyond 0.025 or 0.975; 0.05 is chance."),
+        "imputation": ("log p(missing | observed)", "nats per entry", "Of held-out entries; higher is better."),
+        "imputation_marginal": (
+            "log p(missing)",
+            "nats per entry",
+            "Of held-out entries by columns alone: the baseline.",
         ),
-    ),
-    "MCMC reference": (
-        Quantity(
-            "sound", "share of rows with converged chains", "1", "Rows whose HMC chains agree; others are left out."
-        ),
-        Quantity(
-            "mean_error",
-            "RMS error of posterior means",
-            "posterior sd",
-            "Distance of q's means from those of long HMC chains; 0 is exact.",
-        ),
-        Quantity(
-            "sd_ratio",
-            "ratio of standard deviations, q to MCMC",
-            "1",
-            "Below 1 the posterior is too narrow, above 1 too wide.",
-        ),
-        Quantity("coverage_50", "coverage of 50% intervals, MCMC", "1", "Share of HMC draws inside; 0.5 is exact."),
-        Quantity("coverage_90", "coverage of 90% intervals, MCMC", "1", "Share of HMC draws inside; 0.9 is exact."),
-        Quantity("reference_p", "p-value of means and sds", "1", "Smallest adjusted p-value that q equals MCMC."),
-    ),
-    "Calibration": (
-        Quantity("sbc_p", "SBC p-value", "1", "Smallest adjusted p-value that ranks are uniform; small is bad."),
-        Quantity("sbc_distance", "SBC distance", "1", "Largest ECDF distance of ranks from uniform; 0 is exact."),
-        Quantity("tarp_p", "TARP p-value", "1", "p-value that joint coverage is exact; small is bad."),
-        Quantity("tarp_distance", "TARP distance", "1", "Largest error of the joint coverage; 0 is exact."),
-        Quantity(
-            "sbc_coverage_50", "coverage of 50% intervals, SBC", "1", "Share of true latents inside; 0.5 is exact."
-        ),
-        Quantity(
-            "sbc_coverage_90", "coverage of 90% intervals, SBC", "1", "Share of true latents inside; 0.9 is exact."
-        ),
-        Quantity("z_mean", "largest mean z-score", "posterior sd", "Bias of q in its worst dimension; 0 is exact."),
-        Quantity("z_sd", "RMS of z-scores", "1", "Above 1 the posterior is too narrow, below 1 too wide."),
-        Quantity("contraction", "posterior contraction", "1", "1 - variance of q / prior variance: 0 learns nothing."),
-    ),
-    "Latent usage": (
-        Quantity("total_kl", "KL(q || p), all rows", "nats", "Mean divergence of the posteriors from the prior."),
-        Quantity(
-            "mutual_information", "mutual information", "nats", "Information between row and latents; 0 is collapse."
-        ),
-        Quantity(
-            "information_bound",
-            "bound of the mutual information",
-            "nats",
-            "Log of the number of rows; it can't exceed it.",
-        ),
-        Quantity(
-            "marginal_kl", "KL of the aggregate posterior", "nats", "Mismatch with the prior; 0 is a perfect match."
-        ),
-        Quantity("active_units", "active units", "1", "Latent dimensions that depend on the data (Burda)."),
-        Quantity(
-            "mmd", "squared MMD of the aggregate posterior", "1", "Distance from the prior; 0 is a perfect match."
-        ),
-        Quantity("mmd_p", "MMD p-value", "1", "p-value that aggregate posterior and prior agree; small is bad."),
-        Quantity(
-            "ks_distance", "largest KS distance of a marginal", "1", "Aggregate posterior against prior; 0 is good."
-        ),
-        Quantity("ks_p", "KS p-value", "1", "Smallest adjusted p-value that the marginals agree; small is bad."),
-        Quantity(
-            "holes", "share of the prior in holes", "1", "Prior draws far from every encoding; 0.01 if there are none."
-        ),
-    ),
-    "Latent geometry": (
-        Quantity("step", "RMS move of x for 0.1 sd of z", "data units", "Steepness of the decoder; lower is smoother."),
-        Quantity("roughness", "roughness", "1", "95th percentile of the steps over their median; 1 is even."),
-        Quantity(
-            "vacuum_prior", "prior draws far from data", "1", "Share beyond 95% of reconstructions; data have 0.05."
-        ),
-        Quantity(
-            "vacuum_between", "midpoints far from data", "1", "The same halfway between two rows; data have 0.05."
-        ),
-        Quantity(
-            "variety", "variety of prior draws", "1", "Their spread over that of reconstructions; near 1 is good."
-        ),
-    ),
-    "Predictive checks": (
-        Quantity("statistics_off", "misfitting statistics", "1", "Statistics with p beyond 0.005 or 0.995."),
-        Quantity(
-            "columns_off", "share of misfitting columns", "1", "Columns with p beyond 0.025 or 0.975; 0.05 is chance."
-        ),
-        Quantity("imputation", "log p(missing | observed)", "nats per entry", "Held-out entries; higher is better."),
-        Quantity("imputation_marginal", "log p(missing), columns alone", "nats per entry", "What to beat."),
-        Quantity(
-            "imputation_gain", "imputation gain", "nats per entry", "Gained from the observed entries; above 0 is good."
-        ),
-    ),
+        "imputation_gain": ("imputation gain", "nats per entry", "Imputation minus its baseline; above 0 is good."),
+    },
 }
 # Keys by section, in the order of tables.
-SECTIONS: dict[str, tuple[str, ...]] = {title: tuple(q.key for q in group) for title, group in _TABLE.items()}
-QUANTITIES: dict[str, Quantity] = {q.key: q for group in _TABLE.values() for q in group}
+SECTIONS: dict[str, tuple[str, ...]] = {title: tuple(section) for title, section in _TABLE.items()}
+QUANTITIES = {key: Quantity(key, *words) for section in _TABLE.values() for key, words in section.items()}
 _P_VALUE = "p of "
 
 
