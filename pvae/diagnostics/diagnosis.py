@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pvae.diagnostics.battery import DIAGNOSIS_BUDGETS, Battery, DiagnosisBudget, Rows, join_parts
 from pvae.diagnostics.evaluation import Budget, Evaluation, bounds, evaluate
-from pvae.diagnostics.quantities import SECTIONS, Figures, summary_frame, summary_html, summary_text
+from pvae.diagnostics.quantities import SECTIONS, Figures, number_frame, summary_frame
 from pvae.diagnostics.trust import USES, TrustVerdict, assess_trust
 from pvae.errors import UserError, nearest, param
 from pvae.inference.batching import as_rows
@@ -47,7 +47,7 @@ class Diagnosis:
         lines = [self._title()]
         for verdict in self.verdicts.values():
             lines += [f"{verdict.level.upper()}: {USES[verdict.use]}", *(f"  - {line}" for line in _sentences(verdict))]
-        return "\n".join([*lines, "", summary_text(self.figures, self.refined)])
+        return "\n".join([*lines, "", number_frame(self.figures, self.refined).to_string()])
 
     def _repr_html_(self) -> str:
         verdicts = "".join(
@@ -55,7 +55,7 @@ class Diagnosis:
             + "".join(f"<dd>{escape(line)}</dd>" for line in _sentences(verdict))
             for verdict in self.verdicts.values()
         )
-        return f"<p>{self._title()}</p><dl>{verdicts}</dl>{summary_html(self.figures, self.refined)}"
+        return f"<p>{self._title()}</p><dl>{verdicts}</dl>{number_frame(self.figures, self.refined).to_html()}"
 
     def _title(self) -> str:
         rows: Rows = self.parts["rows"]

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from pvae.diagnostics.gaps import ANNEAL, FamilyGain, FamilySearch, PosteriorBatch, paired_moments
-from pvae.diagnostics.quantities import summary_frame, summary_html, summary_text
+from pvae.diagnostics.quantities import number_frame, summary_frame
 from pvae.errors import AllChainsDiverged, UserError, check_range, nearest
 from pvae.inference.batching import Progress, RowBatch, map_batches, silent
 from pvae.inference.families import Family
@@ -112,10 +112,10 @@ class Evaluation:
         return summary_frame(self.summary())
 
     def __repr__(self) -> str:
-        return f"{self._title()}\n{summary_text(self.summary())}"
+        return f"{self._title()}\n{number_frame(self.summary()).to_string()}"
 
     def _repr_html_(self) -> str:
-        return f"<p>{escape(self._title())}</p>{summary_html(self.summary())}"
+        return f"<p>{escape(self._title())}</p>{number_frame(self.summary()).to_html()}"
 
     def _title(self) -> str:
         estimator = f"; evidence by {self.estimator}" if self.estimator else ""

@@ -59,14 +59,13 @@ class LatentGeometry:
             seed: of the bootstrap.
         """
         random = torch.Generator().manual_seed(seed)
-        shares = {"vacuum_prior": (self.rows, self.prior), "vacuum_between": (self.rows, self.between)}
-        summary = {"step": mean_se(self.step), "roughness": _bootstrap(_roughness, (self.step,), random)}
-        summary |= {name: _bootstrap(_vacuum, samples, random) for name, samples in shares.items()}
-        return summary | {"variety": _bootstrap(_variety, (self.rows_apart, self.prior_apart), random)}
-
-
-def _roughness(step: Tensor) -> Tensor:
-    return step.quantile(1 - SHARE) / step.median()
+        return {
+            "step": mean_se(self.step),
+            "roughness": _bootstrap(lambda step: step.quantile(1 - SHARE) / step.median(), (self.step,), random),
+            "vacuum_prior": _bootstrap(_vacuum, (self.rows, self.prior), random),
+            "vacuum_between": _bootstrap(_vacuum, (self.rows, self.between), random),
+            "variety": _bootstrap(_variety, (self.rows_apart, self.prior_apart), random),
+        }
 
 
 def _vacuum(rows: Tensor, others: Tensor) -> Tensor:

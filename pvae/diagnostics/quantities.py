@@ -169,17 +169,8 @@ def summary_frame(figures: Figures, refined: Figures | None = None) -> Any:
     return frame
 
 
-def summary_text(figures: Figures, refined: Figures | None = None) -> str:
-    """Return a table of headings and numbers with their errors, for a terminal."""
-    return str(_number_frame(figures, refined).to_string())
-
-
-def summary_html(figures: Figures, refined: Figures | None = None) -> str:
-    """Return the same table as HTML, for a notebook."""
-    return str(_number_frame(figures, refined).to_html())
-
-
-def _number_frame(figures: Figures, refined: Figures | None) -> Any:
+def number_frame(figures: Figures, refined: Figures | None = None) -> Any:
+    """Return a pandas.DataFrame of numbers with their errors, as text, by headings: to print, or for a notebook."""
     import pandas
 
     keys = _ordered(figures)

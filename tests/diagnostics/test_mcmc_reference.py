@@ -172,7 +172,7 @@ def test_chains_that_diverge_are_refused(case):
     guide, x, chains = case
     divergent = torch.zeros(ROWS)
     divergent[1] = 0.05
-    sound = compare_with_chains(replace(chains, divergent=divergent), guide(), x).sound
+    sound = compare_with_chains(replace(chains, divergence_rate=divergent), guide(), x).sound
     assert torch.equal(sound, divergent == 0)
 
 
