@@ -257,20 +257,7 @@ class _Loop:
 
     def _run_epoch(self) -> None:
         """Run the rest of the current epoch, add its row to the history, and save if a checkpoint is due."""
-        start = time.perf_counter()
-        batches = self.engine.batches or self.data.batches
-        with cpu_threads(self.engine.op_size):
-            for batch in batches(self.rank_batch_size, self.seed, self.epoch, self.batch, self.steps_per_epoch):
-                self._set_kl_weight()
-                try:
-                    self.total -= self.engine.step(*batch)
-                except NonFiniteLoss as error:
-                    raise self._diverged(str(error), self.epoch + 1) from error
-                self.batch += 1
-                if self.agreed:
-                    self.report.seconds += time.perf_counter() - start
-                    self._interrupt(max(self.agreed))
-        self.report.seconds += time.perf_counter() - start
+        self._run_steps()
         self._recheck_engine()
         mean = float(self.total) / self.num_rows
         with distributed.fail_together():
@@ -285,6 +272,23 @@ class _Loop:
             self._stop_early(self.patience)
         if distributed.broadcast_int(time.perf_counter() - self.saved_at > CHECKPOINT_SECONDS):
             self._save()
+
+    def _run_steps(self) -> None:
+        """Make the steps that are left in the current epoch."""
+        start = time.perf_counter()
+        batches = self.engine.batches or self.data.batches
+        with cpu_threads(self.engine.op_size):
+            for batch in batches(self.rank_batch_size, self.seed, self.epoch, self.batch, self.steps_per_epoch):
+                self._set_kl_weight()
+                try:
+                    self.total -= self.engine.step(*batch)
+                except NonFiniteLoss as error:
+                    raise self._diverged(str(error), self.epoch + 1) from error
+                self.batch += 1
+                if self.agreed:
+                    self.report.seconds += time.perf_counter() - start
+                    self._interrupt(max(self.agreed))
+        self.report.seconds += time.perf_counter() - start
 
     def _set_kl_weight(self) -> None:
         """Set the KL weight of the objective and of the guide's local ELBO for the current (fractional) epoch."""
