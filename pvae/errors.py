@@ -37,11 +37,9 @@ class AllChainsDiverged(UserError):
         )
 
 
-def _as_keyword(name: str, value: Any) -> str:
-    return name if value is None else f"{name}={value}"
-
-
-_renderer: ContextVar[Callable[[str, Any], str]] = ContextVar("renderer", default=_as_keyword)
+_renderer: ContextVar[Callable[[str, Any], str]] = ContextVar(
+    "renderer", default=lambda name, value: name if value is None else f"{name}={value}"
+)
 
 
 def param(name: str, value: Any = None) -> str:
@@ -81,14 +79,10 @@ def nearest(word: str, known: Iterable[str]) -> str:
 
 
 def check_range(who: str = "", *, least: float | None = None, **values: float | Sequence[float]) -> None:
-    """Raise a `UserError` for the first number, or sequence with a number, that is out of range or not finite.
+    """Raise a `UserError` for the first number, or sequence with a number, that is below ``least`` or not finite.
 
-    Arguments:
-        who: the class or function that takes the values; without it `param` renders their names.
-        least: smallest value allowed; any positive value if None.
-        values: by name.
+    Any positive value is allowed without ``least``; without ``who``, the class or function, `param` renders the names.
 
-    >>> check_range("Laplace", scale=1.0)
     >>> check_range(least=1, epochs=0)
     Traceback (most recent call last):
     pvae.errors.UserError: epochs is 0, but it must be at least 1
@@ -107,12 +101,9 @@ def refuse_first(
     """Raise a `UserError` that names row, column and value of the first bad entry, if there is one.
 
     Arguments:
-        bad: Boolean tensor [N, ...]: the entries to refuse.
-        x: values [N, ...], tensor or array.
-        message: what is wrong; it follows the value, so that it begins with a comma or a semicolon.
-        where: begins the line, such as a path and a colon.
+        bad: Boolean tensor [N, ...]: the entries of ``x``, a tensor or array, to refuse.
+        message: what is wrong, from a comma or semicolon on, in "{where} row r, column c is v{message} (n {counted})".
         rows: numbers of the rows, [N]; 0 to N - 1 unless given.
-        counted: follows the number of bad entries at the line's end.
     """
     if not bad.any():
         return

@@ -45,9 +45,8 @@ class Flow(dist.TorchDistribution):
     def rsample(self, sample_shape: Sequence[int] = ()) -> Tensor:
         shape = self._extended_shape(torch.Size(sample_shape))
         noise = torch.randn(shape, dtype=self.shift.dtype, device=self.shift.device)
-        return self.shift + self.scale * self.transform.inv(
-            noise if self.temperature == 1 else self.temperature * noise
-        )
+        noise = noise if self.temperature == 1 else self.temperature * noise
+        return self.shift + self.scale * self.transform.inv(noise)
 
     def log_prob(self, value: Tensor) -> Tensor:
         if self._validate_args:

@@ -17,13 +17,6 @@ from pvae.errors import Incompatible
 def entry_log_prob(fn: Any, value: Tensor) -> Tensor:
     r"""Return the log-density of each entry of a row, :math:`\log p(x_d|z)`, [..., *event] nats; 0 where masked.
 
-    Arguments:
-        fn: p(x|z) whose entries are independent given z, as every likelihood's are.
-        value: x, [..., *event].
-
-    Raises:
-        Incompatible: the entries do not factorize.
-
     >>> entry_log_prob(dist.Bernoulli(logits=torch.zeros(3)).to_event(1), torch.ones(2, 3)).shape
     torch.Size([2, 3])
     """
@@ -72,9 +65,8 @@ class MaskedDistribution(dist.TorchDistribution):
 
     def fill_missing(self, value: Tensor) -> Tensor:
         """Replace missing values by one in the support: the gradient of 0 times NaN would be NaN."""
-        return torch.where(
-            self.observed, value, _value_in_support(getattr(self.fn, "base_dist", self.fn).support, value)
-        )
+        inside = _value_in_support(getattr(self.fn, "base_dist", self.fn).support, value)
+        return torch.where(self.observed, value, inside)
 
     @property
     def support(self) -> Any:

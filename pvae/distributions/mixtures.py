@@ -62,21 +62,19 @@ class DiagonalMixture(dist.TorchDistribution):
     def log_prob(self, value: Tensor) -> Tensor:
         if self._validate_args:
             self._validate_sample(value)
-        squares = self._squares_shared(value) if self.means.dim() == 2 else self._squares(value)
+        if self.means.dim() == 2:
+            squares = self._shared_squares(value)
+        else:
+            squares = ((value.unsqueeze(-2) - self.means) / self.scales).square().sum(-1)
         log_norm = self.scales.log().sum(-1) + self.event_shape[0] * math.log(2 * math.pi) / 2
         log_p = (self.log_weights - log_norm - squares / 2).logsumexp(-1)
         return log_p.expand(torch.broadcast_shapes(log_p.shape, self.batch_shape))
 
-    def _squares(self, z: Tensor) -> Tensor:
-        """Return squared distances in standard deviations, [..., C]."""
-        return ((z.unsqueeze(-2) - self.means) / self.scales).square().sum(-1)
-
-    def _squares_shared(self, z: Tensor) -> Tensor:
+    def _shared_squares(self, z: Tensor) -> Tensor:
         # The square expanded into one matrix product, so that no [..., C, D] tensor is made. Its terms cancel
         # when the scales are small, hence double precision.
-        precision = self.scales.double() ** -2
+        precision, wide = self.scales.double() ** -2, z.double()
         weighted = self.means * precision
-        wide = z.double()
         terms = torch.cat([wide.square(), wide], -1) @ torch.cat([precision, -2 * weighted], -1).mT
         return (terms + (self.means * weighted).sum(-1)).to(z.dtype)
 

@@ -68,11 +68,7 @@ def is_main_process() -> bool:
 
 
 def shards(total: int) -> list[range]:
-    """Return the rows of each rank: contiguous, with lengths that differ by at most one.
-
-    >>> shards(10)
-    [range(0, 10)]
-    """
+    """Return the rows of each rank: contiguous, with lengths that differ by at most one."""
     size = world_size()
     return [range(number * total // size, (number + 1) * total // size) for number in range(size)]
 
@@ -110,11 +106,7 @@ def all_reduce_sum(value: float) -> float:
 
 @contextmanager
 def fail_together() -> Iterator[None]:
-    """Raise on every rank if the block raises on any rank.
-
-    Raises:
-        PeerFailed: another rank failed; of several the lowest rank raises its own error.
-    """
+    """Raise on every rank if the block raises on any: the lowest its own error, those without one `PeerFailed`."""
     failure: Exception | None = None
     try:
         yield

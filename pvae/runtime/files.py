@@ -16,11 +16,7 @@ from pvae.errors import UserError
 
 @contextmanager
 def atomic_replace(path: Path) -> Iterator[Path]:
-    """Yield a temporary path to write to, and rename it to ``path`` at the end of the block.
-
-    Raises:
-        UserError: the folder can't be written to.
-    """
+    """Yield a temporary path to write to, and rename it to ``path`` at the end of the block."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -56,11 +52,7 @@ def _replace_non_finite(value: Any) -> Any:
 
 
 def read_json(path: Path, what: str) -> Any:
-    """Read a JSON file.
-
-    Raises:
-        UserError: missing or broken; the message ends with ``what``, the meaning of the file.
-    """
+    """Read a JSON file; if it is missing or broken the error ends with ``what``, the meaning of the file."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

@@ -26,21 +26,14 @@ def check_precision(name: str, device: torch.device | None = None) -> None:
     if name not in PRECISIONS:
         raise UserError(f"unknown precision '{name}'{nearest(name, PRECISIONS)}")
     if device and name == "tf32" and device.type != "cuda":
-        raise UserError(
-            f"{param('precision', name)} needs CUDA, but the device is {device.type}", hint="use float32 or bf16"
-        )
+        need = f"{param('precision', name)} needs CUDA, but the device is {device.type}"
+        raise UserError(need, hint="use float32 or bf16")
 
 
 def matmul_precision(name: str, device: torch.device) -> AbstractContextManager[Any]:
-    """Let network layers multiply in a precision inside a block, forward and backward.
+    """Let network layers multiply in a precision inside a block, forward and backward; their results are float32.
 
-    Arguments:
-        name: ``float32``; ``tf32``, NVIDIA's 10 bits of mantissa inside a product; or ``bf16``, by autocast, 7 bits of
-            each factor. Results are float32 again before anything else sees them.
-        device: where the block runs.
-
-    Raises:
-        UserError: an unknown precision, or ``tf32`` on another device than CUDA.
+    ``tf32`` keeps NVIDIA's 10 bits of mantissa inside a product, ``bf16`` (autocast) 7 bits of each factor.
 
     >>> with matmul_precision("bf16", torch.device("cpu")):
     ...     functional.linear(torch.tensor([1.001]), torch.ones(1, 1)).dtype, torch.tensor([1.001]) * 1
@@ -74,8 +67,8 @@ class _BFloat16(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        kwargs = kwargs or {}
         if func not in LAYERS:
-            return func(*args, **(kwargs or {}))
-        x = args[0] if args else (kwargs or {})["input"]
+            return func(*args, **kwargs)
         with torch.autocast(self.device.type, torch.bfloat16):
-            return func(*args, **(kwargs or {})).to(x.dtype)
+            return func(*args, **kwargs).to((args[0] if args else kwargs["input"]).dtype)

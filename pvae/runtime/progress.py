@@ -10,28 +10,14 @@ from contextlib import contextmanager
 def progress_bar(
     label: str, total: int | None, *, done: int = 0, wanted: bool = True
 ) -> Iterator[Callable[[int, str], None]]:
-    """Show a progress bar; the yielded function updates it by the number done and a few words.
-
-    Arguments:
-        label: of the things counted, in the plural.
-        total: number of them; None if unknown.
-        done: number at the start.
-        wanted: False shows nothing.
-    """
+    """Show a progress bar of things, ``label``; the yielded function updates it by the number done and a few words."""
     if not wanted:
         yield lambda done, words: None
         return
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
-    columns = (
-        TextColumn(f"  {label:>10}"),
-        MofNCompleteColumn(),
-        BarColumn(),
-        TextColumn("{task.description}"),
-        TimeRemainingColumn(),
-        TextColumn("left"),
-    )
+    columns = f"  {label:>10}", MofNCompleteColumn(), BarColumn(), "{task.description}", TimeRemainingColumn(), "left"
     with Progress(*columns, console=Console(stderr=True)) as progress:
         task = progress.add_task("", total=total, completed=done)
         yield lambda done, words: progress.update(task, completed=done, description=words)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -10,22 +9,19 @@ from typing import Any
 
 import pyro
 from pyro.nn import PyroModule
+from pyro.nn.module import pyro_method
 from pyro.poutine.runtime import effectful
 from torch import Tensor, nn
 from torch.distributions import constraints
 
 from pvae.errors import UserError
 
-# A Pyro model or guide.
-Program = Callable[..., Any]
+Program = Callable[..., Any]  # a Pyro model or guide
 
 
 @contextmanager
 def local_param_store() -> Iterator[None]:
-    """Run a block of Pyro code with a parameter store of its own.
-
-    See also: `LocalModule`, which does so at each call.
-    """
+    """Run a block of Pyro code with a parameter store of its own, as a `LocalModule` does at each call."""
     store = pyro.get_param_store()
     outside = store.get_state()["params"]
     with store.scope() as inside:
@@ -69,21 +65,11 @@ class LocalModule(PyroModule):
 
 def local_method(method: Callable[..., Any]) -> Callable[..., Any]:
     """Let a method of a `LocalModule` be a Pyro program of its own, as ``pyro.nn.module.pyro_method`` does."""
-
-    @functools.wraps(method)
-    def traced(self: LocalModule, *args: Any, **kwargs: Any) -> Any:
-        with local_param_store(), self._pyro_context:
-            return method(self, *args, **kwargs)
-
-    return traced
+    return local_param_store()(pyro_method(method))
 
 
 def module_of(program: Callable[..., Any]) -> nn.Module:
-    """Return the module that holds a Pyro program's parameters: the program itself, or the object it is a method of.
-
-    Raises:
-        UserError: the program is neither a module nor a module's method.
-    """
+    """Return the module that holds a Pyro program's parameters: the program itself, or the object it is a method of."""
     owner = program if isinstance(program, nn.Module) else getattr(program, "__self__", None)
     if not isinstance(owner, nn.Module):
         raise UserError(f"{program!r} is not a module nor a module's method: its parameters can't be found")

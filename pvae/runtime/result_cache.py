@@ -20,18 +20,14 @@ Part = TypeVar("Part")
 
 
 def digest(key: Mapping[str, Any]) -> str:
-    """Return a hash of everything that cached parts depend on, 16 hex digits.
-
-    >>> digest({"K": 5}) == digest({"K": 6})
-    False
-    """
+    """Return a hash of everything that cached parts depend on, 16 hex digits."""
     return hashlib.sha256(json.dumps(key, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
 def load_all(folder: Path, key: str) -> dict[str, dict[str, Tensor]]:
     """Load all cached parts in a folder that have a key's digest, in the order of their names."""
-    parts = {path.stem: _load(path, key) for path in sorted(folder.glob("*.safetensors"))}
-    return {name: tensors for name, tensors in parts.items() if tensors is not None}
+    paths = sorted(folder.glob("*.safetensors"))
+    return {path.stem: tensors for path in paths if (tensors := _load(path, key)) is not None}
 
 
 def _load(path: Path, key: str) -> dict[str, Tensor] | None:
@@ -67,10 +63,7 @@ class ResultCache:
     ) -> dict[str, Tensor]:
         """Return a part that is a dict of tensors, as `get_or_compute`; on the CPU if it is cached.
 
-        Arguments:
-            name: of the part.
-            compute: the tensors by name.
-            names: of the tensors; a file with others is computed anew.
+        A file whose tensors have other names than ``names``, if these are given, is computed anew.
         """
         if self.folder is None:
             return dict(compute())

@@ -13,11 +13,7 @@ from pvae.errors import param
 
 
 class TrainingInterrupt(Exception):
-    """Interruption by a signal, raised after saving.
-
-    Attributes:
-        signal: its number.
-    """
+    """Interruption by the signal of a number, raised after saving."""
 
     def __init__(self, message: str, number: int) -> None:
         super().__init__(message, number)

@@ -34,9 +34,8 @@ class OpSizes(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        flops = flop_registry.get(func._overloadpacket)
         self.count += 1
-        if flops:
+        if flops := flop_registry.get(func._overloadpacket):
             self.total += flops(*args, **(kwargs or {}), out_val=result)
         elif isinstance(result, Tensor) and not func.is_view:
             self.total += result.numel()
@@ -45,11 +44,7 @@ class OpSizes(TorchDispatchMode):
 
 @contextmanager
 def cpu_threads(op_size: float) -> Iterator[None]:
-    """Run a block on one CPU thread if its mean operation is smaller than :data:`MIN_OP_SIZE`, else as it is.
-
-    Arguments:
-        op_size: mean size of the block's operations, see `OpSizes`; NaN if unknown.
-    """
+    """Run a block on one CPU thread if its mean operation (`OpSizes`; NaN if unknown) is below `MIN_OP_SIZE`."""
     before = torch.get_num_threads()
     if before == 1 or not op_size < MIN_OP_SIZE:
         yield

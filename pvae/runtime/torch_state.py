@@ -7,7 +7,7 @@ import math
 import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -47,12 +47,8 @@ def halve_on_oom(compute: Callable[[slice], Batch], total: int, size: int, what:
 
     Arguments:
         compute: function of a slice; it may be called again on the first half, with the random stream restored.
-        total: end of the range.
         size: maximum length of a slice.
         what: the range counts, in the plural, for the line on standard error that reports a smaller size.
-
-    Raises:
-        torch.OutOfMemoryError: a slice of length 1 is too much.
 
     >>> list(halve_on_oom(lambda part: (part.start, part.stop), 5, 2, "rows"))
     [(0, 2), (2, 4), (4, 5)]
@@ -98,11 +94,9 @@ def seeded(seed: int) -> Iterator[None]:
         yield
 
 
-@contextmanager
-def no_validation() -> Iterator[None]:
+def no_validation() -> AbstractContextManager[None]:
     """Run a block without Pyro's and PyTorch's argument checks: data are checked once, when they are loaded."""
-    with pyro.validation_enabled(False):
-        yield
+    return pyro.validation_enabled(False)
 
 
 def pick_device(name: str) -> torch.device:

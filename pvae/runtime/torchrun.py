@@ -25,10 +25,6 @@ def rank_info() -> RankInfo:
 
 
 def is_peer_failure(error: Exception) -> bool:
-    """Whether an error means that another rank is gone, which itself or ``torchrun`` reports.
-
-    >>> is_peer_failure(RuntimeError("Connection closed by peer"))
-    False
-    """
+    """Whether an error means that another rank is gone, which itself or ``torchrun`` reports."""
     gone = isinstance(error, RuntimeError) and any(word in str(error) for word in ("gloo", "Connection", "NCCL"))
     return rank_info().world_size > 1 and (gone or isinstance(error, PeerFailed))

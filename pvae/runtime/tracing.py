@@ -53,16 +53,12 @@ class TraceError(Exception):
 def trace_function(function: Function, state: Sequence[Tensor], inputs: Sequence[Tensor]) -> GraphModule:
     """Trace ``function(*inputs)`` to a graph of tensor operations whose inputs are ``(*state, *inputs)``.
 
-    Arguments:
-        function: tensors to a tuple of tensors or None. Its operations may depend on the shapes of its inputs, not on
-            their values; it may take gradients and draw random numbers.
-        state: tensors that it reads besides, parameters and buffers; the graph reads them afresh at each replay.
-        inputs: an example of its inputs.
-
     The function is run for real, but the state and the random stream are restored.
 
-    Raises:
-        TraceError: the function looks at values, or does what the tracer does not know.
+    Arguments:
+        function: tensors to a tuple of tensors or None. Its operations may depend on the shapes of its inputs, not on
+            their values (`TraceError`); it may take gradients and draw random numbers.
+        state: tensors that it reads besides, parameters and buffers; the graph reads them afresh at each replay.
 
     >>> weight = torch.ones(2)
     >>> graph = trace_function(lambda x: ((weight * x).sum(),), [weight], [torch.ones(2)])
@@ -179,11 +175,7 @@ def _has_side_effect(node: Node) -> bool:
 
 
 def compile_graph(graph: GraphModule, inputs: Sequence[Tensor]) -> Function:
-    """Compile a graph by Inductor for inputs of these shapes; the graph is used up.
-
-    Raises:
-        TraceError: there is no C++ compiler, or Inductor can't compile an operation.
-    """
+    """Compile a graph by Inductor for inputs of these shapes; the graph is used up."""
     import torch._inductor as inductor
 
     try:
@@ -199,8 +191,7 @@ def _silent() -> Iterator[None]:
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with warnings.catch_warnings(action="ignore"):
             yield
     finally:
         logging.disable(before)
@@ -214,19 +205,13 @@ def _layout(inputs: Sequence[Tensor]) -> Layout:
 class TracedFunction:
     """Function of tensors that is traced once for each layout of its inputs and replayed from then on.
 
+    Replays draw from the random stream as the function does and give its own values: to the bit, except that
+    compiled ones round differently.
+
     Arguments:
         function: see `trace_function`.
         modules: whose parameters and buffers it reads. They may change in place between calls, not be replaced.
         compile: compile the graph of the first layout; those of others, such as a last batch's, are replayed.
-
-    Attributes:
-        compile_cost: of the first graph, once it is traced.
-
-    Replays draw from the random stream as the function does and give its own values: to the bit, except that
-    compiled ones round differently.
-
-    Raises:
-        TraceError: when it is called, see `trace_function` and `compile_graph`.
 
     >>> double = TracedFunction(lambda x: (2 * x,))
     >>> double(torch.ones(2))[0]
@@ -243,10 +228,9 @@ class TracedFunction:
 
     def __call__(self, *inputs: Tensor) -> Outputs:
         key = _layout(inputs)
-        if key not in self.graphs:
-            self.graphs[key] = self._trace(inputs)
+        graph = self.graphs.get(key) or self.graphs.setdefault(key, self._trace(inputs))
         with torch.no_grad():
-            return self.graphs[key](*(t.detach() for t in self.state), *inputs)
+            return graph(*(t.detach() for t in self.state), *inputs)
 
     def _trace(self, inputs: Sequence[Tensor]) -> Function:
         buffers = [(m._buffers, name, buffer) for m in self.modules for name, buffer in m._buffers.items()]
@@ -275,14 +259,13 @@ class _Replay:
 class AutoTraced:
     """Function of tensors that is traced after some calls and replayed from then on, where it can be traced.
 
+    After so many replays that compiling would have paid by then the graph is compiled; until then values are the
+    function's to the bit. A graph is validated at the next call: one that gives other values is not used.
+
     Arguments:
         function: see `trace_function`; it must not depend on values nor remember anything. Tensors that it reads
             besides its inputs may change in place between calls, not be replaced.
         after: calls with inputs of one layout before these are traced; tracing takes as long as some fifty of them.
-
-    Replays give the function's own values, to the bit. After so many replays that compiling would have paid by then
-    the graph is compiled; from then on values round differently. A graph is validated at the next call: one that
-    gives other values than the function is not used.
 
     >>> double = AutoTraced(lambda x: (2 * x,), after=1)
     >>> [double(torch.full((1,), float(k)))[0].item() for k in range(4)]
