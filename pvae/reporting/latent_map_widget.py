@@ -48,12 +48,6 @@ def draw_latent_map(shown: LatentMap | Sliders, labels: Labels | None = None, sh
         shown: the map; or sliders, each drawn as a line of decoded rows while the others are 0.
         labels: class of each row, [B]; up to ten are coloured.
         shape: of one row, if it is an image.
-
-    Returns:
-        A figure that belongs to no window.
-
-    Raises:
-        UserError: labels of another number of rows, or a shape of another number of values.
     """
     if isinstance(shown, Sliders):
         return _lines(shown, _shape(shown.grid, shape))
@@ -62,15 +56,9 @@ def draw_latent_map(shown: LatentMap | Sliders, labels: Labels | None = None, sh
     codes = to_numpy(shown.codes, float)
     if shown.spread is not None:
         _outline(axes[0], codes, _ellipses(shown.spread), classes)
-    scatter_latents(
-        axes[0],
-        codes,
-        np.zeros((0, 2)) if shown.prior is None else to_numpy(shown.prior, float),
-        classes,
-        "codes of rows",
-    )
-    words = _axes(shown)
-    axes[0].set(xlabel=words[0], ylabel=words[1])
+    prior = np.zeros((0, 2)) if shown.prior is None else to_numpy(shown.prior, float)
+    scatter_latents(axes[0], codes, prior, classes, "codes of rows")
+    axes[0].set(xlabel=_axes(shown)[0], ylabel=_axes(shown)[1])
     if shown.spread is not None:
         lines = np.linspace(0, len(shown.grid_y) - 1, min(LINES, len(shown.grid_y))).round().astype(int)
         images = to_numpy(shown.grid, float)[lines[::-1]][:, lines]
@@ -82,12 +70,7 @@ def draw_latent_map(shown: LatentMap | Sliders, labels: Labels | None = None, sh
 
 @rc_context(STYLE)
 def draw_latent_maps(maps: Mapping[str, tuple[np.ndarray, np.ndarray]], labels: Labels | None = None) -> Figure:
-    """Draw codes of the same rows under several fits, each over its prior; more than two dimensions by PCA.
-
-    Arguments:
-        maps: codes [B, D] and prior draws [S, D] by the fit's name.
-        labels: class of each row, [B].
-    """
+    """Draw codes [B, D] over prior draws [S, D] for several fits by name; more than two dimensions by PCA."""
     classes = np.zeros(0) if labels is None else np.asarray(labels)
     figure, axes = _pairs(len(maps), height=3.9)
     for axis, (name, (codes, prior)) in zip(axes, maps.items(), strict=True):
@@ -124,11 +107,8 @@ def _risen(line: np.ndarray) -> np.ndarray:
 
 
 def _principal(share: Sequence[float] | np.ndarray) -> tuple[str, str]:
-    first, second = (
-        f"{ordinal} principal direction (u), {part:.0%} of the codes' variance"
-        for ordinal, part in zip(("first", "second"), share, strict=True)
-    )
-    return first, second
+    first, second = (f"principal direction (u), {part:.0%} of the codes' variance" for part in share)
+    return f"first {first}", f"second {second}"
 
 
 def _axes(shown: LatentMap) -> tuple[str, str]:
@@ -143,9 +123,6 @@ def render_widget(shown: LatentMap | Sliders, labels: Labels | None = None, shap
 
     Arguments:
         shown, labels, shape: as for `draw_latent_map`; of more than 1,500 rows some are shown.
-
-    Returns:
-        Markup in which all names are escaped.
 
     Raises:
         UserError: labels of another number of rows, or a shape of another number of values.
@@ -207,9 +184,7 @@ def _slider_data(shown: Sliders) -> dict[str, Any]:
 def _image_data(grid: Any, shape: Sequence[int]) -> dict[str, Any]:
     """Return a grid of rows as bytes from 0 to 255, the values of these two, and height and width of a row."""
     values = to_numpy(grid, float).reshape(-1, grid.shape[-1])
-    low, high = float(np.nanmin(values)), float(np.nanmax(values))
-    if low >= 0 and high <= 1:
-        low, high = 0.0, 1.0
+    low, high = grey_limits(values)
     scaled = (np.nan_to_num(values, nan=low) - low) / max(high - low, 1e-30) * 255
     packed = base64.b64encode(scaled.round().astype(np.uint8).tobytes()).decode()
     height, width = image_shape(_shape(grid, shape))
