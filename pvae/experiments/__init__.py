@@ -1,7 +1,7 @@
 """Runs on disk: train a sweep, compare, diagnose, export, open again.
 
-``open_run`` reads a run folder for use. The others are what ``pvae compare``, ``pvae evaluate`` and ``pvae diagnose``
-do.
+``open_run`` opens one variant of a run folder, with the applications as methods; ``open_variants`` all of them.
+``load_idata`` reads a comparison's draws as an ArviZ DataTree. What else is here serves the command line.
 """
 
 import lazy_loader

@@ -1,4 +1,18 @@
-from .opened_run import Run, open_run
+from .arviz_export import load_idata
+from .compare import RunOptions
+from .opened_run import Run, TrainedVariant, open_run, open_variants
+from .row_selection import select_rows
 from .sweep import SweepPoint, sweep_points, train_sweep
 
-__all__ = ["Run", "SweepPoint", "open_run", "sweep_points", "train_sweep"]
+__all__ = [
+    "Run",
+    "RunOptions",
+    "SweepPoint",
+    "TrainedVariant",
+    "load_idata",
+    "open_run",
+    "open_variants",
+    "select_rows",
+    "sweep_points",
+    "train_sweep",
+]

@@ -235,7 +235,12 @@ def _evaluate(
         budget = replace(options.budget, families={word: _family_maker(word) for word in options.families})
         for fitted in variant.fits:
             seed = fitted.recipe.seed
-            settings = {"budget": budget, "seed": seed, "progress": count, "cache": _cache(variant, fitted, options)}
+            settings: dict[str, Any] = {
+                "budget": budget,
+                "seed": seed,
+                "progress": count,
+                "cache": _cache(variant, fitted, options),
+            }
             guide = frozen if fitted is variant.fits[0] else fitted.guide
             evaluated.append(
                 EvaluatedVariant(

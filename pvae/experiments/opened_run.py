@@ -19,7 +19,7 @@ from pvae.diagnostics.diagnosis import Diagnosis, diagnose
 from pvae.diagnostics.evaluation import Evaluation, evaluate
 from pvae.errors import UserError, nearest, param
 from pvae.experiments.class_models import class_labels, fit_class_models
-from pvae.experiments.row_selection import SelectedRows, select_rows
+from pvae.experiments.row_selection import select_rows
 from pvae.experiments.run_folder import RECIPE, is_trained, load_fit, unfinished_note
 from pvae.experiments.sweep import DatasetCache, sweep_points
 from pvae.inference.batching import Values
@@ -185,10 +185,10 @@ class Run:
         one_hot = torch.nn.functional.one_hot(torch.searchsorted(self.data.labels, labels), classes)
         return torch.cat([rows, one_hot.to(rows)], 1)
 
-    def _rows(self, x: Rows, **reading: bool) -> tuple[Values, Tensor | None]:
+    def _rows(self, x: Rows, **reading: Any) -> tuple[Any, Tensor | None]:
         """Rows, and which training datapoints they are."""
         if x is None or isinstance(x, str | Path):
-            rows: SelectedRows = select_rows(self, str(x or "test"), **reading)
+            rows = select_rows(self, str(x or "test"), **reading)
             return rows.x, rows.index
         return x, None
 
