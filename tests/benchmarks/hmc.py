@@ -15,7 +15,7 @@ LATENT, LEAPFROGS = 20, 10
 
 
 def leapfrogs(rows: int, chains: int, repeats: int = 15) -> tuple[float, float]:
-    """Median CPU seconds of a leapfrog, recorded as in a long run, and of a bare pass from z to its gradient."""
+    """Median CPU seconds of a leapfrog, traced as in a long run, and of a bare pass from z to its gradient."""
     vae, _, _ = program(LATENT)
     density, step_size = hmc.ValueAndGrad(LogJoint(vae.model, binary(rows))), torch.full((rows,), 0.01)
     state = hmc.init(density, torch.randn(chains, rows, LATENT))

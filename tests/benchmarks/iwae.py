@@ -84,7 +84,7 @@ def rows() -> list[tuple[str, str, float, float | None]]:
     """Lines of the page of benchmarks."""
     torch.set_num_threads(1)  # others would spin at our cost while one is in Python
     ours, bare = ratio(binary(ROWS), 500, 7)
-    few, many = memory(10_000), memory(50_000)  # fewer draws are not recorded, and load fewer libraries
+    few, many = memory(10_000), memory(50_000)  # fewer draws are not traced, and load fewer libraries
     log_w = 2 * torch.randn(1000, 10_000)
     seconds = timed(lambda: k_hat(log_w), time.process_time)
     return [

@@ -311,7 +311,7 @@ def test_programs_that_can_not_be_recorded_go_by_pyro_in_one_line(kind, reason):
 
 
 def test_a_recording_that_falls_away_from_the_program_is_left_after_an_epoch(capsys):
-    # The program's fifth pass is another: data are checked in the first, the step is recorded and checked in three.
+    # The program's fifth pass is another: data are checked in the first, the step is traced and checked in three.
     program, guide = Odd("late"), Amortized(nn.Linear(3, 4), families.DiagonalNormal(2))
     report = fit(program.model, guide, torch.ones(48, 3).tril(), epochs=2, batch_size=4, engine="traced")
     assert reported(report).startswith("pyro: the traced step no longer holds (replayed, the loss is")

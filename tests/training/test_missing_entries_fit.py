@@ -215,7 +215,7 @@ def test_a_replayed_step_is_the_programs_own_to_the_bit(guide):
     assert all(map(torch.equal, *found))
 
 
-def test_every_likelihood_takes_finite_steps_and_can_be_recorded(likelihood):
+def test_every_likelihood_takes_finite_steps_and_can_be_traced(likelihood):
     x = holed(rows(likelihood))
     vae, guide = program(likelihood), amortized(x.nanmean(0))
     before = [p.clone() for p in vae.decoder.parameters()]
