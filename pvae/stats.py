@@ -9,8 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# k-hat beyond which no affordable number of draws makes importance weights reliable.
-UNRELIABLE = 0.7
+UNRELIABLE = 0.7  # k-hat beyond which no affordable number of draws makes importance weights reliable
 
 
 class Estimate(NamedTuple):
@@ -29,8 +28,7 @@ def mean_se(values: Tensor) -> Estimate:
     >>> mean_se(torch.tensor([1.0, 2.0, 3.0, 4.0])).mean
     2.5
     """
-    values = values.double()
-    n = values.numel()
+    values, n = values.double(), values.numel()
     se = values.std().item() / math.sqrt(n) if n > 1 else math.nan
     return Estimate(values.mean().item(), se)
 
@@ -47,11 +45,7 @@ def column_means(x: Tensor, observed: Tensor | None = None) -> Tensor:
 
 
 def impute_column_means(x: Tensor, observed: Tensor | None = None, means: Tensor | None = None) -> Tensor:
-    """Replace missing entries by their columns' means (mean imputation), [N, D].
-
-    Arguments:
-        x, observed: as in `column_means`.
-        means: to use, [D]; those of the observed entries unless given.
+    """Replace missing entries by ``means`` [D], else their columns' own (mean imputation), [N, D]; see `column_means`.
 
     >>> impute_column_means(torch.tensor([[1.0, torch.nan], [3.0, 4.0]])).tolist()
     [[1.0, 4.0], [3.0, 4.0]]
@@ -120,9 +114,8 @@ def bootstrap(values: Tensor, *, level: float = 0.95, repeats: int = 2000, seed:
 
     Arguments:
         values: one value per datapoint, [B].
-        level: share of repeats between the ends.
-        repeats: resamples of all B values.
-        seed: of the resampling.
+        level: share of the resamples between the ends.
+        repeats: number of resamples of all B values.
 
     Source: Efron and Tibshirani (1993), *An Introduction to the Bootstrap*.
 
@@ -134,16 +127,10 @@ def bootstrap(values: Tensor, *, level: float = 0.95, repeats: int = 2000, seed:
 
     if len(values) < 2 or not values.isfinite().all():
         return (values.double().mean().item(),) * 2
-    interval = stats.bootstrap(
-        (values.double().cpu().numpy(),),
-        np.mean,
-        n_resamples=repeats,
-        batch=max(1, 1_000_000 // len(values)),
-        confidence_level=level,
-        method="percentile",
-        rng=np.random.default_rng(seed),
-    ).confidence_interval
-    return float(interval.low), float(interval.high)
+    options = {"n_resamples": repeats, "batch": max(1, 1_000_000 // len(values)), "rng": np.random.default_rng(seed)}
+    data = (values.double().cpu().numpy(),)
+    interval = stats.bootstrap(data, np.mean, method="percentile", confidence_level=level, **options)
+    return float(interval.confidence_interval.low), float(interval.confidence_interval.high)
 
 
 def k_hat(log_w: Tensor) -> Tensor:
@@ -181,7 +168,7 @@ def k_hat_of_tail(top: Tensor, K: int) -> Tensor:
     from arviz_stats.base import array_stats
 
     def fit(tail: np.ndarray) -> float:
-        """Fit one datapoint's log weights in ascending order, the first of which is the cutoff."""
+        # One datapoint's log weights in ascending order, the first of which is the cutoff.
         if not np.isfinite(tail.max()):
             return math.nan
         if np.ptp(tail) < 1e-6:  # a constant has no tail

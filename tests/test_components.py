@@ -743,7 +743,7 @@ def test_density_is_the_stated_formula(made, value, expected):
         (lambda: priors.StudentT(2, df=math.inf), "StudentT: df is inf"),
         (lambda: priors.GaussianMixture(2, components=0), "components is 0"),
         (lambda: priors.FlowPrior(2, kind="planar"), "kind is 'planar', but it must be 'coupling' or 'autoregressive'"),
-        (lambda: priors.FlowPrior(2, bins=1), "bins 1"),
+        (lambda: priors.FlowPrior(2, bins=1), "bins is 1"),
         (lambda: families.LowRankNormal(2, rank=0), "rank is 0"),
         (lambda: families.MixtureOfNormals(2, components=0), "components is 0"),
         (lambda: families.FlowFamily(2, context=0), "context is 0"),

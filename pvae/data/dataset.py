@@ -7,26 +7,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import starmap
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from pvae.data.memmap import MemmapRows, rows_per_chunk
-from pvae.data.preprocessing import draw_bernoulli, draw_fixed_binarization
+from pvae.data.preprocessing import BINARIZATIONS, draw_bernoulli, draw_fixed_binarization
 from pvae.data.sources import SPLITS, unique_labels
 from pvae.runtime import distributed
-
-# Values of the first training rows on disk that stand for all of them: 64 MiB as float32.
-SAMPLE_VALUES = 2**24
-
-BINARIZATION_WORDS = {
-    "none": "taken as they are",
-    "threshold": "binarized at 0.5",
-    "dynamic": "binarized afresh for each batch",
-    "levels": "as whole numbers",
-}
 
 
 class Batch(NamedTuple):
@@ -106,10 +96,8 @@ class Dataset:
 
     @property
     def sample(self) -> Tensor:
-        """The training rows; of those on disk the first 64 MiB, which are in random order."""
-        if isinstance(self.train, MemmapRows):
-            return self.train[: max(2, SAMPLE_VALUES // self.train.shape[1])]
-        return self.train
+        """The training rows; of those on disk the first 64 MiB (2^24 values), which are in random order."""
+        return self.train[: max(2, 2**24 // self.train.shape[1])] if isinstance(self.train, MemmapRows) else self.train
 
     def iter_chunks(self, part: str) -> Iterator[Batch]:
         """Yield all rows of a split, a chunk at a time, with their positions; those on disk in the file's order."""
@@ -121,9 +109,8 @@ class Dataset:
 
     def to(self, device: torch.device) -> Dataset:
         """Return the same data with its rows on a device."""
-        return replace(
-            self, train=self.train.to(device), validation=self.validation.to(device), test=self.test.to(device)
-        )
+        rows: dict[str, Any] = {part: getattr(self, part).to(device) for part in SPLITS}
+        return replace(self, **rows)
 
     def shard(self) -> Dataset:
         """Return the data with this process's shard of the training rows, numbered from 0."""
@@ -196,7 +183,7 @@ class Dataset:
         low, high, observed = self._value_range
         first = self.train[:1000][:, :columns]
         values_in = "0 or 1" if set(first[~first.isnan()].tolist()) <= {0.0, 1.0} else f"from {low:g} to {high:g}"
-        how = BINARIZATION_WORDS[self.binarize]
+        how = BINARIZATIONS[self.binarize]
         how += f", each with its label of {self.num_label_columns}" if self.num_label_columns else ""
         how += f", {1 - observed / (columns * len(self.train)):.1%} of the entries missing" if self.missing else ""
         how += ", read from disk as it goes" if isinstance(self.train, MemmapRows) else ""

@@ -88,16 +88,12 @@ def _load_in_memory(name: str, arrays: dict[str, Any], binarize: str, sizes: Spl
         raise UserError(f"{name}: test rows have shape {test_shape}, but training rows {shape}")
     rows = {part: torch.from_numpy(arrays[f"x_{part}"]).flatten(1).contiguous() for part in SPLITS}
     binarized: dict[str, Any] = apply_binarization(rows, binarize)
-    labels, label_names = encode_labels(name, arrays)
     return Dataset(
         name if name in NAMES else Path(name).stem,
         **binarized,
         shape=shape,
+        **encode_labels(name, arrays),
         binarize=binarize,
-        train_labels=labels["train"],
-        validation_labels=labels["validation"],
-        test_labels=labels["test"],
-        label_names=label_names,
         columns=tuple(map(str, arrays["columns"])) if "columns" in arrays else None,
     )
 
@@ -114,19 +110,16 @@ def _load_on_disk(path: Path, x: np.ndarray, binarize: str, sizes: SplitSizes, m
     """Memory-map the training rows of a .npy file, which is read once to check every value."""
     check_shape(str(path), x)
     if not x.flags.c_contiguous:
-        raise UserError(
-            f"{path}: is stored column by column, so that rows can't be read; save np.ascontiguousarray of it"
-        )
+        wrong = f"{path}: is stored column by column, so that rows can't be read"
+        raise UserError(wrong, hint="save np.ascontiguousarray of it")
     columns = x[0].size
     positions: dict[str, Any] = {"x_train": np.arange(len(x))}
     split_rows(str(path), positions, columns, sizes)
-    held_out = 4 * columns * (len(positions["x_test"]) + len(positions["x_validation"]))
-    if held_out > available_memory() / 2:
-        raise UserError(
-            f"{path}: {len(positions['x_test']) + len(positions['x_validation'])} test and validation rows take "
-            f"{held_out / 2**30:.3g} GiB, more than half of the available memory; give counts as "
-            f"{param('test_size')} and {param('validation_size')}"
-        )
+    held_out = len(positions["x_test"]) + len(positions["x_validation"])
+    if 4 * columns * held_out > available_memory() / 2:
+        taken = f"{held_out} test and validation rows take {4 * columns * held_out / 2**30:.3g} GiB"
+        hint = f"give counts as {param('test_size')} and {param('validation_size')}"
+        raise UserError(f"{path}: {taken}, more than half of the available memory", hint)
     size = rows_per_chunk(columns)
     for first in (size * number for number in distributed.shard(-(-len(x) // size))):
         check_values(str(path), x[first : first + size], binarize, 1, first, missing=missing)
@@ -137,13 +130,11 @@ def _load_on_disk(path: Path, x: np.ndarray, binarize: str, sizes: SplitSizes, m
 
 
 def _check_labels(name: str, data: Dataset, taker: str) -> None:
-    """Refuse data with rows that have no label."""
     if any(len(getattr(data, part)) and getattr(data, f"{part}_labels") is None for part in SPLITS):
         raise UserError(f"{name}: {taker} labels, and not all rows have one; add a column or array of labels")
 
 
 def _select(name: str, data: Dataset, only: Sequence[int]) -> Dataset:
-    """Keep the rows that have one of these labels."""
     _check_labels(name, data, f"{param('only')} takes")
     labels = [] if data.labels is None else data.labels.tolist()
     if not only or not set(only) <= set(labels):
@@ -154,16 +145,13 @@ def _select(name: str, data: Dataset, only: Sequence[int]) -> Dataset:
     for part in SPLITS:
         rows, selected = getattr(data, part), torch.isin(getattr(data, f"{part}_labels"), torch.as_tensor(only))
         if part != "validation" and not selected.any():
-            listed = ",".join(map(str, only))
-            raise UserError(
-                f"{name}: {param('only', listed)} leaves no {part} rows; give more labels, or hold out others"
-            )
+            selection = param("only", ",".join(map(str, only)))
+            raise UserError(f"{name}: {selection} leaves no {part} rows; give more labels, or hold out others")
         changes |= {part: rows[selected], f"{part}_labels": getattr(data, f"{part}_labels")[selected]}
     return replace(data, **changes)
 
 
 def _append_labels(name: str, data: Dataset) -> Dataset:
-    """Append each row's label as one-hot columns."""
     _check_labels(name, data, "the program takes")
     labels = data.labels
     assert labels is not None  # training rows have labels

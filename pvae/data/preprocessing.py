@@ -8,7 +8,13 @@ from torch import Tensor
 
 from pvae.errors import UserError, param, refuse_first
 
-BINARIZATIONS = ("none", "threshold", "dynamic", "levels")
+# Each with what it does to the rows, for a summary.
+BINARIZATIONS = {
+    "none": "taken as they are",
+    "threshold": "binarized at 0.5",
+    "dynamic": "binarized afresh for each batch",
+    "levels": "as whole numbers",
+}
 
 # Seed of everything that belongs to the data's identity and must not change with a run's seed.
 FIXED_SEED = 20140410
@@ -25,29 +31,25 @@ def check_shape(where: str, x: np.ndarray) -> None:
 def check_values(
     where: str, x: np.ndarray, binarize: str, top_level: int, first: int | None = None, *, missing: bool = False
 ) -> np.ndarray:
-    """Return the values as float32; refuse infinity, NaN, and values that can't be binarized.
+    """Return the values [N, ...] as float32; refuse infinity, NaN unless ``missing``, and what can't be binarized.
 
     Arguments:
         where: begins the message.
-        x: values, [N, ...].
-        binarize: one of ``BINARIZATIONS``.
         top_level: the highest level of a picture that was stored as whole numbers, by which intensities become levels.
         first: number of the first row, if x is a chunk of the rows.
-        missing: accept NaN, which marks missing entries.
     """
     with np.errstate(over="ignore"):
         values = x.astype(np.float32, copy=False)
-    rows, counted = range(first or 0, (first or 0) + len(x)), "in all"
-    if first is not None:
-        counted = f"in rows {rows[0]} to {rows[-1]}"
+    rows = range(first or 0, (first or 0) + len(x))
+    counted = "in all" if first is None else f"in rows {rows[0]} to {rows[-1]}"
 
     def refuse(bad: np.ndarray, advice: str) -> None:
         refuse_first(torch.from_numpy(bad), x, advice, where=f"{where}:", rows=rows, counted=counted)
 
-    refuse(np.isinf(values), "; remove or fill such values")
+    fill = "; remove or fill such values"
+    refuse(np.isinf(values), fill)
     if not missing:
-        hint = f"set {param('missing', True)} to score the observed entries only"
-        refuse(np.isnan(values), f"; remove or fill such values, or {hint}")
+        refuse(np.isnan(values), f"{fill}, or set {param('missing', True)} to score the observed entries only")
     if binarize == "levels":
         values = np.rint(values * top_level) if top_level > 1 else values
         fractional = (values < 0) | (abs(values - np.rint(values)) > 0)

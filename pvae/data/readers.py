@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from csv import reader as csv_reader
 from pathlib import Path
 from typing import Any
@@ -19,16 +18,8 @@ def read_table(path: Path) -> dict[str, np.ndarray]:
         Arrays ``x_train`` and, if the file has them, ``y_train``, ``x_test``, ``y_test``: an .npz file may have arrays
         of these names, or ``x`` and ``y``; a .csv or .parquet may have a column ``label``, and the names of its other
         columns are ``columns``. An .npy file gives a memory map.
-
-    Raises:
-        UserError: no such file, unknown format, truncated, pickled, empty, ragged or not numeric.
     """
-    readers: dict[str, Callable[[Path], dict[str, np.ndarray]]] = {
-        ".npy": _read_npy,
-        ".npz": _read_npz,
-        ".csv": _read_csv,
-        ".parquet": _read_parquet,
-    }
+    readers = {".npy": _read_npy, ".npz": _read_npz, ".csv": _read_csv, ".parquet": _read_parquet}
     if path.suffix not in readers:
         raise UserError(f"{path}: unknown format '{path.suffix}'{nearest(path.suffix, readers)}")
     if not path.is_file():

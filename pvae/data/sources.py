@@ -19,7 +19,6 @@ TORCHVISION = {"mnist": "MNIST", "fashion-mnist": "FashionMNIST", "kmnist": "KMN
 NAMES = ("digits", *TORCHVISION)
 
 SPLITS = ("train", "validation", "test")
-
 # The most values of test rows that are held out by default: 1 GiB as float32. It depends on the data alone, lest the
 # same file be split in another way where memory is short.
 HELD_OUT = 2**28
@@ -77,9 +76,8 @@ def split_rows(name: str, arrays: dict[str, Any], columns: int, sizes: SplitSize
         default = min(0.2, HELD_OUT / columns / len(arrays["x_train"]))
         _split(arrays, "test", default if sizes.test is None else sizes.test, generator)
     elif sizes.test is not None:
-        raise UserError(
-            f"{name} comes with its own test set of {len(arrays['x_test'])} rows; leave {param('test_size')} out"
-        )
+        owner = f"{name} comes with its own test set of {len(arrays['x_test'])} rows"
+        raise UserError(owner, hint=f"leave {param('test_size')} out")
     _split(arrays, "validation", sizes.validation, generator)
 
 
@@ -99,8 +97,8 @@ def _split(arrays: dict[str, np.ndarray], part: str, size: float, generator: tor
             arrays[f"{kind}_train"] = rows[order[count:]] if count else rows
 
 
-def encode_labels(name: str, arrays: dict[str, Any]) -> tuple[dict[str, Tensor | None], tuple[str, ...] | None]:
-    """Return each split's labels as numbers, and the words that these number, in alphabetical order, or None."""
+def encode_labels(name: str, arrays: dict[str, Any]) -> dict[str, Any]:
+    """Return each split's labels as numbers, and the words that these number, in alphabetical order, by field."""
     parts = [part for part in SPLITS if f"y_{part}" in arrays]
     labels = np.concatenate([np.asarray(arrays[f"y_{part}"]) for part in parts]) if parts else np.zeros(0)
     for row, value in enumerate(labels.tolist()):
@@ -110,9 +108,9 @@ def encode_labels(name: str, arrays: dict[str, Any]) -> tuple[dict[str, Tensor |
     if labels.dtype.kind not in "biuf":
         words, labels = np.unique(labels.astype(str), return_inverse=True)
         names = tuple(words.tolist())
-        numbers = np.split(labels, np.cumsum([len(arrays[f"y_{part}"]) for part in parts])[:-1])
-        arrays = {f"y_{part}": values for part, values in zip(parts, numbers, strict=True)}
-    return {part: torch.as_tensor(arrays[f"y_{part}"]) if part in parts else None for part in SPLITS}, names
+    splits = np.split(labels, np.cumsum([len(arrays[f"y_{part}"]) for part in parts[:-1]], dtype=int))
+    numbers = {f"{part}_labels": torch.as_tensor(values) for part, values in zip(parts, splits, strict=False)}
+    return numbers | {"label_names": names}
 
 
 def unique_labels(labels: Iterable[Tensor | None]) -> Tensor | None:

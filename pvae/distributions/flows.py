@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution, Normal, constraints
 
-from pvae.errors import UserError
+from pvae.errors import UserError, check_range
 
 Kind = Literal["coupling", "autoregressive"]
 
@@ -62,25 +62,17 @@ def spline(
     """Make a neural spline flow (NSF) near the identity: a module that maps a context [..., C] (or nothing) to T.
 
     Arguments:
-        dim: D, the number of values; the spline of a single one depends on the context alone.
-        context: C, the number of values that the splines depend on besides z.
         kind: "coupling": every other value is transformed, given the rest; "autoregressive": each, given all before it.
         transforms: number of layers. The next one transforms the other half, or takes the values in reversed order.
         hidden: widths of the networks that compute the splines' knots.
         bins: of each spline. It covers [-5, 5]; beyond, T is the identity, so that densities stay normalized.
 
-    Raises:
-        UserError: an unknown kind, transforms or a width below 1, or bins below 2.
-
     Source: Durkan, Bekasov, Murray, Papamakarios (2019), *Neural Spline Flows*, arXiv:1906.04032.
     """
     if kind not in get_args(Kind):
         raise UserError(f"flow: kind is '{kind}', but it must be 'coupling' or 'autoregressive'")
-    if transforms < 1 or bins < 2 or any(width < 1 for width in hidden):
-        raise UserError(
-            f"flow: transforms is {transforms}, bins {bins}, hidden {list(hidden)}, "
-            "but there must be at least 1 transform, 2 bins and 1 unit in each hidden layer"
-        )
+    check_range("flow", least=1, transforms=transforms, hidden=hidden)
+    check_range("flow", least=2, bins=bins)
     zuko = _zuko()
     # A smooth activation: with kinks in T, second derivatives through its draws would be wrong.
     options = {"transforms": transforms, "hidden_features": tuple(hidden), "activation": nn.SiLU}

@@ -15,11 +15,7 @@ from pvae.errors import Incompatible
 
 
 def entry_log_prob(fn: Any, value: Tensor) -> Tensor:
-    r"""Return the log-density of each entry of a row, :math:`\log p(x_d|z)`, [..., *event] nats; 0 where masked.
-
-    >>> entry_log_prob(dist.Bernoulli(logits=torch.zeros(3)).to_event(1), torch.ones(2, 3)).shape
-    torch.Size([2, 3])
-    """
+    r"""Return the log-density of each entry of a row, :math:`\log p(x_d|z)`, [..., *event] nats; 0 where masked."""
     if isinstance(fn, MaskedDistribution):
         return torch.where(fn.observed, entry_log_prob(fn.fn, fn.fill_missing(value)), 0)
     if isinstance(fn, Categorical):

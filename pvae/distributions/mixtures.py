@@ -15,11 +15,7 @@ from torch.special import ndtri
 
 
 def well_spread(count: int, dim: int) -> Tensor:
-    """Return quasi-random points [count, dim] of a standard normal (scrambled Sobol), the same at every call.
-
-    >>> well_spread(100, 2).mean().abs() < 0.1
-    tensor(True)
-    """
+    """Return quasi-random points [count, dim] of a standard normal (scrambled Sobol), the same at every call."""
     points = torch.quasirandom.SobolEngine(dim, scramble=True, seed=0).draw(count, dtype=torch.float64)
     return ndtri(points.clamp(1e-6, 1 - 1e-6)).to(torch.get_default_dtype())
 
@@ -82,10 +78,8 @@ class DiagonalMixture(dist.TorchDistribution):
         with torch.no_grad():
             which = dist.Categorical(logits=self.log_weights).expand(self.batch_shape).sample(torch.Size(sample_shape))
             mean, scale = (
-                entries.expand(*which.shape, *entries.shape[-2:])
-                .gather(-2, which[..., None, None].expand(*which.shape, 1, *self.event_shape))
-                .squeeze(-2)
-                for entries in (self.means, self.scales)
+                torch.take_along_dim(x.expand(*which.shape, *x.shape[-2:]), which[..., None, None], -2).squeeze(-2)
+                for x in (self.means, self.scales)
             )
             return torch.normal(mean, scale)
 

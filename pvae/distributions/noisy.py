@@ -97,13 +97,9 @@ def clamp_to_support(fn: Any, values: Tensor) -> Tensor:
 
 def _enumerate_levels(fn: Any, dims: int = 0) -> tuple[Tensor, Tensor]:
     """Return the values of x, [L, 1, ...], and log p(x|z) of each entry, [L, ..., *event] with ``dims`` after L."""
-    if isinstance(fn, Categorical):
-        log_p = fn.logits.movedim(-2, 0)
-        x = torch.arange(len(log_p), dtype=log_p.dtype, device=log_p.device).view(-1, *(1,) * (log_p.dim() - 1))
-    else:
-        like = fn.mean
-        x = torch.arange(num_levels(fn), dtype=like.dtype, device=like.device).view(-1, *(1,) * like.dim())
-        log_p = fn.base_dist.log_prob(x)
+    like = fn.logits[..., 0, :] if isinstance(fn, Categorical) else fn.mean
+    x = torch.arange(num_levels(fn), dtype=like.dtype, device=like.device).view(-1, *(1,) * like.dim())
+    log_p = fn.logits.movedim(-2, 0) if isinstance(fn, Categorical) else fn.base_dist.log_prob(x)
     ones = (1,) * (dims + 1 - log_p.dim())
     return x.view(len(x), *ones, *x.shape[1:]), log_p.view(len(x), *ones, *log_p.shape[1:])
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import pyro.distributions as dist
@@ -15,8 +16,6 @@ from torch.types import _size
 # log(sinh h / h) = sum_n c_n h^(2n) with c_n = (-1)^(n+1) zeta(2n) / (n pi^(2n)): exact to 1e-17 for |h| < 1/4.
 SERIES = (1 / 6, -1 / 180, 1 / 2835, -1 / 37800, 1 / 467775, -691 / 3831077250, 2 / 127702575)
 BRANCH = 0.25
-
-NO_DIMS = torch.Size()
 
 
 class _Univariate(dist.TorchDistribution):
@@ -43,7 +42,7 @@ class _Univariate(dist.TorchDistribution):
             self._validate_sample(value)
         return self._score(value)
 
-    def sample(self, sample_shape: _size = NO_DIMS) -> Tensor:
+    def sample(self, sample_shape: _size = ()) -> Tensor:
         with torch.no_grad():
             return self._draw(self._extended_shape(sample_shape))
 
@@ -145,7 +144,7 @@ class Categorical(dist.TorchDistribution):
         levels = torch.arange(self.logits.shape[-2], dtype=self.logits.dtype, device=self.logits.device)
         return levels @ self.logits.exp()
 
-    def sample(self, sample_shape: _size = NO_DIMS) -> Tensor:
+    def sample(self, sample_shape: _size = ()) -> Tensor:
         draws = dist.Categorical(logits=self.logits.detach().transpose(-1, -2)).sample(sample_shape)
         return draws.to(self.logits.dtype)
 
@@ -166,7 +165,11 @@ class ContinuousBernoulli(_Univariate):
     logits: Tensor
 
     def _score(self, value: Tensor) -> Tensor:
-        return self.logits * (value - 0.5) - _log_sinhc(self.logits / 2)
+        h = self.logits / 2
+        steep = _away_from_zero(h).abs()
+        far = steep + (-torch.expm1(-2 * steep)).log() - (2 * steep).log()
+        log_sinhc = torch.where(h.abs() < BRANCH, _series(SERIES, h * h) * h * h, far)
+        return self.logits * (value - 0.5) - log_sinhc
 
     @property
     def mean(self) -> Tensor:
@@ -190,19 +193,12 @@ class ContinuousBernoulli(_Univariate):
         return torch.where(slope < 0, falling, 1 - falling).clamp(0, 1)
 
 
-def _log_sinhc(h: Tensor) -> Tensor:
-    """Return log(sinh h / h)."""
-    steep = _away_from_zero(h).abs()
-    far = steep + (-torch.expm1(-2 * steep)).log() - (2 * steep).log()
-    return torch.where(h.abs() < BRANCH, _series(SERIES, h * h) * h * h, far)
-
-
 def _away_from_zero(h: Tensor) -> Tensor:
     """Replace values near 0, whose branch is not taken, by one with a finite gradient."""
     return h.where(h.abs() >= BRANCH, 1.0)
 
 
-def _series(coefficients: list[float] | tuple[float, ...], t: Tensor) -> Tensor:
+def _series(coefficients: Sequence[float], t: Tensor) -> Tensor:
     total = torch.full_like(t, coefficients[-1])
     for c in reversed(coefficients[:-1]):
         total = total * t + c

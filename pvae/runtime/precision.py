@@ -34,10 +34,6 @@ def matmul_precision(name: str, device: torch.device) -> AbstractContextManager[
     """Let network layers multiply in a precision inside a block, forward and backward; their results are float32.
 
     ``tf32`` keeps NVIDIA's 10 bits of mantissa inside a product, ``bf16`` (autocast) 7 bits of each factor.
-
-    >>> with matmul_precision("bf16", torch.device("cpu")):
-    ...     functional.linear(torch.tensor([1.001]), torch.ones(1, 1)).dtype, torch.tensor([1.001]) * 1
-    (torch.float32, tensor([1.0010]))
     """
     check_precision(name, device)
     if name == "bf16":
@@ -47,14 +43,14 @@ def matmul_precision(name: str, device: torch.device) -> AbstractContextManager[
 
 @contextmanager
 def _tf32() -> Iterator[None]:
-    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    products, convolutions = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
     torch.set_float32_matmul_precision("high")
     torch.backends.cudnn.allow_tf32 = True
     try:
         yield
     finally:
-        torch.set_float32_matmul_precision(before[0])
-        torch.backends.cudnn.allow_tf32 = before[1]
+        torch.set_float32_matmul_precision(products)
+        torch.backends.cudnn.allow_tf32 = convolutions
 
 
 class _BFloat16(TorchFunctionMode):

@@ -17,12 +17,7 @@ MIN_OP_SIZE = 400_000
 
 
 class OpSizes(TorchDispatchMode):
-    """Mean size of the operations in a block: floating-point operations of products, elements of other results.
-
-    >>> with OpSizes() as sizes: _ = torch.ones(4, 4) @ torch.ones(4, 4)
-    >>> sizes.mean  # two results of 16 elements, 2 x 4 x 16 operations
-    53.333333333333336
-    """
+    """Mean size of the operations in a block: floating-point operations of products, elements of other results."""
 
     def __init__(self) -> None:
         super().__init__()

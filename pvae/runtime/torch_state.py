@@ -49,9 +49,6 @@ def halve_on_oom(compute: Callable[[slice], Batch], total: int, size: int, what:
         compute: function of a slice; it may be called again on the first half, with the random stream restored.
         size: maximum length of a slice.
         what: the range counts, in the plural, for the line on standard error that reports a smaller size.
-
-    >>> list(halve_on_oom(lambda part: (part.start, part.stop), 5, 2, "rows"))
-    [(0, 2), (2, 4), (4, 5)]
     """
     start, reported = 0, size
     while start < total:

@@ -59,11 +59,6 @@ def trace_function(function: Function, state: Sequence[Tensor], inputs: Sequence
         function: tensors to a tuple of tensors or None. Its operations may depend on the shapes of its inputs, not on
             their values (`TraceError`); it may take gradients and draw random numbers.
         state: tensors that it reads besides, parameters and buffers; the graph reads them afresh at each replay.
-
-    >>> weight = torch.ones(2)
-    >>> graph = trace_function(lambda x: ((weight * x).sum(),), [weight], [torch.ones(2)])
-    >>> graph(2 * weight, torch.ones(2))[0]
-    tensor(4.)
     """
     from torch.fx.experimental.proxy_tensor import make_fx
 
