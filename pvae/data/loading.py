@@ -14,7 +14,7 @@ from torch import Tensor
 from pvae.data.dataset import Dataset
 from pvae.data.memmap import MemmapRows, rows_per_chunk
 from pvae.data.preprocessing import BINARIZATIONS, apply_binarization, check_shape, check_values
-from pvae.data.sources import NAMES, SPLITS, TORCHVISION, SplitSizes, encode_labels, read_source, split_rows
+from pvae.data.sources import SPLITS, TORCHVISION, SplitSizes, encode_labels, read_source, split_rows
 from pvae.errors import UserError, nearest, param
 from pvae.runtime import distributed
 from pvae.runtime.torch_state import available_memory
@@ -87,15 +87,9 @@ def _load_in_memory(name: str, arrays: dict[str, Any], binarize: str, sizes: Spl
     if test_shape != shape:
         raise UserError(f"{name}: test rows have shape {test_shape}, but training rows {shape}")
     rows = {part: torch.from_numpy(arrays[f"x_{part}"]).flatten(1).contiguous() for part in SPLITS}
-    binarized: dict[str, Any] = apply_binarization(rows, binarize)
-    return Dataset(
-        name if name in NAMES else Path(name).stem,
-        **binarized,
-        shape=shape,
-        **encode_labels(name, arrays),
-        binarize=binarize,
-        columns=tuple(map(str, arrays["columns"])) if "columns" in arrays else None,
-    )
+    fields: dict[str, Any] = apply_binarization(rows, binarize) | encode_labels(name, arrays)
+    columns = tuple(map(str, arrays["columns"])) if "columns" in arrays else None
+    return Dataset(Path(name).stem, **fields, shape=shape, binarize=binarize, columns=columns)
 
 
 def _stays_on_disk(name: str, x: np.ndarray, stream: bool | None) -> bool:
@@ -124,8 +118,7 @@ def _load_on_disk(path: Path, x: np.ndarray, binarize: str, sizes: SplitSizes, m
     for first in (size * number for number in distributed.shard(-(-len(x) // size))):
         check_values(str(path), x[first : first + size], binarize, 1, first, missing=missing)
     rows = {part: MemmapRows(path, positions[f"x_{part}"], threshold=binarize == "threshold") for part in SPLITS}
-    held_out_rows = {part: rows[part].to_tensor() for part in ("validation", "test")}
-    in_memory: dict[str, Any] = apply_binarization(held_out_rows, binarize)
+    in_memory: dict[str, Any] = apply_binarization({part: rows[part].to_tensor() for part in SPLITS[1:]}, binarize)
     return Dataset(path.stem, rows["train"], **in_memory, shape=x.shape[1:], binarize=binarize)
 
 

@@ -77,9 +77,9 @@ class DiagonalMixture(dist.TorchDistribution):
     def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
         with torch.no_grad():
             which = dist.Categorical(logits=self.log_weights).expand(self.batch_shape).sample(torch.Size(sample_shape))
+            index = which[..., None, None].expand(*which.shape, 1, *self.event_shape)
             mean, scale = (
-                torch.take_along_dim(x.expand(*which.shape, *x.shape[-2:]), which[..., None, None], -2).squeeze(-2)
-                for x in (self.means, self.scales)
+                x.expand(*which.shape, *x.shape[-2:]).gather(-2, index).squeeze(-2) for x in (self.means, self.scales)
             )
             return torch.normal(mean, scale)
 

@@ -42,12 +42,11 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def _replace_non_finite(value: Any) -> Any:
+    value = value.item() if isinstance(value, np.generic) else value
     if isinstance(value, dict):
         return {key: _replace_non_finite(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [_replace_non_finite(item) for item in value]
-    if isinstance(value, np.generic):
-        return _replace_non_finite(value.item())
     return None if isinstance(value, float) and not np.isfinite(value) else value
 
 

@@ -27,16 +27,10 @@ Outputs = tuple[Tensor | None, ...]
 Layout = tuple[tuple[torch.Size, tuple[int, ...], torch.dtype, torch.device], ...]
 Function = Callable[..., Outputs]
 
-# Buffers of more numbers, such as tables of rows, are taken to be read only: a copy might not fit beside them.
-MAX_RESTORED_SIZE = 1_000_000
-
 # Seconds that compiling takes, once and for each operation, and that it saves at each replay: for each operation, and
 # for each byte between operations. Measured on two cores, see docs/benchmarks.md. Matrix products gain nothing.
 COMPILING, COMPILING_EACH, SAVED_EACH, SAVED_BYTE = 10.0, 0.015, 7e-6, 5e-11
 PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::convolution", "aten::convolution_backward")
-
-# Random numbers are drawn by PyTorch's own generator, as in the function itself; its wrapper is C++ too.
-INDUCTOR = {"fallback_random": True, "cpp_wrapper": True}
 
 
 class CompileCost(NamedTuple):
@@ -86,7 +80,8 @@ class _NoValueAccess(TorchFunctionMode):
 @contextmanager
 def restore_state(state: Sequence[Tensor]) -> Iterator[None]:
     """Restore the random state, and all buffers of up to a million elements, when the block ends."""
-    buffers = [t for t in state if not t.requires_grad and t.numel() <= MAX_RESTORED_SIZE]
+    # Larger ones, such as tables of rows, are taken to be read only: a copy might not fit beside them.
+    buffers = [t for t in state if not t.requires_grad and t.numel() <= 1_000_000]
     stream, before = RandomState(), [t.clone() for t in buffers]
     try:
         yield
@@ -175,7 +170,9 @@ def compile_graph(graph: GraphModule, inputs: Sequence[Tensor]) -> Function:
 
     try:
         with torch.no_grad(), _silent():
-            return inductor.compile(graph, [t.detach() for t in inputs], options=INDUCTOR)
+            # Random numbers are drawn by PyTorch's own generator, as in the function itself.
+            options = {"fallback_random": True, "cpp_wrapper": True}
+            return inductor.compile(graph, [t.detach() for t in inputs], options=options)
     except Exception as error:  # a missing compiler, a bug of Inductor's: any kind
         raise TraceError(_reason(error)) from error
 
