@@ -128,11 +128,9 @@ class Dataset:
 
         With ``steps`` the epoch has so many batches, the last of which takes all rows that are left.
         """
-        order = self.order(batch_size, seed, epoch, start, steps)
-        if not isinstance(self.train, MemmapRows):
-            yield from (Batch(self.rows(index), index) for index in order)
-            return
-        for x, index in self.train.batches(order):
+        order, train = self.order(batch_size, seed, epoch, start, steps), self.train
+        rows = train.batches(order) if isinstance(train, MemmapRows) else ((train[index], index) for index in order)
+        for x, index in rows:
             yield Batch(self._draw(x), index)
 
     def order(

@@ -58,10 +58,8 @@ def _read_torchvision(name: str, folder: str | Path | None) -> dict[str, Any]:
             images = getattr(datasets, TORCHVISION[name])(root, train=part == "train", download=download)
         except Exception as error:  # torchvision raises six kinds, one with an empty message
             reason = " ".join(str(error).split()) or "not in its format"
-            raise UserError(
-                f"{name}: the files in {raw} can't be read ({reason}); remove the folder to have them downloaded "
-                f"again, or set another {param('data_folder')}"
-            ) from error
+            hint = f"remove the folder to have them downloaded again, or set another {param('data_folder')}"
+            raise UserError(f"{name}: the files in {raw} can't be read ({reason})", hint) from error
         if len(images.data) != len(images.targets):
             raise UserError(f"{name}: {raw} has {len(images.data)} {part} images but {len(images.targets)} labels")
         arrays[f"x_{part}"] = images.data.numpy().astype(np.float32) / 255

@@ -97,7 +97,7 @@ def clamp_to_support(fn: Any, values: Tensor) -> Tensor:
 
 def _enumerate_levels(fn: Any, dims: int = 0) -> tuple[Tensor, Tensor]:
     """Return the values of x, [L, 1, ...], and log p(x|z) of each entry, [L, ..., *event] with ``dims`` after L."""
-    like = fn.logits[..., 0, :] if isinstance(fn, Categorical) else fn.mean
+    like = fn.logits.select(-2, 0) if isinstance(fn, Categorical) else fn.mean
     x = torch.arange(num_levels(fn), dtype=like.dtype, device=like.device).view(-1, *(1,) * like.dim())
     log_p = fn.logits.movedim(-2, 0) if isinstance(fn, Categorical) else fn.base_dist.log_prob(x)
     ones = (1,) * (dims + 1 - log_p.dim())

@@ -44,10 +44,8 @@ def local_device(device: torch.device) -> torch.device:
     if world_size() == 1 or device.type != "cuda":
         return device
     if local_rank >= torch.cuda.device_count():
-        raise UserError(
-            f"process {local_rank} of this machine has no CUDA device, there are {torch.cuda.device_count()}; "
-            f"give torchrun as many --nproc-per-node, or set {param('device', 'cpu')}"
-        )
+        lacking = f"process {local_rank} of this machine has no CUDA device, there are {torch.cuda.device_count()}"
+        raise UserError(lacking, hint=f"give torchrun as many --nproc-per-node, or set {param('device', 'cpu')}")
     torch.cuda.set_device(local_rank)
     return torch.device("cuda", local_rank)
 
