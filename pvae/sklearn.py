@@ -34,11 +34,8 @@ __all__ = ["VAE"]
 
 # The estimator's names of a recipe's parameters, if they are others.
 NAMES = {
-    "guide": "inference",
-    "latent": "n_components",
-    "epochs": "max_iter",
-    "patience": "n_iter_no_change",
-    "validation_size": "validation_fraction",
+    **{"guide": "inference", "latent": "n_components", "epochs": "max_iter"},
+    **{"patience": "n_iter_no_change", "validation_size": "validation_fraction"},
 }
 # Parameters of a recipe that the estimator has, by the recipe's names.
 SHARED = (
@@ -55,31 +52,25 @@ class VAE(ClassNamePrefixFeaturesOutMixin, TransformerMixin, DensityMixin, BaseE
 
     Arguments:
         n_components: D, the number of latent dimensions.
-        likelihood: p(x|z). The Gaussian has one scale for all columns: put a ``StandardScaler`` before it.
-        prior: p(z).
-        family: variational family of q(z|x).
-        network: of decoder and encoder.
-        hidden: widths of the network, unless ``network`` states them.
+        likelihood, prior: p(x|z), p(z). The Gaussian has one scale for all columns: put a ``StandardScaler`` before it.
+        family, objective: variational family of q(z|x), and the bound that is trained.
+        network, hidden: of decoder and encoder, and its widths unless ``network`` states them.
         shape: of a row that is a picture, H, W or H, W, C, for ``Conv``.
         inference: inference method. Only under ``Amortized`` a row's results don't depend on the other rows;
             ``PerDatapoint`` maximizes the ELBO of each new row.
-        objective: the bound that is trained.
-        max_iter: epochs.
-        batch_size, learning_rate, engine, device: see `fit`.
+        max_iter, batch_size, learning_rate, engine, device: epochs and other options of `fit`.
         n_iter_no_change: stop after so many epochs without a better ELBO of held-out rows, and go back to the best;
             None trains to the end.
         validation_fraction: share of the rows held out for that.
         missing: NaN marks missing entries; observed entries are scored.
         n_draws: K of `score_samples`.
-        random_state: of initial parameters, batches and draws.
-        verbose: show a progress bar.
+        random_state, verbose: of initial parameters, batches and draws; show a progress bar.
 
     Attributes:
         model_, guide_: program and guide, on the CPU and in double precision, in which a row's results don't depend
             on the size of its batch; ``model_.model`` and ``guide_`` go into all functions of pvae.
         recipe_: the `Recipe`, with all defaults filled in.
-        history_: a row for each epoch, see `Fit`.
-        n_iter_: epochs made.
+        history_, n_iter_: a row for each epoch, see `Fit`, and their number.
         n_features_in_, feature_names_in_: columns, and their names where X has any.
 
     Raises:
@@ -130,8 +121,7 @@ class VAE(ClassNamePrefixFeaturesOutMixin, TransformerMixin, DensityMixin, BaseE
             data = rows if recipe.patience is None else _hold_out(rows, self.validation_fraction, recipe.seed)
             untrained = build_model(recipe, data)
             _check_support(untrained.model, rows)
-            options = {"device": self.device, "progress": bool(self.verbose), "check_data": False}
-            fitted = fit_recipe(untrained, data, **options)
+            fitted = fit_recipe(untrained, data, device=self.device, progress=bool(self.verbose), check_data=False)
         self.model_, self.guide_, self.recipe_ = fitted.program.cpu().double(), fitted.guide.cpu().double(), recipe
         self.history_, self.n_iter_ = fitted.fit.history, len(fitted.fit.history)
         return self
@@ -157,16 +147,16 @@ class VAE(ClassNamePrefixFeaturesOutMixin, TransformerMixin, DensityMixin, BaseE
         check_is_fitted(self)
         with _errors_for_sklearn():
             if self.guide_.family.point_mass:
-                use = param("family")
-                raise Incompatible(f"family Delta has no density, so that there is no evidence; use another {use}")
+                problem = "family Delta has no density, so that there is no evidence"
+                raise Incompatible(problem, f"use another {param('family')}")
             check_range("VAE", n_draws=self.n_draws)
 
         def evidence(rows: RowBatch, q_params: Tensor) -> Tensor:
             # A row's values seed its draws, so that they don't depend on other rows; + 0.0 makes 0 of -0.
             digests = [hashlib.sha256((x + 0.0).tobytes()).digest() for x in rows.x.numpy()]
             seeds = [self.recipe_.seed + int.from_bytes(digest[:7]) for digest in digests]
-            program, K = self.model_.model, self.n_draws
-            return importance_draws(program, self.guide_, q_params, rows.x, K=K, seeds=seeds).log_evidence
+            draws = importance_draws(self.model_.model, self.guide_, q_params, rows.x, K=self.n_draws, seeds=seeds)
+            return draws.log_evidence
 
         return self._map_rows(X, evidence)
 
@@ -230,7 +220,6 @@ def _as_dataset(X: np.ndarray, shape: Sequence[int] | None, missing: bool) -> Da
 
 
 def _hold_out(data: Dataset, fraction: float, seed: int) -> Dataset:
-    """Hold out a random part of the rows for validation."""
     rows, count = torch.as_tensor(data.train), round(len(data.train) * fraction)
     if not 0 < count <= len(rows) - 2:
         size = param("validation_size", fraction)
@@ -258,13 +247,8 @@ def _plain(value: Any) -> Any:
 @contextmanager
 def _errors_for_sklearn() -> Iterator[None]:
     """Raise users' mistakes as scikit-learn does, in the estimator's names of parameters."""
-
-    def render(name: str, value: Any) -> str:
-        name = NAMES.get(name, name)
-        return name if value is None else f"{name}={value}"
-
     try:
-        with params_rendered_by(render):
+        with params_rendered_by(lambda name, value: NAMES.get(name, name) + ("" if value is None else f"={value}")):
             yield
     except UserError as error:
         raise ValueError(str(error)) from None

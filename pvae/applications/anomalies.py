@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -19,16 +19,10 @@ from pvae.inference.posterior import posterior_moments
 from pvae.runtime.pyro_params import Program
 from pvae.stats import Estimate, log_mean_exp, mean_se
 
-# Rank of the nearest reference code whose distance is a score, and distances that are held at once.
-NEIGHBOUR, DISTANCES = 5, 2**22
-
-# Ridge on the covariance of codes, as a share of their mean variance, so that dimensions without variance don't decide.
-RIDGE = 1e-3
-
 # Offset of the reference's seed: its draws are not those of the rows, whose batches' seeds are 1,000,003 apart.
 REFERENCE = 500_009
 
-# What the scores are made of, by name, [B, ...]: bounds, code, share of missing entries.
+# Negative bounds, code and share of missing entries by name, [B, ...], from which the scores are computed.
 Statistics = dict[str, Tensor]
 
 
@@ -37,10 +31,8 @@ class AnomalyScores:
     r"""Anomaly scores of B rows and of R reference rows: the higher, the more anomalous.
 
     Attributes:
-        scores: by name, [B] each.
-        reference: scores of the reference rows, [R] each.
-        false_alarm: share of normal rows that may be flagged, a.
-        K: draws for each row.
+        scores, reference: scores of the rows, [B], and of the reference rows, [R], by name.
+        false_alarm, K: share of normal rows that may be flagged, a; draws for each row.
         left_out: scores that this guide does not have, with the reason.
         missing: share of missing entries of each row, [B], and of each reference row, [R].
 
@@ -63,7 +55,7 @@ class AnomalyScores:
     @property
     def thresholds(self) -> dict[str, float]:
         r"""Scores above which a row is flagged: the :math:`\lceil (R + 1)(1 - a) \rceil`-th of the sorted reference."""
-        rank = _threshold_rank(self._num_reference, self.false_alarm)
+        rank = self._reference_rank[1]
         return {name: values.kthvalue(rank).values.item() for name, values in self.reference.items()}
 
     @property
@@ -71,12 +63,13 @@ class AnomalyScores:
         r"""The false-alarm rate on fresh normal rows, with its spread over references, about
         :math:`\sqrt{a (1 - a) / R}`: that of a Beta distribution, whatever the score. Ties make it smaller.
         """
-        R, k = self._num_reference, _threshold_rank(self._num_reference, self.false_alarm)
+        R, k = self._reference_rank
         return Estimate(1 - k / (R + 1), math.sqrt(k * (R + 1 - k) / (R + 2)) / (R + 1))
 
     @property
-    def _num_reference(self) -> int:
-        return len(next(iter(self.reference.values())))
+    def _reference_rank(self) -> tuple[int, int]:
+        R = len(next(iter(self.reference.values())))
+        return R, _threshold_rank(R, self.false_alarm)
 
     def flagged(self, name: str) -> Tensor:
         """Return which rows are above a score's threshold, [B]."""
@@ -100,7 +93,7 @@ class AnomalyScores:
         """
         figures, anomalous = {}, _check_labels(labels, len(next(iter(self.scores.values()))))
         for name, values in self.scores.items():
-            flagged = self.flagged(name).double()
+            flagged = self.flagged(name)
             figures[f"auroc[{name}]"] = auroc(values, anomalous)
             figures[f"detected[{name}]"] = mean_se(flagged[anomalous])
             figures[f"false_alarms[{name}]"] = mean_se(flagged[~anomalous])
@@ -141,14 +134,10 @@ def detect_anomalies(
     codes are the ones to use.
 
     Arguments:
-        model, guide: a fitted program and its guide.
-        x, index: rows [B, C], and which training datapoints they are; None for new rows.
+        model, guide, x, index, K, seed, progress: as for `encode`; the guide may be any Pyro program.
         reference: normal rows [R, C] that nothing was fitted to.
         scores: their names; all that the guide has unless given.
-        K: draws for each row.
         false_alarm: a, the share of normal rows that may be flagged.
-        seed: of the draws.
-        progress: called with the number of rows done, those of the reference among them.
 
     A reference row is left out of what it is compared with, so that it counts as new rows do, up to 1 / R. Evidence
     that is not a number counts as most anomalous. Only observed entries are scored.
@@ -158,7 +147,6 @@ def detect_anomalies(
         Incompatible: the guide has none of the scores.
 
     See also: `classify`, if there are programs for several classes.
-
     Sources: Nalisnick, Matsukawa, Teh, Lakshminarayanan (2019), *Detecting Out-of-Distribution Inputs to Deep
     Generative Models Using Typicality*, arXiv:1906.02994; Sun, Ming, Zhu, Li (2022), *Out-of-Distribution Detection
     with Deep Nearest Neighbors*, arXiv:2204.06507.
@@ -171,7 +159,8 @@ def detect_anomalies(
     compute = partial(_row_statistics, model, guide, K)
     normal = map_batches(model, guide, compute, reference, seed=seed + REFERENCE, progress=progress)
     rows = map_batches(model, guide, compute, x, index, seed=seed, progress=progress)
-    pairs = {name: [_nan_last(values) for values in SCORES[name](rows, normal)] for name in names}
+    results = {name: DERIVED[name](rows, normal) if name in DERIVED else (rows[name], normal[name]) for name in names}
+    pairs = {name: [torch.where(s.isnan(), torch.inf, s.double()) for s in pair] for name, pair in results.items()}
     of_rows, of_normal = ({name: pair[side] for name, pair in pairs.items()} for side in (0, 1))
     return AnomalyScores(of_rows, of_normal, false_alarm, K, left_out, (rows["missing"], normal["missing"]))
 
@@ -180,8 +169,7 @@ def auroc(scores: Tensor, anomalous: Tensor) -> Estimate:
     r"""Compute the area under the ROC curve, :math:`P(s_1 > s_0) + P(s_1 = s_0) / 2`, with DeLong's standard error.
 
     Arguments:
-        scores: [B], higher for rows that are more likely to be anomalous.
-        anomalous: which rows are, [B], some and not all.
+        scores, anomalous: [B] each, higher for rows that are more likely to be anomalous; which rows are, not all.
 
     Sources: DeLong, DeLong, Clarke-Pearson (1988), *Comparing the Areas under Two or More Correlated Receiver
     Operating Characteristic Curves*, Biometrics 44; by ranks as in Sun and Xu (2014), IEEE Signal Processing Letters.
@@ -205,11 +193,7 @@ def _row_statistics(model: Program, guide: Program, K: int, rows: RowBatch) -> S
         statistics["code"], q = posterior_moments(guide.family, q_params)[0], guide.with_params(q_params)
     w = log_weights(model, q, rows.x, rows.index, K)
     bounds = {"evidence": log_mean_exp(w.log_w.double()), "elbo": w.log_w.mean(0), "reconstruction": w.log_lik.mean(0)}
-    return statistics | bounds
-
-
-def _negative(name: str) -> Callable[[Statistics, Statistics], tuple[Tensor, Tensor]]:
-    return lambda rows, normal: (-rows[name], -normal[name])
+    return statistics | {name: -bound for name, bound in bounds.items()}
 
 
 def _typicality(rows: Statistics, normal: Statistics) -> tuple[Tensor, Tensor]:
@@ -221,13 +205,13 @@ def _typicality(rows: Statistics, normal: Statistics) -> tuple[Tensor, Tensor]:
 def _distance(rows: Statistics, normal: Statistics) -> tuple[Tensor, Tensor]:
     r"""Squared Mahalanobis distances from the reference's codes, a reference row's from all others.
 
-    With :math:`h = d^T S^{-1} d` for d from the mean of R rows and their scatter S, leaving a row out gives
-    :math:`(\frac{R}{R - 1})^2 h / (1 - \frac{R}{R - 1} h)`, by Sherman and Morrison.
+    For scatter S, leaving a row out turns :math:`h = d^T S^{-1} d` into
+    :math:`(\frac{R}{R - 1})^2 h / (1 - \frac{R}{R - 1} h)` (Sherman and Morrison).
     """
     codes, R = normal["code"].double(), len(normal["code"])
     d_rows, d_normal = (statistics["code"].double() - codes.mean(0) for statistics in (rows, normal))
     scatter = d_normal.T @ d_normal
-    ridge = RIDGE * scatter.diag().mean().clamp(min=1e-30)
+    ridge = 1e-3 * scatter.diag().mean().clamp(min=1e-30)  # so that dimensions without variance don't decide
     inverse = torch.linalg.inv(scatter + ridge * torch.eye(codes.shape[1], dtype=codes.dtype))
     h, factor = ((d_normal @ inverse) * d_normal).sum(1), R / (R - 1)
     left_out = (R - 2) * factor**2 * h / (1 - factor * h).clamp(min=1e-12)
@@ -235,35 +219,28 @@ def _distance(rows: Statistics, normal: Statistics) -> tuple[Tensor, Tensor]:
 
 
 def _neighbours(rows: Statistics, normal: Statistics) -> tuple[Tensor, Tensor]:
-    """Distances from the nearest codes of the reference; a reference row is its own nearest, and not counted."""
+    """Distances from the fifth nearest codes of the reference; a reference row is its own nearest, and not counted."""
     codes = normal["code"]
-    k = min(NEIGHBOUR, len(codes) - 1)
+    k = min(5, len(codes) - 1)
     return _kth_distance(rows["code"], codes, k), _kth_distance(codes, codes, k + 1)
 
 
 def _kth_distance(z: Tensor, codes: Tensor, k: int) -> Tensor:
-    chunks = z.split(max(1, DISTANCES // len(codes)))
+    chunks = z.split(max(1, 2**22 // len(codes)))  # to hold few distances at once
     exact = "donot_use_mm_for_euclid_dist"  # by products, a row's distance from itself is not 0
     return torch.cat([torch.cdist(chunk, codes, compute_mode=exact).kthvalue(k, 1).values for chunk in chunks])
 
 
-# From the statistics of rows and of the reference to the scores of both.
-SCORES: dict[str, Callable[[Statistics, Statistics], tuple[Tensor, Tensor]]] = {
-    "evidence": _negative("evidence"),
-    "elbo": _negative("elbo"),
-    "reconstruction": _negative("reconstruction"),
-    "typicality": _typicality,
-    "distance": _distance,
-    "neighbours": _neighbours,
-}
+# Scores of rows and of the reference that are computed from the statistics of both; other scores are such statistics.
+DERIVED = {"typicality": _typicality, "distance": _distance, "neighbours": _neighbours}
+SCORES = ("evidence", "elbo", "reconstruction", *DERIVED)
 
 
 def _available_scores(guide: Program, names: Sequence[str] | None) -> tuple[list[str], dict[str, str]]:
     """Return the wanted scores that a guide has, and why not the others."""
     wanted, reasons = list(SCORES if names is None else names), dict[str, str]()
-    for name in wanted:
-        if name not in SCORES:
-            raise UserError(f"unknown score '{name}'{nearest(name, SCORES)}")
+    if unknown := [name for name in wanted if name not in SCORES]:
+        raise UserError(f"unknown score '{unknown[0]}'{nearest(unknown[0], SCORES)}")
     if not isinstance(guide, Guide):
         reasons = dict.fromkeys(("distance", "neighbours"), "the guide has no family whose means are codes")
     elif guide.family.point_mass:
@@ -273,10 +250,6 @@ def _available_scores(guide: Program, names: Sequence[str] | None) -> tuple[list
     if not available:
         raise Incompatible(f"no score is left: {'; '.join(dict.fromkeys(left_out.values())) or 'none was given'}")
     return available, left_out
-
-
-def _nan_last(scores: Tensor) -> Tensor:
-    return scores.double().nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf)
 
 
 def _threshold_rank(R: int, rate: float) -> int:

@@ -20,13 +20,8 @@ from pvae.inference.posterior import with_fixed_params
 from pvae.runtime.pyro_params import Program
 from pvae.stats import Estimate, log_mean_exp, log_mean_exp_se, mean_se
 
-# Bins of confidence in which the calibration error is measured, and simulations of its size by chance.
-BINS, SIMULATIONS = 15, 200
-
-# Logarithms of the smallest and the largest 1 / T among which the best is searched.
-LOG_POWERS = (-12.0, 12.0)
-
 ClassPrior = Values | Sequence[float] | None
+_Case = tuple[Program, Program, Values]  # program, guide and rows
 
 
 @dataclass(frozen=True)
@@ -35,8 +30,7 @@ class Classification:
 
     Attributes:
         log_evidence: IWAE-K under each class, [B, C] nats: lower bounds of log p(x|y) in expectation.
-        log_evidence_se: Monte Carlo standard errors of these, [B, C]; far too small where q misses the posterior, as
-            the q of another class may.
+        log_evidence_se: their Monte Carlo standard errors, [B, C]; far too small where q misses the posterior.
         log_prior: log p(y), [C].
         temperature: T.
         K: draws for each row and class.
@@ -51,7 +45,7 @@ class Classification:
     @property
     def log_probabilities(self) -> Tensor:
         """log p(y|x), [B, C]."""
-        return _log_posterior(self.log_evidence, self.log_prior, 1 / self.temperature)
+        return (self.log_prior + 1 / self.temperature * self.log_evidence.double()).log_softmax(1)
 
     @property
     def predicted(self) -> Tensor:
@@ -68,18 +62,16 @@ class Classification:
 
         ``log_loss`` is :math:`-\log p(y|x)` in nats, ``brier`` is :math:`\sum_c (p(c|x) - [c = y])^2`. Rows are sorted
         by their confidence :math:`\max_c p(c|x)` into 15 bins of one size; ``calibration_error`` is the mean distance
-        between confidence and accuracy in a bin. A perfectly calibrated classifier has a positive one too:
-        ``calibration_error_by_chance``, by simulation, falls with the number of rows. The ECE judges the most probable
-        class alone, and differences inside a bin cancel; log loss and Brier score have no such holes.
+        between confidence and accuracy in a bin; ``calibration_error_by_chance`` is that of a perfectly calibrated
+        classifier, by simulation. The ECE judges the most probable class alone, and differences inside a bin cancel.
 
         Sources: Naeini, Cooper, Hauskrecht (2015), *Obtaining Well Calibrated Probabilities Using Bayesian Binning*,
         AAAI; Brier (1950), *Verification of Forecasts Expressed in Terms of Probability*, Monthly Weather Review 78.
         """
         y, log_p = _check_labels(labels, self.log_evidence), self.log_probabilities
-        p = log_p.exp()
+        p, is_right = log_p.exp(), (self.predicted == y).double()
         confidence, order = p.max(1).values.sort(stable=True)
-        is_right = (self.predicted == y).double()
-        uniform = torch.rand(SIMULATIONS, len(y), generator=torch.Generator().manual_seed(0), dtype=p.dtype)
+        uniform = torch.rand(200, len(y), generator=torch.Generator().manual_seed(0), dtype=p.dtype)
         by_chance = _calibration_error(confidence, (uniform < confidence).double())[0]
         error, se = _calibration_error(confidence, is_right[order])
         return {
@@ -115,18 +107,15 @@ def classify(
             class give ``RefinedGuide(guide, model)`` for a guide.
         x: rows [B, columns].
         prior: p(y), [C], or weights proportional to it; uniform unless given.
-        temperature: T, by which the log evidence is divided: 1 is Bayes' rule. Networks err on all columns of a row
-            together, so that probabilities at T = 1 are overconfident; `fit_temperature` estimates T.
-        K: draws for each row and class.
-        seed: of the draws.
-        progress: called with the number of rows done, B for each class in all.
+        temperature: T, by which the log evidence is divided: 1 is Bayes' rule, which is overconfident as networks err
+            on all columns of a row together; `fit_temperature` estimates T.
+        K, seed, progress: as for `encode`, for each class.
 
     Raises:
         UserError: fewer than two classes, a prior that does not fit, or a temperature that is not positive.
         Incompatible: a guide of point masses, which has no evidence.
 
     See also: `classify_conditional`, for one program that is given the label; `detect_anomalies`.
-
     Source: Ng and Jordan (2002), *On Discriminative vs. Generative Classifiers*, NeurIPS 14.
     """
     return _classify([(*pair, x) for pair in models], prior, temperature, K, seed, progress)
@@ -183,43 +172,32 @@ def fit_temperature(log_evidence: Tensor, labels: Values, prior: ClassPrior = No
     rows, classes = log_evidence.shape
     exact, smoothing = one_hot(y, classes).double(), 1 / (rows + 2)
     smooth = (1 - smoothing) * exact + smoothing * (1 - exact) / (classes - 1)
-    derivatives = partial(_loss_derivatives, log_evidence, _log_prior(prior, classes))
+    log_prior = _log_prior(prior, classes)
+
+    def derivatives(log_power: float, target: Tensor) -> tuple[Tensor, Tensor]:
+        """First and second derivative of each row's log loss by 1 / T, [B], for targets [B, C]."""
+        p = (log_prior + math.exp(log_power) * log_evidence).log_softmax(1).exp()
+        mean = (p * log_evidence).sum(1)
+        return mean - (target * log_evidence).sum(1), (p * (log_evidence - mean.unsqueeze(1)).square()).sum(1)
 
     def slope(log_power: float, target: Tensor) -> float:
         return derivatives(log_power, target)[0].mean().item()
 
-    low, high = LOG_POWERS
+    low, high = -12.0, 12.0  # logarithms of the smallest and the largest 1 / T
     is_separated = slope(low, exact) < 0 >= slope(high, exact)
     target = smooth if is_separated else exact
     if slope(low, target) >= 0:
-        raise UserError(
-            f"the evidence says less about the classes of these {rows} rows than the prior does, so that no "
-            "temperature is best; fit the programs for longer or to more rows, or calibrate on rows like theirs"
-        )
+        problem = f"the evidence says less about the classes of {rows} rows than the prior does: no temperature is best"
+        raise UserError(problem, "fit the programs for longer or to more rows, or calibrate on rows like theirs")
     power = brentq(slope, low, high, args=(target,))
     first, second = derivatives(power, target)
     se = mean_se(first).se / second.mean().item() * math.exp(-2 * power)
     return Estimate(math.exp(-power), math.nan if is_separated else se)
 
 
-def _loss_derivatives(
-    log_evidence: Tensor, log_prior: Tensor, log_power: float, target: Tensor
-) -> tuple[Tensor, Tensor]:
-    """First and second derivative of each row's log loss by 1 / T, [B], for targets [B, C]."""
-    p = _log_posterior(log_evidence, log_prior, math.exp(log_power)).exp()
-    mean = (p * log_evidence).sum(1)
-    return mean - (target * log_evidence).sum(1), (p * (log_evidence - mean.unsqueeze(1)).square()).sum(1)
-
-
 def _classify(
-    cases: Sequence[tuple[Program, Program, Values]],
-    prior: ClassPrior,
-    temperature: float,
-    K: int,
-    seed: int,
-    progress: Progress,
+    cases: Sequence[_Case], prior: ClassPrior, temperature: float, K: int, seed: int, progress: Progress
 ) -> Classification:
-    """Compute the evidence of rows under each class's program and guide, side by side."""
     check_range("classify", temperature=temperature, K=K)
     if len(cases) < 2:
         raise UserError(f"{len(cases)} class is given; at least 2 are needed to classify")
@@ -237,10 +215,6 @@ def _classify(
         columns.append(map_batches(model, guide, partial(compute, model, guide), x, seed=seed, progress=progress))
     evidence, se = (torch.stack([column[name] for column in columns], 1) for name in ("evidence", "se"))
     return Classification(evidence, se, log_prior, temperature, K)
-
-
-def _log_posterior(log_evidence: Tensor, log_prior: Tensor, power: float) -> Tensor:
-    return (log_prior + power * log_evidence.double()).log_softmax(1)
 
 
 def _log_prior(prior: ClassPrior, classes: int) -> Tensor:
@@ -263,7 +237,7 @@ def _check_labels(labels: Values, log_evidence: Tensor) -> Tensor:
 
 def _calibration_error(confidence: Tensor, is_right: Tensor) -> tuple[Tensor, Tensor]:
     """Expected calibration error of sorted confidences [B], and its standard error, for right predictions [..., B]."""
-    differences = (is_right - confidence).tensor_split(min(BINS, len(confidence)), -1)
+    differences = (is_right - confidence).tensor_split(min(15, len(confidence)), -1)
     bins = [(d.shape[-1] / len(confidence), d) for d in differences]
     error = sum(weight * d.mean(-1).abs() for weight, d in bins)
     variance = sum(weight**2 * d.var(-1, correction=0) / d.shape[-1] for weight, d in bins)

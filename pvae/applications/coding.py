@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import cosine_similarity
 
 from pvae.errors import Incompatible, UserError, check_range, nearest, param
 from pvae.generative.handlers import HandledProgram, TemperPrior
@@ -16,11 +17,8 @@ from pvae.inference import posterior
 from pvae.inference.batching import Progress, RowBatch, Values, draw_chunks, map_batches, silent
 from pvae.inference.guides import Guide
 from pvae.inference.importance import log_weights
-from pvae.inference.posterior import likelihood_at, posterior_moments
 from pvae.runtime.pyro_params import Program
 from pvae.stats import Estimate, mean_se
-
-PATHS = ("linear", "spherical")
 
 
 @dataclass(frozen=True)
@@ -61,12 +59,11 @@ def encode(
     Arguments:
         model, guide: a fitted program and its guide.
         x, index: rows [B, C], and which training datapoints they are; None for new rows.
-        K: draws for rate and distortion.
+        K: draws for each row, here for rate and distortion.
         seed: of the draws.
         progress: called with the number of rows done.
 
     See also: `decode`, `reconstruct`.
-
     Source of bits-back coding: Hinton and van Camp (1993), *Keeping Neural Networks Simple*; Townsend, Bird, Barber
     (2019), arXiv:1901.04866.
     """
@@ -74,11 +71,11 @@ def encode(
 
     def compute(rows: RowBatch) -> dict[str, Tensor]:
         q_params = guide.params(rows.x, rows.index).detach()
-        mean, sd = posterior_moments(guide.family, q_params)
+        mean, sd = posterior.posterior_moments(guide.family, q_params)
         point_mass = guide.family.point_mass
         draws = log_weights(model, guide.with_params(q_params), rows.x, rows.index, 1 if point_mass else K)
         rate = (draws.log_q - draws.log_prior).mean(0) / math.log(2)
-        x_hat = likelihood_at(model, guide.sites, mean, rows.x, rows.index).mean
+        x_hat = posterior.likelihood_at(model, guide.sites, mean, rows.x, rows.index).mean
         return {
             "mean": mean,
             "sd": sd,
@@ -141,10 +138,9 @@ def reconstruct(
     check_range("reconstruct", K=K)
 
     def compute(rows: RowBatch) -> dict[str, Tensor]:
-        q, total = posterior.with_fixed_params(guide, rows.x, rows.index), torch.zeros(())
-        for _ in range(K):
-            total = total + posterior.posterior_predictive(model, q, rows.x, rows.index).likelihood.mean / K
-        return {"x": total}
+        q = posterior.with_fixed_params(guide, rows.x, rows.index)
+        means = (posterior.posterior_predictive(model, q, rows.x, rows.index).likelihood.mean for _ in range(K))
+        return {"x": sum((mean / K for mean in means), torch.zeros(()))}
 
     return map_batches(model, guide, compute, x, index, seed=seed, progress=progress)["x"]
 
@@ -162,19 +158,17 @@ def sample(
 
     Arguments:
         model: a fitted Pyro program.
-        like: rows [B, C] that give the number of rows and their shape; a program that is given something beside its
-            latents, such as a label's columns, takes it from them.
+        like: rows [B, C] that give the number of rows, their shape, and what the program is given beside its latents,
+            such as a label's columns.
         temperature: factor of the noise behind each latent: below 1 draws keep to the dense regions of the prior, at 0
             they are its centre (of a mixture the centres of its components).
-        draw: draw x from p(x|z) instead of taking its mean.
-        seed, progress: as for `encode`.
+        draw, seed, progress: as for `decode`.
 
     Raises:
         UserError: a negative temperature.
         Incompatible: a latent whose distribution has no scale to multiply.
 
     See also: `augment`, which draws around given rows.
-
     Source: Kingma and Dhariwal (2018), *Glow*, arXiv:1807.03039, section 6.
     """
     check_range(least=0, temperature=temperature)
@@ -212,15 +206,10 @@ def interpolate(
     the codes; linear where that is 0 or pi.
 
     Arguments:
-        model, guide: a fitted program and its guide.
-        x, index: the rows of the path in their order, [R, C] with R at least 2, and which training datapoints they are.
-            What a program is given beside its latents, such as a label's columns, is the nearest row's.
-        steps: from one row to the next.
+        model, guide, x, index, seed: as for `encode`, for at least two rows [R, C] in the order of the path. What a
+            program is given beside its latents, such as a label's columns, is the nearest row's.
+        steps: from one row to the next, so that the path has S = steps (R - 1) + 1 codes.
         how: ``linear`` or ``spherical``.
-        seed: of the draws of a guide that searches for its codes.
-
-    Returns:
-        The path, S = steps (R - 1) + 1 codes.
 
     Raises:
         UserError: fewer than two rows, no step, or an unknown way.
@@ -229,25 +218,20 @@ def interpolate(
     arXiv:1609.04468.
     """
     check_range("interpolate", steps=steps)
-    if how not in PATHS:
-        raise UserError(f"unknown path '{how}'{nearest(how, PATHS)}")
+    if how not in (paths := ("linear", "spherical")):
+        raise UserError(f"unknown path '{how}'{nearest(how, paths)}")
     if len(x) < 2:
         raise UserError(f"a path needs at least 2 rows, but {len(x)} is given")
     codes = posterior.posterior_means(model, guide, x, index, seed=seed)
     at = torch.arange(steps * (len(x) - 1) + 1).to(codes) / steps
     first = at.long().clamp(max=len(x) - 2)
-    z = _between(codes[first], codes[first + 1], (at - first).unsqueeze(-1), how)
+    start, end, t = codes[first], codes[first + 1], (at - first).unsqueeze(-1)
+    z = torch.lerp(start, end, t)
+    if how == "spherical":
+        angle = cosine_similarity(start, end, dim=-1).unsqueeze(-1).clamp(-1, 1).acos()
+        arc = (((1 - t) * angle).sin() * start + (t * angle).sin() * end) / angle.sin()
+        z = torch.where(angle.sin() > 1e-4, arc, z)
     return Path(z, decode(model, guide, z, torch.as_tensor(x)[at.round().long()], seed=seed), at)
-
-
-def _between(start: Tensor, end: Tensor, t: Tensor, how: str) -> Tensor:
-    """Codes [S, D] at shares t [S, 1] of the ways from start to end."""
-    line = torch.lerp(start, end, t)
-    if how == "linear":
-        return line
-    angle = torch.nn.functional.cosine_similarity(start, end, dim=-1).unsqueeze(-1).clamp(-1, 1).acos()
-    arc = (((1 - t) * angle).sin() * start + (t * angle).sin() * end) / angle.sin()
-    return torch.where(angle.sin() > 1e-4, arc, line)
 
 
 class Augmentation(NamedTuple):
@@ -277,7 +261,7 @@ def augment(
         model, guide, x, index, seed, progress: as for `encode`.
         per_row: generated rows for each given row.
         spread: s, in standard deviations of q: 0 gives reconstructions, 1 what the posterior finds plausible.
-        draw: draw x from p(x|z) instead of taking its mean.
+        draw: as for `decode`.
 
     Raises:
         UserError: ``per_row`` below 1, or a negative spread.
@@ -288,21 +272,18 @@ def augment(
     check_range("augment", per_row=per_row)
     check_range(least=0, spread=spread)
     if spread and guide.family.point_mass:
-        raise Incompatible(
-            "augment: a point mass has no spread, so that all rows generated around a row would be one; fit with "
-            f"another {param('family')}, or set {param('spread', 0)} and draw rows from p(x|z)"
-        )
+        remedy = f"fit with another {param('family')}, or set {param('spread', 0)} and draw rows from p(x|z)"
+        raise Incompatible(f"augment: a point mass has no spread: all rows around a row would be one; {remedy}")
 
     def compute(rows: RowBatch) -> dict[str, Tensor]:
         q_params = guide.params(rows.x, rows.index).detach()
-        mean = posterior_moments(guide.family, q_params)[0]
+        mean = posterior.posterior_moments(guide.family, q_params)[0]
         draws = guide.family(q_params).sample(torch.Size([per_row]))
         z = (mean + spread * (draws - mean)).transpose(0, 1).flatten(0, 1)
         row = torch.arange(len(q_params), device=z.device).repeat_interleave(per_row)
-        decoded = []
-        for part in draw_chunks(len(z), 1):
-            fn = likelihood_at(model, guide.sites, z[part], rows.x[row[part]])
-            decoded.append((fn.sample() if draw else fn.mean).cpu())
-        return {"x": torch.cat(decoded), "row": row + rows.place.start}
+        parts = draw_chunks(len(z), 1)
+        likelihoods = (posterior.likelihood_at(model, guide.sites, z[part], rows.x[row[part]]) for part in parts)
+        decoded = torch.cat([(fn.sample() if draw else fn.mean).cpu() for fn in likelihoods])
+        return {"x": decoded, "row": row + rows.place.start}
 
     return Augmentation(**map_batches(model, guide, compute, x, index, seed=seed, progress=progress))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pvae.errors import UserError, check_range, nearest
-from pvae.inference.batching import Progress, RowBatch, Values, as_rows, inference_mode, map_batches, silent
+from pvae.inference.batching import Progress, Values, as_rows, inference_mode, map_batches, silent
 from pvae.inference.families import Family
 from pvae.inference.guides import Guide
 from pvae.inference.posterior import common_draws, decode_latents, encode_rows, posterior_means, prior_predictive
@@ -20,10 +20,6 @@ from pvae.samplers.log_joint import unconstrain
 PROJECTIONS = ("auto", "plane", "pca", "tsne")
 # Values that a grid of decoded rows may hold, so that a page with it stays below 2 MB.
 VALUES = 1_400_000
-# Half a slider's range in standard deviations of the codes; share of the prior outside a grid on each side.
-REACH, TAIL = 2.5, 0.01
-# Draws of the prior.
-PRIOR_DRAWS = 500
 
 
 @dataclass(frozen=True)
@@ -31,13 +27,13 @@ class LatentMap:
     """Codes of B rows on a plane, in units of the unconstrained latents (t-SNE has units of its own).
 
     Attributes:
-        how: ``plane``, the latents themselves; ``pca``, the plane of the codes' first two principal components; or
-            ``tsne``.
+        how: ``plane``, the latents themselves; ``pca``, the codes' first two principal components; or ``tsne``, which
+            has no inverse: the fields below the codes are then None, and those of the grid empty.
         codes: means of q(z|x), [B, 2].
-        spread: covariances of q(z|x), [B, 2, 2]; None for t-SNE.
-        prior: draws from the prior, [S, 2]; None for t-SNE.
-        share: of the codes' variance along each axis, [2]; None for t-SNE.
-        grid_x, grid_y: coordinates of the grid's columns and rows, [G] each; empty for t-SNE, which has no inverse.
+        spread: covariances of q(z|x), [B, 2, 2].
+        prior: draws from the prior, [S, 2].
+        share: of the codes' variance along each axis, [2].
+        grid_x, grid_y: coordinates of the grid's columns and rows, [G] each.
         grid: means of p(x|z), ``grid[i, j]`` at (grid_x[j], grid_y[i]), [G, G, C].
     """
 
@@ -83,21 +79,17 @@ def map_latents(
     """Map the codes of rows on a plane (latent space itself, PCA or t-SNE) and decode a grid of it.
 
     Arguments:
-        model, guide: a fitted program and its guide.
-        x, index: rows [B, C], and which training datapoints they are; None for new rows. What a program is given beside
-            its latents, such as a label's columns, the grid takes from the first row.
+        model, guide, x, index, seed, progress: as for `encode`. What a program is given beside its latents, such as a
+            label's columns, the grid takes from the first row.
         projection: ``plane`` for two latent dimensions; ``pca`` or ``tsne`` for more; ``auto`` is plane or pca.
         size: G, columns and rows of the grid, at least 2; fewer if rows are so wide that a page could not hold it.
         perplexity: of t-SNE, about the number of neighbours that each code keeps.
-        seed: of all noise.
-        progress: called with the number of rows done, those of the grid included.
 
     Raises:
         UserError: an unknown projection, one that does not go with the number of dimensions or rows, or a grid of
             fewer than 2 points.
 
     See also: `make_sliders`, for more than two dimensions; `encode`.
-
     Source of t-SNE: van der Maaten and Hinton (2008), *Visualizing Data using t-SNE*, JMLR 9.
     """
     rows, D = as_rows(x, model), guide.sites.dim
@@ -106,18 +98,18 @@ def map_latents(
     q_params, codes, _ = encode_rows(model, guide, rows, index, seed=seed, progress=progress)
     codes = codes.float()
     if how == "tsne":
-        empty = torch.zeros(0)
-        return LatentMap(how, _embed_by_tsne(codes, perplexity, seed), None, None, None, empty, empty, empty)
+        return LatentMap(how, _embed_by_tsne(codes, perplexity, seed), None, None, None, *torch.zeros(3, 0))
     centre, axes, share = _principal_components(codes, 2) if how == "pca" else _latent_plane(codes)
-    points, prior = (codes - centre) @ axes, (_prior_draws(model, guide, rows, seed) - centre) @ axes
+    with inference_mode(model, seed=seed):
+        draws = prior_predictive(model, rows[torch.arange(500) % len(rows)]).latents
+        prior = (unconstrain(guide.sites, draws).cpu().float() - centre) @ axes
+    points = (codes - centre) @ axes
     grid_x, grid_y = _grid_lines(points, prior, min(size, math.isqrt(VALUES // rows.shape[1])))
     z = torch.cartesian_prod(grid_y, grid_x).flip(1) @ axes.T + centre
     grid = decode_latents(model, guide, z, rows[:1], progress=progress).flatten(1)
-
-    def covariance(part: RowBatch) -> dict[str, Tensor]:
-        return {"spread": _covariance(guide.family, part.x, axes.to(part.x))}
-
-    spread = map_batches(model, guide, covariance, q_params, seed=seed)["spread"]
+    spread = map_batches(
+        model, guide, lambda part: {"V": _covariance(guide.family, part.x, axes.to(part.x))}, q_params, seed=seed
+    )["V"]
     return LatentMap(how, points, spread, prior, share, grid_x, grid_y, grid.unflatten(0, (len(grid_y), len(grid_x))))
 
 
@@ -153,7 +145,7 @@ def make_sliders(
     positions, count = _affordable(rows.shape[1], positions, min(directions, codes.shape[1]))
     centre, axes, share = _principal_components(codes, count)
     scale = ((codes - centre) @ axes).std(0)
-    places = torch.linspace(-REACH, REACH, positions)
+    places = torch.linspace(-2.5, 2.5, positions)
     steps = torch.cartesian_prod(*[places] * count).view(-1, count)
     z = centre + (steps * scale) @ axes.T
     grid = decode_latents(model, guide, z, rows[:1], progress=progress).flatten(1)
@@ -167,7 +159,7 @@ def _choose_projection(word: str, D: int) -> str:
         raise UserError("the latents have 1 dimension, a line and no plane: sliders or interpolate show it")
     if word == "plane" and D != 2:
         raise UserError(f"projection 'plane' is for 2 latent dimensions, and here are {D}: take 'pca' or 'tsne'")
-    return {"auto": "plane" if D == 2 else "pca"}.get(word, word)
+    return word if word != "auto" else "plane" if D == 2 else "pca"
 
 
 def _affordable(columns: int, positions: int, directions: int) -> tuple[int, int]:
@@ -187,35 +179,23 @@ def _latent_plane(codes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _principal_components(codes: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the codes' mean [D], first principal components as columns [D, count], and shares of the variance.
-
-    The largest entry of a component is positive.
-    """
+    """Return the codes' mean [D], principal components [D, count] of largest entry positive, and shares of variance."""
     from sklearn.decomposition import PCA
-    from sklearn.utils.extmath import svd_flip
 
     if len(codes) <= count:
         raise UserError(f"{len(codes)} rows have no {count} principal components; give at least {count + 1}")
     with np.errstate(invalid="ignore"):  # shares of codes without variance are 0 / 0
         pca = PCA(count, svd_solver="full").fit(codes.double().numpy())
-    components = svd_flip(None, pca.components_, u_based_decision=False)[1]
-    mean, axes, share = map(torch.as_tensor, (pca.mean_, components.T, pca.explained_variance_ratio_))
+    mean, axes, share = map(torch.as_tensor, (pca.mean_, pca.components_.T, pca.explained_variance_ratio_))
     return mean.float(), axes.float(), share.nan_to_num(0.0).float()
 
 
-def _prior_draws(model: Program, guide: Guide, rows: Tensor, seed: int) -> Tensor:
-    like = rows[torch.arange(PRIOR_DRAWS) % len(rows)]
-    with inference_mode(model, seed=seed):
-        return unconstrain(guide.sites, prior_predictive(model, like).latents).cpu().float()
-
-
-def _grid_lines(codes: Tensor, prior: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """Return grid lines that cover all codes, with a margin, and the prior except its tails."""
-    low = torch.minimum(codes.amin(0), prior.quantile(TAIL, 0))
-    high = torch.maximum(codes.amax(0), prior.quantile(1 - TAIL, 0))
+def _grid_lines(codes: Tensor, prior: Tensor, size: int) -> list[Tensor]:
+    """Return grid lines in x and y that cover all codes, with a margin, and the prior except its tails."""
+    low = torch.minimum(codes.amin(0), prior.quantile(0.01, 0))
+    high = torch.maximum(codes.amax(0), prior.quantile(0.99, 0))
     margin = 0.03 * (high - low)
-    grid_x, grid_y = (torch.linspace(a, b, max(size, 2)) for a, b in zip(low - margin, high + margin, strict=True))
-    return grid_x, grid_y
+    return [torch.linspace(a, b, max(size, 2)) for a, b in zip(low - margin, high + margin, strict=True)]
 
 
 def _covariance(family: Family, q_params: Tensor, axes: Tensor) -> Tensor:
@@ -235,9 +215,7 @@ def _embed_by_tsne(codes: Tensor, perplexity: float, seed: int) -> Tensor:
 
     check_range("latent_map", perplexity=perplexity)
     if perplexity >= len(codes):
-        raise UserError(
-            f"t-SNE at perplexity {perplexity:g} needs more than {perplexity:g} rows, and here are {len(codes)}; give "
-            "more rows (or in Python a smaller perplexity)"
-        )
+        need = f"t-SNE at perplexity {perplexity:g} needs more than {perplexity:g} rows, and here are {len(codes)}"
+        raise UserError(f"{need}; give more rows (or in Python a smaller perplexity)")
     places = TSNE(perplexity=perplexity, init="pca", random_state=seed).fit_transform(codes.double().numpy())
     return torch.as_tensor(places).float()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -38,9 +39,8 @@ class Imputation:
     Attributes:
         x: observed entries as they were, :math:`E[x_{mis}|x_{obs}]` elsewhere, [B, C].
         sd: standard deviation of :math:`p(x_{mis}|x_{obs})`, entry by entry, [B, C]; 0 for observed entries.
-        draws: multiple imputations: rows whose missing entries are drawn jointly from :math:`p(x_{mis}|x_{obs})`,
-            [S, B, C].
-        ess: effective sample size of the K importance draws for each row, [B]; NaN for rows without missing entries.
+        draws: multiple imputations: missing entries drawn jointly from :math:`p(x_{mis}|x_{obs})`, [S, B, C].
+        ess: effective sample size of the K importance draws for each row, [B]; NaN for complete rows.
     """
 
     x: Tensor
@@ -55,12 +55,8 @@ class Imputation:
 
 @dataclass(frozen=True)
 class Denoising:
-    """Denoised rows; C are the columns that the program observes.
-
-    Attributes:
-        x: E[x|y], [B, C].
-        sd: standard deviation of p(x|y), entry by entry, [B, C].
-        ess: effective sample size of the K importance draws for each row, [B].
+    """Denoised rows of the columns C that the program observes: E[x|y] and the standard deviation of p(x|y), entry by
+    entry, x and sd [B, C], and the effective sample size of the K importance draws for each row, ess [B].
     """
 
     x: Tensor
@@ -93,16 +89,13 @@ def impute(
     and draws are those of :math:`\sum_k v_k\, p(x_{mis}|z_k)`.
 
     Arguments:
-        model, guide: a fitted program and its guide. A point mass takes one draw, whose spread is p(x|z)'s alone.
-        x, index: rows [B, C], NaN for missing entries, and which training datapoints they are; None for new rows.
+        model, guide, x, index, K, seed, progress: as for `encode`; NaN marks missing entries, and complete rows are
+            skipped. A point mass takes one draw, whose spread is p(x|z)'s alone.
         observed: which entries are observed, [B, C], if NaN does not say it.
         means: of the columns, [C], in the place of missing entries for an encoder that was trained on complete rows;
             those of the rows given unless given.
-        K: draws for each row.
         draws: S, multiple imputations of each row.
         steps: the most refinement steps of a row's q.
-        seed: of all draws.
-        progress: called with the number of rows done; complete rows are skipped.
 
     Raises:
         UserError: counts below 1, a mask or means of another shape, a label that is missing, or an observed value
@@ -110,7 +103,6 @@ def impute(
         Incompatible: the program scores whole rows, or observes something else than the rows' columns.
 
     See also: `denoise`, which imputes missing entries of noisy rows too.
-
     Source: Mattei and Frellsen (2019), *MIWAE: Deep Generative Modelling and Imputation of Incomplete Data Sets*,
     arXiv:1812.02633.
     """
@@ -123,12 +115,12 @@ def impute(
     results["ess"] = values.new_full((len(values),), torch.nan)
     if len(incomplete):
         part = every.at(incomplete)
-        candidates = part.with_nan if _encodes_nan(guide, part.with_nan[:1]) else part.rows
+        with_nan = torch.where(part.mask, part.rows, torch.nan)
+        candidates = with_nan if _encodes_nan(guide, with_nan[:1]) else part.rows
 
         def compute(rows: RowBatch) -> dict[str, Tensor]:
-            values, there = part.values[rows.place], part.observed[rows.place]
-            program = mask_missing(model, there)
-            mixture = part.fit_mixture(program, guide, rows, candidates[rows.place], K, steps, seed)
+            values, there, start = part.values[rows.place], part.observed[rows.place], candidates[rows.place]
+            mixture = part.fit_mixture(mask_missing(model, there), guide, rows, start, K, steps, seed)
             mean, sd = mixture.moments(lambda fn, _: entry_moments(fn))
             drawn = torch.where(there, values, mixture.draw(draws)).transpose(0, 1)
             mean, sd = torch.where(there, values, mean), sd.masked_fill(there, 0)
@@ -157,22 +149,19 @@ def denoise(
     weights :math:`v_k \propto p(y, z_k) / q(z_k)`. Entries of y that are NaN are missing: they are imputed.
 
     Arguments:
-        model, guide: a program that was fitted to clean rows, and its guide.
-        y, index: noisy rows [B, C], and which training datapoints they are; None for new rows.
+        model, guide, y, index, K, steps, seed, progress: as for `impute`; the program was fitted to clean rows.
         noise: p(y|x), as `GaussianNoise` and `FlipNoise`, or a function from x to a distribution of as many entries.
-        K, steps, seed, progress: as for `impute`.
 
     Raises:
         UserError: counts below 1, or values that the noise can't have left.
-        Incompatible: the program scores whole rows or observes something else than the rows' columns, the noise does
-            not take its values, or p(x|z) has no finite variance.
+        Incompatible: as for `impute`, or the noise does not take such values, or p(x|z) has no finite variance.
 
     See also: `impute`; `reconstruct`, which does not know the noise.
     """
     check_range("denoise", K=K, steps=steps)
     every = _observe("denoise", model, guide, y, index)
     noisy = with_noise(model, noise, every.site)
-    _check_variance(every)
+    every.check_variance()
     with inference_mode(seed=LOOK):
         fn = observed_site(noisy, every.rows[:1], None if every.index is None else every.index[:1])["fn"]
     every.check_values(fn.support)
@@ -197,8 +186,8 @@ def denoise(
 
 
 class _ObservedRows(NamedTuple):
-    """Rows as a program observes them: all columns [B, C'] with means in the place of missing entries, and their mask;
-    their indices; values and mask of the columns [B, C] at the observed site; its name, and p(x|z) of a few rows.
+    """Rows [B, C'] with means in the place of missing entries, their mask and indices; values and mask of the columns
+    [B, C] at the observed site, its name, and p(x|z) of a few rows.
     """
 
     rows: Tensor
@@ -210,13 +199,7 @@ class _ObservedRows(NamedTuple):
     fn: Any
 
     def at(self, which: Tensor) -> _ObservedRows:
-        index = None if self.index is None else self.index[which]
-        rows, mask, values, observed = (t[which] for t in (self.rows, self.mask, self.values, self.observed))
-        return _ObservedRows(rows, mask, index, values, observed, self.site, self.fn)
-
-    @property
-    def with_nan(self) -> Tensor:
-        return torch.where(self.mask, self.rows, torch.nan)
+        return _ObservedRows._make(field[which] if isinstance(field, Tensor) else field for field in self)
 
     def map_batches(
         self, model: Program, guide: Guide, compute: Callable[[RowBatch], Any], seed: int, progress: Progress
@@ -239,6 +222,14 @@ class _ObservedRows(NamedTuple):
         inner = base_constraint(support)
         outside = self.observed & ~(inner.check(self.values) & self.values.isfinite())
         refuse_first(outside, self.values, f", which is no value of site '{self.site}' ({inner})")
+
+    def check_variance(self) -> None:
+        with contextlib.suppress(NotImplementedError):
+            if entry_moments(self.fn).variance.isfinite().all():
+                return
+        kind = type(getattr(self.fn, "base_dist", self.fn)).__name__
+        problem = f"denoise: site '{self.site}' is {kind}, which has no finite variance here"
+        raise Incompatible(f"{problem}; fit another likelihood, such as Gaussian, or StudentT of df above 2")
 
 
 def _observe(
@@ -266,10 +257,8 @@ def _observe(
 def _as_mask(x: Tensor, observed: Values | None) -> Tensor:
     mask = torch.ones_like(x, dtype=torch.bool) if observed is None else torch.as_tensor(observed)
     if mask.dtype != torch.bool or mask.shape != x.shape:
-        raise UserError(
-            f"the mask is {mask.dtype} of shape {tuple(mask.shape)}; it must be bool, True for observed entries, of "
-            f"the rows' shape {tuple(x.shape)}"
-        )
+        need = f"it must be bool, True for observed entries, of the rows' shape {tuple(x.shape)}"
+        raise UserError(f"the mask is {mask.dtype} of shape {tuple(mask.shape)}; {need}")
     return mask.to(x.device)
 
 
@@ -278,19 +267,6 @@ def _as_means(x: Tensor, means: Values) -> Tensor:
     if values.shape != x.shape[1:]:
         raise UserError(f"the means have shape {tuple(values.shape)}, but the rows' columns {tuple(x.shape[1:])}")
     return values.nan_to_num()
-
-
-def _check_variance(rows: _ObservedRows) -> None:
-    try:
-        is_finite = bool(entry_moments(rows.fn).variance.isfinite().all())
-    except NotImplementedError:
-        is_finite = False
-    if not is_finite:
-        kind = type(getattr(rows.fn, "base_dist", rows.fn)).__name__
-        raise Incompatible(
-            f"denoise: site '{rows.site}' is {kind}, which has no finite variance here; fit another likelihood, "
-            "such as Gaussian, or StudentT of df above 2"
-        )
 
 
 def _unmasked(fn: Any) -> Any:

@@ -26,13 +26,10 @@ from pvae.training.objectives import Objective
 
 @dataclass(frozen=True)
 class FittedModel:
-    """A recipe's generative program, guide and objective, and the report of their fit.
+    """A resolved recipe's program, guide (the approximate posterior) and objective, and the report of their fit.
 
     Attributes:
-        recipe: resolved.
         program: the module whose method ``model`` is the generative program.
-        guide: the approximate posterior.
-        objective: what training maximizes.
         fit: history and time of the fit; an empty history before it.
     """
 
@@ -87,7 +84,7 @@ def build_model(recipe: Recipe, dataset: Dataset) -> FittedModel:
             program.model = mask_missing(program.model)
         sites = find_latent_sites(program.model, dataset.train[:3])
         if sites.dim != family.dim:  # the program's latents are not the recipe's D dimensions
-            if _is_made_of_posterior(recipe):
+            if prior is not None and accepts_argument("prior", recipe.prior, "posterior"):
                 raise Incompatible(f"prior {recipe.name('prior')} needs z to be the program's only latent")
             family = make("family", recipe.family, dim=sites.dim)
             encoder = make_encoder(recipe, dataset, family)
@@ -120,20 +117,15 @@ def make_prior(recipe: Recipe, dataset: Dataset, posterior: EncoderPosterior) ->
     """Make the prior p(z), a VampPrior of the amortized posterior; None if the program takes none."""
     if not accepts_argument("program", recipe.program, "prior"):
         return None
-    if _is_made_of_posterior(recipe):
+    if accepts_argument("prior", recipe.prior, "posterior"):
         prior, guide, family = (recipe.type_name(kind) for kind in ("prior", "guide", "family"))
         if not accepts_argument("guide", recipe.guide, "encoder"):
-            hint = f"use {param('guide', 'Amortized')}"
-            raise Incompatible(f"prior {prior} needs an encoder, and guide {guide} has none", hint)
+            problem = f"prior {prior} needs an encoder, and guide {guide} has none"
+            raise Incompatible(problem, f"use {param('guide', 'Amortized')}")
         if posterior.family.point_mass:
-            hint = f"use another {param('family')}"
-            raise Incompatible(f"prior {prior} needs a density, and family {family} has none", hint)
+            problem = f"prior {prior} needs a density, and family {family} has none"
+            raise Incompatible(problem, f"use another {param('family')}")
     return make("prior", recipe.prior, dim=recipe.latent, posterior=posterior, data=_example_rows(dataset))
-
-
-def _is_made_of_posterior(recipe: Recipe) -> bool:
-    takes_prior = accepts_argument("program", recipe.program, "prior")
-    return takes_prior and accepts_argument("prior", recipe.prior, "posterior")
 
 
 def _example_rows(dataset: Dataset) -> Tensor:
@@ -143,23 +135,8 @@ def _example_rows(dataset: Dataset) -> Tensor:
 
 
 def fit_recipe(untrained: FittedModel, data: Dataset, **options: Any) -> FittedModel:
-    """Fit a built model by its recipe's budget; ``options`` are those of `fit`.
-
-    See also: `check_recipe`, which builds a model and refuses beforehand what training would.
-    """
-    recipe = untrained.recipe
-    report = fit(
-        untrained.model,
-        untrained.guide,
-        data,
-        epochs=recipe.epochs or 0,
-        batch_size=recipe.batch_size,
-        learning_rate=recipe.learning_rate or 0.0,
-        objective=untrained.objective,
-        patience=recipe.patience,
-        engine=recipe.engine,
-        precision=recipe.precision,
-        seed=recipe.seed,
-        **options,
-    )
+    """Fit a model of `build_model` or `check_recipe` by its recipe's budget; ``options`` are those of `fit`."""
+    names = ("epochs", "batch_size", "learning_rate", "patience", "engine", "precision", "seed")
+    budget = {name: getattr(untrained.recipe, name) for name in names}
+    report = fit(untrained.model, untrained.guide, data, objective=untrained.objective, **budget, **options)
     return replace(untrained, fit=report)

@@ -36,10 +36,8 @@ def check_recipe(recipe: Recipe, data: Dataset, *, check_data: bool = True) -> F
     See also: `try_recipe`, which takes two steps of training.
     """
     check_budget(data, recipe.epochs or 0, recipe.batch_size, recipe.learning_rate or 0.0, recipe.patience)
-    untrained = build_model(recipe, data)
-    shard = data.shard()
-    buffers = [buffer for module in untrained.modules.values() for buffer in module.buffers()]
-    with restore_state(buffers):
+    untrained, shard = build_model(recipe, data), data.shard()
+    with restore_state([buffer for module in untrained.modules.values() for buffer in module.buffers()]):
         if check_data:
             check_support(untrained.model, shard)
         x, index = next(shard.batches(2, recipe.seed, 0))
@@ -47,8 +45,8 @@ def check_recipe(recipe: Recipe, data: Dataset, *, check_data: bool = True) -> F
             with seeded(recipe.seed), no_validation():
                 untrained.objective.loss(untrained.model, untrained.guide, x, index)
         except NonFiniteLoss as error:
-            likelihood = param("likelihood")
-            raise UserError(f"at the first step {error}; choose another {likelihood} or scale the data") from error
+            remedy = f"choose another {param('likelihood')} or scale the data"
+            raise UserError(f"at the first step {error}", remedy) from error
     if isinstance(untrained.guide, PerDatapoint):
         untrained.guide.drop_visit()
     return untrained
@@ -65,7 +63,8 @@ def try_recipe(untrained: FittedModel, data: Dataset) -> Iterator[str]:
     latents = ", ".join(f"{site.name} {list(site.shape)}" for site in guide.sites.sites)
     yield f"latents: {latents}; q has {guide.family.num_params} parameters for each row"
     yield f"two steps: loss {_take_two_steps(untrained, data):.2f} nats per row"
-    if names := list(_without_gradient(untrained)):
+    named = [(f"{kind}.{name}", p) for kind, m in untrained.modules.items() for name, p in m.named_parameters()]
+    if names := [name for name, p in named if p.requires_grad and (p.grad is None or not p.grad.isfinite().all())]:
         raise UserError(f"no finite gradient reaches {', '.join(names)}; is the parameter used in the program?")
     sizes = {k: sum(p.numel() for p in m.parameters() if p.requires_grad) for k, m in untrained.modules.items()}
     sizes |= {"rows": guide.table.numel()} if hasattr(guide, "table") else {}
@@ -99,11 +98,3 @@ def _take_two_steps(untrained: FittedModel, data: Dataset) -> float:
             x, index = next(data.batches(min(recipe.batch_size, 64), recipe.seed, epoch))
             loss = svi.step(x, index) / len(x)
     return loss
-
-
-def _without_gradient(untrained: FittedModel) -> Iterator[str]:
-    """Name the trainable parameters that no finite gradient has reached."""
-    for kind, module in untrained.modules.items():
-        for name, p in module.named_parameters():
-            if p.requires_grad and (p.grad is None or not p.grad.isfinite().all()):
-                yield f"{kind}.{name}"

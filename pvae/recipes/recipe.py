@@ -23,12 +23,7 @@ from pvae.runtime.precision import check_precision
 from pvae.training.engines import check_engine
 
 # Defaults by kind of data: latent dimensions, hidden widths, epochs, learning rate, levels.
-USUAL = {
-    "digits": (8, [128], 150, 2e-3, 17),
-    "images": (20, [400], 10, 1e-3, 256),
-    "file": (8, [128], 100, 1e-3, 256),
-}
-
+USUAL = {"digits": (8, [128], 150, 2e-3, 17), "images": (20, [400], 10, 1e-3, 256), "file": (8, [128], 100, 1e-3, 256)}
 # Smallest values allowed.
 LEAST = {"latent": 1, "epochs": 0, "batch_size": 1, "patience": 1, "seed": 0, "split_seed": 0}
 
@@ -108,7 +103,10 @@ def resolve(recipe: Recipe) -> Recipe:
     'threshold'
     """
     _check_range(recipe)
-    _check_used(recipe)
+    for kind in ("likelihood", "prior"):
+        name = recipe.type_name(kind)
+        if name != getattr(Recipe, kind) and not accepts_argument("program", recipe.program, kind):
+            raise UserError(f"program {recipe.name('program')} has its own {kind}; leave {param(kind, name)} out")
     data_kind = "digits" if recipe.data == "digits" else "images" if recipe.data in NAMES else "file"
     latent, hidden, epochs, learning_rate, levels = USUAL[data_kind]
     tables = {kind: as_table(getattr(recipe, kind)) for kind in KINDS}
@@ -130,14 +128,6 @@ def resolve(recipe: Recipe) -> Recipe:
     )
 
 
-def _check_used(recipe: Recipe) -> None:
-    """Refuse a likelihood or prior for a program that has its own."""
-    for kind in ("likelihood", "prior"):
-        name = recipe.type_name(kind)
-        if name != getattr(Recipe, kind) and not accepts_argument("program", recipe.program, kind):
-            raise UserError(f"program {recipe.name('program')} has its own {kind}; leave {param(kind, name)} out")
-
-
 def _default_binarization(components: Mapping[str, Component]) -> str:
     """Return the binarization of pictures that suits the support of the program or of its likelihood."""
     program = registry.find_class("program", as_table(components["program"])["type"])
@@ -146,11 +136,7 @@ def _default_binarization(components: Mapping[str, Component]) -> str:
 
 
 def check_value(key: str, value: Any, where: str = "") -> None:
-    """Refuse a key that no recipe has, or a value of the wrong type.
-
-    Arguments:
-        where: begins the message, and the key follows as it is; without it the key is written as `param` renders it.
-    """
+    """Refuse a key that no recipe has, or a value of the wrong type; without ``where``, `param` renders the key."""
     hints = get_type_hints(Recipe)
     if key not in hints:
         raise UserError(f"{where.removesuffix('vary.')}unknown key '{key}'{nearest(key, hints)}")
@@ -176,17 +162,10 @@ def _check_range(recipe: Recipe, where: str = "") -> None:
 def load_recipe_data(recipe: Recipe, folder: str | Path | None = None) -> Dataset:
     """Load the recipe's data; ``folder`` is where torchvision's data sets are."""
     program = registry.find_class("program", recipe.type_name("program"))
-    return loading.load_data(
-        recipe.data,
-        binarize=recipe.binarize or "none",
-        data_folder=folder,
-        test_size=recipe.test_size,
-        validation_size=recipe.validation_size,
-        seed=recipe.seed if recipe.split_seed is None else recipe.split_seed,
-        with_labels=getattr(program, "uses_labels", False),
-        missing=recipe.missing,
-        only=recipe.only,
-    )
+    seed = recipe.seed if recipe.split_seed is None else recipe.split_seed
+    options = {name: getattr(recipe, name) for name in ("test_size", "validation_size", "missing", "only")}
+    options |= {"binarize": recipe.binarize or "none", "with_labels": getattr(program, "uses_labels", False)}
+    return loading.load_data(recipe.data, data_folder=folder, seed=seed, **options)
 
 
 def write_recipe(recipe: Recipe, folder: Path, vary: Mapping[str, list[Any]] | None = None) -> None:
@@ -207,7 +186,8 @@ def read_recipe(folder: Path, *, trust: bool = False) -> Recipe:
         trust: run the code of files that the recipe names.
 
     Raises:
-        UserError: as `read_recipe_file`.
+        UserError: the file is missing or broken, has an unknown key or a value of the wrong type, or names code that
+            is not trusted.
     """
     if not (folder / "recipe.toml").is_file():
         raise UserError(f"{folder} is not a run: it has no recipe.toml")
@@ -215,16 +195,10 @@ def read_recipe(folder: Path, *, trust: bool = False) -> Recipe:
 
 
 def read_recipe_file(path: Path, changes: Mapping[str, Any] | None = None, *, trust: bool = False) -> RecipeFile:
-    """Read a recipe file and change some of its keys.
+    """Read a TOML file with the keys of `Recipe` and tables ``vary`` and ``expected``, and change some of its keys.
 
     Arguments:
-        path: of a TOML file whose keys are those of `Recipe`, and tables ``vary`` and ``expected``.
-        changes: keys that take the place of the file's.
         trust: run the code of files that the recipe names; those that ``changes`` names are trusted.
-
-    Raises:
-        UserError: the file is missing or broken, has an unknown key or a value of the wrong type, or names code that
-            is not trusted.
     """
     keys, changes = _toml(path), changes or {}
     vary, expected = keys.pop("vary", {}), keys.pop("expected", {})
@@ -248,8 +222,8 @@ def read_recipe_file(path: Path, changes: Mapping[str, Any] | None = None, *, tr
 
 def record_expected(path: Path, expected: Mapping[str, Any]) -> None:
     """Write results into the table ``expected`` of a recipe file, and leave the rest of the file alone."""
-    text = path.read_text(encoding="utf-8")
-    text = re.sub(r"^\[expected[.\]].*?(?=^\[(?!expected[.\]])|\Z)", "", text, flags=re.M | re.S)
+    table = r"^\[expected[.\]].*?(?=^\[(?!expected[.\]])|\Z)"
+    text = re.sub(table, "", path.read_text(encoding="utf-8"), flags=re.M | re.S)
     write_text(path, f"{text.rstrip()}\n\n{_dump_toml({'expected': expected})}")
 
 
@@ -286,7 +260,5 @@ def _refuse_code(path: Path, keys: Mapping[str, list[Any]], named: Collection[Pa
         for value in keys.get(kind, []):
             file = registry.source_file(value)
             if file and Path(file).resolve() not in named:
-                trust, option = param("trust", True), param(kind)
-                raise UserError(
-                    f"{path}: {kind} is code in {file}, which runs only if you give {trust} or name it in {option}"
-                )
+                remedy = f"give {param('trust', True)} or name it in {param(kind)}"
+                raise UserError(f"{path}: {kind} is code in {file}, which runs only if you {remedy}")

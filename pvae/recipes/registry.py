@@ -35,7 +35,6 @@ _KINDS: dict[str, tuple[ModuleType, type, tuple[str, ...]]] = {
     "objective": (objectives, objectives.Objective, ()),
 }
 KINDS = {kind: module for kind, (module, _, _) in _KINDS.items()}
-BASES = {kind: base for kind, (_, base, _) in _KINDS.items()}
 SUPPLIED = {kind: supplied for kind, (_, _, supplied) in _KINDS.items()}
 
 # New names of arguments that earlier versions named otherwise, by class: recipes written before still open.
@@ -65,9 +64,6 @@ def with_old_words(component: Component) -> Component:
 
 def parse_component(word: str) -> dict[str, Any]:
     """Parse a component written as a name, with arguments in brackets if any.
-
-    Raises:
-        UserError: the brackets hold no arguments of the form ``name=value``.
 
     >>> parse_component("IWAE(K=20)"), parse_component("my_model.py:StudentT")
     ({'type': 'IWAE', 'K': 20}, {'type': 'my_model.py:StudentT'})
@@ -121,7 +117,7 @@ def source_file(component: Component) -> str | None:
 def source_code(component: Component) -> str:
     """Return the first 16 hex digits of the SHA-256 of a component's source file; empty for a class of this package."""
     file = source_file(component)
-    return "" if file is None else hashlib.sha256(Path(file).read_bytes()).hexdigest()[:16]
+    return hashlib.sha256(Path(file).read_bytes()).hexdigest()[:16] if file else ""
 
 
 def with_source_file(component: Component, file: Path) -> Component:
@@ -137,16 +133,11 @@ def with_absolute_path(component: Component) -> Component:
 
 
 def find_class(kind: str, name: str) -> Any:
-    """Find the class of a kind by its name, or by ``file.py:Class``, which runs that file.
-
-    Raises:
-        UserError: an unknown name (the message has the nearest), a file that fails, or a class of another kind.
-    """
+    """Find the class of a kind by its name, or by ``file.py:Class``, which runs that file."""
     if file := source_file(name):
         return _from_file(kind, Path(file), name.rpartition(":")[2])
-    known = KINDS[kind].__all__
-    if name not in known:
-        raise UserError(f"unknown {kind} '{name}'{nearest(name, known)}, or file.py:Class")
+    if name not in KINDS[kind].__all__:
+        raise UserError(f"unknown {kind} '{name}'{nearest(name, KINDS[kind].__all__)}, or file.py:Class")
     return getattr(KINDS[kind], name)
 
 
@@ -154,9 +145,7 @@ def find_class(kind: str, name: str) -> Any:
 def _run(path: Path, state: tuple[int, int]) -> ModuleType:
     """Import a user's file, once for each state of the file, so that a class stays the same class."""
     name = "pvae_user_" + re.sub(r"\W", "_", str(path))
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None
-    assert spec.loader is not None
+    spec: Any = importlib.util.spec_from_file_location(name, path)
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # as an import would: dataclasses and get_type_hints look there
     sys.path.insert(0, str(path.parent))  # as for a script, so that it finds its neighbours
@@ -177,19 +166,15 @@ def _from_file(kind: str, path: Path, name: str) -> Any:
     classes = [n for n, v in vars(module).items() if inspect.isclass(v) and v.__module__ == module.__name__]
     if name not in classes:
         raise UserError(f"{path} has no class '{name}'{nearest(name, classes)}")
-    cls = getattr(module, name)
-    if not issubclass(cls, BASES[kind]) or (kind == "program" and not callable(getattr(cls, "model", None))):
-        needs = "an nn.Module with a method model(x, index)" if kind == "program" else f"a {BASES[kind].__name__}"
+    cls, base = getattr(module, name), _KINDS[kind][1]
+    if not issubclass(cls, base) or (kind == "program" and not callable(getattr(cls, "model", None))):
+        needs = "an nn.Module with a method model(x, index)" if kind == "program" else f"a {base.__name__}"
         raise UserError(f"{path}:{name} is no {kind}: it must be {needs}")
     return cls
 
 
 def make(kind: str, component: Component, **supplied: Any) -> Any:
-    """Make an instance of a component: its own arguments from the table, others from those supplied by name.
-
-    Raises:
-        UserError: an unknown name or argument, or a value that the class refuses.
-    """
+    """Make an instance of a component: its own arguments from the table, others from those supplied by name."""
     cls, arguments = _check(kind, component)
     accepted = _arguments(cls)
     try:
@@ -199,11 +184,7 @@ def make(kind: str, component: Component, **supplied: Any) -> Any:
 
 
 def with_defaults(kind: str, component: Component) -> dict[str, Any]:
-    """Return a component as a table with the defaults of all its own arguments, which a later version may change.
-
-    Raises:
-        UserError: an unknown name or argument.
-    """
+    """Return a component as a table with the defaults of all its own arguments, which a later version may change."""
     arguments = defaults(kind, component) | _check(kind, component)[1]
     # TOML has no word for None, which is then the default anyway.
     plain = {name: list(v) if isinstance(v, tuple) else v for name, v in arguments.items() if v is not None}
@@ -212,12 +193,9 @@ def with_defaults(kind: str, component: Component) -> dict[str, Any]:
 
 def defaults(kind: str, component: Component) -> dict[str, Any]:
     """Return the default of each of a component's own arguments that has one."""
-    cls = find_class(kind, str(as_table(component).get("type", "")))
-    return {
-        name: list(p.default) if isinstance(p.default, tuple) else p.default
-        for name, p in _own_arguments(kind, cls).items()
-        if p.default is not p.empty
-    }
+    arguments = _arguments(find_class(kind, str(as_table(component).get("type", ""))), SUPPLIED[kind])
+    values = {name: p.default for name, p in arguments.items() if p.default is not p.empty}
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
 
 def accepts_argument(kind: str, component: Component, argument: str) -> bool:
@@ -231,8 +209,7 @@ def first_doc_line(cls: Any) -> str:
     >>> first_doc_line(likelihoods.Bernoulli).count("`")
     0
     """
-    paragraph = " ".join((inspect.getdoc(cls) or "").split("\n\n")[0].split())
-    words, formula, _ = paragraph.partition(":math:")
+    words, formula, _ = " ".join((inspect.getdoc(cls) or "").split("\n\n")[0].split()).partition(":math:")
     words = words.rstrip(" ,:") + "." if formula else words
     return re.sub(r":\w+:`~?([^`]*)`|``?([^`]*)``?", r"\1\2", words)
 
@@ -241,7 +218,7 @@ def _check(kind: str, component: Component) -> tuple[Any, dict[str, Any]]:
     """Return a component's class and its own arguments, checked against the constructor's signature."""
     arguments = as_table(with_new_words(component))
     cls = find_class(kind, str(arguments.pop("type", "")))
-    accepted, hints = _own_arguments(kind, cls), get_type_hints(cls.__init__)
+    accepted, hints = _arguments(cls, SUPPLIED[kind]), get_type_hints(cls.__init__)
     for name, value in arguments.items():
         if name not in accepted:
             known = nearest(name, accepted) if accepted else "; it takes none"
@@ -273,10 +250,6 @@ def type_words(hint: Any) -> str:
     return "a table" if kind in (dict, Mapping) else getattr(hint, "__name__", str(hint))
 
 
-def _arguments(cls: type) -> dict[str, inspect.Parameter]:
-    parameters = inspect.signature(cls).parameters
-    return {name: p for name, p in parameters.items() if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)}
-
-
-def _own_arguments(kind: str, cls: type) -> dict[str, inspect.Parameter]:
-    return {name: p for name, p in _arguments(cls).items() if name not in SUPPLIED[kind]}
+def _arguments(cls: type, supplied: Sequence[str] = ()) -> dict[str, inspect.Parameter]:
+    named = {name: p for name, p in inspect.signature(cls).parameters.items() if name not in supplied}
+    return {name: p for name, p in named.items() if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)}

@@ -14,13 +14,12 @@ from test_programs import CLASSES, COLUMNS, PROGRAMS
 from test_programs import rows as rows_for
 from torch import nn
 
-from pvae.applications import coding
 from pvae.applications.coding import augment, decode, encode, interpolate, reconstruct, sample
 from pvae.distributions import flows
 from pvae.errors import Incompatible, UserError
 from pvae.generative.likelihoods import Gaussian
 from pvae.generative.vae import VAE
-from pvae.inference import batching
+from pvae.inference import batching, posterior
 from pvae.inference.families import Delta, DiagonalNormal
 from pvae.inference.guides import Amortized
 from pvae.inference.latents import find_latent_sites
@@ -447,9 +446,9 @@ def test_many_new_rows_are_decoded_in_parts(oracle, monkeypatch):
     x, guide, seen = oracle.sample(3), amortized(oracle), []
     whole = augment(oracle.model, guide, x, per_row=50)
     monkeypatch.setattr(batching, "ROWS_PER_PASS", 20)
-    at = coding.likelihood_at
+    at = posterior.likelihood_at
     monkeypatch.setattr(
-        coding, "likelihood_at", lambda model, sites, z, x: seen.append(len(z)) or at(model, sites, z, x)
+        posterior, "likelihood_at", lambda model, sites, z, x: seen.append(len(z)) or at(model, sites, z, x)
     )
     parts = augment(oracle.model, guide, x, per_row=50)
     assert max(seen) <= 20
