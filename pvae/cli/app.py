@@ -13,33 +13,13 @@ from typing import Annotated, Any
 
 import typer
 
-from pvae.cli.options import (
-    BudgetOptions,
-    DataDir,
-    Device,
-    GuideOptions,
-    Jobs,
-    Out,
-    Overwrite,
-    RecipeOptions,
-    Resume,
-    Run,
-    SweepOptions,
-    Trust,
-    as_option,
-    with_options,
-)
+from pvae.cli import options as opt
 from pvae.cli.run_commands import COMMANDS
-from pvae.errors import UserError, nearest, param, params_rendered_by
+from pvae.errors import UserError, nearest, params_rendered_by
 from pvae.runtime.signals import with_resume_hint
 from pvae.runtime.torchrun import is_peer_failure, rank_info
 
-app = typer.Typer(
-    name="pvae",
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
+app = typer.Typer(add_completion=False, context_settings={"help_option_names": ["-h", "--help"]})
 state = {"debug": False}
 
 
@@ -62,26 +42,24 @@ def root(
     """Which approximate posterior to trust, and what it costs, for latent-variable models on Pyro."""
     state["debug"] = debug
     if rank_info().world_size > 1 and context.invoked_subcommand != "fit":
-        line = (
-            f"pvae {context.invoked_subcommand} is a job for one process; start it without torchrun, which is for fit"
-        )
-        raise typer.Exit(_fail(line, 2))
+        line = f"pvae {context.invoked_subcommand} is a job for one process; start it without torchrun"
+        raise typer.Exit(_fail(f"{line}, which is for fit", 2))
 
 
 @app.command()
-@with_options
+@opt.with_options
 def compare(
-    options: RecipeOptions,
-    arguments: GuideOptions,
-    axes: SweepOptions,
-    budget: BudgetOptions,
-    device: Device = "auto",
-    data_dir: DataDir = None,
-    out: Out = None,
-    overwrite: Overwrite = False,
-    resume: Resume = False,
-    jobs: Jobs = 1,
-    trust: Trust = False,
+    options: opt.RecipeOptions,
+    arguments: opt.GuideOptions,
+    axes: opt.SweepOptions,
+    budget: opt.BudgetOptions,
+    device: opt.Device = "auto",
+    data_dir: opt.DataDir = None,
+    out: opt.Out = None,
+    overwrite: opt.Overwrite = False,
+    resume: opt.Resume = False,
+    jobs: opt.Jobs = 1,
+    trust: opt.Trust = False,
     record: Annotated[
         bool, typer.Option("--record", help="Write the figures into the table \\[expected] of the recipe.")
     ] = False,
@@ -109,16 +87,16 @@ def compare(
 
 
 @app.command()
-@with_options
+@opt.with_options
 def fit(
-    options: RecipeOptions,
-    arguments: GuideOptions,
-    data_dir: DataDir = None,
-    device: Device = "auto",
-    out: Out = None,
-    trust: Trust = False,
-    overwrite: Overwrite = False,
-    resume: Resume = False,
+    options: opt.RecipeOptions,
+    arguments: opt.GuideOptions,
+    data_dir: opt.DataDir = None,
+    device: opt.Device = "auto",
+    out: opt.Out = None,
+    trust: opt.Trust = False,
+    overwrite: opt.Overwrite = False,
+    resume: opt.Resume = False,
 ) -> None:
     """Train one variant and print its ELBO on all test rows; under torchrun, train on several processes."""
     from pvae.experiments import run_folder
@@ -156,8 +134,7 @@ def _test_bound(fitted: Any, x: Any) -> str:
     from pvae.stats import number
 
     means = bounds(fitted.model, fitted.guide, x, K=10, seed=fitted.recipe.seed).summary()
-    name = "elbo" if "elbo" in means else "log_joint"
-    epochs = len(fitted.fit.history)
+    name, epochs = "elbo" if "elbo" in means else "log_joint", len(fitted.fit.history)
     return (
         f"{epochs} epoch{'' if epochs == 1 else 's'} in {fitted.fit.seconds:.1f} s; test {describe(name).label} "
         f"{number(means[name])} nats over {len(x)} rows, 10 draws each"
@@ -165,9 +142,13 @@ def _test_bound(fitted: Any, x: Any) -> str:
 
 
 @app.command()
-@with_options
+@opt.with_options
 def evaluate(
-    run: Run, budget: BudgetOptions, device: Device = "auto", data_dir: DataDir = None, trust: Trust = False
+    run: opt.Run,
+    budget: opt.BudgetOptions,
+    device: opt.Device = "auto",
+    data_dir: opt.DataDir = None,
+    trust: opt.Trust = False,
 ) -> None:
     """Evaluate a run of fit or compare: bounds, evidence and gaps, each with its standard error.
 
@@ -185,14 +166,14 @@ def evaluate(
 
 @app.command()
 def diagnose(
-    run: Run,
+    run: opt.Run,
     budget: Annotated[
         str, typer.Option(help="quick, standard (about 10 times its work) or thorough (about 100 times).")
     ] = "standard",
     only: Annotated[str | None, typer.Option(help="Variants to diagnose, by commas (default all).")] = None,
-    device: Device = "auto",
-    data_dir: DataDir = None,
-    trust: Trust = False,
+    device: opt.Device = "auto",
+    data_dir: opt.DataDir = None,
+    trust: opt.Trust = False,
 ) -> None:
     """Diagnose the posterior of each variant of a run: how far from the truth, why, and for which rows.
 
@@ -205,25 +186,26 @@ def diagnose(
     from pvae.experiments import diagnosis as diagnosing
     from pvae.experiments.opened_run import open_variants
     from pvae.recipes.registry import split_words
+    from pvae.reporting.tables import print_diagnosis
 
-    if budget not in DIAGNOSIS_BUDGETS:
-        raise UserError(f"{param('budget')} is '{budget}'{nearest(budget, DIAGNOSIS_BUDGETS)}")
-    options = BudgetOptions(budget).run_options(run, device=device, trust=trust)
+    options = opt.BudgetOptions(budget).run_options(run, device=device, trust=trust)
     variants = open_variants(run, device=device, data_folder=data_dir, trust=trust, say=options.say)
     wanted = [] if only is None else list(dict.fromkeys(split_words(only)))
     diagnosing.select_variants(variants, wanted)
     with with_resume_hint(run):
-        results = comparing.current_results(run, variants)
-        if results:
+        if results := comparing.current_results(run, variants):
             typer.echo(f"{_evaluated(results)}; pvae evaluate {run} --budget {budget} replaces them")
         else:
             results = comparing.evaluate_variants(variants, options, comparing.left_out(run))
         diagnosis = diagnosing.diagnose_run(variants, results, options, DIAGNOSIS_BUDGETS[budget], wanted)
-    _show_diagnosis([one for one in diagnosis["variants"] if not wanted or one["name"] in wanted], run)
+    for variant in diagnosis["variants"]:
+        if not wanted or variant["name"] in wanted:
+            print_diagnosis(variant)
+    report(run)
 
 
 @app.command()
-def report(run: Run) -> None:
+def report(run: opt.Run) -> None:
     """Write the page of an evaluated run again."""
     from pvae.reporting import write_report
 
@@ -231,8 +213,8 @@ def report(run: Run) -> None:
 
 
 @app.command()
-@with_options
-def show(options: RecipeOptions, arguments: GuideOptions, trust: Trust = False) -> None:
+@opt.with_options
+def show(options: opt.RecipeOptions, arguments: opt.GuideOptions, trust: opt.Trust = False) -> None:
     """Print a recipe with everything that its data and components fill in."""
     from pvae.recipes import recipe
 
@@ -241,8 +223,10 @@ def show(options: RecipeOptions, arguments: GuideOptions, trust: Trust = False) 
 
 
 @app.command()
-@with_options
-def check(options: RecipeOptions, arguments: GuideOptions, data_dir: DataDir = None, trust: Trust = False) -> None:
+@opt.with_options
+def check(
+    options: opt.RecipeOptions, arguments: opt.GuideOptions, data_dir: opt.DataDir = None, trust: opt.Trust = False
+) -> None:
     """Try a recipe before hours are spent: shapes, support, one step, a gradient in every parameter."""
     from pvae.experiments import sweep
     from pvae.recipes.preflight import try_recipe
@@ -273,8 +257,7 @@ def list_(kind: Annotated[str | None, typer.Argument(help="One kind, with its co
     for title in registry.KINDS if kind is None else [kind]:
         table = Table(title=f"--{title}", title_justify="left", show_header=False, box=None, pad_edge=False)
         for name in registry.KINDS[title].__all__:
-            arguments = registry.defaults(title, name) if kind else {}
-            cells = [", ".join(f"{key}={value!r}" for key, value in arguments.items())] if kind else []
+            cells = [", ".join(f"{k}={v!r}" for k, v in registry.defaults(title, name).items())] if kind else []
             table.add_row(f"[bold]{name}[/bold]", registry.first_doc_line(registry.find_class(title, name)), *cells)
         console.print(table, end="\n")
     if kind is None:
@@ -290,36 +273,20 @@ for verb, command in COMMANDS.items():
 
 def _show(results: dict[str, Any], folder: Path) -> None:
     """Print results as tables and conclusions, and write the page."""
-    from rich.console import Console
-
     from pvae.reporting import write_report
     from pvae.reporting.tables import print_results
 
-    print_results(results, Console())
+    print_results(results)
     typer.echo(f"\nthe page: {write_report(folder, results)}")
-
-
-def _show_diagnosis(variants: list[dict[str, Any]], folder: Path) -> None:
-    """Print the figures and verdicts of each variant, and write the page."""
-    from rich.console import Console
-
-    from pvae.reporting import write_report
-    from pvae.reporting.tables import print_diagnosis
-
-    console = Console()
-    for variant in variants:
-        print_diagnosis(variant, console)
-    typer.echo(f"the page: {write_report(folder)}")
 
 
 def _evaluated(results: dict[str, Any]) -> str:
     """Say which evaluation a diagnosis takes bounds and gaps from."""
     sizes = [
-        (g["data"]["evaluated_rows"]["test"], next(iter(g["rows"][0]["test"].values()))["K"]) for g in results["groups"]
+        f"{group['data']['evaluated_rows']['test']} test rows, K = {next(iter(group['rows'][0]['test'].values()))['K']}"
+        for group in results["groups"]
     ]
-    return "bounds and gaps of the last evaluation: " + ", ".join(
-        f"{rows} test rows, K = {K}" for rows, K in dict.fromkeys(sizes)
-    )
+    return f"bounds and gaps of the last evaluation: {', '.join(dict.fromkeys(sizes))}"
 
 
 def _folder(verb: str, source: str | Path) -> Path:
@@ -343,7 +310,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # Threads that wait should sleep: spinning, they take several times as long on a machine that does other work too.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
-        with params_rendered_by(as_option):
+        with params_rendered_by(opt.as_option):
             words = list(sys.argv[1:] if arguments is None else arguments)
             status = typer.main.get_command(app).main(args=words, prog_name="pvae", standalone_mode=False)
         if status == 128 + signal.SIGINT:  # typer has caught Ctrl-C
@@ -358,12 +325,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         return _fail(str(error), 2, speaks=True)
     except Exception as error:
-        number = getattr(error, "signal", None)
         if is_peer_failure(error):
             return 2
-        if number is None:
+        if not hasattr(error, "signal"):
             raise
-        return _fail(str(error), 128 + number)
+        return _fail(str(error), 128 + error.signal)
 
 
 def _fail(line: str, status: int, *, speaks: bool = False) -> int:

@@ -1,4 +1,4 @@
-"""Baselines of the uses of a run, from its training rows: PCA, column means, 5-nearest-neighbour labels."""
+"""Baselines of the uses of a run, from its training rows: PCA, 5-nearest-neighbour labels."""
 
 from __future__ import annotations
 
@@ -11,8 +11,7 @@ from pvae.experiments.row_selection import SPLIT_LABELS, SelectedRows
 from pvae.runtime.torch_state import to_numpy
 from pvae.stats import mean_se, percent
 
-# Rows that baselines are fitted to at most.
-FITTED = 10_000
+FITTED = 10_000  # rows that baselines are fitted to, at most
 
 
 def pca_reconstruction(run: Run, x: Tensor) -> Tensor:
@@ -31,16 +30,8 @@ def pca_words(run: Run) -> str:
     return f" of {FITTED:,} training rows" if len(run.data.train) > FITTED else ""
 
 
-def training_means(run: Run) -> Tensor:
-    """Return the means of the training rows' columns, those of a label among them."""
-    return run.data.fixed_train(FITTED).x.nanmean(0)
-
-
 def preserved_labels(run: Run, rows: SelectedRows, x: Tensor, row: Tensor) -> str:
-    """Return a sentence on how many new rows x keep the label of the given row that each was made around.
-
-    A classifier that was fitted to other rows decides; the sentence is empty if no others with labels are known.
-    """
+    """Say how many new rows x keep their row's label by a classifier of other rows; "" if none with labels exist."""
     from sklearn.neighbors import KNeighborsClassifier
 
     part = "test" if rows.index is not None else "train"

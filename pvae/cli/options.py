@@ -18,8 +18,6 @@ OfRecipe = functools.partial(typer.Option, rich_help_panel="Recipe")
 OfGuide = functools.partial(typer.Option, rich_help_panel="Inference method")
 OfSweep = functools.partial(typer.Option, rich_help_panel="Sweep")
 OfBudget = functools.partial(typer.Option, rich_help_panel="Evaluation budget")
-# Of annealing, if an option asks for it and none gives the number.
-TEMPERATURES = 500
 Run = Annotated[Path, typer.Argument(help="Folder of a run.")]
 Device = Annotated[str, Option(help="auto, cpu or cuda.")]
 DataDir = Annotated[Path | None, Option(help="Folder of torchvision's data sets; default $PVAE_DATA.")]
@@ -82,8 +80,7 @@ class RecipeOptions:
         """Return the recipe's keys that options give; ``hidden``, an argument of the network, is none."""
         from pvae.recipes import registry
 
-        keys = {field.name: getattr(self, field.name) for field in fields(self) if field.name not in ("path", "hidden")}
-        keys = {name: value for name, value in keys.items() if value is not None}
+        keys = _not_none({name: value for name, value in vars(self).items() if name not in ("path", "hidden")})
         if self.only is not None:
             keys["only"] = whole_numbers("only", self.only, "label", least=0)
         parsed = registry.KINDS.keys() - {"guide"}  # GuideOptions completes it as it was given
@@ -115,27 +112,26 @@ class GuideOptions:
 
     def complete(self, file: Any) -> Any:
         """Return a `RecipeFile` with these arguments in its guide and in the guides that it varies."""
-        guides = [self._complete(guide) for guide in file.vary.get("guide", [])]
+        guide, *guides = (self._complete(guide) for guide in (file.recipe.guide, *file.vary.get("guide", [])))
         vary = file.vary | ({"guide": guides} if guides else {})
-        return file._replace(recipe=replace(file.recipe, guide=self._complete(file.recipe.guide)), vary=vary)
+        return file._replace(recipe=replace(file.recipe, guide=guide), vary=vary)
 
     def _complete(self, guide: Any) -> Any:
         from pvae.recipes.registry import as_table
 
-        table = as_table(guide)
-        arguments: dict[str, dict[str, Any]] = {
-            "PerDatapoint": {"local_steps": self.local_steps, "local_learning_rate": self.local_learning_rate},
-            "SemiAmortized": {"steps": self.semi_steps, "unroll": self.unroll},
-        }
-        chosen = {name: v for name, v in arguments.get(table["type"], {}).items() if v is not None}
-        return table | chosen if chosen else guide
+        local: dict[str, Any] = {"local_steps": self.local_steps, "local_learning_rate": self.local_learning_rate}
+        arguments = {"PerDatapoint": local, "SemiAmortized": {"steps": self.semi_steps, "unroll": self.unroll}}
+        chosen = _not_none(arguments.get(as_table(guide)["type"], {}))
+        return as_table(guide) | chosen if chosen else guide
 
 
 @dataclass(frozen=True)
 class SweepOptions:
     """What a comparison varies."""
 
-    vary: Annotated[Texts, OfSweep(help="A key and values, as prior=StandardNormal,VampPrior; repeatable.")] = None
+    vary: Annotated[
+        list[str] | None, OfSweep(help="A key and values, as prior=StandardNormal,VampPrior; repeatable.")
+    ] = None
     guides: Annotated[Text, OfSweep(help="Short for --vary guide=...: inference methods to compare, by commas.")] = None
     seeds: Annotated[int, OfSweep(help="Train each variant from so many seeds.")] = 1
 
@@ -146,7 +142,7 @@ class SweepOptions:
 
         check_range(least=1, seeds=self.seeds)
         words = [*(self.vary or []), *([] if self.guides is None else [f"guide={self.guides}"])]
-        axes = dict(sweep.parse_axis(word) for word in words)
+        axes = dict(map(sweep.parse_axis, words))
         if len(axes) < len(words):
             raise UserError("--vary names an axis twice")
         vary = file.vary | axes or {"guide": list(INFERENCE_METHODS)}
@@ -188,15 +184,14 @@ class BudgetOptions:
         from pvae.experiments.compare import BUDGETS, RunOptions
 
         for least, names in ((2, ("rows", "samples")), (1, ("refine_steps", "temperatures", "chains"))):
-            check_range(least=least, **{name: v for name in names if (v := getattr(self, name)) is not None})
+            check_range(least=least, **_not_none({name: getattr(self, name) for name in names}))
         if self.budget not in BUDGETS:
             raise UserError(f"{param('budget')} is '{self.budget}'{nearest(self.budget, BUDGETS)}")
         rows, preset = BUDGETS[self.budget]
-        annealing = {name: getattr(self, name) for name in ("temperatures", "chains", "schedule", "start")}
-        if self.ais or any(value is not None for value in annealing.values()):
-            preset = replace(preset, temperatures=TEMPERATURES)
-        numbers = {"K": self.samples, "steps": self.refine_steps} | annealing
-        budget = replace(preset, **{name: value for name, value in numbers.items() if value is not None})
+        annealing = _not_none({name: getattr(self, name) for name in ("temperatures", "chains", "schedule", "start")})
+        if self.ais or annealing:
+            preset = replace(preset, temperatures=500)
+        budget = replace(preset, **_not_none({"K": self.samples, "steps": self.refine_steps}), **annealing)
         families = () if self.families is None else _families(self.families)
         return RunOptions(
             folder, rows=self.rows or rows, budget=budget, families=families, progress=True, say=typer.echo, **options
@@ -209,18 +204,26 @@ class UseOptions:
 
     run: Run
     variant: Annotated[Text, Option(help="Variant of a comparison (default its first).")] = None
-    out: Annotated[Paths, Option(help="A .npz, .npy, .csv, .png or .html; repeatable (default in the run).")] = None
+    out: Annotated[
+        list[Path] | None, Option(help="A .npz, .npy, .csv, .png or .html; repeatable (default in the run).")
+    ] = None
     overwrite: Annotated[bool, Option("--overwrite", help="Replace files that --out names.")] = False
     seed: Annotated[int, Option(help="Of all draws.")] = 0
     device: Device = "auto"
     data_dir: DataDir = None
     trust: Trust = False
 
-    def apply(self, use: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
-        """Carry out a use of the run, see `use_context.carry_out`."""
+    def apply(self, use: str, *args: Any, **kwargs: Any) -> None:
+        """Check counts, and carry out the use ``module:function`` of the run, see `use_context.carry_out`."""
+        counts: Any = {name: value for name, value in kwargs.items() if type(value) is int and name != "size"}
+        check_range(least=1, **counts)
         from pvae.cli.use_context import carry_out
 
         carry_out(self, use, *args, **kwargs)
+
+
+def _not_none(values: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def _families(text: str) -> tuple[str, ...]:
@@ -251,10 +254,8 @@ def with_options(command: Callable[..., None]) -> Callable[..., None]:
             options.append(parameter)
 
     def run(**values: Any) -> None:
-        instances = {
-            name: group(**{f.name: values.pop(f.name) for f in fields(group)}) for name, group in groups.items()
-        }
-        command(**instances, **values)
+        objects = {name: group(**{f.name: values.pop(f.name) for f in fields(group)}) for name, group in groups.items()}
+        command(**objects, **values)
 
     options.sort(key=lambda parameter: parameter.default is not parameter.empty)
     keywords = [parameter.replace(kind=parameter.KEYWORD_ONLY) for parameter in options]

@@ -7,7 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from matplotlib.figure import Figure
 from torch import Tensor
 
 from pvae import applications
@@ -27,13 +26,9 @@ UNITS = {"distance": "sd²", "neighbours": "u"}
 
 
 def select_all_labels(run: Run, data_folder: str | Path | None = None) -> SelectedRows:
-    """Return the test rows of a run; if it was trained on some labels alone, those of all other labels too.
-
-    Rows of other labels have the place -1. They are left out for a program that takes the label, which has no columns
-    for others.
-    """
+    """Return the test rows of a run; if it was trained on some labels alone, those of all others too, at place -1."""
     only = run.recipe.only
-    if only is None or run.data.num_label_columns:
+    if only is None or run.data.num_label_columns:  # a program that takes the label has no columns for others
         return select_rows(run)
     data = recipe.load_recipe_data(replace(run.recipe, only=None), data_folder)
     assert data.test_labels is not None  # the run's rows were chosen by label
@@ -51,42 +46,27 @@ def anomalies(
 ) -> UseResult:
     """Score how unlike held-out normal rows the rows are, and flag those beyond each score's threshold.
 
-    Arguments:
-        anomalous: labels that count as anomalous; by default those that the run was not trained on, or 1 in a file.
-        scores: names of the scores, all by default.
-        K: draws for each row.
-        false_alarm: share of normal rows that may be flagged.
-
-    Returns:
-        Scores, p-values and flags of the rows that are scored. ``row`` is their position in the file or in the run's
-        own rows, as ``--select`` counts it, -1 for rows of other labels; ``row_of_all`` is their position among the
-        test rows of all labels.
+    Labels count as ``anomalous`` by default if the run was not trained on them, or if 1 in a file. In the result
+    ``row`` is a row's position as ``--select`` counts it, -1 for other labels; ``row_of_all`` that among all test rows.
     """
     labels = None if anomalous is None else [_label(context.run, word) for word in anomalous]
     truth, (reference, scored) = _truth(context, labels), _reference(context, labels)
     known = _known(context, labels)
     place = (scored & known).nonzero()[:, 0]
     rows, truth = context.rows.at(place), None if truth is None else truth[place]
-    options = {"reference": reference, "scores": scores, "K": K, "false_alarm": false_alarm} | context.options
-    result = applications.detect_anomalies(*context.programs, rows.x, rows.index, **options)
+    options = {"reference": reference, "scores": scores, "K": K, "false_alarm": false_alarm}
+    result = context.apply(applications.detect_anomalies, rows.x, rows.index, **options)
     arrays = {"row": rows.place} | ({"row_of_all": place} if rows.where == ALL_LABELS else {}) | dict(result.scores)
     arrays |= {f"flagged_{name}": result.flagged(name) for name in result.scores}
     arrays |= {f"p_{name}": result.p_values(name) for name in result.scores}
     arrays |= {} if truth is None else {"anomalous": truth}
     sentences = _sentences(result, len(reference), rows, truth, int((~known).sum()))
-    return make_result("anomalies", arrays, sentences, _figure(result, truth), tables=[_table(result, truth)])
-
-
-def _figure(result: AnomalyScores, truth: Tensor | None) -> Figure:
-    histograms = {
-        f"{name} ({UNITS.get(name, 'nats')})": (
-            to_numpy(values),
-            to_numpy(result.reference[name]),
-            result.thresholds[name],
-        )
-        for name, values in result.scores.items()
-    }
-    return draw_scores(histograms, None if truth is None else to_numpy(truth))
+    histograms = {}
+    for name, values in result.scores.items():
+        drawn = (to_numpy(values), to_numpy(result.reference[name]), result.thresholds[name])
+        histograms[f"{name} ({UNITS.get(name, 'nats')})"] = drawn
+    figure = draw_scores(histograms, None if truth is None else to_numpy(truth))
+    return make_result("anomalies", arrays, sentences, figure, tables=[_table(result, truth)])
 
 
 def _reference(context: UseContext, anomalous: Sequence[float] | None) -> tuple[Tensor, Tensor]:
@@ -117,9 +97,8 @@ def _truth(context: UseContext, anomalous: Sequence[float] | None) -> Tensor | N
         if labels is None:
             raise UserError(f"{param('anomalous')}: the {where} have no labels")
         if missing := set(anomalous) - set(labels.tolist()):
-            raise UserError(
-                f"{param('anomalous')}: no row has label {min(missing):g}; there are {labels.unique().tolist()}"
-            )
+            message = f"no row has label {min(missing):g}; there are {labels.unique().tolist()}"
+            raise UserError(f"{param('anomalous')}: {message}")
         return torch.isin(labels, torch.tensor(list(anomalous)))
     if labels is None:
         return None
@@ -156,13 +135,11 @@ def _sentences(result: AnomalyScores, held: int, rows: SelectedRows, truth: Tens
         names = ", ".join(name for name, why in result.left_out.items() if why == reason)
         sentences.append(f"Left out: {names} ({reason}).")
     if truth is None:
-        sentences.append(
-            "Which rows are anomalous is not known; with labels (--anomalous) the scores themselves are evaluated."
-        )
-    elif truth.all() or not truth.any():
-        sentences.append(
-            f"All rows are {'anomalous' if truth.all() else 'normal'}: no AUROC without rows of both kinds."
-        )
+        known = "Which rows are anomalous is not known"
+        sentences.append(f"{known}; with labels (--anomalous) the scores themselves are evaluated.")
+    elif len(truth.unique()) < 2:
+        kind = "anomalous" if truth.all() else "normal"
+        sentences.append(f"All rows are {kind}: no AUROC without rows of both kinds.")
     if not result.comparable:
         here, there = (100 * share.mean().item() for share in result.missing)
         sentences.append(
@@ -174,7 +151,7 @@ def _sentences(result: AnomalyScores, held: int, rows: SelectedRows, truth: Tens
 
 def _table(result: AnomalyScores, truth: Tensor | None) -> tuple[str, list[str], list[list[str]]]:
     """Return a table with a line for each score: its AUROC and rates if there are known rows of both kinds."""
-    figures = {} if truth is None or truth.all() or not truth.any() else result.summary(truth)
+    figures = {} if truth is None or len(truth.unique()) < 2 else result.summary(truth)
     header = ["score", "threshold", *(["AUROC", "detected", "false alarms"] if figures else ["flagged"])]
     lines = []
     for name in result.scores:

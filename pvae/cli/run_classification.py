@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import torch
 import typer
-from matplotlib.figure import Figure
 from torch import Tensor
 
 from pvae import applications
@@ -26,33 +25,24 @@ from pvae.reporting.application_figures import draw_confusion_matrix
 from pvae.runtime.torch_state import to_numpy
 from pvae.stats import number
 
-# Rows that probabilities are calibrated on, at most.
-CALIBRATION = 2000
+CALIBRATION = 2000  # rows that probabilities are calibrated on, at most
 FIGURES = {
-    "accuracy": "accuracy",
-    "log_loss": "log loss (nats)",
-    "brier": "Brier score",
-    "calibration_error": "calibration error",
-    "calibration_error_by_chance": "of it by chance",
+    **{"accuracy": "accuracy", "log_loss": "log loss (nats)", "brier": "Brier score"},
+    **{"calibration_error": "calibration error", "calibration_error_by_chance": "of it by chance"},
 }
 
 
 def fit_and_classify(context: UseContext, *, epochs: int | None = None, K: int = 16) -> UseResult:
     """Classify rows with the run's class models, which are trained first if they are not."""
-    models, data = fit_class_models(
-        context.run, epochs=epochs, data_folder=context.data_folder, progress=True, say=typer.echo
-    )
+    folder = context.data_folder
+    models, data = fit_class_models(context.run, epochs=epochs, data_folder=folder, progress=True, say=typer.echo)
     return classify(context, models, data=data, K=K)
 
 
 def classify(context: UseContext, models: Sequence[Any] | None, *, data: Dataset, K: int = 16) -> UseResult:
-    """Classify rows by Bayes' rule on their evidence under a model for each class, or one that takes the label.
+    """Classify rows by Bayes' rule on their evidence under a model for each class, or (None) one that takes the label.
 
-    Arguments:
-        models: program and guide for each class; None for a program that takes the label.
-        data: its validation rows, to which no class model was fitted, calibrate the probabilities; its training rows
-            give the prior of the classes.
-        K: draws for each row and class.
+    Validation rows of ``data`` calibrate the probabilities; its training rows give the prior of the classes.
     """
     labels, train = class_labels(data), data.train_labels
     assert train is not None
@@ -71,13 +61,7 @@ def classify(context: UseContext, models: Sequence[Any] | None, *, data: Dataset
 
 
 def _score(
-    context: UseContext,
-    models: Sequence[Any] | None,
-    data: Dataset,
-    prior: Tensor,
-    K: int,
-    x: Tensor,
-    seed: int,
+    context: UseContext, models: Sequence[Any] | None, data: Dataset, prior: Tensor, K: int, x: Tensor, seed: int
 ) -> Classification:
     """Return the evidence of each class that has training rows, for rows x."""
     if models is not None:
@@ -85,10 +69,8 @@ def _score(
     x = x[:, : context.run.columns]
     every = classification.classify_conditional(*context.programs, x, data.num_label_columns, K=K, seed=seed)
     assert data.labels is not None  # the columns are theirs
-    return replace(
-        _subset(every, (slice(None), torch.isin(data.labels, class_labels(data)))),
-        log_prior=(prior / prior.sum()).log(),
-    )
+    known = _subset(every, (slice(None), torch.isin(data.labels, class_labels(data))))
+    return replace(known, log_prior=(prior / prior.sum()).log())
 
 
 def _subset(result: Classification, which: Any) -> Classification:
@@ -97,10 +79,8 @@ def _subset(result: Classification, which: Any) -> Classification:
 
 
 def _calibration_rows(context: UseContext, data: Dataset, labels: Tensor) -> tuple[str, Tensor, Tensor]:
-    """Return what probabilities are calibrated on: words for the rows, the rows [B, C], and their classes [B].
-
-    They are validation rows, to which no class model was fitted; if these are to be classified, test rows.
-    """
+    """Return words for the rows that probabilities are calibrated on, these rows [B, C], and their classes [B]."""
+    # To validation rows no class model was fitted.
     part = "test" if context.rows.where == SPLIT_LABELS["validation"] else "validation"
     truth = getattr(data, f"{part}_labels")
     known = torch.zeros(0, dtype=torch.bool) if truth is None else torch.isin(truth, labels)
@@ -113,7 +93,7 @@ def _calibration_rows(context: UseContext, data: Dataset, labels: Tensor) -> tup
 
 def _against_labels(context: UseContext, result: Classification, labels: Tensor, sentences: list[str]) -> UseResult:
     """Return predictions and probabilities, and how good they are if the rows have labels."""
-    truth = context.rows.labels
+    truth, where = context.rows.labels, context.rows.where
     names = [context.run.label_name(label) for label in labels.tolist()]
     arrays = {"predicted": labels[result.predicted], "probability": result.log_probabilities.exp()}
     arrays |= {"log_evidence": result.log_evidence, "row": context.rows.place} | context.labels
@@ -124,26 +104,16 @@ def _against_labels(context: UseContext, result: Classification, labels: Tensor,
     else:
         known = torch.isin(truth, labels)
         if not known.any():
-            raise UserError(
-                f"the {context.rows.where} have labels that no class model knows; known are {labels.tolist()}"
-            )
+            raise UserError(f"the {where} have labels that no class model knows; known are {labels.tolist()}")
         if others := int((~known).sum()):
             sentences.append(f"{others} rows have labels that no class model knows; the figures leave them out.")
-        table, accuracy, figure = _figures(_subset(result, known), torch.searchsorted(labels, truth[known]), names)
-        tables.append(table)
-        sentences.append(accuracy)
+        labelled, y = _subset(result, known), torch.searchsorted(labels, truth[known])
+        plain, calibrated = labelled.at(1.0).summary(y), labelled.summary(y)
+        lines = [[words, number(plain[name]), number(calibrated[name])] for name, words in FIGURES.items()]
+        tables.append(("Against the labels", ["probabilities", "as they are", "calibrated"], lines))
+        sentences.append(f"Accuracy {number(calibrated['accuracy'])}.")
+        figure = draw_confusion_matrix(to_numpy(labelled.confusion(y)), names)
     use = make_result("classify", arrays, sentences, figure, tables=tables)
     if not all(name.lstrip("-").replace(".", "").isdigit() for name in names):
         use.arrays["predicted_name"] = np.array(names)[to_numpy(result.predicted)]
     return use
-
-
-def _figures(
-    result: Classification, y: Tensor, names: list[str]
-) -> tuple[tuple[str, list[str], list[list[str]]], str, Figure]:
-    """Return a table of how good probabilities are, a sentence on the accuracy, and the confusion matrix."""
-    plain, calibrated = result.at(1.0).summary(y), result.summary(y)
-    lines = [[words, number(plain[name]), number(calibrated[name])] for name, words in FIGURES.items()]
-    table = ("Against the labels", ["probabilities", "as they are", "calibrated"], lines)
-    figure = draw_confusion_matrix(to_numpy(result.confusion(y)), names)
-    return table, f"Accuracy {number(calibrated['accuracy'])}.", figure

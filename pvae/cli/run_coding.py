@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,7 +33,7 @@ PROJECTIONS = {
 
 def reconstruct(context: UseContext, *, K: int = 8) -> UseResult:
     """Encode rows and decode K draws of each code."""
-    x_hat = applications.reconstruct(*context.programs, *context.given, K=K, **context.options)
+    x_hat = context.apply(applications.reconstruct, K=K)
     error = squared_error(x_hat, context.x)
     pca_error = squared_error(pca_reconstruction(context.run, context.x), context.x)
     sentences = [
@@ -50,26 +51,25 @@ def sample(
     check_room(context, count, param("count", count))
     wanted = None if label is None else torch.tensor([context.run.label_of(label)] * count)
     like, labels = rows_to_decode(context, count, wanted)
-    x = applications.sample(context.run.model, like, temperature=temperature, draw=draw, **context.options)
+    how: Any = {"temperature": temperature, "draw": draw, "seed": context.seed, "progress": context.progress}
+    x = applications.sample(context.run.model, like, **how)
     title = "draws of p(x|z)" if draw else "means of p(x|z)"
     sentences = [f"{count} {title} at z from the prior, temperature {temperature:g}, seed {context.seed}."]
     if label is None and labels:
         sentences.append(f"They have the labels of the {context.rows.where}, in order; --label gives all the same.")
     if context.run.guide.family.point_mass:
-        sentences.append(
-            "The posterior family is a point mass: codes need not follow the prior, nor its draws the data."
-        )
+        doubt = "codes need not follow the prior, nor its draws the data"
+        sentences.append(f"The posterior family is a point mass: {doubt}.")
     return make_result("sample", {"x": x} | labels, sentences, context.sheets({title: x}))
 
 
 def interpolate(context: UseContext, *, steps: int = 9, how: str = "linear") -> UseResult:
     """Decode a path from row to row through the latent space."""
     check_room(context, steps * (len(context.rows.x) - 1), param("steps", steps))
-    path = applications.interpolate(*context.programs, *context.given, steps=steps, how=how, seed=context.seed)
-    legs = {
-        f"rows {a} to {b}": path.x[leg * steps : (leg + 1) * steps + 1]
-        for leg, (a, b) in enumerate(pairwise(context.rows.place.tolist()))
-    }
+    x, index = context.rows.x, context.rows.index
+    path = applications.interpolate(*context.programs, x, index, steps=steps, how=how, seed=context.seed)
+    ends = enumerate(pairwise(context.rows.place.tolist()))
+    legs = {f"rows {a} to {b}": path.x[leg * steps : (leg + 1) * steps + 1] for leg, (a, b) in ends}
     moves = (path.x[1:] - path.x[:-1]).square().mean(1).sqrt()
     sentences = [
         f"A {how} path of {len(path.x)} codes through {context.count}; from one to the next a value moves by "
@@ -86,19 +86,16 @@ def latent_map(context: UseContext, *, projection: str = "auto", size: int = 20)
 
     shape = context.run.data.shape
     labels = None if context.rows.labels is None else to_numpy(context.rows.labels)
-    plane = applications.map_latents(
-        *context.programs, *context.given, projection=projection, size=size, **context.options
-    )
+    plane = context.apply(applications.map_latents, projection=projection, size=size)
     arrays = {name: values for name, values in vars(plane).items() if isinstance(values, Tensor)}
     sentences = [f"{context.count.capitalize()} by {PROJECTIONS[plane.how]}."]
     if plane.share is not None and plane.how == "pca":
-        sentences.append(
-            f"The plane holds {plane.share.sum():.0%} of the variance of the codes' {context.dim} dimensions."
-        )
+        share = f"{plane.share.sum():.0%} of the variance"
+        sentences.append(f"The plane holds {share} of the codes' {context.dim} dimensions.")
     title = "The latent plane" if plane.how == "plane" else "Codes on a plane"
     blocks = [(title, render_widget(plane, labels, shape))]
     if context.dim > 2 and plane.how != "tsne":
-        sliders = make_sliders(*context.programs, *context.given, seed=context.seed)
+        sliders = make_sliders(*context.programs, context.rows.x, context.rows.index, seed=context.seed)
         blocks.append(("Along the codes' principal directions", render_widget(sliders, None, shape)))
         arrays |= {f"slider_{name}": values for name, values in vars(sliders).items()}
     figure = draw_latent_map(plane, labels, shape)
@@ -111,14 +108,17 @@ def latent_map(context: UseContext, *, projection: str = "auto", size: int = 20)
 
 def encode(context: UseContext, *, K: int = 64) -> UseResult:
     """Encode rows: mean and standard deviation of each code, rate and distortion, beside principal components."""
-    codes = applications.encode(*context.programs, *context.given, K=K, **context.options)
+    codes = context.apply(applications.encode, K=K)
     pca = pca_reconstruction(context.run, context.x)
     rate = mean_se(codes.rate)
     if math.isnan(rate.mean):
         cost = "Rate: a point mass has none; its codes cost what their numbers cost."
     else:
         bits = (codes.rate + codes.distortion / math.log(2)) / (~context.x.isnan()).sum(1).clamp(min=1)
-        cost = f"Rate {number(rate)} bits per row by bits-back coding, {_bits(context, bits)}."
+        measure = base_measure(context.run.model, as_rows(context.rows.x[:2], context.run.model))
+        unit = "bits" if measure == "mass" else "bits (of density)"
+        total = f"{number(mean_se(bits))} {unit} per value"
+        cost = f"Rate {number(rate)} bits per row by bits-back coding, with the distortion {total}."
     sentences = [
         f"{context.count.capitalize()} as {context.dim} numbers each: {context.run.columns / context.dim:.3g} times "
         "fewer.",
@@ -133,19 +133,12 @@ def encode(context: UseContext, *, K: int = 64) -> UseResult:
     return make_result("encode", arrays, sentences, figure)
 
 
-def _bits(context: UseContext, bits: Tensor) -> str:
-    """Say how many bits a value takes in all, of mass or of density."""
-    measure = base_measure(context.run.model, as_rows(context.rows.x[:2], context.run.model))
-    unit = "bits" if measure == "mass" else "bits (of density)"
-    return f"with the distortion {number(mean_se(bits))} {unit} per value"
-
-
 def decode(context: UseContext, path: Path, *, draw: bool = False) -> UseResult:
     """Decode the codes of a file; a program that takes labels gets the file's, else those of the rows."""
     z = _codes(path, context.dim)
     labels = _stored(path, ("label",)) if context.run.data.num_label_columns else None
     like, given = rows_to_decode(context, len(z), None if labels is None else torch.from_numpy(np.array(labels)))
-    x = applications.decode(*context.programs, z, like, draw=draw, **context.options)
+    x = context.apply(applications.decode, z, like, draw=draw)
     sentences = [f"{len(z)} codes of {path.name} decoded to {'draws' if draw else 'means'} of p(x|z)."]
     if given:
         source = path.name if labels is not None else f"{context.rows.where}, in order"
@@ -182,9 +175,7 @@ def augment(context: UseContext, *, per_row: int = 4, spread: float = 1.0, draw:
     if not 0 <= spread < math.inf:
         raise UserError(f"{param('spread')} is {spread:g}, but it must be at least 0")
     check_room(context, per_row * len(context.x), param("per_row", per_row))
-    new = applications.augment(
-        *context.programs, *context.given, per_row=per_row, spread=spread, draw=draw, **context.options
-    )
+    new = context.apply(applications.augment, per_row=per_row, spread=spread, draw=draw)
     # New rows around one row are not independent: errors are over the given rows.
     moves = (new.x - context.x[new.row]).square().nanmean(1).view(-1, per_row).mean(1)
     width = f"{spread:g} standard deviation{'' if spread == 1 else 's'}"

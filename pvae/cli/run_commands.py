@@ -8,10 +8,8 @@ from typing import Annotated
 
 import typer
 
-from pvae.cli.options import Flag, Number, Text, UseOptions, Whole, with_options
-from pvae.errors import check_range
+from pvae.cli.options import Flag, Number, Option, Text, UseOptions, Whole, with_options
 
-Option = typer.Option
 Rows = Annotated[str, typer.Argument(help="test, train or validation rows, or a .npy, .npz, .csv or .parquet file.")]
 Select = Annotated[Text, Option(help="Which rows, counted from 0, as 0:20 or 3,17,5 (default all).")]
 Samples = Annotated[int, Option(help="K, draws of each row's code.")]
@@ -22,10 +20,7 @@ DrawX = Annotated[bool, Option("--draw", help="Draw x from p(x|z) instead of tak
 @with_options
 def reconstruct(use: UseOptions, rows: Rows = "test", select: Select = None, samples: Samples = 8) -> None:
     """Encode rows and decode them again, beside principal components."""
-    from pvae.cli import run_coding
-
-    check_range(least=1, samples=samples)
-    use.apply(run_coding.reconstruct, rows, select, K=samples)
+    use.apply("run_coding:reconstruct", rows, select, K=samples)
 
 
 @with_options
@@ -37,10 +32,7 @@ def sample(
     label: Annotated[Text, Option(help="Of all rows, for a program that takes labels.")] = None,
 ) -> None:
     """Generate rows from the prior."""
-    from pvae.cli import run_coding
-
-    check_range(least=1, count=count)
-    use.apply(run_coding.sample, total=count, count=count, temperature=temperature, draw=draw, label=label)
+    use.apply("run_coding:sample", count=count, total=count, temperature=temperature, draw=draw, label=label)
 
 
 @with_options
@@ -52,10 +44,7 @@ def interpolate(
     how: Annotated[str, Option(help="linear or spherical.")] = "linear",
 ) -> None:
     """Decode a path from row to row through the latent space."""
-    from pvae.cli import run_coding
-
-    check_range(least=1, steps=steps)
-    use.apply(run_coding.interpolate, rows, select, total=None, steps=steps, how=how)
+    use.apply("run_coding:interpolate", rows, select, total=None, steps=steps, how=how)
 
 
 @with_options
@@ -67,18 +56,13 @@ def latent_map(
     size: Annotated[int, Option(help="Columns and rows of the grid that is decoded.")] = 20,
 ) -> None:
     """Map codes on a plane, with a page on which the pointer shows what each place decodes to."""
-    from pvae.cli import run_coding
-
-    use.apply(run_coding.latent_map, rows, select, total=None, page=True, projection=projection, size=size)
+    use.apply("run_coding:latent_map", rows, select, total=None, page=True, projection=projection, size=size)
 
 
 @with_options
 def encode(use: UseOptions, rows: Rows = "test", select: Select = None, samples: Samples = 64) -> None:
     """Encode rows: mean and standard deviation of each code, rate in bits, distortion."""
-    from pvae.cli import run_coding
-
-    check_range(least=1, samples=samples)
-    use.apply(run_coding.encode, rows, select, K=samples)
+    use.apply("run_coding:encode", rows, select, K=samples)
 
 
 @with_options
@@ -88,9 +72,7 @@ def decode(
     draw: DrawX = False,
 ) -> None:
     """Decode codes to rows."""
-    from pvae.cli import run_coding
-
-    use.apply(run_coding.decode, total=None, path=codes, draw=draw)
+    use.apply("run_coding:decode", total=None, path=codes, draw=draw)
 
 
 @with_options
@@ -104,10 +86,7 @@ def denoise(
     steps: Steps = 100,
 ) -> None:
     """Remove noise from rows: the posterior mean of x given the noisy rows."""
-    from pvae.cli import run_restoration
-
-    check_range(least=1, samples=samples, steps=steps)
-    use.apply(run_restoration.denoise, rows, select, raw=not add, noise=noise, add=add, K=samples, steps=steps)
+    use.apply("run_restoration:denoise", rows, select, raw=not add, noise=noise, add=add, K=samples, steps=steps)
 
 
 @with_options
@@ -121,10 +100,7 @@ def impute(
     steps: Steps = 100,
 ) -> None:
     """Impute missing entries (NaN) from the observed ones: mean, standard deviation, draws."""
-    from pvae.cli import run_restoration
-
-    check_range(least=1, samples=samples, draws=draws, steps=steps)
-    use.apply(run_restoration.impute, rows, select, missing=True, hide=hide, draws=draws, K=samples, steps=steps)
+    use.apply("run_restoration:impute", rows, select, missing=True, hide=hide, draws=draws, K=samples, steps=steps)
 
 
 @with_options
@@ -138,20 +114,10 @@ def anomalies(
     samples: Samples = 16,
 ) -> None:
     """Score how unlike held-out rows the rows are: thresholds for a false-alarm rate, AUROC if labels are known."""
-    from pvae.cli import run_anomalies
-
-    check_range(least=1, samples=samples)
-    use.apply(
-        run_anomalies.anomalies,
-        rows,
-        select,
-        total=None,
-        choose=run_anomalies.select_all_labels if rows == "test" and select is None else None,
-        anomalous=None if anomalous is None else [word.strip() for word in anomalous.split(",")],
-        scores=None if score is None else score.split(","),
-        K=samples,
-        false_alarm=false_alarm,
-    )
+    labels = None if anomalous is None else [word.strip() for word in anomalous.split(",")]
+    options = {"anomalous": labels, "scores": None if score is None else score.split(","), "false_alarm": false_alarm}
+    choose = "run_anomalies:select_all_labels" if rows == "test" and select is None else None
+    use.apply("run_anomalies:anomalies", rows, select, total=None, choose=choose, K=samples, **options)
 
 
 @with_options
@@ -164,10 +130,7 @@ def augment(
     draw: DrawX = False,
 ) -> None:
     """Generate rows around given ones, and count how many keep their label."""
-    from pvae.cli import run_coding
-
-    check_range(least=1, per_row=per_row)
-    use.apply(run_coding.augment, rows, select, per_row=per_row, spread=spread, draw=draw)
+    use.apply("run_coding:augment", rows, select, per_row=per_row, spread=spread, draw=draw)
 
 
 @with_options
@@ -179,22 +142,11 @@ def classify(
     samples: Samples = 16,
 ) -> None:
     """Classify rows by Bayes' rule on a model of each class, fitted at the first use, with calibrated probabilities."""
-    from pvae.cli import run_classification
-
-    check_range(least=1, samples=samples, epochs=1 if epochs is None else epochs)
-    use.apply(run_classification.fit_and_classify, rows, select, total=None, epochs=epochs, K=samples)
+    use.apply("run_classification:fit_and_classify", rows, select, total=None, epochs=epochs, K=samples)
 
 
 COMMANDS: dict[str, Callable[..., None]] = {
-    "reconstruct": reconstruct,
-    "sample": sample,
-    "interpolate": interpolate,
-    "map": latent_map,
-    "encode": encode,
-    "decode": decode,
-    "denoise": denoise,
-    "impute": impute,
-    "anomalies": anomalies,
-    "augment": augment,
+    **{"reconstruct": reconstruct, "sample": sample, "interpolate": interpolate, "map": latent_map, "encode": encode},
+    **{"decode": decode, "denoise": denoise, "impute": impute, "anomalies": anomalies, "augment": augment},
     "classify": classify,
 }

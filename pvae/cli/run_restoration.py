@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from pvae import applications
-from pvae.cli.baselines import training_means
+from pvae.cli.baselines import FITTED
 from pvae.cli.use_context import UseContext, error_words, make_result, squared_error
 from pvae.errors import UserError, param
 from pvae.experiments.use_results import UseResult
@@ -17,27 +17,21 @@ from pvae.stats import mean_se, number
 
 
 def denoise(context: UseContext, noise: str, *, add: bool | None = None, K: int = 100, steps: int = 100) -> UseResult:
-    """Remove noise from rows: the posterior mean of x given the noisy rows.
-
-    With ``add``, the default for the run's own rows, they are clean, and the noise is added to them first.
-    """
+    """Remove noise from rows, which is added to them first if ``add`` (the default for the run's own rows)."""
     model = make_noise(parse_component(noise))
     add = context.rows.from_run if add is None else add
     with seeded(context.seed + 17):
         noisy = model.add_to(context.x) if add else context.x
     y = torch.cat([noisy, context.rows.x[:, context.run.columns :]], 1)
-    clean = applications.denoise(*context.programs, y, model, context.rows.index, K=K, steps=steps, **context.options)
+    clean = context.apply(applications.denoise, y, model, context.rows.index, K=K, steps=steps)
     lines = {"seen": noisy, "denoised": clean.x}
-    sentences = [
-        f"{context.count.capitalize()}, {noise}: the posterior mean of x under {_draws(context, clean.ess, K)}."
-    ]
+    under = f"the posterior mean of x under {_draws(context, clean.ess, K)}"
+    sentences = [f"{context.count.capitalize()}, {noise}: {under}."]
     if add:
         before, after = squared_error(noisy, context.x), squared_error(clean.x, context.x)
-        share = (clean.x - context.x).square().nanmean(1) / before.mean
-        sentences.append(
-            f"Squared error {error_words(before)} per value with noise, {error_words(after)} without: "
-            f"{number(mean_se(share))} of it."
-        )
+        share = number(mean_se((clean.x - context.x).square().nanmean(1) / before.mean))
+        compared = f"{error_words(before)} per value with noise, {error_words(after)} without: {share} of it"
+        sentences.append(f"Squared error {compared}.")
         lines = {"clean": context.x} | lines
     arrays = {"x": clean.x, "sd": clean.sd, "seen": noisy, "ess": clean.ess, "row": context.rows.place}
     return make_result("denoise", arrays, sentences, context.strips(lines))
@@ -47,10 +41,9 @@ def impute(context: UseContext, *, hide: float | None, draws: int = 5, K: int = 
     """Impute missing entries from the observed ones, and measure the error on a share to ``hide`` at random, if any."""
     observed = _observed(context, hide)
     seen = torch.where(observed, context.x, torch.nan)
-    x, means = torch.cat([seen, context.rows.x[:, context.run.columns :]], 1), training_means(context.run)
-    imputed = applications.impute(
-        *context.programs, x, context.rows.index, means=means, K=K, draws=draws, steps=steps, **context.options
-    )
+    x = torch.cat([seen, context.rows.x[:, context.run.columns :]], 1)
+    means = context.run.data.fixed_train(FITTED).x.nanmean(0)
+    imputed = context.apply(applications.impute, x, context.rows.index, means=means, K=K, draws=draws, steps=steps)
     x_hat = imputed.x[:, : context.run.columns]
     sentences = [
         f"{context.count.capitalize()}, {(~observed).double().mean().item():.1%} of the entries missing, {draws} draws "
@@ -63,10 +56,8 @@ def impute(context: UseContext, *, hide: float | None, draws: int = 5, K: int = 
             raise UserError(f"{param('hide', hide)} hides none of the {context.x.numel()} entries; give a larger share")
         error = squared_error(x_hat, context.x, hidden)
         baseline = squared_error(means[: context.run.columns].expand_as(context.x), context.x, hidden)
-        sentences.append(
-            f"Squared error of the hidden entries {error_words(error)}; their columns' means leave "
-            f"{error_words(baseline)}."
-        )
+        compared = f"{error_words(error)}; their columns' means leave {error_words(baseline)}"
+        sentences.append(f"Squared error of the hidden entries {compared}.")
         lines = {"original": context.x} | lines
     arrays = {"x": x_hat, "sd": imputed.sd, "draws": imputed.draws, "ess": imputed.ess, "row": context.rows.place}
     return make_result("impute", arrays, sentences, context.strips(lines))
@@ -88,7 +79,6 @@ def _observed(context: UseContext, hide: float | None) -> Tensor:
         noise = torch.rand(context.x.shape, generator=torch.Generator().manual_seed(context.seed))
         return observed & (noise >= hide)
     if observed.all():
-        raise UserError(
-            f"no entry of the {context.rows.where} is missing (NaN); {param('hide', 0.5)} hides half of them, to try"
-        )
+        message = f"no entry of the {context.rows.where} is missing (NaN)"
+        raise UserError(message, f"{param('hide', 0.5)} hides half of them, to try")
     return observed

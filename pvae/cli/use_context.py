@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import pkgutil
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ import matplotlib
 import torch
 import typer
 from matplotlib.figure import Figure
+from rich.console import Console
 from torch import Tensor
 
 from pvae.cli.options import UseOptions
@@ -30,8 +32,7 @@ from pvae.runtime.progress import progress_bar
 from pvae.runtime.torch_state import available_memory, to_numpy
 from pvae.stats import Estimate, mean_se, number
 
-# How many rows a progress bar counts to, if not a number: the selected ones.
-SELECTED = -1
+SELECTED = -1  # as the total of a progress bar: the number of selected rows
 
 
 @dataclass(frozen=True)
@@ -48,16 +49,6 @@ class UseContext:
     def programs(self) -> tuple[Any, Any]:
         """The model and its guide."""
         return self.run.model, self.run.guide
-
-    @property
-    def given(self) -> tuple[Tensor, Tensor | None]:
-        """The rows and which training rows they are."""
-        return self.rows.x, self.rows.index
-
-    @property
-    def options(self) -> dict[str, Any]:
-        """Arguments of every application: seed and progress."""
-        return {"seed": self.seed, "progress": self.progress}
 
     @property
     def x(self) -> Tensor:
@@ -79,6 +70,11 @@ class UseContext:
         """How many rows there are and which, for a sentence."""
         return f"{len(self.x)} {self.rows.where}"
 
+    def apply(self, application: Callable[..., Any], *inputs: Any, **arguments: Any) -> Any:
+        """Call an application of model and guide on inputs (the rows and their index unless given), seed, progress."""
+        inputs = inputs or (self.rows.x, self.rows.index)
+        return application(*self.programs, *inputs, seed=self.seed, progress=self.progress, **arguments)
+
     def strips(self, lines: Mapping[str, Tensor], notes: Sequence[str] = ()) -> Figure:
         """Draw lines of rows one below the other, see `draw_strips`."""
         return draw_strips({name: to_numpy(rows) for name, rows in lines.items()}, self.run.data.shape, notes)
@@ -90,45 +86,50 @@ class UseContext:
 
 def carry_out(
     options: UseOptions,
-    use: Callable[..., UseResult],
+    use: str,
     rows: str = "test",
     select: str | None = None,
     *,
     total: int | None = SELECTED,
     page: bool = False,
-    choose: Callable[[Run, Path | None], SelectedRows] | None = None,
+    choose: str | None = None,
     raw: bool = False,
     missing: bool = False,
     **arguments: Any,
 ) -> None:
     """Open a run, apply a use to rows, write its result, and print its sentences.
 
-    Arguments:
-        use: function of a `UseContext` and ``arguments``.
-        rows, select, raw, missing: see `select_rows`; ``choose`` selects rows in their place.
-        total: rows that will pass, for the progress bar; None if that is not known.
-        page: the use makes an HTML page.
+    ``use`` names, as ``module:function`` of this wing, a function of a `UseContext` and ``arguments``; ``choose`` one
+    of the run and the data folder, to select rows in the place of `select_rows`. ``total`` rows pass (None: unknown).
     """
     if not 0 <= options.seed < 2**31:
         raise UserError(f"--seed is {options.seed}, but it must be at least 0 and below {2**31}")
     paths = options.out or []
     use_results.check_outputs(paths, options.overwrite, page=page)
-    run = open_run(
-        options.run, options.variant, device=options.device, data_folder=options.data_dir, trust=options.trust
-    )
-    selected = choose(run, options.data_dir) if choose else select_rows(run, rows, select, raw=raw, missing=missing)
+    folder, device, trust = options.data_dir, options.device, options.trust
+    run = open_run(options.run, options.variant, device=device, data_folder=folder, trust=trust)
+    selected = _function(choose)(run, folder) if choose else select_rows(run, rows, select, raw=raw, missing=missing)
     if note := unfinished_note(run.variant):
         typer.echo(f"warning: {run.name} {note}", err=True)
     if run.others and options.variant is None:
         typer.echo(f"{run.name}, of {1 + len(run.others)} variants (--variant names another)", err=True)
     with matplotlib.rc_context(STYLE), ExitStack() as stack:
         bar = partial(progress_bar, "rows", len(selected.x) if total == SELECTED else total)
-        result = use(UseContext(run, selected, options.seed, _counted(stack, bar), options.data_dir), **arguments)
+        result = _function(use)(UseContext(run, selected, options.seed, _counted(stack, bar), folder), **arguments)
         result.columns = run.data.columns
         about = {"variant": run.name, "fitted": fingerprint(run.variant), "shape": run.data.shape}
         use_results.write_outputs(result, *paths)
         written = paths or use_results.save_in_run(result, options.run, about)
-    _print(result, written)
+    console = Console()
+    for sentence in result.sentences:
+        console.print(sentence, markup=False, highlight=False)
+    for table in result.tables:
+        console.print(rich_table(Table(*table)))
+    typer.echo(f"written: {', '.join(map(str, written))}")
+
+
+def _function(name: str) -> Any:
+    return pkgutil.resolve_name(f"pvae.cli.{name}")
 
 
 def _counted(stack: ExitStack, bar: Callable[[], Any]) -> Callable[[int], None]:
@@ -144,41 +145,23 @@ def _counted(stack: ExitStack, bar: Callable[[], Any]) -> Callable[[int], None]:
     return count
 
 
-def _print(result: UseResult, written: list[Path]) -> None:
-    from rich.console import Console
-
-    console = Console()
-    for sentence in result.sentences:
-        console.print(sentence, markup=False, highlight=False)
-    for table in result.tables:
-        console.print(rich_table(Table(*table)))
-    typer.echo(f"written: {', '.join(map(str, written))}")
-
-
 def make_result(
     verb: str, arrays: Mapping[str, Tensor], sentences: list[str], figure: Figure | None, **more: Any
 ) -> UseResult:
     """Return a `UseResult` with tensors as arrays."""
-    return UseResult(
-        verb, {name: to_numpy(values) for name, values in arrays.items()}, sentences, figure=figure, **more
-    )
+    return UseResult(verb, {k: to_numpy(values) for k, values in arrays.items()}, sentences, figure=figure, **more)
 
 
 def check_room(context: UseContext, rows: int, option: str) -> None:
     """Refuse more new rows than half of the free memory can hold twice: in batches and concatenated."""
     size, room = 8 * rows * context.run.columns, available_memory() / 2
     if size > room:
-        raise UserError(
-            f"{option}: {rows:,} rows of {context.run.columns} values take {size / 2**30:,.1f} GiB, and there is room "
-            f"for {room / 2**30:.1f}; give a smaller number"
-        )
+        message = f"{option}: {rows:,} rows of {context.run.columns} values take {size / 2**30:,.1f} GiB"
+        raise UserError(f"{message}, and there is room for {room / 2**30:.1f}", "give a smaller number")
 
 
 def rows_to_decode(context: UseContext, count: int, labels: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
-    """Return rows [count, C] with what the program takes beside new latents, and by name the labels in them, if any.
-
-    Labels [count] are those of the selected rows, in their order, unless given.
-    """
+    """Return rows [count, C] with what the program takes beside new latents, and their labels by name."""
     run, rows = context.run, context.rows
     which = torch.arange(count) % len(rows.x)
     if not run.data.num_label_columns:

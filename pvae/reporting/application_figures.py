@@ -12,7 +12,8 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 from sklearn.metrics import ConfusionMatrixDisplay
 
-from pvae.reporting.style import COLOURS, GREY, SMALL, grey_limits, image_grid, image_shape, subplots
+from pvae.reporting import style
+from pvae.reporting.style import COLOURS, GREY, SMALL
 
 # Largest and smallest number of places in a line of images, and the width of a figure in inches.
 ACROSS, FEWEST, WIDTH = 16, 9, 8.6
@@ -22,15 +23,12 @@ PATH = LinearSegmentedColormap.from_list("path", [COLOURS[0], "#c8c8c8", COLOURS
 
 
 def draw_strips(lines: Mapping[str, np.ndarray], shape: tuple[int, ...], notes: Sequence[str] = ()) -> Figure:
-    """Draw named lines of images below each other, such as rows, their noisy versions and reconstructions.
+    """Draw named lines of rows [B, C] below each other, such as noisy ones and reconstructions, ``notes`` above them.
 
-    Arguments:
-        lines: rows [B, C] by the line's name; the first sets the grey scale of all. The first ``ACROSS`` rows are
-            shown, or ``PANELS`` of rows that are no images; a line without any value is left out.
-        shape: of a row.
-        notes: a word above each column.
+    The first line sets the grey scale of all. The first ``ACROSS`` rows are shown, or ``PANELS`` of rows that are no
+    images; a line without any value is left out.
     """
-    height, width = image_shape(shape)
+    height, width = style.image_shape(shape)
     whole = min(len(rows) for rows in lines.values())
     count = min(ACROSS if height > 1 else PANELS, whole)
     shown = {name: rows[:count] for name, rows in lines.items() if not np.isnan(rows[:count]).all()}
@@ -40,39 +38,36 @@ def draw_strips(lines: Mapping[str, np.ndarray], shape: tuple[int, ...], notes: 
     places = max(count, FEWEST)
     tall = min(WIDTH * 0.86 / places * height / width, 1.6)
     figure = _figure(0.25 + len(shown) * tall + 0.15 * bool(notes), title)
-    limits = grey_limits(next(iter(shown.values()), np.zeros(0)))
-    for place, (axis, (name, rows)) in enumerate(zip(_column(figure, len(shown)), shown.items(), strict=True)):
-        image_grid(axis, rows, shape, places, limits)
+    limits = style.grey_limits(next(iter(shown.values()), np.zeros(0)))
+    axes = style.panel_grid(figure, len(shown), 1)
+    for axis, (name, rows) in zip(axes, shown.items(), strict=True):
+        style.image_grid(axis, rows, shape, places, limits)
         axis.set_ylabel(name, rotation=0, ha="right", va="center", fontsize=8)
-        if notes and place == 0:
-            middles = [(width + 1) * k + width / 2 - 0.5 for k in range(count)]
-            axis.set_xticks(middles, notes[:count], fontsize=7)
-            axis.tick_params(top=True, labeltop=True, bottom=False, labelbottom=False, length=0)
+    if notes:
+        axes[0].set_xticks([(width + 1) * k + width / 2 - 0.5 for k in range(count)], notes[:count], fontsize=7)
+        axes[0].tick_params(top=True, labeltop=True, bottom=False, labelbottom=False, length=0)
     return figure
 
 
 def draw_sheets(panels: Mapping[str, np.ndarray], shape: tuple[int, ...], per_line: int = ACROSS) -> Figure:
-    """Draw stretches of rows below each other, each under its title: sheets of images, or one panel of curves.
+    """Draw stretches of rows [B, C], each under its title: sheets of images, or one panel of curves.
 
-    Arguments:
-        panels: rows [B, C] by the stretch's title. The first ``STRETCHES`` are shown, and ``IMAGES`` rows of each,
-            evenly spaced.
-        shape: of a row.
-        per_line: images in a line; more than ``ACROSS`` are broken into lines of about one length. Rows that are no
-            images and fill no more than one line are a path, coloured from the first to the last.
+    The first ``STRETCHES`` are shown, and ``IMAGES`` rows of each, evenly spaced. Lines of more than ``ACROSS`` images
+    are broken; rows that are no images and fill no more than one line are a path, coloured from first to last.
     """
-    height, width = image_shape(shape)
-    shown = dict(_thinned(name, rows) for name, rows in list(panels.items())[:STRETCHES])
+    height, width = style.image_shape(shape)
+    shown = dict(_thinned(*panel) for panel in list(panels.items())[:STRETCHES])
     title = f"the first {len(shown)} of {len(panels)} stretches" if len(panels) > len(shown) else ""
     if height == 1:
         return _stretches(shown, title, per_line)
     longest = min(per_line, max(map(len, shown.values())))
     places = max(-(-longest // -(-longest // ACROSS)), FEWEST)
     tall = [0.3 + -(-len(rows) // places) * WIDTH / places * height / width for rows in shown.values()]
-    figure, limits = _figure(min(sum(tall), 11), title), grey_limits(*shown.values())
-    for axis, (name, rows) in zip(_column(figure, len(shown), tall), shown.items(), strict=True):
-        image_grid(axis, rows, shape, places, limits)
-        axis.set_title(name, fontsize=9, loc="left")
+    figure, limits = _figure(min(sum(tall), 11), title), style.grey_limits(*shown.values())
+    axes = style.panel_grid(figure, len(shown), 1, height_ratios=tall)
+    for axis, (name, rows) in zip(axes, shown.items(), strict=True):
+        style.image_grid(axis, rows, shape, places, limits)
+        axis.set_title(name, loc="left")
     return figure
 
 
@@ -92,37 +87,31 @@ def _figure(tall: float, title: str) -> Figure:
     return figure
 
 
-def _column(figure: Figure, count: int, tall: Sequence[float] | None = None) -> Any:
-    return figure.subplots(count, 1, squeeze=False, height_ratios=tall)[:, 0]
-
-
 def _tiles(count: int, across: int, tall: float, title: str) -> tuple[Figure, list[Any]]:
     """Return a figure with small panels that share their axes."""
-    down = -(-count // across)
-    figure = _figure(0.7 + tall * down, title)
-    axes = list(figure.subplots(down, across, squeeze=False, sharex=True, sharey=True).flat)
-    for axis in axes:
-        axis.tick_params(labelsize=7)
+    figure = _figure(0.7 + tall * -(-count // across), title)
+    axes = style.panel_grid(figure, count, across, sharex=True, sharey=True)
+    for place, axis in enumerate(axes):
         axis.xaxis.set_major_locator(MaxNLocator(4, integer=True))
-    for axis in axes[count:]:
-        axis.set_axis_off()
-    for axis in axes[max(count - across, 0) : count]:  # the lowest of their columns
-        axis.tick_params(labelbottom=True)
+        axis.tick_params(labelsize=7)
+        if place >= count - across:  # the lowest of its column
+            axis.tick_params(labelbottom=True)
+    figure.supxlabel("column, counted from 0", fontsize=8)
     figure.supylabel("value", fontsize=8)
-    return figure, axes[:count]
+    return figure, axes
 
 
 def _curves(lines: Mapping[str, np.ndarray], count: int, title: str) -> Figure:
     """Draw each row's values by column in a small panel; the observed ones as points if entries are missing."""
     figure, axes = _tiles(count, min(count, 4), 1.5, title)
-    partial = [name for name, rows in lines.items() if np.isnan(rows).any()]
-    order = list(lines)
-    seen = order.index(partial[-1]) if partial else len(order)
+    partial = [position for position, rows in enumerate(lines.values()) if np.isnan(rows).any()]
+    seen = partial[-1] if partial else len(lines)
     for place, axis in enumerate(axes):
-        missing: Any = np.flatnonzero(np.isnan(lines[order[seen]][place])) if partial else []
+        missing: Any = np.flatnonzero(np.isnan([*lines.values()][seen][place])) if partial else []
         for position, (colour, (name, rows)) in enumerate(zip(COLOURS, lines.items(), strict=False)):
             axis.plot(rows[place], color=colour, label=name, **_style(position - seen, missing))
-    figure.supxlabel("column, counted from 0" + "; diamonds: missing entries" * bool(partial), fontsize=8)
+    if partial:
+        figure.supxlabel("column, counted from 0; diamonds: missing entries", fontsize=8)
     if len(lines) > 1:
         figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=4, **SMALL)
     return figure
@@ -144,7 +133,6 @@ def _stretches(panels: Mapping[str, np.ndarray], title: str, longest: int) -> Fi
         for row, colour in zip(rows, colours, strict=True):
             axis.plot(row, color=colour, lw=0.9)
         axis.set_title(name, fontsize=8, loc="left")
-    figure.supxlabel("column, counted from 0", fontsize=8)
     if path:
         ends = [Line2D([], [], color=PATH(end), label=word) for end, word in ((0.0, "first row"), (1.0, "last row"))]
         figure.legend(handles=ends, loc="outside upper right", ncols=2, **SMALL)
@@ -152,26 +140,17 @@ def _stretches(panels: Mapping[str, np.ndarray], title: str, longest: int) -> Fi
 
 
 def draw_scores(scores: Mapping[str, tuple[np.ndarray, np.ndarray, float]], anomalous: np.ndarray | None) -> Figure:
-    """Draw histograms of each score: of the rows, of held-out normal rows, and its threshold.
-
-    ``anomalous`` tells which rows are, if that is known.
-    """
+    """Draw histograms of each score: of the rows, of held-out normal rows, and its threshold."""
     columns = min(3, len(scores))
-    lines = -(-len(scores) // columns)
-    figure = Figure(figsize=(WIDTH, 0.5 + 2.1 * lines), layout="constrained")
-    axes = figure.subplots(lines, columns, squeeze=False).flat
-    for axis in axes:
-        axis.set_axis_off()
-    for place, (axis, (name, (values, reference, threshold))) in enumerate(
-        zip(figure.axes, scores.items(), strict=False)
-    ):
-        axis.set_axis_on()
-        axis.set_ylabel("" if place % columns else "share of rows", fontsize=8)
-        kinds = (
-            {"rows": values} if anomalous is None else {"normal": values[~anomalous], "anomalous": values[anomalous]}
-        )
-        _histogram(axis, {"held-out normal rows": reference, **kinds}, threshold)
+    figure = _figure(0.5 + 2.1 * -(-len(scores) // columns), "")
+    which = {"rows": slice(None)} if anomalous is None else {"normal": ~anomalous, "anomalous": anomalous}
+    for axis, name in zip(style.panel_grid(figure, len(scores), columns), scores, strict=True):
+        values, reference, threshold = scores[name]
+        kinds = {"held-out normal rows": reference} | {kind: values[rows] for kind, rows in which.items()}
+        _histogram(axis, kinds, threshold)
         axis.set_title(name, fontsize=8)
+    for axis in figure.axes[::columns]:
+        axis.set_ylabel("share of rows", fontsize=8)
     figure.supxlabel("score; the outermost bars hold what lies beyond", fontsize=8)
     figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=4, **SMALL)
     return figure
@@ -182,21 +161,16 @@ def _histogram(axis: Any, kinds: Mapping[str, np.ndarray], threshold: float) -> 
     low, high = np.quantile(whole, [0.002, 0.99])
     edges: Any = np.linspace(low, max(high, low + 1e-6), 31)
     for colour, (kind, values) in zip((GREY, COLOURS[0], COLOURS[1]), kinds.items(), strict=False):
-        if not len(values):
-            continue
-        style: Any = {"histtype": "stepfilled" if colour == GREY else "step", "lw": 1.4}
-        shares = np.full(len(values), 1 / len(values))
-        axis.hist(np.clip(values, low, high), weights=shares, bins=edges, color=colour, label=kind, **style)
+        look: Any = {"histtype": "stepfilled" if colour == GREY else "step", "lw": 1.4, "color": colour, "bins": edges}
+        if len(values):
+            axis.hist(np.clip(values, low, high), weights=np.full(len(values), 1 / len(values)), label=kind, **look)
     axis.axvline(threshold, color="black", lw=1, ls="--", label="threshold")
-    axis.set_yticks([])
-    axis.spines["left"].set_visible(False)
-    axis.xaxis.set_major_locator(MaxNLocator(4))
-    axis.tick_params(labelsize=7)
+    style.plain_histogram(axis, 4)
 
 
 def draw_confusion_matrix(counts: np.ndarray, names: Sequence[str]) -> Figure:
     """Draw a confusion matrix of row counts, coloured by their shares of the true label."""
-    figure, (axis,) = subplots(1, width=WIDTH, height=min(1.2 + 0.34 * len(names), 7.0))
+    figure, (axis,) = style.subplots(1, width=WIDTH, height=min(1.2 + 0.34 * len(names), 7.0))
     shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
     display = ConfusionMatrixDisplay(shares, display_labels=names)
     display.plot(ax=axis, cmap="Blues", colorbar=False, im_kw={"vmin": 0, "vmax": 1}, text_kw={"fontsize": 7})

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import io
-import shutil
-import tempfile
 import weakref
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pandas
@@ -148,32 +147,26 @@ def compare(
     >>> comparison.to_frame()["variant"].unique().tolist()
     ['Amortized']
     """
-    preset_rows, preset = _budget(budget)
+    word = budget if isinstance(budget, str) else "standard"
+    if word not in comparing.BUDGETS:
+        raise UserError(f"{param('budget')} is '{word}'{nearest(word, comparing.BUDGETS)}")
+    preset_rows, preset = comparing.BUDGETS[word]
+    preset = budget if isinstance(budget, Budget) else preset
     rows = preset_rows if rows is None else rows
     check_range(least=2, rows=rows)
     file = _recipe_file(recipe, keys, trust)
     axes = file.vary | _checked_axes(vary or {}, keys)
     with ExitStack() as stack:
-        folder = Path(tempfile.mkdtemp(prefix="pvae-") if out is None else out)
         if out is None:
-            stack.callback(shutil.rmtree, folder, ignore_errors=True)
-        options = comparing.RunOptions(folder, device, rows, preset, families, jobs, trust, progress)
+            out = stack.enter_context(TemporaryDirectory(prefix="pvae-", ignore_cleanup_errors=True))
+        options = comparing.RunOptions(Path(out), device, rows, preset, families, jobs, trust, progress)
         options = replace(options, say=print) if progress else options
         comparing.compare(
             file.recipe, options, vary=axes or None, data_folder=data_folder, overwrite=overwrite, resume=resume
         )
-        comparison = Comparison.from_folder(folder)
+        comparison = Comparison.from_folder(out)
         weakref.finalize(comparison, stack.pop_all().close)
     return comparison
-
-
-def _budget(budget: str | Budget) -> tuple[int, Budget]:
-    """Return the rows and the budget of an evaluation."""
-    if isinstance(budget, Budget):
-        return comparing.BUDGETS["standard"][0], budget
-    if budget not in comparing.BUDGETS:
-        raise UserError(f"{param('budget')} is '{budget}'{nearest(budget, comparing.BUDGETS)}")
-    return comparing.BUDGETS[budget]
 
 
 def _checked_axes(vary: Mapping[str, Sequence[Any]], keys: Mapping[str, Any]) -> dict[str, list[Any]]:
@@ -192,10 +185,6 @@ def _recipe_file(recipe: Recipe | str | Path, keys: Mapping[str, Any], trust: bo
     """Return a recipe with these keys, which fix what its file varies."""
     for key, value in keys.items():
         check_value(key, value)
-    if isinstance(recipe, Recipe):
-        file = RecipeFile(replace(recipe, **keys), {}, {})
-    elif Path(recipe).suffix == ".toml":
-        file = read_recipe_file(Path(recipe), keys, trust=trust)
-    else:
-        file = RecipeFile(Recipe(**{"data": str(recipe)} | dict(keys)), {}, {})
-    return file.fixed_at(keys)
+    if not isinstance(recipe, Recipe) and Path(recipe).suffix == ".toml":
+        return read_recipe_file(Path(recipe), keys, trust=trust).fixed_at(keys)
+    return RecipeFile(replace(recipe if isinstance(recipe, Recipe) else Recipe(str(recipe)), **keys), {}, {})

@@ -2,63 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
+from matplotlib.ticker import MaxNLocator
 
 from pvae.diagnostics.calibration import ecdf_band
 from pvae.reporting.latent_figures import draw_aggregate, draw_kl, draw_predictive
-from pvae.reporting.style import COLOURS, GREY, SMALL, STYLE, subplots
+from pvae.reporting.style import COLOURS, GREY, SMALL, STYLE, plain_ticks, subplots
 from pvae.runtime.torch_state import to_numpy
 from pvae.stats import UNRELIABLE
 
 BLUE, ORANGE, GREEN = COLOURS[:3]
 # The guide, and its family at refined variational parameters.
 WHO = {"guide": ("guide", BLUE), "best": ("refined", ORANGE)}
-USABLE, WORST = 0.5, 12
-# A k-hat above it is drawn at the edge.
-BEYOND = 2.5
-
-CAPTIONS = {
-    "gaps": "Gaps in nats per row: inference gap (evidence - ELBO) = approximation gap (posterior family) + "
-    "amortization gap (inference method). Below them the family gains: ELBO that the best of another family adds. "
-    "Bars: 95% bootstrap intervals.",
-    "k_hat": "Tail index k-hat of each row's importance weights: below 0.5 weighted estimates are good, above 0.7 "
-    "unreliable. Right: the rows with the largest k-hat of the guide.",
-    "reference": "The posterior against long HMC chains, a dot for each row and dimension; rows whose chains have "
-    "not converged are left out. On the line the two agree; below it the posterior's spreads are too small. Right: "
-    "share of the chains' draws inside the posterior's central intervals, with two standard errors over rows.",
-    "calibration": "Simulation-based calibration (SBC): ranks of true latents among draws of the posterior, for rows "
-    "simulated from the model; their ECDF minus the uniform one, a line for each dimension (counted from 0). Lines "
-    "leave the 95% band if the posterior is wrong: up, then down: too narrow; down, then up: too wide; one hill: "
-    "biased upwards; one valley: biased downwards. TARP, dashed, tests all dimensions jointly and has its own band, "
-    "dotted.",
-    "kl": "Left: KL from the prior by dimension (counted from 0), largest first, with two standard errors over rows. "
-    "Right: variance over rows of the posterior's mean; a dimension is active above 0.01.",
-    "aggregate": "Aggregate posterior (draws for all rows) against the prior, which it should match. Left: the "
-    "dimensions of largest KL; rings: 1, 2 and 3 standard deviations of a standard normal prior. Right: the dimension "
-    "that matches the prior least.",
-    "predictive": "Posterior predictive checks: data replicated from the fit against the data. Left: share of "
-    "replicates whose column mean is above the data's; near 0 or 1 is a misfit. Right: statistics of replicates, with "
-    "a line at the data's.",
-    "sandwich": "Lower and upper bound of the evidence of simulated rows, by annealing forwards and backwards (AIS "
-    "and reverse AIS). The evidence lies between the two on average; if they are apart, annealing was too short.",
-}
+USABLE = 0.5
+BEYOND = 2.5  # a k-hat above it is drawn at the edge
 
 
 @rc_context(STYLE)
 def draw_diagnosis(parts: Mapping[str, Any], shape: tuple[int, ...]) -> dict[str, Figure]:
-    """Return all figures that the parts of a variant's diagnosis (see `battery`) allow, by the names of ``CAPTIONS``.
+    """Return all figures that the parts of a variant's diagnosis (see `battery`) allow, by the names of ``DRAWN``.
 
     ``gaps`` among them maps a gap's label to its mean and the ends of its interval, in nats per row.
     """
-    drawn = {name: draw(parts, shape) for name, draw in DRAWN.items()}
-    return {name: figure for name, figure in drawn.items() if figure is not None}
+    return {name: figure for name, draw in DRAWN.items() if (figure := draw(parts, shape)) is not None}
 
 
 def _whose(parts: Mapping[str, Any], kind: str) -> dict[str, Any]:
@@ -77,19 +49,13 @@ def _gaps(parts: Mapping[str, Any], shape: tuple[int, ...]) -> Figure | None:
     axis.barh(places, mean, color=[colours.get(name.split()[0], GREEN) for name in gaps], height=0.6)
     axis.hlines(places, low, high, color="black", lw=1)
     axis.axvline(0, color="black", lw=0.6)
-    axis.set_yticks(places, [_plain(name) for name in gaps])
+    axis.set_yticks(places, [name.replace("$", r"\$") for name in gaps])  # no formulas
     axis.set_xlabel("nats per row")
     axis.invert_yaxis()
-    right = max(high.max(), 0)
     for place, value in enumerate(mean):
-        axis.text(right, place, f"  {value:.3g}", va="center", fontsize=8)
+        axis.text(max(high.max(), 0), place, f"  {value:.3g}", va="center", fontsize=8)
     axis.margins(x=0.1)
     return figure
-
-
-def _plain(text: str) -> str:
-    """Return text of which matplotlib makes no formula."""
-    return text.replace("$", r"\$")
 
 
 def _k_hat(parts: Mapping[str, Any], shape: tuple[int, ...]) -> Figure | None:
@@ -98,7 +64,8 @@ def _k_hat(parts: Mapping[str, Any], shape: tuple[int, ...]) -> Figure | None:
     if not values:
         return None
     k = next(iter(values.values()))
-    worst = _worst(k)
+    worst = np.argsort(-np.where(np.isnan(k), -np.inf, k), kind="stable")
+    worst = worst[np.isfinite(k[worst]) | (k[worst] == np.inf)][:12]
     figure = Figure(figsize=(8.6, 3.4), layout="constrained")
     if not len(worst):
         _k_histogram(figure.subplots(), values)
@@ -108,7 +75,6 @@ def _k_hat(parts: Mapping[str, Any], shape: tuple[int, ...]) -> Figure | None:
     if len(shape) == 2 and "rows" in parts:
         x = to_numpy(parts["rows"].x, float)
         images = x.reshape(len(x), -1)[worst, : int(np.prod(shape))]
-        right.suptitle("rows of largest k-hat", fontsize=9)
         _pictured(right, images.reshape(-1, *shape), k[worst])
     else:
         _listed(right.subplots(), worst, k[worst])
@@ -123,14 +89,7 @@ def _listed(axis: Axes, rows: np.ndarray, k: np.ndarray) -> None:
     axis.margins(x=0.12)
     axis.set_yticks(places, [f"row {n}" for n in rows])
     axis.invert_yaxis()
-    axis.set_xlabel("k-hat")
-    axis.set_title("rows of largest k-hat, counted from 0", fontsize=9)
-
-
-def _worst(k: np.ndarray) -> np.ndarray:
-    """Return the numbers of the rows of largest k-hat, largest first."""
-    order = np.argsort(-np.where(np.isnan(k), -np.inf, k), kind="stable")
-    return order[np.isfinite(k[order]) | (k[order] == np.inf)][:WORST]
+    axis.set(xlabel="k-hat", title="rows of largest k-hat, counted from 0")
 
 
 def _k_histogram(axis: Axes, values: dict[str, np.ndarray]) -> None:
@@ -144,8 +103,8 @@ def _k_histogram(axis: Axes, values: dict[str, np.ndarray]) -> None:
         alike, beyond = int(np.sum(k == -np.inf)), int(np.sum(k > high))
         notes = [f"{alike} rows of equal weights, at the left edge"] * (alike > 0)
         notes += [f"{beyond} rows beyond, at the right edge"] * (beyond > 0)
-        label = ":\n".join([name, "\n".join(notes)]) if notes else name
         kind: Any = {"histtype": "stepfilled", "alpha": 0.45} if who == "guide" else {"histtype": "step", "lw": 1.4}
+        label = "\n".join([f"{name}:", *notes] if notes else [name])
         axis.hist(np.clip(k, low, high), bins=edges, color=colour, label=label, **kind)
     axis.margins(y=0.12)
     for line in (USABLE, UNRELIABLE):
@@ -155,16 +114,16 @@ def _k_histogram(axis: Axes, values: dict[str, np.ndarray]) -> None:
         axis.text(centre, 1.01, word, transform=axis.get_xaxis_transform(), ha="center", va="bottom", fontsize=8)
     axis.set(xlabel="k-hat of a row's importance weights", ylabel="rows", xlim=(low, high))
     axis.yaxis.set_major_locator(MaxNLocator(integer=True))
-    noted = bool(np.any((every == -np.inf) | (every > high)))
+    noted = np.any((every == -np.inf) | (every > high))
     axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=1 if noted else 2, **SMALL)
 
 
 def _pictured(figure: Any, images: np.ndarray, k: np.ndarray) -> None:
     """Draw images with their k-hat below, twelve at the most."""
-    axes = figure.subplots(3, 4).flat
-    for axis in axes:
-        axis.set_axis_off()
+    figure.suptitle("rows of largest k-hat", fontsize=9)
     known = np.nan_to_num(images)  # what is missing stays blank
+    for axis in figure.subplots(3, 4).flat:
+        axis.set_axis_off()
     for axis, image, value in zip(figure.axes, images, k, strict=False):
         axis.imshow(image, cmap="gray_r", vmin=min(known.min(), 0), vmax=max(known.max(), 1e-9))
         axis.text(0.5, -0.04, f"{value:.2f}", transform=axis.transAxes, ha="center", va="top", fontsize=8)
@@ -179,18 +138,19 @@ def _reference(parts: Mapping[str, Any], shape: tuple[int, ...]) -> Figure | Non
     if "health" in parts:
         scale, unit = to_numpy(parts["health"].prior, float).std(0), "prior sd"
     for place, (who, part) in enumerate(references.items()):
-        sound, names = to_numpy(part.sound, bool), ("mean", "sd", "guide_mean", "guide_sd")
-        mean, sd, ours, our_sd = (to_numpy(getattr(part, field), float)[sound] / scale for field in names)
-        dots: Any = {"s": 9, "alpha": 0.5, "color": WHO[who][1], "linewidths": 0, "label": WHO[who][0]}
+        (name, colour), sound = WHO[who], to_numpy(part.sound, bool)
+        moments = (part.mean, part.sd, part.guide_mean, part.guide_sd)
+        mean, sd, ours, our_sd = (to_numpy(moment, float)[sound] / scale for moment in moments)
+        dots: Any = {"s": 9, "alpha": 0.5, "color": colour, "linewidths": 0, "label": name}
         means.scatter(mean, ours, **dots)
         spreads.scatter(sd, our_sd, **dots)
         shares = [to_numpy(values, float)[sound].mean(-1) for values in (part.coverage_50, part.coverage_90)]
-        _coverage_bars(coverage, np.arange(2) + (place - (len(references) - 1) / 2) * 0.36, shares, WHO[who][1])
+        _coverage_bars(coverage, np.arange(2) + (place - (len(references) - 1) / 2) * 0.36, shares, colour)
     spreads.set(xscale="log", yscale="log")
     for axis, moment in ((means, "mean"), (spreads, "sd")):
         _diagonal(axis)
         axis.set(xlabel=f"{moment} by HMC ({unit})", ylabel=f"{moment} of q ({unit})")
-    _plain_ticks(spreads)
+    plain_ticks(spreads.get_xlim(), spreads.xaxis, spreads.yaxis)
     handles = [*means.get_legend_handles_labels()[0], *coverage.get_legend_handles_labels()[0][:1]]
     figure.legend(handles=handles, loc="outside lower center", ncols=3, markerscale=2, **SMALL)
     first = next(iter(references.values())).sound
@@ -209,18 +169,9 @@ def _coverage_bars(axis: Axes, places: np.ndarray, shares: list[np.ndarray], col
     axis.set(ylabel="chains' draws inside (%)", ylim=(0, 105))
 
 
-def _plain_ticks(axis: Axes) -> None:
-    """Set few ticks on logarithmic axes, written as plain numbers."""
-    low, high = axis.get_xlim()
-    for line in (axis.xaxis, axis.yaxis):
-        line.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=5) if high > 8 * low else MaxNLocator(4))
-        line.set_major_formatter("{x:g}")
-        line.set_minor_formatter(NullFormatter())
-
-
 def _diagonal(axis: Axes) -> None:
     """Set equal limits on both axes, and draw the line on which both agree."""
-    low, high = min(axis.get_xlim()[0], axis.get_ylim()[0]), max(axis.get_xlim()[1], axis.get_ylim()[1])
+    low, high = min(*axis.get_xlim(), *axis.get_ylim()), max(*axis.get_xlim(), *axis.get_ylim())
     axis.plot([low, high], [low, high], color="black", lw=0.8, zorder=0)
     axis.set(xlim=(low, high), ylim=(low, high))
     axis.set_box_aspect(1)
@@ -233,7 +184,7 @@ def _calibration(parts: Mapping[str, Any], shape: tuple[int, ...]) -> Figure | N
     figure, axes = subplots(len(calibrations), width=8.6 if len(calibrations) > 1 else 5.0, height=3.6)
     for axis, (who, part) in zip(axes, calibrations.items(), strict=True):
         _ranks(axis, to_numpy(part.ranks, float), to_numpy(part.tarp, float))
-        axis.set_title(f"{WHO[who][0]}: {len(part.ranks)} simulated rows", fontsize=9)
+        axis.set_title(f"{WHO[who][0]}: {len(part.ranks)} simulated rows")
         axis.set_xlabel("normalized rank of the true latent among draws")
     axes[0].set_ylabel("ECDF - uniform (share of rows)")
     reach = max(max(np.abs(axis.get_ylim())) for axis in axes)
@@ -249,10 +200,9 @@ def _ranks(axis: Axes, ranks: np.ndarray, tarp: np.ndarray) -> None:
     lines = np.stack([_excess(ranks[:, d], at) for d in range(D)])
     worst = int(np.argmax(np.max(np.abs(lines), axis=1)))
     axis.axhspan(-ecdf_band(N, D), ecdf_band(N, D), color=GREY, alpha=0.2, lw=0, label="95% band of all dimensions")
-    others = [d for d in range(D) if d != worst]
-    if others:
-        axis.plot(at, lines[others].T, color=COLOURS[4], lw=0.7, alpha=0.7)
-        axis.lines[0].set_label("other dimensions")
+    for place, line in enumerate(np.delete(lines, worst, 0)):
+        label = None if place else "other dimensions"
+        axis.plot(at, line, color=COLOURS[4], lw=0.7, alpha=0.7, label=label)
     axis.plot(at, lines[worst], color=ORANGE, lw=1.6, label=f"dimension {worst}, the worst")
     axis.plot(at, _excess(tarp, at), color="black", lw=1.2, ls="--", label="TARP")
     for side in (-1, 1):
@@ -261,8 +211,7 @@ def _ranks(axis: Axes, ranks: np.ndarray, tarp: np.ndarray) -> None:
 
 def _excess(u: np.ndarray, at: np.ndarray) -> np.ndarray:
     """Return the ECDF of u minus the uniform one."""
-    excess: np.ndarray = np.searchsorted(np.sort(u), at, side="right") / len(u) - at
-    return excess
+    return np.asarray(np.searchsorted(np.sort(u), at, side="right") / len(u) - at)
 
 
 def _sandwich(parts: Mapping[str, Any], shape: tuple[int, ...]) -> Figure | None:
@@ -275,26 +224,19 @@ def _sandwich(parts: Mapping[str, Any], shape: tuple[int, ...]) -> Figure | None
     both.vlines(rows, lower[order], upper[order], color=GREY, lw=1)
     both.scatter(rows, upper[order], marker="v", s=14, color=ORANGE, linewidths=0, label="upper bound")
     both.scatter(rows, lower[order], marker="^", s=14, color=BLUE, linewidths=0, label="lower bound")
-    both.set(xlabel="simulated row, by its lower bound", ylabel="evidence (nats)")
     both.legend(**SMALL)
     apart.axhline(0, color="black", lw=0.6)
     apart.vlines(rows, 0, width, color=GREEN, lw=1)
     apart.scatter(rows, width, s=14, color=GREEN, linewidths=0)
-    apart.set(xlabel="simulated row, by its lower bound", ylabel="upper - lower bound (nats)")
     error = f" ± {width.std(ddof=1) / len(width) ** 0.5:.2g}" if len(width) > 1 else ""
-    apart.set_title(f"mean {width.mean():.3g}{error} nats", fontsize=9)
-    for axis in (both, apart):
+    apart.set_title(f"mean {width.mean():.3g}{error} nats")
+    for axis, label in ((both, "evidence (nats)"), (apart, "upper - lower bound (nats)")):
+        axis.set(xlabel="simulated row, by its lower bound", ylabel=label)
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     return figure
 
 
-DRAWN = {
-    "gaps": _gaps,
-    "k_hat": _k_hat,
-    "reference": _reference,
-    "calibration": _calibration,
-    "kl": draw_kl,
-    "aggregate": draw_aggregate,
-    "predictive": draw_predictive,
-    "sandwich": _sandwich,
+DRAWN: dict[str, Callable[[Mapping[str, Any], tuple[int, ...]], Figure | None]] = {
+    **{"gaps": _gaps, "k_hat": _k_hat, "reference": _reference, "calibration": _calibration},
+    **{"kl": draw_kl, "aggregate": draw_aggregate, "predictive": draw_predictive, "sandwich": _sandwich},
 }

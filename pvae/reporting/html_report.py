@@ -16,16 +16,15 @@ from pvae.diagnostics.trust import USES
 from pvae.errors import UserError
 from pvae.experiments import arviz_export, diagnosis, use_results
 from pvae.reporting.comparison_figures import draw_comparison
-from pvae.reporting.diagnosis_figures import CAPTIONS, draw_diagnosis
+from pvae.reporting.diagnosis_figures import draw_diagnosis
 from pvae.reporting.latent_map_widget import render_widget
 from pvae.reporting.rendering import render_template
-from pvae.reporting.style import data_uri, png_uri
+from pvae.reporting.style import data_uri, encode_uri
 from pvae.reporting.tables import comparison_tables, diagnosis_tables
 from pvae.runtime.files import read_json, write_text
 
 FILE = "report.html"
-# Arrays of latent maps that version 0.1 wrote under other names.
-OLD = {"across": "grid_x", "up": "grid_y"}
+OLD = {"across": "grid_x", "up": "grid_y"}  # names of latent maps' arrays in version 0.1
 
 
 def write_report(folder: str | Path, results: dict[str, Any] | None = None) -> Path:
@@ -44,23 +43,19 @@ def write_report(folder: str | Path, results: dict[str, Any] | None = None) -> P
         groups = results["groups"]
         figures = [draw_comparison(group, arviz_export.load_idata(folder, n)) for n, group in enumerate(groups, 1)]
         fitted = {mark for group in groups for row in group["rows"] for mark in row.get("fitted", [])}
-        uses = [_use(use) for use in use_results.load_from_run(folder, fitted)]
+        uses = [use | {"blocks": _blocks(use)} for use in use_results.load_from_run(folder, fitted)]
+        for use in uses:
+            use["picture"] = use["picture"] and encode_uri(use["picture"].read_bytes())
         page = render(results, figures, [_diagnoses(folder, group) for group in groups], uses)
     except (KeyError, IndexError, TypeError) as error:
-        path = folder / "results.json"
-        raise UserError(
-            f"{path} lacks {error} or does not go with {arviz_export.FILE}; pvae evaluate writes both"
-        ) from error
+        message = f"{folder / 'results.json'} lacks {error} or does not go with {arviz_export.FILE}"
+        raise UserError(f"{message}; pvae evaluate writes both") from error
     write_text(folder / FILE, page)
     return folder / FILE
 
 
 def read_results(folder: Path) -> dict[str, Any]:
-    """Read ``results.json`` of an evaluated run folder.
-
-    Raises:
-        UserError: it is missing, broken or of another version.
-    """
+    """Read ``results.json`` of an evaluated run folder; refuse one that is missing, broken or of another version."""
     results = read_json(folder / "results.json", f"pvae evaluate {folder} writes it")
     if not isinstance(results, dict) or results.get("schema") != 2:
         raise UserError(f"{folder / 'results.json'} is of another version; pvae evaluate {folder} writes it anew")
@@ -82,19 +77,10 @@ def _diagnoses(folder: Path, group: dict[str, Any]) -> list[dict[str, Any]]:
 
 def _gaps(test: dict[str, Any]) -> dict[str, tuple[float, float, float]]:
     """Return mean and interval of each gap and family gain of a variant's test rows, by its label."""
-    gaps = [f"{cause}_gap" for cause in ("inference", "approximation", "amortization")]
+    gaps = ["inference_gap", "approximation_gap", "amortization_gap"]
     keys = [*gaps, *(key for key in test if key.startswith("family_gain["))]
-    return {
-        describe(key).label: (test[key]["mean"], *test[key]["interval"])
-        for key in keys
-        if "interval" in test.get(key, {})
-    }
-
-
-def _use(use: dict[str, Any]) -> dict[str, Any]:
-    """Return what the page shows of a use: its figure, or the interactive pieces of a latent map."""
-    picture = None if use["picture"] is None else png_uri(use["picture"].read_bytes())
-    return use | {"picture": picture, "blocks": _blocks(use)}
+    known = {describe(key).label: test[key] for key in keys if "interval" in test.get(key, {})}
+    return {label: (gap["mean"], *gap["interval"]) for label, gap in known.items()}
 
 
 def _blocks(use: dict[str, Any]) -> list[Any]:
@@ -107,7 +93,7 @@ def _blocks(use: dict[str, Any]) -> list[Any]:
     fields: Any = {field.name: tensors.get(field.name) for field in dataclasses.fields(LatentMap)}
     plane = LatentMap(**fields | {"how": str(arrays["how"])})
     sliding = {name.removeprefix("slider_"): values for name, values in tensors.items() if name.startswith("slider_")}
-    sliders: list[Any] = [render_widget(Sliders(**sliding), None, shape)] if sliding else []
+    sliders = [render_widget(Sliders(**sliding), None, shape)] if sliding else []
     return [render_widget(plane, arrays.get("label"), shape), *sliders]
 
 
@@ -122,14 +108,13 @@ def render(
     tables = [comparison_tables(group) for group in results["groups"]]
     encoded = [{name: data_uri(figure) for name, figure in drawn.items()} for drawn in figures]
     groups = list(zip(results["groups"], tables, encoded, diagnosed, strict=True))
-    glossary = _glossary(results, diagnosed)
-    texts = {"captions": CAPTIONS, "trusted": USES, "glossary": glossary}
+    texts = {"trusted": USES, "glossary": _glossary(results, diagnosed)}
     return str(render_template("report.html.jinja", results=results, groups=groups, uses=uses, **texts))
 
 
 def _glossary(results: dict[str, Any], diagnoses: Sequence[list[dict[str, Any]]]) -> list[Quantity]:
     """Return the quantities that the page shows, in the order of their table."""
-    shown = {key for group in results["groups"] for row in group["rows"] for key in row["test"]}
-    shown |= {key for group in results["groups"] for row in group["rows"] for key in row.get("latent_space", {})}
+    rows = [row for group in results["groups"] for row in group["rows"]]
+    shown = {key for row in rows for key in row["test"] | row.get("latent_space", {})}
     shown |= {key for group in diagnoses for one in group for key in one["figures"]}
-    return [quantity for key, quantity in QUANTITIES.items() if any(name.partition("[")[0] == key for name in shown)]
+    return [quantity for key, quantity in QUANTITIES.items() if key in {name.partition("[")[0] for name in shown}]

@@ -15,39 +15,22 @@ from sklearn.decomposition import PCA
 
 from pvae.applications.latent_map import LatentMap, Sliders
 from pvae.errors import UserError
+from pvae.reporting import style
 from pvae.reporting.rendering import render_template
-from pvae.reporting.style import (
-    CLASS_COLOURS,
-    COLOURS,
-    GREY,
-    STYLE,
-    class_names,
-    data_uri,
-    grey_limits,
-    image_grid,
-    image_shape,
-    scatter_latents,
-    standard_normal,
-)
+from pvae.reporting.style import CLASS_COLOURS, COLOURS, GREY, STYLE
 from pvae.runtime.torch_state import to_numpy
 
 # Largest numbers of codes on a page, of ellipses in a figure, and of lines of a grid that it draws.
 CODES, ELLIPSES, LINES = 1500, 30, 12
 Labels = Sequence[Any] | np.ndarray
-AXES = {
-    "plane": ("first latent dimension (u)", "second latent dimension (u)"),
-    "tsne": ("t-SNE, which keeps neighbours and no distances", ""),
-}
 
 
 @rc_context(STYLE)
 def draw_latent_map(shown: LatentMap | Sliders, labels: Labels | None = None, shape: Sequence[int] = ()) -> Figure:
     """Draw codes, with q's ellipses of one standard deviation, beside images decoded from a grid of the plane.
 
-    Arguments:
-        shown: the map; or sliders, each drawn as a line of decoded rows while the others are 0.
-        labels: class of each row, [B]; up to ten are coloured.
-        shape: of one row, if it is an image.
+    Sliders are each drawn as a line of decoded rows while the others are 0. Up to ten ``labels`` of rows, [B], are
+    coloured; ``shape`` is that of one row, if it is an image.
     """
     if isinstance(shown, Sliders):
         return _lines(shown, _shape(shown.grid, shape))
@@ -57,14 +40,15 @@ def draw_latent_map(shown: LatentMap | Sliders, labels: Labels | None = None, sh
     if shown.spread is not None:
         _outline(axes[0], codes, _ellipses(shown.spread), classes)
     prior = np.zeros((0, 2)) if shown.prior is None else to_numpy(shown.prior, float)
-    scatter_latents(axes[0], codes, prior, classes, "codes of rows")
-    axes[0].set(xlabel=_axes(shown)[0], ylabel=_axes(shown)[1])
+    style.scatter_latents(axes[0], codes, prior, classes, "codes of rows")
+    across, up = _axes(shown.how, shown.share)
+    axes[0].set(xlabel=across, ylabel=up)
     if shown.spread is not None:
-        lines = np.linspace(0, len(shown.grid_y) - 1, min(LINES, len(shown.grid_y))).round().astype(int)
+        lines = _evenly(len(shown.grid_y), LINES)
         images = to_numpy(shown.grid, float)[lines[::-1]][:, lines]
-        image_grid(axes[1], images.reshape(len(lines) ** 2, -1), _shape(shown.grid, shape), len(lines))
-        axes[1].set_title("what the plane's points decode to", fontsize=9)
-        axes[1].set(xlabel=_span(shown.grid_x), ylabel=_span(shown.grid_y))
+        style.image_grid(axes[1], images.reshape(len(lines) ** 2, -1), _shape(shown.grid, shape), len(lines))
+        across, up = (f"from {float(line[0]):.1f} to {float(line[-1]):.1f} u" for line in (shown.grid_x, shown.grid_y))
+        axes[1].set(title="what the plane's points decode to", xlabel=across, ylabel=up)
     return figure
 
 
@@ -75,66 +59,56 @@ def draw_latent_maps(maps: Mapping[str, tuple[np.ndarray, np.ndarray]], labels: 
     figure, axes = _pairs(len(maps), height=3.9)
     for axis, (name, (codes, prior)) in zip(axes, maps.items(), strict=True):
         places, draws, words = _plane(codes, prior)
-        scatter_latents(axis, places, draws, classes, "codes")
-        axis.set(xlabel=words[0], ylabel=words[1])
-        axis.set_title(name, fontsize=9)
+        style.scatter_latents(axis, places, draws, classes, "codes")
+        axis.set(xlabel=words[0], ylabel=words[1], title=name)
     return figure
 
 
 def _pairs(count: int, height: float) -> tuple[Figure, list[Any]]:
     """Return panels two by two; a single one has an empty place beside it, so that all have one size on a page."""
-    lines = -(-count // 2)
-    figure = Figure(figsize=(9.6, height * lines), layout="constrained")
-    axes = list(figure.subplots(lines, 2, squeeze=False).flat)
-    for axis in axes[count:]:
-        axis.set_axis_off()
-    return figure, axes[:count]
+    figure = Figure(figsize=(9.6, height * -(-count // 2)), layout="constrained")
+    return figure, style.panel_grid(figure, count, 2)
 
 
 def _plane(codes: np.ndarray, prior: np.ndarray) -> tuple[np.ndarray, np.ndarray, tuple[str, str]]:
     """Return codes and prior draws in the plane of two dimensions or of the first principal ones, and axis labels."""
     if codes.shape[1] == 1:  # a line, as histograms would show it, spread by the rows' order
-        return _risen(codes), _risen(prior), ("latent dimension (u)", "row, by its order")
+        codes, prior = (np.column_stack([line[:, 0], np.linspace(-1, 1, len(line))]) for line in (codes, prior))
+        return codes, prior, ("latent dimension (u)", "row, by its order")
     if codes.shape[1] == 2 or len(codes) < 3:
-        return codes[:, :2], prior[:, :2], AXES["plane"]
+        return codes[:, :2], prior[:, :2], _axes("plane")
     pca = PCA(2, svd_solver="full").fit(codes)
     directions = pca.components_.T  # without centering, so that 0 stays the centre of a standard normal prior
-    return codes @ directions, prior @ directions, _principal(np.nan_to_num(pca.explained_variance_ratio_))
+    return codes @ directions, prior @ directions, _axes("pca", np.nan_to_num(pca.explained_variance_ratio_))
 
 
-def _risen(line: np.ndarray) -> np.ndarray:
-    return np.column_stack([line[:, 0], np.linspace(-1, 1, len(line))])
-
-
-def _principal(share: Sequence[float] | np.ndarray) -> tuple[str, str]:
-    first, second = (f"principal direction (u), {part:.0%} of the codes' variance" for part in share)
+def _axes(how: str, share: Any = None) -> tuple[str, str]:
+    if how == "tsne":
+        return "t-SNE, which keeps neighbours and no distances", ""
+    if how == "plane":
+        return "first latent dimension (u)", "second latent dimension (u)"
+    first, second = (f"principal direction (u), {part:.0%} of the codes' variance" for part in share.tolist())
     return f"first {first}", f"second {second}"
-
-
-def _axes(shown: LatentMap) -> tuple[str, str]:
-    return AXES[shown.how] if shown.how in AXES or shown.share is None else _principal(shown.share.tolist())
 
 
 def render_widget(shown: LatentMap | Sliders, labels: Labels | None = None, shape: Sequence[int] = ()) -> Any:
     """Return a map, or sliders, as a piece of HTML that shows what the place under the pointer decodes to.
 
     The pointer, a finger or the arrow keys move over the plane, whose decoded rows are interpolated between the grid's
-    points; in print, and without scripts, the static figure is shown instead. The piece fetches nothing.
-
-    Arguments:
-        shown, labels, shape: as for `draw_latent_map`; of more than 1,500 rows some are shown.
+    points; in print, and without scripts, the figure of `draw_latent_map`, which has the same arguments, is shown
+    instead. Of more than 1,500 rows some are shown. The piece fetches nothing.
 
     Raises:
         UserError: labels of another number of rows, or a shape of another number of values.
     """
-    still = data_uri(draw_latent_map(shown, labels, shape))
+    still = style.data_uri(draw_latent_map(shown, labels, shape))
     if isinstance(shown, Sliders):
-        data = _slider_data(shown) | _image_data(shown.grid, shape)
-        text = "What the latents decode to along each of the codes' principal directions."
-        return render_template("sliders.html.jinja", data=data, still=still, alt=text)
+        data: dict[str, Any] = {"positions": len(shown.positions), "reach": float(shown.positions[-1])}
+        data["shares"] = [f"{part:.0%}" for part in shown.share.tolist()]
+        data |= _image_data(shown.grid, shape)
+        return render_template("sliders.html.jinja", data=data, still=still)
     data = _map_data(shown, labels) | ({} if shown.how == "tsne" else _image_data(shown.grid, shape))
-    text = "Codes of rows on a plane" + (", and what a grid of it decodes to." if shown.grid.numel() else ".")
-    return render_template("latent_map.html.jinja", data=data, still=still, alt=text)
+    return render_template("latent_map.html.jinja", data=data, still=still)
 
 
 def render_page(title: str, blocks: Sequence[tuple[str, Any]]) -> str:
@@ -145,50 +119,39 @@ def render_page(title: str, blocks: Sequence[tuple[str, Any]]) -> str:
 def _map_data(shown: LatentMap, labels: Labels | None) -> dict[str, Any]:
     """Return what the script of a map needs."""
     classes = _labels(shown, labels)
-    names, colours = class_names(classes), [*CLASS_COLOURS] if len(classes) else [COLOURS[0]]
+    names, indices = style.class_names(classes), _evenly(len(shown.codes), CODES)
     kinds = np.unique(classes, return_inverse=True)[1] if names else np.zeros(len(shown.codes), int)
-    some = np.linspace(0, len(shown.codes) - 1, min(CODES, len(shown.codes))).round().astype(int)
     codes = to_numpy(shown.codes, float)
-    places = [(*codes[b].round(4).tolist(), int(kinds[b])) for b in some]
-    ellipses = [] if shown.spread is None else _ellipses(shown.spread)[some].round(5).tolist()
     axes = (shown.grid_x, shown.grid_y) if shown.how != "tsne" else tuple(shown.codes.T)
-    circles = [1, 2, 3] if shown.prior is not None and standard_normal(to_numpy(shown.prior, float)) else []
+    circled = shown.prior is not None and style.standard_normal(to_numpy(shown.prior, float))
     return {
         "total": len(shown.codes),
-        "codes": places,
-        "ellipses": ellipses,
-        "colours": colours if names else [COLOURS[0]],
+        "codes": [(*codes[b].round(4).tolist(), int(kinds[b])) for b in indices],
+        "ellipses": [] if shown.spread is None else _ellipses(shown.spread)[indices].round(5).tolist(),
+        "colours": [*CLASS_COLOURS] if names else [COLOURS[0]],
         "legend": list(zip(names, CLASS_COLOURS, strict=False)),
         "extent": [round(float(end), 5) for line in axes for end in (line.min(), line.max())],
-        "circles": circles,
-        "axes": list(_axes(shown)),
+        "circles": [1, 2, 3] if circled else [],
+        "axes": list(_axes(shown.how, shown.share)),
         "ticks": shown.how != "tsne",
         "unit": "u, along the principal directions" if shown.how == "pca" else "u",
         "nodes": [len(shown.grid_y), len(shown.grid_x)],
         "grid": "",
-        "note": "The mean of p(x|z) at the place in the plane, interpolated between the points of a grid; u are the "
-        "latents' own units." + (" Circles: 1, 2 and 3 from 0, the prior's centre." if circles else ""),
-    }
-
-
-def _slider_data(shown: Sliders) -> dict[str, Any]:
-    """Return what the script of sliders needs."""
-    return {
-        "positions": len(shown.positions),
-        "reach": float(shown.positions[-1]),
-        "shares": [f"{part:.0%}" for part in shown.share.tolist()],
-        "names": [f"direction {d}" for d, _ in enumerate(shown.scale, 1)],
     }
 
 
 def _image_data(grid: Any, shape: Sequence[int]) -> dict[str, Any]:
     """Return a grid of rows as bytes from 0 to 255, the values of these two, and height and width of a row."""
     values = to_numpy(grid, float).reshape(-1, grid.shape[-1])
-    low, high = grey_limits(values)
+    low, high = style.grey_limits(values)
     scaled = (np.nan_to_num(values, nan=low) - low) / max(high - low, 1e-30) * 255
     packed = base64.b64encode(scaled.round().astype(np.uint8).tobytes()).decode()
-    height, width = image_shape(_shape(grid, shape))
+    height, width = style.image_shape(_shape(grid, shape))
     return {"grid": packed, "low": low, "high": high, "height": height, "width": width, "columns": values.shape[1]}
+
+
+def _evenly(count: int, most: int) -> np.ndarray:
+    return np.linspace(0, count - 1, min(most, count)).round().astype(int)
 
 
 def _ellipses(spread: Any) -> np.ndarray:
@@ -202,8 +165,8 @@ def _outline(axis: Any, codes: np.ndarray, ellipses: np.ndarray, labels: np.ndar
     """Draw the ellipses of some codes, so few that they can be told apart, in the colours of their labels."""
     if not ellipses[:, 0].any():
         return
-    kinds = np.unique(labels, return_inverse=True)[1] if class_names(labels) else None
-    for b in np.linspace(0, len(codes) - 1, min(ELLIPSES, len(codes))).round().astype(int):
+    kinds = np.unique(labels, return_inverse=True)[1] if style.class_names(labels) else None
+    for b in _evenly(len(codes), ELLIPSES):
         long, short, turn = ellipses[b]
         colour = GREY if kinds is None else CLASS_COLOURS[kinds[b]]
         axis.add_patch(Ellipse(codes[b], 2 * long, 2 * short, angle=math.degrees(turn), fill=False, lw=0.6, ec=colour))
@@ -213,21 +176,15 @@ def _outline(axis: Any, codes: np.ndarray, ellipses: np.ndarray, labels: np.ndar
 def _lines(shown: Sliders, shape: tuple[int, ...]) -> Figure:
     """Draw each slider's line of rows while the others are 0."""
     count, G = len(shown.scale), len(shown.positions)
-    whole, middle = to_numpy(shown.grid, float), G // 2
-    rows = [
-        whole[tuple(slice(None) if way == d else middle for way in range(count))].reshape(G, -1) for d in range(count)
-    ]
+    middle: list[Any] = [G // 2] * (count - 1)
+    rows = [to_numpy(shown.grid, float)[(*middle[:d], slice(None), *middle[d:])].reshape(G, -1) for d in range(count)]
     figure = Figure(figsize=(8.6, 0.6 + 1.0 * count), layout="constrained")
     for d, (axis, images) in enumerate(zip(figure.subplots(count, 1, squeeze=False).flat, rows, strict=True)):
-        image_grid(axis, images, shape, G if image_shape(shape)[0] > 1 else 1, grey_limits(*rows))
+        style.image_grid(axis, images, shape, G if style.image_shape(shape)[0] > 1 else 1, style.grey_limits(*rows))
         axis.set_ylabel(f"direction {d + 1}\n{shown.share[d]:.0%}", rotation=0, ha="right", va="center", fontsize=8)
     reach = float(shown.positions[-1])
     figure.supxlabel(f"{-reach:g} to {reach:g} standard deviations of the codes from their mean", fontsize=8)
     return figure
-
-
-def _span(line: Any) -> str:
-    return f"from {float(line[0]):.1f} to {float(line[-1]):.1f} u"
 
 
 def _labels(shown: LatentMap, labels: Labels | None) -> np.ndarray:

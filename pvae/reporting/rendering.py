@@ -1,25 +1,14 @@
 """HTML from the templates of this wing, in which everything that comes from data, options or files is escaped."""
 
-from __future__ import annotations
-
-from functools import cache
 from typing import Any
 
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
 
-def render_template(name: str, **values: Any) -> Any:
+_LOADER = PackageLoader("pvae.reporting", "templates")
+_ENVIRONMENT = Environment(loader=_LOADER, autoescape=True, undefined=StrictUndefined, trim_blocks=True)
+
+
+def render_template(name: str, **values: Any) -> Markup:
     """Fill in a template and return markup, which other templates take as it is."""
-    from markupsafe import Markup
-
-    return Markup(_environment().get_template(name).render(**values))
-
-
-@cache
-def _environment() -> Any:
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-
-    return Environment(
-        loader=PackageLoader("pvae.reporting", "templates"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-    )
+    return Markup(_ENVIRONMENT.get_template(name).render(**values))

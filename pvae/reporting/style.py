@@ -9,56 +9,71 @@ from typing import Any
 import numpy as np
 from matplotlib import rc_context
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.collections import LineCollection
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
 # Okabe and Ito's colours, which people with any colour vision tell apart; yellow, too pale for lines, comes last.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000", "#F0E442")
 # Enough to tell ten classes apart, as digits have; two of them are none of Okabe and Ito's.
 CLASS_COLOURS = (*COLOURS, "#7A7A00", "#882255")
 GREY = "#999999"
-# Entries that are missing, and the frames of images.
-MISSING, FRAME = "#cfe3f1", "#d0d0d0"
-# Legends.
-SMALL: Any = {"frameon": False, "fontsize": 8}
+MISSING = "#cfe3f1"
+CORNERS = np.array([(0, 0), (1, 0), (1, 1), (0, 1), (0, 0)])
+SMALL: Any = {"frameon": False, "fontsize": 8}  # legends
 STYLE: Any = {
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "font.size": 9,
-    "svg.fonttype": "path",
-    "svg.hashsalt": "pvae",
+    **{"axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": 9, "font.size": 9},
+    **{"svg.fonttype": "path", "svg.hashsalt": "pvae"},
 }
-
-
-# Marks of a figure beyond which it is encoded as PNG, not as SVG.
-MARKS = 1000
 
 
 @rc_context(STYLE)
 def data_uri(figure: Figure) -> str:
     """Encode a figure as a data URI: SVG, or PNG if it has images or many marks. Equal figures give equal bytes."""
-    marks = sum(np.size(points.get_offsets()) // 2 for axis in figure.axes for points in axis.collections)
-    if marks > MARKS or any(axis.images for axis in figure.axes):
-        return png_uri(_saved(figure, "png"))
-    return f"data:image/svg+xml;base64,{base64.b64encode(_saved(figure, 'svg', metadata={'Date': None})).decode()}"
-
-
-def png_uri(png: bytes) -> str:
-    """Encode a PNG file as a data URI."""
-    return f"data:image/png;base64,{base64.b64encode(png).decode()}"
-
-
-def _saved(figure: Figure, kind: str, **options: Any) -> bytes:
     file = io.BytesIO()
-    figure.savefig(file, format=kind, dpi=160, bbox_inches="tight", **options)
-    return file.getvalue()
+    marks = sum(np.size(points.get_offsets()) // 2 for axis in figure.axes for points in axis.collections)
+    drawn = marks <= 1000 and not any(axis.images for axis in figure.axes)
+    kind: Any = {"format": "svg", "metadata": {"Date": None}} if drawn else {"format": "png"}
+    figure.savefig(file, dpi=160, bbox_inches="tight", **kind)
+    return encode_uri(file.getvalue(), "svg+xml" if drawn else "png")
+
+
+def encode_uri(image: bytes, kind: str = "png") -> str:
+    """Encode the bytes of an image file as a data URI."""
+    return f"data:image/{kind};base64,{base64.b64encode(image).decode()}"
 
 
 def subplots(columns: int, width: float = 8.6, height: float = 3.2) -> tuple[Figure, list[Axes]]:
     """Return a figure with this many panels side by side, sizes in inches."""
     figure = Figure(figsize=(width, height), layout="constrained")
     return figure, list(np.atleast_1d(figure.subplots(1, columns)))
+
+
+def panel_grid(figure: Any, count: int, columns: int, **options: Any) -> list[Axes]:
+    """Return this many panels of a figure, so many in a line; the places that they leave stay blank."""
+    axes = list(figure.subplots(-(-count // columns), columns, squeeze=False, **options).flat)
+    for axis in axes[count:]:
+        axis.set_axis_off()
+    return axes[:count]
+
+
+def plain_histogram(axis: Axes, ticks: int) -> None:
+    """Take the scale of counts off a small histogram, and set few ticks below it."""
+    axis.set_yticks([])
+    axis.spines["left"].set_visible(False)
+    axis.xaxis.set_major_locator(MaxNLocator(ticks))
+    axis.tick_params(labelsize=7)
+
+
+def plain_ticks(limits: tuple[float, float], *axes: Axis) -> None:
+    """Set few ticks on logarithmic axes, written as plain numbers."""
+    wide = limits[1] > 8 * limits[0]
+    for axis in axes:
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=5) if wide else MaxNLocator(4))
+        axis.set_major_formatter("{x:g}")
+        axis.set_minor_formatter(NullFormatter())
 
 
 def image_shape(shape: tuple[int, ...]) -> tuple[int, int]:
@@ -94,23 +109,16 @@ def image_grid(
         area = np.s_[top : top + height, left : left + width]
         whole[area] = image.reshape(height, width)
         gaps[area] = np.where(np.isnan(whole[area]), 1, np.nan)
-        frames.append(_frame(top - 0.5, left - 0.5, height, width))
+        frames.append(CORNERS * (width, height) + (left - 0.5, top - 0.5))
     low, high = limits or grey_limits(images)
     aspect: Any = "equal" if height > 1 else "auto"
     axis.imshow(whole, cmap="gray_r", vmin=low, vmax=high, aspect=aspect)
     if not np.isnan(gaps).all():
         axis.imshow(gaps, cmap=ListedColormap([MISSING]), aspect=aspect)
     if height > 1:
-        axis.add_collection(LineCollection(frames, colors=FRAME, linewidths=0.5, clip_on=False), autolim=False)
-    axis.set_xticks([])
-    axis.set_yticks([])
+        axis.add_collection(LineCollection(frames, colors="#d0d0d0", linewidths=0.5, clip_on=False), autolim=False)
+    axis.set(xticks=[], yticks=[])
     axis.spines[:].set_visible(False)
-
-
-def _frame(top: float, left: float, height: int, width: int) -> list[tuple[float, float]]:
-    """Return the corners of an image, the first of them twice."""
-    right, bottom = left + width, top + height
-    return [(left, top), (right, top), (right, bottom), (left, bottom), (left, top)]
 
 
 def class_names(labels: np.ndarray) -> list[str]:

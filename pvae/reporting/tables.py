@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
+
+import rich.box
+from rich.console import Console
+from rich.padding import Padding
+from rich.table import Table as RichTable
 
 from pvae.diagnostics.quantities import SECTIONS, describe
 from pvae.diagnostics.trust import USES
@@ -16,8 +21,6 @@ COMPARED = (
     *("approximation_gap", "amortization_gap", "optimization_gap", "kl", "reconstruction"),
 )
 SPLITS = {"test": "test rows", "train": "training rows"}
-# Number of variants beyond which they stand one below the other on a terminal.
-MANY = 4
 Figures = Mapping[str, Any]
 
 
@@ -37,33 +40,28 @@ def comparison_tables(group: dict[str, Any]) -> dict[str, Table]:
     each variant, and every inference method on the ``same_decoder``.
     """
     rows = group["rows"]
-    test = {row["name"]: row["test"] for row in rows}
-    tables = {split: _bounds(rows, split) for split in SPLITS}
-    weights = {name: figures for name, figures in test.items() if "k_hat" in figures}
-    if weights:
-        labels = {"ess": f"effective sample size of {_draws(rows, 'test')} draws"}
-        tables["weights"] = _by_variant(
-            "Importance weights, test rows", ("k_hat", "k_hat_above", "ess"), weights, labels
-        )
+    test, spaces = ({row["name"]: row.get(part, {}) for row in rows} for part in ("test", "latent_space"))
+    ess = {"ess": f"effective sample size of {_draws(rows, 'test')} draws"}
     gains = list(dict.fromkeys(key for row in rows for key in row["test"] if key.startswith("family_gain[")))
-    if gains:
-        named = {name: figures for name, figures in test.items() if any(key in figures for key in gains)}
-        tables["families"] = _by_variant("Best ELBO of other families, test rows (nats per row)", gains, named)
-    spaces = {row["name"]: row["latent_space"] for row in rows if "latent_space" in row}
-    if spaces:
-        tables["latent_space"] = _by_variant("Latent geometry, test rows", SECTIONS["Latent geometry"], spaces)
-    tables["cost"] = _cost(rows)
+    tables = {
+        **{split: _bounds(rows, split) for split in SPLITS},
+        "weights": _by_variant("Importance weights, test rows", ("k_hat", "k_hat_above", "ess"), test, ess),
+        "families": _by_variant("Best ELBO of other families, test rows (nats per row)", gains, test),
+        "latent_space": _by_variant("Latent geometry, test rows", SECTIONS["Latent geometry"], spaces),
+        "cost": _cost(rows),
+    }
     if "same_decoder" in group:
         tables["same_decoder"] = _same_decoder(group["same_decoder"])
-    return tables
+    return {name: table for name, table in tables.items() if table.rows}
 
 
 def _by_variant(
     title: str, keys: Sequence[str], figures: Mapping[str, Figures], labels: Mapping[str, str] | None = None
 ) -> Table:
-    """Return a table with a line for each variant and a column for each quantity."""
+    """Return a table with a column for each quantity and a line for each variant that has any."""
     names = {key: (labels or {}).get(key, describe(key).heading) for key in keys}
-    lines = [[name, *(_estimate(values.get(key)) for key in keys)] for name, values in figures.items()]
+    known = {name: values for name, values in figures.items() if values.keys() & names.keys()}
+    lines = [[name, *(_estimate(values.get(key)) for key in keys)] for name, values in known.items()]
     return Table(title, ["variant", *names.values()], lines, {name: describe(key).help for key, name in names.items()})
 
 
@@ -80,40 +78,28 @@ def _draws(rows: list[dict[str, Any]], split: str) -> int:
 
 
 def _cost(rows: list[dict[str, Any]]) -> Table:
-    header = [
-        *("variant", "shared parameters", "local parameters", "epochs"),
-        *("training (s)", "time per epoch (s)", "evaluation (s)"),
-    ]
-    lines = [
-        [
-            row["name"],
-            f"{row['parameters']['global']:,}",
-            f"{row['parameters']['local']:,}",
-            str(row["epochs"]),
-            f"{row['seconds']:.1f}",
-            f"{row['seconds'] / max(row['epochs'], 1):.3g}",
-            f"{row['evaluation_seconds']:.1f}",
-        ]
-        for row in rows
-    ]
-    return Table("Cost", header, lines, {"local parameters": "Variational parameters of the training rows."})
+    columns: dict[str, Callable[[Any], str]] = {
+        "variant": lambda row: row["name"],
+        "shared parameters": lambda row: f"{row['parameters']['global']:,}",
+        "local parameters": lambda row: f"{row['parameters']['local']:,}",
+        "epochs": lambda row: str(row["epochs"]),
+        "training (s)": lambda row: f"{row['seconds']:.1f}",
+        "time per epoch (s)": lambda row: f"{row['seconds'] / max(row['epochs'], 1):.3g}",
+        "evaluation (s)": lambda row: f"{row['evaluation_seconds']:.1f}",
+    }
+    lines = [[write(row) for write in columns.values()] for row in rows]
+    return Table("Cost", [*columns], lines, {"local parameters": "Variational parameters of the training rows."})
 
 
 def _same_decoder(same: dict[str, Any]) -> Table:
-    keys = ("elbo", "amortization_gap")
     header = ["inference method", "ELBO", "ELBO gain over the encoder", "amortization gap", "time per row (ms)"]
-    lines = [
-        [
-            row["guide"],
-            _estimate(row["elbo"]),
-            _estimate(row["gain"]) if row["gain"]["se"] else "",
-            _estimate(row["left"]),
-            f"{row['seconds_per_row'] * 1e3:.2g}",
-        ]
-        for row in same["rows"]
-    ]
+    lines = []
+    for row in same["rows"]:
+        elbo, gain, left = (_estimate(row[key]) for key in ("elbo", "gain", "left"))
+        time = f"{row['seconds_per_row'] * 1e3:.2g}"
+        lines.append([row["guide"], elbo, gain if row["gain"]["se"] else "", left, time])
     title = "Inference methods on the amortized variant's decoder, test rows (nats per row)"
-    return Table(title, header, lines, {describe(key).label: describe(key).help for key in keys})
+    return Table(title, header, lines, {q.label: q.help for q in map(describe, ("elbo", "amortization_gap"))})
 
 
 def diagnosis_tables(variant: dict[str, Any]) -> list[Table]:
@@ -121,17 +107,12 @@ def diagnosis_tables(variant: dict[str, Any]) -> list[Table]:
     guide, refined = variant["figures"], variant["refined"]
     tables = []
     for title, keys in SECTIONS.items():
-        known = [key for key in keys if key in guide]
-        both = any(key in refined for key in known)
-        header = ["", "guide", *(["refined"] if both else [])]
-        lines = [
-            [describe(key).heading, _estimate(guide[key]), *([_estimate(refined.get(key))] if both else [])]
-            for key in known
-        ]
+        known = {key: describe(key) for key in keys if key in guide}
+        whose = {"guide": guide} | ({"refined": refined} if refined.keys() & known.keys() else {})
+        lines = [[known[key].heading, *(_estimate(part.get(key)) for part in whose.values())] for key in known]
         if lines:
             rows = "simulated rows" if title == "Calibration" else "test rows"
-            help_ = {describe(key).heading: describe(key).help for key in known}
-            tables.append(Table(f"{title}, {rows}", header, lines, help_))
+            tables.append(Table(f"{title}, {rows}", ["", *whose], lines, {q.heading: q.help for q in known.values()}))
     return tables
 
 
@@ -143,9 +124,6 @@ def _estimate(value: dict[str, Any] | None) -> str:
 
 def rich_table(table: Table) -> Any:
     """Return a table for a terminal."""
-    import rich.box
-    from rich.table import Table as RichTable
-
     drawn = RichTable(title=table.title, title_justify="left", box=rich.box.SIMPLE_HEAD, title_style="bold")
     drawn.add_column(table.header[0])
     for name in table.header[1:]:
@@ -155,15 +133,14 @@ def rich_table(table: Table) -> Any:
     return drawn
 
 
-def print_results(results: dict[str, Any], console: Any) -> None:
+def print_results(results: dict[str, Any], console: Console | None = None) -> None:
     """Print the tables and conclusions of all groups; few variants stand side by side."""
-    from rich.padding import Padding
-
+    console = console or Console()
     several = len(results["groups"]) > 1
     for group in results["groups"]:
         note = f" - {_group_name(group)}" if several else ""
         for title, header, rows, _ in comparison_tables(group).values():
-            lines = [header, *rows] if len(rows) > MANY else [list(line) for line in zip(header, *rows, strict=True)]
+            lines = [header, *rows] if len(rows) > 4 else [list(line) for line in zip(header, *rows, strict=True)]
             console.print(rich_table(Table(title + note, lines[0], lines[1:])))
     console.print("\n[bold]Conclusions[/bold]")
     for group in results["groups"]:
@@ -177,17 +154,15 @@ def _group_name(group: dict[str, Any]) -> str:
     return f"{group['data']['identity']}, {group['data']['base_measure']}"
 
 
-def print_diagnosis(variant: dict[str, Any], console: Any) -> None:
+def print_diagnosis(variant: dict[str, Any]) -> None:
     """Print the figures and verdicts of a variant's diagnosis."""
-    from rich.padding import Padding
-
+    console = Console()
     console.rule(f"Diagnosis of {variant['name']}", align="left", style="bold")
     for table in diagnosis_tables(variant):
         console.print(rich_table(table))
     console.print(f"[bold]How far may {variant['name']} be trusted?[/bold]")
     for verdict in variant["verdicts"]:
         console.print(f"\n  [bold]{verdict['level']}[/bold]: {USES[verdict['use']]}", highlight=False)
-        advice = [f"change first: {verdict['first']}"] if verdict["first"] else []
-        for sentence in (*verdict["because"], *advice):
+        for sentence in verdict["because"] + ([f"change first: {verdict['first']}"] if verdict["first"] else []):
             console.print(Padding(f"- {sentence}", (0, 0, 0, 4)), markup=False, highlight=False)
     console.print()
