@@ -57,18 +57,16 @@ class MaskMissing(Messenger):
         if is_factorized(msg["fn"]):  # whatever the mask holds: a traced step must not depend on its values
             msg["fn"] = MaskedDistribution(msg["fn"], observed)
         elif not observed.all():
-            raise Incompatible(
-                f"entries of observed site '{msg['name']}' are missing, but {not_factorized_reason(msg['fn'])}"
-            )
+            reason = not_factorized_reason(msg["fn"])
+            raise Incompatible(f"entries of observed site '{msg['name']}' are missing, but {reason}")
 
     def _mask_of(self, name: str, value: Tensor) -> Tensor:
         if self.mask is None:
             return ~value.isnan()
         times, left = divmod(len(value), max(1, len(self.mask))) if value.dim() else (0, 1)
         if left or value.shape[1:] != self.mask.shape[1:]:
-            raise UserError(
-                f"the mask is of shape {tuple(self.mask.shape)}, but observed site '{name}' has {tuple(value.shape)}"
-            )
+            shapes = tuple(self.mask.shape), tuple(value.shape)
+            raise UserError(f"the mask is of shape {shapes[0]}, but observed site '{name}' has {shapes[1]}")
         return self.mask if times == 1 else self.mask.repeat(times, *(1,) * (value.dim() - 1))
 
 
@@ -87,12 +85,7 @@ def mask_missing(model: Program, mask: Tensor | None = None) -> Program:
 
 
 class HandledProgram:
-    """Program inside an effect handler. Keeps ``__self__``, so that `module_of` finds the parameters.
-
-    Arguments:
-        model: the program.
-        handler: makes the handler of each run.
-    """
+    """Program inside an effect handler made for each run; `module_of` finds the parameters by ``__self__``."""
 
     def __init__(self, model: Program, handler: Callable[[], Messenger]) -> None:
         self.model, self.handler = model, handler
@@ -165,13 +158,11 @@ class TemperPrior(Messenger):
         self.temperature = temperature
 
     def _pyro_sample(self, msg: Any) -> None:
-        if self.temperature == 1 or msg["is_observed"] or site_is_subsample(msg):
-            return
-        msg["fn"] = _temper_distribution(msg["name"], msg["fn"], max(self.temperature, 1e-6))
+        if self.temperature != 1 and not msg["is_observed"] and not site_is_subsample(msg):
+            msg["fn"] = _temper_distribution(msg["name"], msg["fn"], max(self.temperature, 1e-6))
 
 
 def _temper_distribution(name: str, fn: Any, t: float) -> Any:
-    """Return the distribution with its noise multiplied by t."""
     if isinstance(fn, torch.distributions.Independent):
         return dist.Independent(_temper_distribution(name, fn.base_dist, t), fn.reinterpreted_batch_ndims)
     if isinstance(fn, torch.distributions.Normal | torch.distributions.Laplace):

@@ -32,11 +32,7 @@ Spread = Literal["fixed", "shared", "decoder"]
 
 
 def positive(output: Tensor, least: float) -> Tensor:
-    """Map a decoder's output to positive values by a softplus: 1 + least at 0, linear above, ``least`` far below.
-
-    >>> positive(torch.tensor([-80.0, 0.0, 80.0]), 0.001)
-    tensor([1.0000e-03, 1.0010e+00, 8.0001e+01])
-    """
+    """Map a decoder's output to positive values by a softplus: 1 + least at 0, linear above, ``least`` far below."""
     return least + F.softplus(output, beta=math.log(2))
 
 
@@ -47,18 +43,13 @@ class Likelihood(nn.Module):
 
     Attributes:
         support: the values that one entry of x may take.
-        base_measure: whether p(x|z) is a mass (counting measure) or a density (Lebesgue measure); nats under
-            different base measures can't be compared.
+        base_measure: of p(x|z), a mass (counting measure) or a density (Lebesgue measure), whose nats don't compare.
         params_per_value: P, the number of decoder outputs for each entry of x.
     """
 
     support: constraints.Constraint
     base_measure: ClassVar[Literal["mass", "density"]]
     params_per_value: int = 1
-
-    def forward(self, eta: Tensor) -> dist.TorchDistribution:
-        """Return p(x|z) with event shape [D]."""
-        raise NotImplementedError
 
 
 class Bernoulli(Likelihood):
@@ -100,16 +91,7 @@ class ContinuousBernoulli(Likelihood):
 
 
 class _LocationScale(Likelihood):
-    """Base class of location-scale likelihoods: the decoder gives the location.
-
-    Arguments:
-        scale: s, or s at the start of training, in the data's units.
-        spread: "fixed" keeps s, "shared" learns one s for all entries, and under "decoder" the decoder gives each
-            entry its own, s = scale * positive(output), at least ``scale / 1000``.
-
-    Raises:
-        UserError: the scale is not positive, or an unknown spread.
-    """
+    """Base class of location-scale likelihoods: the decoder gives the location; arguments as of `Gaussian`."""
 
     support = constraints.real
     base_measure = "density"
@@ -120,8 +102,7 @@ class _LocationScale(Likelihood):
         check_range(type(self).__name__, scale=scale)
         if spread not in get_args(Spread):
             raise UserError(f"{type(self).__name__}: unknown spread '{spread}'{nearest(str(spread), get_args(Spread))}")
-        self.spread = spread
-        self.params_per_value = 2 if spread == "decoder" else 1
+        self.spread, self.params_per_value = spread, 2 if spread == "decoder" else 1
         log_scale = torch.tensor(math.log(scale))
         if spread == "shared":
             self.log_scale = nn.Parameter(log_scale)
@@ -129,7 +110,6 @@ class _LocationScale(Likelihood):
             self.register_buffer("log_scale", log_scale, persistent=False)
 
     def location_and_scale(self, eta: Tensor) -> tuple[Tensor, Tensor]:
-        """Return location and scale of every entry."""
         if self.spread != "decoder":
             return eta, self.log_scale.exp()
         location, output = eta.chunk(2, -1)
@@ -228,11 +208,7 @@ class Beta(Likelihood):
     def __init__(self, *, margin: float = 0.005) -> None:
         super().__init__()
         check_range(type(self).__name__, margin=margin)
-        self.margin = margin
-
-    @property
-    def support(self) -> constraints.Constraint:  # type: ignore[override]
-        return constraints.interval(-self.margin, 1 + self.margin)
+        self.margin, self.support = margin, constraints.interval(-margin, 1 + margin)
 
     def forward(self, eta: Tensor) -> dist.TorchDistribution:
         a, b = positive(eta, 0.1).chunk(2, -1)
@@ -248,11 +224,7 @@ class _Levels(Likelihood):
     def __init__(self, levels: int) -> None:
         super().__init__()
         check_range(type(self).__name__, least=2, levels=levels)
-        self.levels = levels
-
-    @property
-    def support(self) -> constraints.Constraint:  # type: ignore[override]
-        return constraints.integer_interval(0, self.levels - 1)
+        self.levels, self.support = levels, constraints.integer_interval(0, levels - 1)
 
 
 class DiscretizedLogistic(_Levels):
@@ -371,8 +343,7 @@ class ZeroInflatedNegativeBinomial(_Counts):
     Shapes: eta [..., 3 D] are log m and log r of `NegativeBinomial` and the log-odds of pi; x [..., D] is
     0, 1, 2, ... A probability mass.
 
-    Source: Lopez et al. (2018), *Deep generative modeling for single-cell transcriptomics*, Nature Methods 15,
-    doi:10.1038/s41592-018-0229-2.
+    Source: Lopez et al. (2018), as of `NegativeBinomial`.
 
     >>> ZeroInflatedNegativeBinomial()(torch.zeros(3, 3 * 64)).log_prob(torch.zeros(3, 64)).shape
     torch.Size([3])

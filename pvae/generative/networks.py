@@ -1,7 +1,4 @@
-"""Networks of encoders and decoders. Each class takes (inputs, outputs) and its own options.
-
-Encoder and decoder are a pair of one class and the same options; ``decodes`` marks the decoder, which mirrors them.
-"""
+"""Networks of encoders and decoders, pairs of one class and the same options, which a decoder (``decodes``) mirrors."""
 
 from __future__ import annotations
 
@@ -19,19 +16,15 @@ __all__ = ["MLP", "ResidualMLP", "Conv"]
 
 ACTIVATIONS = ("ReLU", "ELU", "GELU", "SiLU", "Softplus", "Tanh", "LeakyReLU", "GLU")
 
-# Maps a size n to n / 2 rounded up, so that a single line of pixels stays one.
-HALVING: dict[str, Any] = {"kernel_size": 3, "stride": 2, "padding": 1}
+HALVING: dict[str, Any] = {"kernel_size": 3, "stride": 2, "padding": 1}  # a size n becomes n / 2, rounded up
 
 
 class MLP(nn.Module):
     r"""Fully connected network, :math:`h_{l+1} = a(W_l h_l + b_l)`, linear at the end.
 
     Arguments:
-        inputs: number of input values.
-        outputs: number of output values.
         hidden: widths of the hidden layers, from the data's side to the latent's.
-        activation: name of a ``torch.nn`` activation; GLU makes gated layers,
-            :math:`h_{l+1} = (W_l h_l + b_l) \sigma(V_l h_l + c_l)`.
+        activation: of ``torch.nn``; GLU makes gated layers, :math:`h_{l+1} = (W_l h_l + b_l) \sigma(V_l h_l + c_l)`.
         decodes: make the decoder, with the hidden layers in reversed order.
 
     Shapes: [..., inputs] to [..., outputs].
@@ -57,7 +50,7 @@ class MLP(nn.Module):
         super().__init__()
         _check("MLP", activation, hidden=hidden)
         widths = [inputs, *(hidden[::-1] if decodes else hidden)]
-        self.layers = nn.Sequential(*_dense(widths, activation), nn.Linear(widths[-1], outputs))
+        self.layers = nn.Sequential(*_chain(nn.Linear, widths, activation), nn.Linear(widths[-1], outputs))
 
     def forward(self, values: Tensor) -> Tensor:
         return self.layers(values)
@@ -67,15 +60,12 @@ class ResidualMLP(nn.Module):
     r"""Fully connected network of residual blocks, :math:`h_{l+1} = h_l + V_l\, a(W_l\, \mathrm{norm}(h_l))`.
 
     Arguments:
-        inputs: number of input values.
-        outputs: number of output values.
         width: of every hidden layer.
         blocks: number of residual blocks.
         activation: as in `MLP`.
         decodes: make the decoder, which is built like the encoder.
 
-    A linear layer comes before the blocks, a norm and a linear layer after them. Each block starts as the identity
-    (V = 0), so that a deep network trains as easily as a shallow one.
+    A linear layer comes before the blocks, a norm and a linear layer after them. Each block starts as the identity.
 
     Shapes: [..., inputs] to [..., outputs].
 
@@ -102,15 +92,8 @@ class ResidualMLP(nn.Module):
         _check("ResidualMLP", activation, blocks=blocks)
         check_range("ResidualMLP", least=2, width=width)
         self.first = nn.Linear(inputs, width)
-        self.blocks = nn.ModuleList(self._block(width, activation) for _ in range(blocks))
+        self.blocks = nn.ModuleList(_block(width, activation) for _ in range(blocks))
         self.last = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, outputs))
-
-    @staticmethod
-    def _block(width: int, activation: str) -> nn.Sequential:
-        last = nn.Linear(width, width)
-        nn.init.zeros_(last.weight)
-        nn.init.zeros_(last.bias)
-        return nn.Sequential(nn.LayerNorm(width), *_activated(nn.Linear, width, width, activation), last)
 
     def forward(self, values: Tensor) -> Tensor:
         values = self.first(values)
@@ -123,15 +106,13 @@ class Conv(nn.Module):
     r"""Convolutional network for images, :math:`h_{l+1} = a(W_l * h_l + b_l)` at half the size each, then dense.
 
     Arguments:
-        inputs: number of input values.
-        outputs: number of output values.
         shape: (H, W) or (H, W, C) of the image that a row of data is, channels last; any size from 1 on.
         channels: of the convolutions, from the data's side to the latent's; each halves H and W, rounding up.
         hidden: widths of the dense layers between the convolutions and the latent, from the data's side on.
         activation: as in `MLP`.
         labels: columns after the image, such as a label, that join at the dense layers of an encoder.
-        decodes: make the decoder, with transposed convolutions from the latent back to H x W and
-            outputs = P * H * W * C for P parameters of each value, in the order [P, H, W, C].
+        decodes: make the decoder, with transposed convolutions from the latent back to outputs [P, H, W, C], P
+            parameters of each value.
 
     Shapes: [..., inputs] to [..., outputs].
 
@@ -163,21 +144,18 @@ class Conv(nn.Module):
         _check("Conv", activation, shape=shape, channels=channels, hidden=hidden)
         _check_image(shape, channels, outputs if decodes else inputs - labels, decodes)
         self.shape, self.outputs, self.decodes = (*shape, 1)[:3], outputs, decodes
-        sizes = [self.shape[:2]]
-        for _ in channels:
-            sizes.append(tuple((n + 1) // 2 for n in sizes[-1]))
+        sizes = [tuple(-(-n // 2**level) for n in shape[:2]) for level in range(len(channels) + 1)]
         features = channels[-1] * math.prod(sizes[-1])
         if decodes:
             self.layers = nn.Sequential(
-                *_dense([inputs, *hidden[::-1], features], activation),
+                *_chain(nn.Linear, [inputs, *hidden[::-1], features], activation),
                 nn.Unflatten(1, (channels[-1], *sizes[-1])),
                 *_doublings([*channels[::-1], outputs // math.prod(sizes[0])], sizes[-2::-1], activation),
             )
         else:
-            self.maps = nn.Sequential(*_halvings([self.shape[2], *channels], activation), nn.Flatten())
-            self.layers = nn.Sequential(
-                *_dense([features + labels, *hidden], activation), nn.Linear([features + labels, *hidden][-1], outputs)
-            )
+            maps, widths = [self.shape[2], *channels], [features + labels, *hidden]
+            self.maps = nn.Sequential(*_chain(nn.Conv2d, maps, activation, **HALVING), nn.Flatten())
+            self.layers = nn.Sequential(*_chain(nn.Linear, widths, activation), nn.Linear(widths[-1], outputs))
             _init_weights(self.maps, last=False)
         _init_weights(self.layers)
 
@@ -193,13 +171,7 @@ class Conv(nn.Module):
 
 
 class Standardize(nn.Module):
-    r"""Network behind standardization by column, :math:`f((x - m) / s)`, for data of any units.
-
-    Arguments:
-        network: f.
-        rows: training rows [N, columns], for means m and standard deviations s; s is at least a tenth of the standard
-            deviation of all values, so that a column that hardly varies does not dominate.
-    """
+    r"""Network behind standardization by column of training rows, :math:`f((x - m) / s)`, for data of any units."""
 
     mean: Tensor
     scale: Tensor
@@ -207,6 +179,7 @@ class Standardize(nn.Module):
     def __init__(self, network: nn.Module, rows: Tensor) -> None:
         super().__init__()
         self.network = network
+        # A tenth of the standard deviation of all values, so that a column that hardly varies does not dominate.
         least = max(0.1 * rows.std(correction=0).item(), 1e-6)
         self.register_buffer("mean", rows.mean(0))
         self.register_buffer("scale", rows.std(0, correction=0).clamp_min(least))
@@ -216,11 +189,7 @@ class Standardize(nn.Module):
 
 
 class ImputeMeans(nn.Module):
-    r"""Network behind mean imputation, :math:`f(x)` with :math:`x_d = m_d` for NaN.
-
-    Arguments:
-        network: f.
-        values: m, [columns], such as the means of the observed entries, which a `Standardize` network maps to 0.
+    r"""Network behind mean imputation, :math:`f(x)` with :math:`x_d = m_d` for NaN, m [columns] being ``values``.
 
     >>> ImputeMeans(nn.Identity(), torch.tensor([1.0, 2.0]))(torch.tensor([[torch.nan, 5.0]]))
     tensor([[1., 5.]])
@@ -244,23 +213,26 @@ def _activated(layer: Any, before: int, after: int, activation: str, **options: 
     return [layer(before, after, **options), getattr(nn, activation)()]
 
 
-def _dense(widths: Sequence[int], activation: str) -> list[nn.Module]:
+def _block(width: int, activation: str) -> nn.Sequential:
+    """Return a residual block that starts as the identity (V = 0), so that depth does not hinder training."""
+    last = nn.Linear(width, width)
+    for parameter in last.parameters():
+        nn.init.zeros_(parameter)
+    return nn.Sequential(nn.LayerNorm(width), *_activated(nn.Linear, width, width, activation), last)
+
+
+def _chain(layer: Any, widths: Sequence[int], activation: str, **options: Any) -> list[nn.Module]:
     pairs = pairwise(widths)
-    return [layer for before, after in pairs for layer in _activated(nn.Linear, before, after, activation)]
-
-
-def _halvings(channels: Sequence[int], activation: str) -> list[nn.Module]:
-    pairs = pairwise(channels)
-    return [layer for before, after in pairs for layer in _activated(nn.Conv2d, before, after, activation, **HALVING)]
+    return [module for pair in pairs for module in _activated(layer, *pair, activation, **options)]
 
 
 def _doublings(channels: Sequence[int], sizes: Sequence[tuple[int, ...]], activation: str) -> list[nn.Module]:
     """Return transposed convolutions back to these sizes; the last is linear."""
     layers: list[nn.Module] = []
     kinds = [activation] * (len(sizes) - 1) + ["Identity"]
-    for (before, after), size, kind in zip(pairwise(channels), sizes, kinds, strict=True):
+    for pair, size, kind in zip(pairwise(channels), sizes, kinds, strict=True):
         padding = tuple(1 - n % 2 for n in size)
-        layers += _activated(nn.ConvTranspose2d, before, after, kind, output_padding=padding, **HALVING)
+        layers += _activated(nn.ConvTranspose2d, *pair, kind, output_padding=padding, **HALVING)
     return layers
 
 

@@ -16,12 +16,9 @@ __all__ = ["FlipNoise", "GaussianNoise"]
 
 
 class Noise:
-    """Base class of noise models. Calling one with x returns p(y|x), independent by entry.
+    """Base class of noise models. Calling one with x returns p(y|x), independent by entry; ``support`` is that of x.
 
     A function will do as well. If x has infinitely many values, E[y|x] must be x.
-
-    Attributes:
-        support: the values that x may have.
     """
 
     support: ClassVar[constraints.Constraint] = constraints.real
@@ -31,11 +28,7 @@ class Noise:
         raise NotImplementedError
 
     def add_to(self, x: Tensor) -> Tensor:
-        """Draw y from p(y|x) for rows x [B, C]; missing values (NaN) stay missing.
-
-        Raises:
-            UserError: a value outside the noise's support.
-        """
+        """Draw y from p(y|x) for rows x [B, C]; missing values (NaN) stay missing."""
         missing, who = x.isnan(), type(self).__name__
         message = f", which {who} does not take ({self.support}); use another noise, or binarize the rows"
         refuse_first(~self.support.check(x) & ~missing, x, message)
@@ -90,9 +83,6 @@ class FlipNoise(Noise):
 def make_noise(component: Mapping[str, Any]) -> Noise:
     """Return a noise model from a table of its class (``type``) and arguments.
 
-    Raises:
-        UserError: an unknown class or argument, or a value that the noise model refuses.
-
     >>> make_noise({"type": "FlipNoise", "rate": 0.2}).rate
     0.2
     """
@@ -100,11 +90,11 @@ def make_noise(component: Mapping[str, Any]) -> Noise:
     word = str(arguments.pop("type", ""))
     if word not in __all__:
         raise UserError(f"unknown noise '{word}'{nearest(word, __all__)}")
-    hints = {name: hint for name, hint in get_type_hints(globals()[word].__init__).items() if name != "return"}
+    hints = get_type_hints(globals()[word].__init__)
+    del hints["return"]
     for name, value in arguments.items():
         if name not in hints:
             raise UserError(f"noise {word} takes no argument '{name}'{nearest(name, hints)}")
         if not fits(value, hints[name]):
             raise UserError(f"noise {word}: {name} is {value!r}, but it takes a number")
-    noise: Noise = globals()[word](**arguments)
-    return noise
+    return globals()[word](**arguments)

@@ -16,25 +16,19 @@ __all__ = ["StandardNormal", "DiagonalNormal", "Laplace", "StudentT", "GaussianM
 
 
 class Prior(nn.Module):
-    """Base class of priors. Calling one without arguments returns p(z) over z [D].
-
-    Arguments:
-        dim: D, the number of latent dimensions.
-    """
+    """Base class of priors. Calling one without arguments returns p(z) over z [D], D being ``dim``."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
         self.dim = dim
-
-    def forward(self) -> dist.TorchDistribution:
-        """Return p(z) with event shape [D]."""
-        raise NotImplementedError
 
 
 class _FixedPrior(Prior):
     """Base class of priors without parameters, of location 0, with constants by dimension."""
 
     mean: Tensor
+    scale: Tensor
+    df: Tensor
 
     def __init__(self, dim: int, **constants: float) -> None:
         super().__init__(dim)
@@ -43,16 +37,11 @@ class _FixedPrior(Prior):
 
 
 class StandardNormal(_FixedPrior):
-    r"""Standard Gaussian prior, :math:`p(z) = N(z; 0, I)`.
-
-    Arguments:
-        dim: D, the number of latent dimensions.
+    r"""Standard Gaussian prior, :math:`p(z) = N(z; 0, I)`, over D = ``dim`` dimensions.
 
     >>> StandardNormal(8)().sample((5,)).shape
     torch.Size([5, 8])
     """
-
-    scale: Tensor
 
     def __init__(self, dim: int) -> None:
         super().__init__(dim, scale=1.0)
@@ -62,10 +51,7 @@ class StandardNormal(_FixedPrior):
 
 
 class DiagonalNormal(Prior):
-    r"""Diagonal Gaussian prior with learned location and scale, :math:`p(z) = \prod_d N(z_d; m_d, s_d^2)`.
-
-    Arguments:
-        dim: D, the number of latent dimensions.
+    r"""Diagonal Gaussian prior with learned location and scale, :math:`p(z) = \prod_d N(z_d; m_d, s_d^2)`, D = ``dim``.
 
     It starts as the standard Gaussian, and improves on it only if decoder or family can't rescale z themselves.
 
@@ -95,8 +81,6 @@ class Laplace(_FixedPrior):
     torch.Size([5, 8])
     """
 
-    scale: Tensor
-
     def __init__(self, dim: int, *, scale: float = 1.0) -> None:
         check_range("Laplace", scale=scale)
         super().__init__(dim, scale=scale)
@@ -118,8 +102,6 @@ class StudentT(_FixedPrior):
     >>> StudentT(8)().sample((5,)).shape
     torch.Size([5, 8])
     """
-
-    df: Tensor
 
     def __init__(self, dim: int, *, df: float = 4.0) -> None:
         check_range("StudentT", df=df)
@@ -159,13 +141,10 @@ class VampPrior(Prior):
 
     Arguments:
         dim: D, the number of latent dimensions.
-        pseudo_inputs: K. They start at random rows of the data, plus noise of 0.01 of the data's standard deviation;
-            rows are repeated, with noise of their own, if the data have fewer.
-        posterior: maps u [K, columns] to q(z|u), by the guide's encoder and family. Its parameters are not registered
-            here again, but gradients of p(z) reach them.
+        pseudo_inputs: K. They start at random rows of the data, repeated if there are fewer, plus noise of 0.01 of the
+            data's standard deviation.
+        posterior: maps u [K, columns] to q(z|u), by the guide's encoder and family, which gradients of p(z) reach.
         data: rows [N, columns]. If all values lie in [0, 1], so do the pseudo-inputs.
-
-    With DiagonalNormal posteriors a density is one matrix product; other families are scored by component.
 
     Raises:
         UserError: pseudo_inputs below 1, no rows, or a posterior without a density.
@@ -186,14 +165,13 @@ class VampPrior(Prior):
     ) -> None:
         super().__init__(dim)
         check_range("VampPrior", pseudo_inputs=pseudo_inputs, rows=len(data))
-        # Not by plain assignment, which would register a module's parameters.
+        # Not by plain assignment, which would register the guide's parameters here again.
         object.__setattr__(self, "posterior", posterior)
         data = data.to(torch.get_default_dtype())
         rows = data[torch.randperm(len(data)).repeat(-(-pseudo_inputs // len(data)))[:pseudo_inputs]]
         rows = rows + 0.01 * data.std() * torch.randn_like(rows) if data.numel() > 1 else rows
         self.unit_interval = bool(data.min() >= 0 and data.max() <= 1)
-        # At least 0.05 from 0 and 1, beyond which the logistic map is nearly flat; in units that give a step of the
-        # optimizer about the same meaning for any data.
+        # Closer than 0.05 to 0 and 1 the logistic map is nearly flat. In these units a step suits any data.
         self.register_buffer("unit", data.std().clamp_min(1e-6) if data.numel() > 1 else torch.ones(()))
         self.rows = nn.Parameter(rows.clamp(0.05, 0.95).logit() if self.unit_interval else rows / self.unit)
 
@@ -202,11 +180,10 @@ class VampPrior(Prior):
         return self.rows.sigmoid() if self.unit_interval else self.rows * self.unit
 
     def forward(self) -> dist.TorchDistribution:
-        q = self.posterior(self.inputs())
+        q, logits = self.posterior(self.inputs()), self.rows.new_zeros(len(self.rows))
         if isinstance(q, dist.Delta):
             raise UserError("VampPrior: its mixture of point masses has no density; take a family other than Delta")
-        logits = self.rows.new_zeros(len(self.rows))
-        if isinstance(q, dist.Independent) and isinstance(q.base_dist, dist.Normal):
+        if isinstance(q, dist.Independent) and isinstance(q.base_dist, dist.Normal):  # a density is a matrix product
             return DiagonalMixture(logits, q.base_dist.loc, q.base_dist.scale)
         return dist.MixtureSameFamily(dist.Categorical(logits=logits), q)
 

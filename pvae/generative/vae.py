@@ -34,9 +34,7 @@ class VAE(LocalModule):
 
     def __init__(self, decoder: nn.Module, likelihood: Likelihood, prior: Prior) -> None:
         super().__init__()
-        self.decoder = decoder
-        self.likelihood = likelihood
-        self.prior = prior
+        self.decoder, self.likelihood, self.prior = decoder, likelihood, prior
 
     @local_method
     def model(self, x: Tensor, index: Tensor | None = None) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -16,11 +17,8 @@ from pvae.runtime.pyro_params import Program, local_param_store, module_of
 from pvae.runtime.result_cache import ResultCache
 from pvae.runtime.torch_state import halve_on_oom, no_validation, seeded
 
-# Rows of a batch, at most.
-ROWS = 250
-
-# Where batches' random streams begin: clear of the small seeds from which searches and diagnostics draw.
-STREAM = 10**12
+ROWS = 250  # of a batch, at most
+STREAM = 10**12  # where batches' random streams begin: clear of the small seeds of searches and diagnostics
 
 Values = Tensor | np.ndarray
 Progress = Callable[[int], None]
@@ -46,11 +44,6 @@ def inference_mode(*programs: Program | None, seed: int | None = None) -> Iterat
     Arguments:
         programs: modules, or methods of modules, to put into evaluation mode, in which they stay; None is skipped.
         seed: of the block's own random stream; without it the block draws from the stream outside.
-
-    >>> layer = torch.nn.Linear(2, 1)
-    >>> with inference_mode(layer, seed=0): y = layer(torch.randn(3, 2))
-    >>> y.requires_grad, layer.training
-    (False, False)
     """
     for program in programs:
         if program is not None:
@@ -60,11 +53,7 @@ def inference_mode(*programs: Program | None, seed: int | None = None) -> Iterat
 
 
 def as_rows(values: Values, model: Program) -> Tensor:
-    """Return rows [N, C] as a tensor of the type and on the device of the program's parameters.
-
-    Raises:
-        UserError: the rows are not a table of numbers, or there are none.
-    """
+    """Return rows [N, C] as a tensor of the type and on the device of the program's parameters."""
     try:
         rows = torch.as_tensor(values)
     except (TypeError, ValueError, RuntimeError) as error:
@@ -73,8 +62,7 @@ def as_rows(values: Values, model: Program) -> Tensor:
         raise UserError(f"the rows have shape {tuple(rows.shape)}, but a table [rows, columns] is needed")
     if not len(rows):
         raise UserError("no rows are given; at least one is needed")
-    like = next(iter(module_of(model).parameters()), torch.empty(0))
-    return rows.to(device=like.device, dtype=like.dtype)
+    return rows.to(next(iter(module_of(model).parameters()), torch.empty(0)))
 
 
 def map_batches(
@@ -97,14 +85,11 @@ def map_batches(
         model, guide: the programs that ``compute`` runs; both are put into evaluation mode.
         compute: maps a batch to named tensors [B, ...], or to scalars, which come back as [number of batches].
         x, index: rows [N, C], and which training datapoints they are, on any device; None for new rows.
-        seed: of all draws; the random stream outside is left alone. Each batch has a stream of its own.
+        seed: of all draws, from which each batch has a stream of its own; the random stream outside is left alone.
         batch_size: rows of a batch, at most; the batch is halved where the device has no memory for it.
-        seed_of: the first row of a batch to the batch's seed, in place of the usual one made from ``seed``.
+        seed_of: maps the first row of a batch to the batch's seed, in place of the usual one.
         cache, prefix: keeps each batch's results under the name ``prefix-start-stop``.
-        progress: called with the number of rows done.
-
-    Raises:
-        UserError: no rows, or rows that are no table of numbers.
+        progress: called with the number of rows of each batch that is done.
     """
     rows = as_rows(x, model)
     index = None if index is None else index.to(rows.device)
@@ -112,11 +97,7 @@ def map_batches(
 
     def compute_batch(place: slice) -> dict[str, Tensor]:
         batch = RowBatch(rows[place], None if index is None else index[place], place, seed_of(place.start))
-
-        def draw() -> dict[str, Tensor]:
-            with seeded(batch.seed):
-                return compute(batch)
-
+        draw = seeded(batch.seed)(partial(compute, batch))
         values = results.get_or_compute_tensors(f"{prefix}-{place.start:06}-{place.stop:06}", draw)
         progress(len(batch.x))
         return {name: value.cpu() for name, value in values.items()}

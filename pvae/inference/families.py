@@ -17,7 +17,7 @@ __all__ = ["DiagonalNormal", "Delta", "LowRankNormal", "FullRankNormal", "Mixtur
 
 
 def soft_clip(values: Tensor, limit: float = 10.0) -> Tensor:
-    """Clip values softly to a limit either way, keeping 0.01 of what exceeds it, so that exponentials stay finite.
+    """Clip values softly to a limit either way, keeping 0.01 of the excess, so that exponentials stay finite.
 
     >>> soft_clip(torch.tensor([-110.0, 3.0, 80.0]))
     tensor([-11.0000,   3.0000,  10.7000])
@@ -33,14 +33,10 @@ def positive_scale(log_scale: Tensor) -> Tensor:
 class Family(nn.Module):
     """Base class of variational families. Calling one with q_params [..., P] returns q(z) over z [..., D].
 
-    Arguments:
-        dim: D, the number of latent dimensions.
-
     Attributes:
         num_params: P, the number of variational parameters of a datapoint.
         point_mass: q has no density, so that an ELBO under it bounds nothing.
-        has_natural_gradient, has_diagonal_start, has_gaussian_start: whether a subclass defines `natural_gradient`,
-            `params_from_diagonal` and `params_from_gaussian`.
+        has_...: whether a subclass defines `natural_gradient`, `params_from_diagonal` and `params_from_gaussian`.
     """
 
     num_params: int
@@ -58,10 +54,6 @@ class Family(nn.Module):
     def __init__(self, dim: int) -> None:
         super().__init__()
         self.dim = dim
-
-    def forward(self, q_params: Tensor) -> dist.TorchDistribution:
-        """Return q(z; q_params) with event shape [D]."""
-        raise NotImplementedError
 
     def initial_params(self) -> Tensor:
         """Return the q_params [P] from which a datapoint's own fit starts."""
@@ -91,10 +83,8 @@ class _LocationScaleFamily(Family):
 class DiagonalNormal(_LocationScaleFamily):
     r"""Diagonal Gaussian family (mean field), :math:`q(z|x) = \prod_d N(z_d; \mu_d, \sigma_d^2)`.
 
-    Arguments:
-        dim: D, the number of latent dimensions; P = 2 D, q_params = (mu, log sigma).
-
-    Draws are reparametrized, :math:`z = \mu + \sigma \epsilon` with :math:`\epsilon \sim N(0, I)`.
+    Here D is ``dim``, P = 2 D and q_params = (mu, log sigma). Draws are reparametrized,
+    :math:`z = \mu + \sigma \epsilon` with :math:`\epsilon \sim N(0, I)`.
 
     >>> q = DiagonalNormal(8)
     >>> q(q.initial_params()).sample((5,)).shape
@@ -118,10 +108,8 @@ class DiagonalNormal(_LocationScaleFamily):
 class Delta(Family):
     r"""Point mass, :math:`q(z|x) = \delta(z - \lambda)`, for maximum a posteriori (MAP) estimates and autoencoders.
 
-    Arguments:
-        dim: D, the number of latent dimensions; P = D.
-
-    Its "ELBO" is log p(x, z) at the point, which does not bound the evidence; evaluation reports no gaps.
+    Here P = D = ``dim``. Its "ELBO" is log p(x, z) at the point, which does not bound the evidence; evaluation reports
+    no gaps.
 
     >>> Delta(8)(torch.ones(3, 8)).sample().shape
     torch.Size([3, 8])
@@ -184,9 +172,7 @@ class LowRankNormal(_LocationScaleFamily):
 class FullRankNormal(_LocationScaleFamily):
     r"""Full-rank Gaussian family, :math:`q(z|x) = N(z; \mu, L L^T)` with L lower triangular.
 
-    Arguments:
-        dim: D, the number of latent dimensions; P = D + D (D + 1) / 2,
-            q_params = (mu, log of L's diagonal, L below it).
+    Here D is ``dim``, P = D + D (D + 1) / 2 and q_params = (mu, log of L's diagonal, L below it).
 
     >>> q = FullRankNormal(8)
     >>> q(q.initial_params()).sample((5,)).shape
@@ -259,8 +245,7 @@ class MixtureOfNormals(Family):
         # The components a little apart: at one place they would stay together, for their gradients are the same.
         apart = well_spread(self.components, self.dim).to(mean) / 2
         means = mean.unsqueeze(-2) + log_scale.exp().unsqueeze(-2) * apart
-        weights = mean.new_zeros(*mean.shape[:-1], self.components)
-        log_scales = log_scale.unsqueeze(-2).expand_as(means)
+        weights, log_scales = mean.new_zeros(means.shape[:-1]), log_scale.unsqueeze(-2).expand_as(means)
         return torch.cat([weights, means.flatten(-2), log_scales.flatten(-2)], -1)
 
     def forward(self, q_params: Tensor) -> dist.TorchDistribution:
@@ -282,9 +267,8 @@ class FlowFamily(_LocationScaleFamily):
         bins: of each spline.
         context: C, the number of values c on which T is conditioned for a datapoint.
 
-    With :math:`\epsilon \sim N(0, I)`. T starts near the identity, and is the identity beyond 5 sigma from mu. Draws
-    are smooth enough in q_params for second derivatives, but the density's slope jumps at the splines' knots, so that
-    gradients through unrolled steps miss these jumps.
+    With :math:`\epsilon \sim N(0, I)`. T starts near the identity, and is the identity beyond 5 sigma from mu. The
+    density's slope jumps at the splines' knots; gradients through unrolled steps miss these jumps.
 
     Raises:
         UserError: context, transforms or a width below 1, or bins below 2.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -35,18 +36,16 @@ class Guide(LocalModule):
         encodes: whether new rows' q_params come from an encoder, and not from a search alone.
         kl_weight: of the local ELBO while training, so that it is the objective's.
 
-    A guide pickles with the model that it refines on, and without data.
-
     Raises:
         UserError: the family has another number of dimensions than the sites.
     """
 
     encodes: bool = True
+    kl_weight: float | Tensor = 1.0
 
     def __init__(self, family: Family, sites: LatentSites | None = None) -> None:
         super().__init__()
         self.family, self.sites = family, sites or real_vector_latent(family.dim)
-        self.kl_weight: float | Tensor = 1.0
         if self.sites.dim != family.dim:
             raise UserError(f"the family has {family.dim} dimensions, but the program's latents have {self.sites.dim}")
 
@@ -60,10 +59,6 @@ class Guide(LocalModule):
 
     def forward(self, x: Tensor, index: Tensor | None = None) -> None:
         self.with_params(self.params(x, index))(x, index)
-
-    @property
-    def _train_kl_weight(self) -> float | Tensor:
-        return self.kl_weight if self.training else 1.0
 
 
 class Amortized(Guide):
@@ -125,18 +120,14 @@ class SemiAmortized(Guide):
     ) -> None:
         super().__init__(family, sites)
         check_range("SemiAmortized", steps=steps, draws=draws, learning_rate=learning_rate)
-        self.encoder = encoder
-        self.steps, self.draws, self.unroll = steps, draws, unroll
+        self.encoder, self.steps, self.draws, self.unroll = encoder, steps, draws, unroll
         self.local_elbo = LocalELBO(model, family, self.sites)
         self.rule = default_update_rule(family, learning_rate)
 
     def params(self, x: Tensor, index: Tensor | None = None) -> Tensor:
-        q_params = self.encoder(x)
-        unroll = self.unroll and torch.is_grad_enabled()
-
-        def bound(q_params: Tensor) -> Tensor:
-            return self.local_elbo(q_params, x, index, self.draws, self._train_kl_weight)
-
+        q_params, unroll = self.encoder(x), self.unroll and torch.is_grad_enabled()
+        kl_weight = self.kl_weight if self.training else 1.0
+        bound = partial(self.local_elbo, x=x, index=index, K=self.draws, kl_weight=kl_weight)
         refined = refine(bound, q_params, self.steps, rule=self.rule, unroll=unroll).q_params
         return refined if unroll else q_params + (refined - q_params).detach()
 
@@ -146,8 +137,7 @@ class RefinedGuide(Guide):
 
     Arguments:
         guide: gives the q_params from which the rows start.
-        model: the Pyro program whose ELBO is maximized.
-        steps: the most steps.
+        model: the Pyro program whose ELBO is maximized in at most ``steps`` steps.
     """
 
     def __init__(self, guide: Guide, model: Program, *, steps: int = 300) -> None:
@@ -168,8 +158,7 @@ class FrozenGuide(Guide):
 
     Arguments:
         guide: the wrapped guide.
-        q_params: its variational parameters of the rows, [N, P].
-        x, index: the rows [N, C], and which training datapoints they are; None for new rows.
+        q_params: its variational parameters [N, P] of rows x [N, C], which are training datapoints ``index`` or new.
     """
 
     guide: Guide
@@ -189,21 +178,19 @@ class FrozenGuide(Guide):
         if not all(key in self._positions for key in keys):
             return self.guide.params(x, index)
         # A slice of the rows gets its own q_params, even where rows are alike.
-        for start, key in enumerate(self._keys):
-            if key == keys[0] and self._keys[start : start + len(keys)] == keys:
-                return self.q_params[start : start + len(keys)]
-        return self.q_params[[self._positions[key] for key in keys]]
+        slices = (slice(start, start + len(keys)) for start, key in enumerate(self._keys) if key == keys[0])
+        places = next((place for place in slices if self._keys[place] == keys), [self._positions[key] for key in keys])
+        return self.q_params[places]
 
 
 def _row_keys(x: Tensor, index: Tensor | None) -> list[bytes]:
-    """The bytes of each row's values and index."""
     rows = x.detach().cpu().contiguous().flatten(1).numpy()
     numbers = [-1] * len(rows) if index is None else index.tolist()
     return [row.tobytes() + int(number).to_bytes(8, signed=True) for row, number in zip(rows, numbers, strict=True)]
 
 
 class Visit(NamedTuple):
-    """Rows of a batch in training: their index [B], q_params [B, P] as a leaf that takes gradients, and their state."""
+    """Rows of a batch in training: index [B], q_params [B, P] as a leaf that takes gradients, and optimizer state."""
 
     index: Tensor  # type: ignore[assignment]
     q_params: Tensor
@@ -224,9 +211,6 @@ class PerDatapoint(Guide):
 
     Each row has Adam moments and a step count of its own, so that rows outside a batch stay as they are. Memory is the
     table and its moments, 3 N P + N numbers.
-
-    In training, `params` leaves a `Visit`: the optimizer's step takes it by `step_local_params`, a traced step by
-    `take_visit`, `updated_rows` and `write_rows`.
 
     Raises:
         UserError: a count below 1 or a learning rate that is not positive.
@@ -257,10 +241,9 @@ class PerDatapoint(Guide):
         self.local_elbo = None if model is None else LocalELBO(model, family, self.sites)
         self.local_steps, self.num_steps_new_data = local_steps, num_steps_new_data
         self.rule = RowAdam(local_learning_rate)
-        table = family.initial_params().repeat(num_data, 1)
-        self.register_buffer("table", table)
-        self.register_buffer("first", torch.zeros_like(table))
-        self.register_buffer("second", torch.zeros_like(table))
+        self.register_buffer("table", family.initial_params().repeat(num_data, 1))
+        for moment in ("first", "second"):
+            self.register_buffer(moment, torch.zeros_like(self.table))
         self.register_buffer("row_steps", torch.zeros(num_data, dtype=torch.int32))
         self._visit: Visit | None = None
 
@@ -279,24 +262,16 @@ class PerDatapoint(Guide):
         """Take the local steps of a batch but the last, which is the joint one."""
         q_params, state = self.table[index], RowState(self.first[index], self.second[index], self.row_steps[index])
         if self.local_steps > 1:
-            local_elbo = self._required_elbo()
-
-            def bound(q_params: Tensor) -> Tensor:
-                return local_elbo(q_params, x, index, 1, self._train_kl_weight)
-
+            bound = partial(self._required_elbo(), x=x, index=index, kl_weight=self.kl_weight)
             refined = refine(bound, q_params, self.local_steps - 1, rule=self.rule, state=state)
             q_params, state = refined.q_params, refined.state
         return Visit(index, q_params.detach().requires_grad_(), state)
 
     def take_visit(self) -> Visit:
-        """Return the last visit in training, once.
-
-        Raises:
-            UserError: there was none since the last one was taken.
-        """
-        if self._visit is None:
-            raise UserError("PerDatapoint: the rows were not visited in training")
+        """Return the last visit in training, once."""
         visit, self._visit = self._visit, None
+        if visit is None:
+            raise UserError("PerDatapoint: the rows were not visited in training")
         return visit
 
     def drop_visit(self) -> None:
@@ -308,18 +283,15 @@ class PerDatapoint(Guide):
         start = visit.q_params.detach()
         # The loss is the negative bound, summed over the batch.
         q_params, state = self.rule.step(start, torch.zeros_like(start) if gradient is None else -gradient, visit.state)
-        return q_params, state.exp_avg, state.exp_avg_sq, state.steps
+        return q_params, *state
 
     def write_rows(self, index: Tensor, q_params: Tensor, first: Tensor, second: Tensor, steps: Tensor) -> None:
-        """Write rows and their state back into the table."""
         self.table[index], self.first[index], self.second[index], self.row_steps[index] = q_params, first, second, steps
 
     def step_local_params(self) -> None:
         """Take the visited rows' joint step after the loss's backward pass, and write them back."""
-        if self._visit is None:
-            return
-        visit = self.take_visit()
-        if visit.q_params.grad is not None:
+        visit, self._visit = self._visit, None
+        if visit is not None and visit.q_params.grad is not None:
             self.write_rows(visit.index, *self.updated_rows(visit, visit.q_params.grad))
 
     def _required_elbo(self) -> LocalELBO:

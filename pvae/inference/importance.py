@@ -24,11 +24,9 @@ from pvae.runtime.tracing import AutoTraced
 Site = dict[str, Any]
 Hook = Callable[[Tensor, int], Tensor]
 
-# Chunks of draws from which on tracing one pays.
-MIN_CALLS_TO_TRACE = 100
+MIN_CALLS_TO_TRACE = 100  # chunks of draws from which on tracing one pays
 
-# Datapoints times samples in one pass through the program: large enough for matrix products to dominate, small enough
-# to stay near the cache.
+# Datapoints times samples in one pass: large enough for matrix products to dominate, small enough for the cache.
 ROWS_PER_PASS = 4096
 
 
@@ -82,8 +80,6 @@ def log_weights(
         Log-densities without the scales of plates and ``poutine.scale``, masks kept. Draws are scored in chunks, so
         that without gradients memory is what one chunk takes and three numbers for each draw.
 
-    See also `iter_log_weights`, in memory that K does not change.
-
     Raises:
         UserError: K below 1, or a program that is not of this form; the message names the site.
     """
@@ -91,48 +87,26 @@ def log_weights(
     chunks = [w for (w,) in iter_log_weights(model, [guide], x, index, K, **options)]
     if len(chunks) == 1:
         return chunks[0]
-    log_lik, log_prior, log_q = (torch.cat(parts) for parts in zip(*map(_log_densities, chunks), strict=True))
+    names = ("log_lik", "log_prior", "log_q")
+    log_lik, log_prior, log_q = (torch.cat([getattr(w, name) for w in chunks]) for name in names)
     latents = {name: torch.cat([w.latents[name] for w in chunks]) for name in chunks[0].latents}
     return replace(chunks[0], log_lik=log_lik, log_prior=log_prior, log_q=log_q, latents=latents)
 
 
-def _log_densities(w: LogWeights) -> tuple[Tensor, Tensor, Tensor]:
-    return w.log_lik, w.log_prior, w.log_q
-
-
 def iter_log_weights(
-    model: Program,
-    guides: Sequence[Program],
-    x: Tensor,
-    index: Tensor | None = None,
-    K: int = 1,
-    *,
-    max_plate_nesting: int = 1,
-    keep_latents: bool = False,
+    model: Program, guides: Sequence[Program], x: Tensor, index: Tensor | None = None, K: int = 1, **options: Any
 ) -> Iterator[tuple[LogWeights, ...]]:
-    """Score the K draws of `log_weights` chunk by chunk, in memory that K does not change.
+    """Yield the guides' log-weights [k, B] of chunks of the K draws of `log_weights`, in memory that K does not change.
 
-    Arguments:
-        guides: one or several, under common random numbers, so that guides of one family are compared without their
-            noise. The random stream goes on where the first guide's draws end.
-
-    Returns:
-        The guides' log-weights [k, B] of one chunk after the other, k adding up to K. Where the device has no memory
-        for a chunk it is halved, and so are those that follow.
-
-    Raises:
-        UserError: as `log_weights`.
-        torch.OutOfMemoryError: not even one draw for each of these rows fits.
+    Guides draw under common random numbers, so that those of one family are compared without their noise. The random
+    stream goes on where the first guide's draws end.
     """
     if K < 1:
         raise UserError(f"K is {K}, but at least 1 draw is needed")
-
     size = max(1, ROWS_PER_PASS // max(1, len(x)))
-    options: dict[str, Any] = {"max_plate_nesting": max_plate_nesting, "keep_latents": keep_latents}
-    sources: list[Callable[[int], LogWeights]]
-    sources = [functools.partial(score_draws, model, guide, x, index, **options) for guide in guides]
-    if size * MIN_CALLS_TO_TRACE <= K and not (keep_latents or torch.is_grad_enabled()):
-        sources = [_TracedDraws(source) for source in sources]
+    traces = size * MIN_CALLS_TO_TRACE <= K and not (options.get("keep_latents") or torch.is_grad_enabled())
+    scores = [functools.partial(score_draws, model, guide, x, index, **options) for guide in guides]
+    sources: list[Callable[[int], LogWeights]] = [_TracedDraws(score) if traces else score for score in scores]
 
     def score_chunk(draws: slice) -> tuple[LogWeights, ...]:
         count, start = draws.stop - draws.start, RandomState()
@@ -158,20 +132,12 @@ class _TracedDraws:
         if self.first is None:  # has all that is the same for every draw
             self.first = self.score(K)
             return self.first
-        traced = self.traced.setdefault(K, AutoTraced(lambda: _log_densities(self.score(K))))
-        log_lik, log_prior, log_q = traced()
+        log_lik, log_prior, log_q = self.traced.setdefault(K, AutoTraced(lambda: self._densities(K)))()
         return replace(self.first, log_lik=log_lik, log_prior=log_prior, log_q=log_q)
 
-
-def elbo(
-    model: Program, guide: Program, x: Tensor, index: Tensor | None = None, K: int = 1, kl_weight: float | Tensor = 1.0
-) -> Tensor:
-    r"""Compute the evidence lower bound (ELBO) of each datapoint, :math:`\frac1K \sum_k \log w_k`, [B] in nats.
-
-    With a KL weight beta other than 1 it is :math:`E_q[\log p(x|z)] - \beta\, KL(q \| p)`, for training alone.
-    """
-    w = log_weights(model, guide, x, index, K)
-    return (w.log_lik + kl_weight * (w.log_prior - w.log_q)).mean(0)
+    def _densities(self, K: int) -> tuple[Tensor, Tensor, Tensor]:
+        w = self.score(K)
+        return w.log_lik, w.log_prior, w.log_q
 
 
 def score_draws(
@@ -193,8 +159,7 @@ def score_draws(
     Arguments:
         hook: maps a draw and its event dimensions to the value that the model sees in its place.
         require_rsample: refuse latents that are not reparametrized.
-        path_gradient: let gradients of log_q reach the guide's parameters through the draws alone, not through q's
-            density.
+        path_gradient: let gradients of log_q reach the guide's parameters through the draws alone.
         analytic_kl: log_prior is :math:`-KL(q \| p)` in closed form and log_q is 0.
     """
     dim, shape = -1 - max_plate_nesting, (K, len(x))
@@ -211,13 +176,9 @@ def score_draws(
             log_p = -_kl(name, drawn[name], site) if analytic_kl else _log_prob(site)
             log_prior = log_prior + _sum_plates(name, site, log_p, shape, dim)
     for name, site in () if analytic_kl else drawn.items():
-        log_q_site = _path_log_prob(site) if path_gradient else _log_prob(site)
-        log_q = log_q + _sum_plates(name, site, log_q_site, shape, dim)
-    latents = {
-        name: _own_dims(site) if K > 1 else _own_dims(site).unsqueeze(0)
-        for name, site in scored.items()
-        if keep_latents and not site["is_observed"]
-    }
+        log_q = log_q + _sum_plates(name, site, (_path_log_prob if path_gradient else _log_prob)(site), shape, dim)
+    unobserved = {name: site for name, site in scored.items() if keep_latents and not site["is_observed"]}
+    latents = {name: _own_dims(site) if K > 1 else _own_dims(site).unsqueeze(0) for name, site in unobserved.items()}
     point_mass = all(isinstance(site["fn"], pyro.distributions.Delta) for site in drawn.values())
     return LogWeights(log_lik, log_prior, log_q, latents, _subsampling_scale(scored), point_mass)
 
@@ -268,9 +229,7 @@ def _log_prob(site: Site) -> Tensor:
 def _check_gradients(drawn: dict[str, Site], path_gradient: bool) -> None:
     for name, site in drawn.items():
         if not site["fn"].has_rsample:
-            raise Incompatible(
-                f"latent '{name}' is not reparametrized: only ELBO(), without weights, has a gradient for it"
-            )
+            raise Incompatible(f"latent '{name}' is not reparametrized: only ELBO() without weights has its gradient")
     with_density = [name for name, site in drawn.items() if not isinstance(site["fn"], pyro.distributions.Delta)]
     if path_gradient and len(with_density) > 1:
         names = ", ".join(with_density)
@@ -278,7 +237,7 @@ def _check_gradients(drawn: dict[str, Site], path_gradient: bool) -> None:
 
 
 def _path_log_prob(site: Site) -> Tensor:
-    """log q of a draw, whose gradient is the score at the draw times the draw's own."""
+    """Compute log q of a draw, whose gradient is the score at the draw times the draw's own."""
     fn, value = site["fn"], site["value"]
     log_q = fn.log_prob(value)
     if not (torch.is_grad_enabled() and value.requires_grad) or isinstance(fn, pyro.distributions.Delta):
@@ -298,7 +257,7 @@ def _check_closed_form(scored: dict[str, Site], drawn: dict[str, Site]) -> None:
 
 
 def _kl(name: str, q: Site, p: Site) -> Tensor:
-    """KL(q || p) of a latent in closed form."""
+    """Compute KL(q || p) of a latent in closed form."""
     for prior in (p["fn"], _as_multivariate(p["fn"])):
         with suppress(NotImplementedError):
             return kl_divergence(q["fn"], prior)
@@ -309,7 +268,7 @@ def _kl(name: str, q: Site, p: Site) -> Tensor:
 
 
 def _as_multivariate(fn: Any) -> Any:
-    """A diagonal Gaussian as a multivariate one, for which PyTorch knows more closed forms."""
+    """Return a diagonal Gaussian as a multivariate one, for which PyTorch knows more closed forms."""
     base = getattr(fn, "base_dist", fn)
     if isinstance(base, torch.distributions.Normal) and fn.event_dim == 1:
         return pyro.distributions.MultivariateNormal(base.loc, scale_tril=base.scale.diag_embed())
@@ -317,7 +276,7 @@ def _as_multivariate(fn: Any) -> Any:
 
 
 def _sum_plates(name: str, site: Site, log_p: Tensor, shape: tuple[int, int], samples_dim: int) -> Tensor:
-    """Unscaled log-density of a site, summed over plates inside "data", [K, B]."""
+    """Sum a site's unscaled log-density over plates inside "data", [K, B]."""
     data = [frame for frame in site["cond_indep_stack"] if frame.name == "data"]
     if not data or data[0].dim != -1:
         kind = "observed site" if site["is_observed"] else "latent"
@@ -342,7 +301,7 @@ def _sum_plates(name: str, site: Site, log_p: Tensor, shape: tuple[int, int], sa
 
 
 def _own_dims(site: Site) -> Tensor:
-    """A draw without the dimensions of plates that the site does not stand in."""
+    """Return a draw without the dimensions of plates that the site does not stand in."""
     value, event = site["value"], site["fn"].event_dim
     dims = {frame.dim for frame in site["cond_indep_stack"]}
     others = [dim - event for dim in range(event - value.dim(), 0) if dim not in dims]

@@ -21,7 +21,6 @@ from pvae.runtime.pyro_params import Program
 from pvae.runtime.torch_state import seeded
 
 JOINT = "_latents"
-BOUNDS = ("lower_bound", "upper_bound")
 
 
 @dataclass(frozen=True)
@@ -39,7 +38,7 @@ class LatentSite:
 
     @property
     def unconstrained_shape(self) -> tuple[int, ...]:
-        """Shape of the unconstrained reals behind the values; a simplex has one entry less than its values."""
+        """Shape of the unconstrained reals behind the values; one entry less than the values of a simplex."""
         return tuple(self.transform.inverse_shape(self.shape))
 
     @property
@@ -73,14 +72,13 @@ class LatentSites:
         if len(self.sites) == 1 and self.sites[0].is_real_vector:
             pyro.sample(self.sites[0].name, q)
             return
-        joint, start = pyro.sample(JOINT, q, infer={"is_auxiliary": True}), 0
-        for site in self.sites:
-            end = start + math.prod(site.unconstrained_shape)
-            u = joint[..., start:end].reshape(joint.shape[:-1] + site.unconstrained_shape)
+        joint = pyro.sample(JOINT, q, infer={"is_auxiliary": True})
+        parts = joint.split([math.prod(site.unconstrained_shape) for site in self.sites], -1)
+        for site, part in zip(self.sites, parts, strict=True):
+            u = part.reshape(joint.shape[:-1] + site.unconstrained_shape)
             value = site.transform(u)
             log_det = site.transform.log_abs_det_jacobian(u, value).reshape(*joint.shape[:-1], -1).sum(-1)
             pyro.sample(site.name, dist.Delta(value, -log_det, event_dim=len(site.shape)))
-            start = end
 
 
 def real_vector_latent(dim: int) -> LatentSites:
@@ -92,17 +90,17 @@ def find_latent_sites(model: Program, x: Tensor) -> LatentSites:
     """Find the latent sites of a program by running it on a few of the rows x [B, ...].
 
     Raises:
-        UserError: the program fails, has no plate "data", no latent, or one that is discrete, stands outside plate
-            "data" or inside another one, or whose shape is not the same for all datapoints.
+        UserError: the program fails or observes nothing, has no latent, or one that is discrete, is not in plate "data"
+            alone, or changes its shape.
     """
     count = min(len(x), 3)
     sites, again = (_trace_latents(model, x[: count - skip], seed=skip) for skip in (0, 1 if count > 1 else 0))
     if sites != again:
-        shapes, shapes_again = ({site.name: site.shape for site in run} for run in (sites, again))
-        name = next(n for n in (*shapes, *shapes_again) if shapes.get(n) != shapes_again.get(n))
+        first, then = ({site.name: site.shape for site in run} for run in (sites, again))
+        name = next(n for n in (*first, *then) if first.get(n) != then.get(n))
         raise UserError(
-            f"the program's latent '{name}' changes from run to run ({shapes.get(name)}, then "
-            f"{shapes_again.get(name)}); its sites and their shapes must be the same for all datapoints"
+            f"the program's latent '{name}' changes from run to run ({first.get(name)}, then {then.get(name)}); "
+            "its sites and their shapes must be the same for all datapoints"
         )
     return LatentSites(tuple(sites))
 
@@ -140,25 +138,22 @@ def _latent_site(name: str, site: dict[str, Any], rows: int) -> LatentSite:
 def _support(name: str, fn: Any) -> Any:
     """Return the support of one datapoint's latent, without the shapes of the rows at hand."""
     inner = base_constraint(fn.support)
-    bounds = {key: value for key in BOUNDS if isinstance(value := getattr(inner, key, None), Tensor) and value.dim()}
     if inner is constraints.real:  # also behind a mixture's support, say, which biject_to does not know
-        return constraints.independent(constraints.real, fn.event_dim)
-    if not bounds:
+        return constraints.independent(inner, fn.event_dim)
+    bounds = {key: getattr(inner, key, None) for key in ("lower_bound", "upper_bound")}
+    tensors = {key: value.flatten() for key, value in bounds.items() if isinstance(value, Tensor) and value.dim()}
+    if not tensors:
         return fn.support
     inner = copy.copy(inner)
-    for key, value in bounds.items():
-        if (value != value.flatten()[0]).any():
+    for key, values in tensors.items():
+        if (values != values[0]).any():
             raise UserError(f"the support of latent '{name}' is not the same everywhere; its bounds must be numbers")
-        setattr(inner, key, value.flatten()[0].item())
+        setattr(inner, key, values[0].item())
     return constraints.independent(inner, fn.event_dim)
 
 
 def find_observed(trace: Any, x: Tensor) -> dict[str, Any]:
-    """Return the site of a program's trace at which rows of the dimensions of x are observed; ``fn`` is p(x|z).
-
-    Raises:
-        UserError: there is none.
-    """
+    """Return the site of a program's trace at which rows of the dimensions of x are observed; ``fn`` is p(x|z)."""
     for _, site in random_sites(trace):
         if site["is_observed"] and site["value"].dim() == x.dim():
             return site

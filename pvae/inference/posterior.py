@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import torch
@@ -19,11 +20,9 @@ from pvae.inference.refinement import LocalELBO, default_update_rule, fixed_guid
 from pvae.runtime.pyro_params import Program
 from pvae.runtime.torch_state import seeded
 
-# Draws by which a start is chosen.
-START_DRAWS = 50
+START_DRAWS = 50  # by which a start is chosen
 
-# Number and seed of the draws by which moments are found that a family does not state: the same for every row.
-MOMENT_DRAWS, MOMENTS_SEED = 500, 10**18
+MOMENT_DRAWS, MOMENTS_SEED = 500, 10**18  # of the draws, the same for every row, for moments that a family lacks
 
 
 class WeightedDraws(NamedTuple):
@@ -65,7 +64,7 @@ class PredictiveDraw(NamedTuple):
 
 
 def with_fixed_params(guide: Program, x: Tensor, index: Tensor | None = None) -> Program:
-    """Return a guide whose variational parameters for these rows are computed once; other programs as they are."""
+    """Return a guide whose q_params for these rows are computed once; other programs as they are."""
     return guide.with_params(guide.params(x, index).detach()) if isinstance(guide, Guide) else guide
 
 
@@ -85,30 +84,24 @@ def freeze(
         model, guide: a fitted program and its guide.
         x, index: rows [N, C], and which training datapoints they are; None for new rows.
         seed, seed_of, progress: as of `map_batches`; a guide that refines draws noise.
-
-    See also `with_fixed_params`, for a single batch.
     """
 
     def compute(rows: RowBatch) -> dict[str, Tensor]:
-        return {"q_params": guide.params(rows.x, rows.index).detach()}
+        return {"q_params": guide.params(rows.x, rows.index)}
 
     rows = as_rows(x, model)
-    q_params = map_batches(model, guide, compute, rows, index, seed=seed, seed_of=seed_of, progress=progress)
-    return FrozenGuide(guide, q_params["q_params"].to(rows.device), rows, index)
+    values = map_batches(model, guide, compute, rows, index, seed=seed, seed_of=seed_of, progress=progress)
+    return FrozenGuide(guide, values["q_params"].to(rows.device), rows, index)
 
 
 def encode_rows(
     model: Program, guide: Guide, x: Values, index: Tensor | None = None, *, seed: int = 0, progress: Progress = silent
 ) -> EncodedRows:
-    """Compute variational parameters, mean and standard deviation of q(z|x) for rows in batches, on the CPU.
-
-    Arguments are those of `map_batches`; for the moments see `posterior_moments`.
-    """
+    """Compute q_params and `posterior_moments` for rows in batches, on the CPU; arguments as of `map_batches`."""
 
     def compute(rows: RowBatch) -> dict[str, Tensor]:
-        q_params = guide.params(rows.x, rows.index).detach()
-        mean, sd = posterior_moments(guide.family, q_params)
-        return {"q_params": q_params, "mean": mean, "sd": sd}
+        q_params = guide.params(rows.x, rows.index)
+        return EncodedRows(q_params, *posterior_moments(guide.family, q_params))._asdict()
 
     return EncodedRows(**map_batches(model, guide, compute, x, index, seed=seed, progress=progress))
 
@@ -119,24 +112,15 @@ def posterior_means(model: Program, guide: Guide, x: Values, index: Tensor | Non
 
 
 def posterior_moments(family: Family, q_params: Tensor) -> tuple[Tensor, Tensor]:
-    """Compute mean and standard deviation of q(z; q_params) for q_params [B, P], [B, D] each.
-
-    Moments that the family does not state are estimated from `common_draws`, so that a row's moments depend neither
-    on the caller nor on the rows beside it.
-    """
-    q = family(q_params)
-    mean, sd = (_stated(q, name) for name in ("mean", "stddev"))
+    """Compute mean and standard deviation [B, D] of q(z; q_params), by `common_draws` if the family states none."""
+    q, mean, sd = family(q_params), None, None
+    with suppress(NotImplementedError):
+        mean = q.mean
+        sd = q.stddev
     if mean is None or sd is None:
         z = common_draws(family, q_params)
-        mean, sd = z.mean(0) if mean is None else mean, z.std(0) if sd is None else sd
+        mean, sd = z.mean(0) if mean is None else mean, z.std(0)
     return mean, sd
-
-
-def _stated(q: Any, name: str) -> Tensor | None:
-    try:
-        return getattr(q, name)
-    except NotImplementedError:
-        return None
 
 
 def common_draws(family: Family, q_params: Tensor) -> Tensor:
@@ -145,11 +129,7 @@ def common_draws(family: Family, q_params: Tensor) -> Tensor:
 
 
 def likelihood_at(model: Program, sites: LatentSites, z: Tensor, x: Tensor, index: Tensor | None = None) -> Any:
-    """Return p(x|z), of batch shape [N], at unconstrained latents z [N, D].
-
-    Arguments:
-        x: rows [N, C] from which the program takes what it is given beside its latents, such as a label's columns.
-    """
+    """Return p(x|z), of batch shape [N], at unconstrained latents z [N, D] of rows x [N, C], which may hold labels."""
     return posterior_predictive(model, fixed_guide(Delta(sites.dim), z, sites), x, index).likelihood
 
 
@@ -167,14 +147,14 @@ def decode_latents(
 
     Arguments:
         given: rows [N, C], or one row [1, C] for all, from which the program takes what it is given beside its latents.
-        seed, progress: as of `map_batches`.
     """
 
     def compute(rows: RowBatch) -> dict[str, Tensor]:
-        beside = rows.x[:, :1] if given is None else torch.as_tensor(given).to(rows.x)
+        x = rows.x[:, :1]
         if given is not None:
-            beside = beside.expand(len(z), *beside.shape[1:])[rows.place]
-        fn = likelihood_at(model, guide.sites, rows.x, beside)
+            x = torch.as_tensor(given).to(rows.x)
+            x = x.expand(len(z), *x.shape[1:])[rows.place]
+        fn = likelihood_at(model, guide.sites, rows.x, x)
         return {"x": fn.sample() if draw else fn.mean}
 
     return map_batches(model, guide, compute, z, seed=seed, progress=progress)["x"]
@@ -212,8 +192,7 @@ def importance_draws(
 
     Arguments:
         model: the program whose posterior is meant, as it scores these rows.
-        guide: gives family and sites.
-        q_params: [B, P].
+        guide: gives family and sites; its q_params [B, P] are given apart.
         x, index: rows [B, C] and which training datapoints they are.
         K: draws for each row.
         max_batch: the most draws of all rows that pass through the program together, if fewer than usual.
@@ -255,20 +234,16 @@ def refit_params(
     """Maximize each row's ELBO over q_params [B, P], for rows that a program scores otherwise than the guide knows.
 
     Arguments:
-        model: the program whose ELBO is maximized.
-        guide: gives family and sites.
-        x, index: rows [B, C] and which training datapoints they are.
-        candidates: rows to encode, [B, C] each. A row starts from the best of the guide's q_params for these and of the
-            family's initial one. Ignored for `PerDatapoint`, which has no encoder.
+        candidates: rows [B, C] each to encode, if the guide does. A row starts from the best of the guide's q_params
+            for these and of the family's initial one.
         steps: the most steps of a row.
-        seed: of the noise; the random stream outside is left alone.
     """
     local_elbo = LocalELBO(model, guide.family, guide.sites)
 
+    @seeded(seed)
     def value_of(q_params: Tensor) -> Tensor:
-        with seeded(seed):
-            values = local_elbo(q_params, x, index, START_DRAWS)
-        return values.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
+        elbo = local_elbo(q_params, x, index, START_DRAWS)
+        return elbo.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
 
     best = guide.family.initial_params().to(x).expand(len(x), -1)
     value = value_of(best)
@@ -278,6 +253,5 @@ def refit_params(
         candidate = value_of(q_params)
         better = candidate > value
         best, value = torch.where(better.unsqueeze(-1), q_params, best), torch.where(better, candidate, value)
-    return maximize_local_elbo(
-        local_elbo, best, x, index, steps=steps, rule=default_update_rule(guide.family), seed=seed
-    ).q_params
+    rule = default_update_rule(guide.family)
+    return maximize_local_elbo(local_elbo, best, x, index, steps=steps, rule=rule, seed=seed).q_params

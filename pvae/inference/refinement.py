@@ -5,17 +5,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from functools import partial
+from typing import NamedTuple, Protocol
 
 import pyro
 import torch
 from pyro import poutine
 from torch import Tensor
 
+from pvae.inference.batching import tile_rows
 from pvae.inference.families import Family
-from pvae.inference.importance import elbo
+from pvae.inference.importance import log_weights
 from pvae.inference.latents import LatentSites, real_vector_latent
 from pvae.runtime.pyro_params import Program
 from pvae.runtime.torch_state import seeded
@@ -24,12 +26,13 @@ from pvae.runtime.tracing import AutoTraced
 # Steps after which the bound is checked: each has another one at about half its steps before it.
 CHECK_STEPS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000)
 
-# Steps from which on tracing one pays.
-MIN_STEPS_TO_TRACE = 100
+# Draws of a step, and of a check, in the search for a datapoint's optimum.
+REFINE_DRAWS, CHECK_DRAWS = 8, 100
+
+MIN_STEPS_TO_TRACE = 100  # from which on tracing one pays
 
 
-@dataclass(frozen=True)
-class RowState:
+class RowState(NamedTuple):
     """Optimizer state of each row: first and second moment [B, P], and the number of the row's own steps [B]."""
 
     exp_avg: Tensor
@@ -38,13 +41,11 @@ class RowState:
 
 
 class UpdateRule(Protocol):
-    """Maps gradients to steps, by the state of each row alone, so that gradients pass through it."""
+    """Maps gradients to steps of ascent, by each row's state alone, so that gradients pass through it."""
 
-    def start(self, q_params: Tensor) -> RowState:
-        """Return the state of rows q_params [B, P] before their first step."""
+    def start(self, q_params: Tensor) -> RowState: ...
 
-    def step(self, q_params: Tensor, gradient: Tensor, state: RowState) -> tuple[Tensor, RowState]:
-        """Return q_params [B, P] after a step of ascent, and the new state."""
+    def step(self, q_params: Tensor, gradient: Tensor, state: RowState) -> tuple[Tensor, RowState]: ...
 
 
 @dataclass(frozen=True)
@@ -56,8 +57,8 @@ class RowAdam:
     Arguments:
         learning_rate: r, in units of q_params.
         decay_steps: tau, steps after which the rate decays, without which a row would not converge.
-        betas: decay of the first and the second moment.
-        eps: keeps the step finite, and its derivative too, where a gradient is zero.
+
+    Epsilon keeps the step finite, and its derivative too, where a gradient is zero.
 
     Source: Kingma and Ba (2015), *Adam*, arXiv:1412.6980.
 
@@ -70,22 +71,20 @@ class RowAdam:
 
     learning_rate: float = 0.1
     decay_steps: float = 20.0
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = 1e-8
 
     def start(self, q_params: Tensor) -> RowState:
         zeros = torch.zeros_like(q_params, requires_grad=False)
         return RowState(zeros, zeros, torch.zeros(len(q_params), dtype=torch.int32, device=q_params.device))
 
     def step(self, q_params: Tensor, gradient: Tensor, state: RowState) -> tuple[Tensor, RowState]:
-        beta_1, beta_2 = self.betas
+        beta_1, beta_2, eps = 0.9, 0.999, 1e-8
         exp_avg = beta_1 * state.exp_avg + (1 - beta_1) * gradient
         exp_avg_sq = beta_2 * state.exp_avg_sq + (1 - beta_2) * gradient * gradient
         steps = state.steps + 1
         t = steps.to(q_params.dtype).unsqueeze(-1)
         rate = self.learning_rate * (1 + (t - 1) / self.decay_steps).rsqrt()
         mean, square = exp_avg / (1 - beta_1**t), exp_avg_sq / (1 - beta_2**t)
-        return q_params + rate * mean * (square + self.eps**2).rsqrt(), RowState(exp_avg, exp_avg_sq, steps)
+        return q_params + rate * mean * (square + eps**2).rsqrt(), RowState(exp_avg, exp_avg_sq, steps)
 
 
 @dataclass(frozen=True)
@@ -99,7 +98,6 @@ class NaturalAscent:
         natural_gradient: maps q_params and gradient to F(q_params)^-1 gradient, see `Family.natural_gradient`.
         learning_rate: r; 1 jumps to the optimum of a single latent with a Gaussian posterior.
         decay_steps: tau, steps after which the rate decays.
-        max_entry: limit of each entry of a natural gradient, so that rows that start far off do not diverge.
 
     Source: Amari (1998), *Natural Gradient Works Efficiently in Learning*, Neural Computation 10.
     """
@@ -107,7 +105,6 @@ class NaturalAscent:
     natural_gradient: Callable[[Tensor, Tensor], Tensor]
     learning_rate: float = 0.2
     decay_steps: float = 20.0
-    max_entry: float = 1.0
 
     def start(self, q_params: Tensor) -> RowState:
         nothing = q_params.new_zeros(len(q_params), 0)
@@ -115,24 +112,20 @@ class NaturalAscent:
 
     def step(self, q_params: Tensor, gradient: Tensor, state: RowState) -> tuple[Tensor, RowState]:
         rate = self.learning_rate * (1 + state.steps.to(q_params.dtype) / self.decay_steps).rsqrt().unsqueeze(-1)
-        uphill = self.natural_gradient(q_params, gradient).clamp(-self.max_entry, self.max_entry)
+        uphill = self.natural_gradient(q_params, gradient).clamp(-1, 1)  # lest rows that start far off diverge
         return q_params + rate * uphill, RowState(state.exp_avg, state.exp_avg_sq, state.steps + 1)
 
 
-@dataclass(frozen=True)
-class RefinementResult:
-    """Refined variational parameters of B rows, and how the search went.
+class RefinementResult(NamedTuple):
+    """Refined q_params [B, P] of rows, and how the search went; without ``check``, its values are NaN or empty.
 
     Attributes:
-        q_params: refined parameters, [B, P].
-        value: the checked bound at q_params, [B] nats; NaN without ``check``.
+        value: the checked bound at q_params, [B] nats.
         state: the rule's state of each row, to go on from.
         steps: number of steps made.
-        check_steps: the steps at which the bound was checked, from 0; empty without ``check``.
-        curve: the checked bound of the plain iterate at each of them, [M, B] nats.
+        check_steps, curve: when the bound was checked, from step 0, and its values at the plain iterate, [M, B] nats.
         optimization_gap: nats that each row gained by at least doubling its steps, [B], an estimate of what more steps
-            would gain. As the checks share their noise, it may be too small, by up to 0.01 nats where measured. NaN
-            without ``check``.
+            would gain. As the checks share their noise, it may be too small, by up to 0.01 nats where measured.
     """
 
     q_params: Tensor
@@ -153,7 +146,6 @@ def refine(
     state: RowState | None = None,
     unroll: bool = False,
     check: Callable[[Tensor], Tensor] | None = None,
-    check_steps: Sequence[int] = CHECK_STEPS,
     tolerance: float = 0.0,
 ) -> RefinementResult:
     r"""Maximize each row's bound over its q_params by gradient ascent, :math:`\lambda_i \leftarrow \lambda_i + r g_i`.
@@ -166,8 +158,7 @@ def refine(
         state: the rule's state of the rows, to continue a refinement.
         unroll: keep the graph, so that later gradients pass through the steps (Kim et al. 2018).
         check: maps q_params to the bound under common random numbers. With it, the bound is checked at
-            ``check_steps``, and the best of the iterate and of its mean since the last check is kept for each row.
-        check_steps: steps at which to check.
+            ``CHECK_STEPS``, and the best of the iterate and of its mean since the last check is kept for each row.
         tolerance: with ``check``, stop when the rows' mean gain over the last (at least) doubling is below it, in nats.
 
     See also `maximize_local_elbo`, which refines on the ELBO until convergence.
@@ -183,63 +174,50 @@ def refine(
     state = state or rule.start(q_params)
     if not unroll:
         q_params = q_params.detach()
-    ascend = _ascent_step(bound, rule, unroll, steps)
-    stopping = _EarlyStopping(q_params, check, check_steps, tolerance) if check else None
-    done = 0
-    with torch.enable_grad():
-        while done < steps:
-            q_params, *moments = ascend(q_params, state.exp_avg, state.exp_avg_sq, state.steps)
-            state = RowState(*moments)
-            done += 1
-            if stopping and stopping.update(q_params, done, last=done == steps):
-                break
-    if stopping:
-        return stopping.result(state, done)
-    unknown = q_params.new_full((len(q_params),), torch.nan)
-    return RefinementResult(q_params, unknown, state, done, (), q_params.new_zeros(0, len(q_params)), unknown)
-
-
-def _ascent_step(
-    bound: Callable[[Tensor], Tensor], rule: UpdateRule, unroll: bool, count: int
-) -> Callable[..., tuple[Tensor, ...]]:
-    """Return one step of ascent as a function of tensors, traced if ``count`` steps pay for that."""
 
     def ascend(q_params: Tensor, *moments: Tensor) -> tuple[Tensor, ...]:
         q_params = q_params if unroll and q_params.requires_grad else q_params.detach().requires_grad_()
         (gradient,) = torch.autograd.grad(bound(q_params).sum(), q_params, create_graph=unroll)
-        q_params, state = rule.step(q_params if unroll else q_params.detach(), gradient, RowState(*moments))
-        return q_params, state.exp_avg, state.exp_avg_sq, state.steps
+        q_params, after = rule.step(q_params if unroll else q_params.detach(), gradient, RowState(*moments))
+        return q_params, *after
 
-    return ascend if unroll or count < MIN_STEPS_TO_TRACE else AutoTraced(ascend).__call__
+    step = ascend if unroll or steps < MIN_STEPS_TO_TRACE else AutoTraced(ascend)
+    stopping = _EarlyStopping(q_params, check, tolerance) if check else None
+    done = 0
+    with torch.enable_grad():
+        for done in range(1, steps + 1):
+            q_params, *moments = step(q_params, *state)
+            state = RowState(*moments)
+            if stopping and stopping.update(q_params, done, last=done == steps):
+                break
+    if stopping:
+        checked, curve = tuple(stopping.checked), torch.stack(stopping.curve)
+        return RefinementResult(stopping.best, stopping.value, state, done, checked, curve, stopping.gap)
+    unknown = q_params.new_full((len(q_params),), torch.nan)
+    return RefinementResult(q_params, unknown, state, done, (), q_params.new_zeros(0, len(q_params)), unknown)
 
 
 class _EarlyStopping:
     """Checks a refinement at given steps, keeps the best q_params of each row, and decides when to stop."""
 
-    def __init__(
-        self, q_params: Tensor, check: Callable[[Tensor], Tensor], check_steps: Sequence[int], tolerance: float
-    ) -> None:
-        self.check, self.check_steps, self.tolerance = check, check_steps, tolerance
-        self.best, self.value = q_params, self._evaluate(q_params)
+    def __init__(self, q_params: Tensor, check: Callable[[Tensor], Tensor], tolerance: float) -> None:
+        self.check, self.tolerance = torch.no_grad()(check), tolerance
+        self.best, self.value = q_params, self.check(q_params)
         self.checked, self.curve, self.best_values = [0], [self.value], [self.value]
-        self.optimization_gap = torch.full_like(self.value, torch.inf)
+        self.gap = torch.full_like(self.value, torch.inf)
         self.total, self.count = torch.zeros_like(q_params), 0
 
-    def _evaluate(self, q_params: Tensor) -> Tensor:
-        with torch.no_grad():
-            return self.check(q_params)
-
     def _keep_best(self, q_params: Tensor) -> Tensor:
-        value = self._evaluate(q_params)
+        value = self.check(q_params)
         better = value > self.value
         self.best = torch.where(better.unsqueeze(-1), q_params, self.best)
         self.value = torch.where(better, value, self.value)
         return value
 
     def update(self, q_params: Tensor, done: int, *, last: bool) -> bool:
-        """Take the iterate after ``done`` steps, and return whether to stop."""
+        """Return whether to stop after ``done`` steps."""
         self.total, self.count = self.total + q_params, self.count + 1
-        if not (last or done in self.check_steps):
+        if not (last or done in CHECK_STEPS):
             return False
         self.curve.append(self._keep_best(q_params))
         if self.count > 1:
@@ -248,16 +226,8 @@ class _EarlyStopping:
         self.checked.append(done)
         self.best_values.append(self.value)
         half = max(i for i, step in enumerate(self.checked) if step <= done / 2)
-        self.optimization_gap = self.value - self.best_values[half]
-        return done >= 20 and self.optimization_gap.mean().item() < self.tolerance
-
-    def result(self, state: RowState, done: int) -> RefinementResult:
-        curve = torch.stack(self.curve)
-        return RefinementResult(self.best, self.value, state, done, tuple(self.checked), curve, self.optimization_gap)
-
-
-# Draws of a step, and of a check, in the search for a datapoint's optimum.
-REFINE_DRAWS, CHECK_DRAWS = 8, 100
+        self.gap = self.value - self.best_values[half]
+        return done >= 20 and self.gap.mean().item() < self.tolerance
 
 
 def fixed_guide(family: Family, q_params: Tensor, sites: LatentSites | None = None) -> Program:
@@ -273,13 +243,7 @@ def fixed_guide(family: Family, q_params: Tensor, sites: LatentSites | None = No
 
 @dataclass(frozen=True)
 class LocalELBO:
-    """ELBO of each datapoint under a model as a function of its own q_params, with gradients.
-
-    Arguments:
-        model: the Pyro program.
-        family: the variational family.
-        sites: the latents that q is over; one vector "z" unless given.
-    """
+    """ELBO of each datapoint under a model as a function of its own q_params, with gradients."""
 
     model: Program
     family: Family
@@ -288,24 +252,23 @@ class LocalELBO:
     def __call__(
         self, q_params: Tensor, x: Tensor, index: Tensor | None = None, K: int = 1, kl_weight: float | Tensor = 1.0
     ) -> Tensor:
-        """Compute the ELBO [B] in nats of q_params [B, P] for rows x [B, ...], by K draws, with a weight on the KL."""
+        r"""Compute the ELBO of rows x [B, ...], :math:`E_q[\log p(x|z)] - \beta\, KL(q \| p)`, by K draws, [B] in nats.
+
+        A KL weight beta other than 1 is for training alone.
+        """
         # K copies of the rows, not a plate of samples: the bound may run inside a trace that has one already, and
         # must not show there.
-        rows = x.repeat(K, *(1,) * (x.dim() - 1))
-        index = index if index is None else index.repeat(K)
-        q = fixed_guide(self.family, q_params.repeat(K, 1), self.sites)
+        rows, q = tile_rows(x, index, slice(0, K)), fixed_guide(self.family, q_params.repeat(K, 1), self.sites)
         with poutine.block():
-            return elbo(self.model, q, rows, index, kl_weight=kl_weight).view(K, -1).mean(0)
+            w = log_weights(self.model, q, *rows)
+        return (w.log_lik + kl_weight * (w.log_prior - w.log_q)).view(K, -1).mean(0)
 
 
 def default_update_rule(family: Family, learning_rate: float = 0.2) -> UpdateRule:
-    """Return natural gradient steps if the family knows its Fisher information, else `RowAdam`.
-
-    The noise of a step grows with the number of q_params for each dimension; beyond 6, natural steps are shortened. At
-    D = 50 full rank has 26, and steps of 0.2 with 8 draws diverge, while steps of 0.04 do not.
-    """
+    """Return natural gradient steps if the family knows its Fisher information, else `RowAdam`."""
     if not family.has_natural_gradient:
         return RowAdam(learning_rate)
+    # Noise grows with the q_params of a dimension: full rank has 26 at D = 50, where steps of 0.2 with 8 draws diverge.
     return NaturalAscent(family.natural_gradient, learning_rate * min(1.0, 6 * family.dim / family.num_params))
 
 
@@ -325,19 +288,12 @@ def maximize_local_elbo(
     Arguments:
         local_elbo: the datapoints' ELBO.
         q_params: where to start.
-        x, index: the rows.
         steps: the most steps to make.
-        rule: maps gradients to steps.
+        rule: maps gradients to steps; `RowAdam` unless given.
         tolerance: stop when at least doubling the steps gains less than this, in nats on average over rows.
         seed: of the noise; the random stream outside is left alone.
     """
-
-    def check(q_params: Tensor) -> Tensor:
-        with seeded(seed + 1):
-            return local_elbo(q_params, x, index, CHECK_DRAWS)
-
-    def bound(q_params: Tensor) -> Tensor:
-        return local_elbo(q_params, x, index, REFINE_DRAWS)
-
+    check = seeded(seed + 1)(partial(local_elbo, x=x, index=index, K=CHECK_DRAWS))
+    bound = partial(local_elbo, x=x, index=index, K=REFINE_DRAWS)
     with seeded(seed):
         return refine(bound, q_params, steps, rule=rule, check=check, tolerance=tolerance)

@@ -10,15 +10,13 @@ from torch import Tensor
 from pvae.inference.importance import LogWeights
 from pvae.stats import k_hat_of_tail, tail_length
 
-# Draws below which the weights have too short a tail for k-hat.
-MIN_DRAWS_FOR_K_HAT = 30
+MIN_DRAWS_FOR_K_HAT = 30  # fewer have too short a tail
 
 
 class RunningMoments:
     """Running mean and variance of values [K, B] over draws, by Welford's updates for chunks.
 
-    Attributes:
-        count, mean, m2: number of draws, their mean [B], and the sum of their squared differences from it [B].
+    ``m2`` is the sum of the draws' squared differences from their mean, [B].
 
     Source: Chan, Golub, LeVeque (1983), *Algorithms for Computing the Sample Variance*, The American Statistician 37.
 
@@ -48,9 +46,8 @@ class RunningMoments:
     @property
     def se(self) -> Tensor:
         """Standard error of the mean, [B]; NaN for a single draw."""
-        if self.count < 2:
-            return torch.full_like(self.mean, torch.nan)
-        return (self.m2 / (self.count - 1) / self.count).sqrt()
+        unknown = torch.full_like(self.mean, torch.nan)
+        return (self.m2 / (self.count - 1) / self.count).sqrt() if self.count > 1 else unknown
 
 
 class StreamingWeights:
@@ -76,14 +73,13 @@ class StreamingWeights:
 
     def add(self, w: LogWeights) -> None:
         """Add a chunk of log-weights, [k, B]."""
-        log_w = w.log_w
-        self.dtype = log_w.dtype
-        self.log_w.add(log_w)
+        self.dtype = w.log_w.dtype
+        self.log_w.add(w.log_w)
         self.log_lik.add(w.log_lik)
         self.negative_kl.add(w.log_prior - w.log_q)
-        self._add_weights(log_w.double())
+        self._add_weights(w.log_w.double())
         if self.tail_size:
-            self.pending.append(log_w)
+            self.pending.append(w.log_w)
             if sum(map(len, self.pending)) >= self.tail_size:
                 self._merge_tail()
 
@@ -98,7 +94,7 @@ class StreamingWeights:
         self.sum_w2 = self.sum_w2.to(log_w) * shrink**2 + (weights**2).sum(0)
 
     def _merge_tail(self) -> None:
-        """Merge pending weights into the tail, once they are as many as it holds, so that sorting pays."""
+        # Only once they are as many as the tail holds, so that sorting pays.
         values = torch.cat([self.tail.to(self.pending[0]).view(-1, self.pending[0].shape[1]), *self.pending])
         self.tail, self.pending = values.topk(min(self.tail_size, len(values)), 0).values, []
 

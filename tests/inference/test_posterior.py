@@ -187,7 +187,7 @@ def test_a_row_starts_from_the_best_offer_and_never_from_nan(oracle, guide):
 def test_an_offer_takes_the_place_of_a_start_that_is_nan(oracle, guide, monkeypatch):
     def bound(model, family, sites):
         exact = LocalELBO(model, family, sites)
-        return lambda q_params, *rest: exact(q_params, *rest).where(
+        return lambda q_params, *rest, **named: exact(q_params, *rest, **named).where(
             (q_params != family.initial_params()).any(1), torch.nan
         )
 

@@ -1,6 +1,6 @@
 """Refinement: rows climb their own bounds, alone or together, and say how far they have come."""
 
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -79,7 +79,7 @@ def test_the_rate_falls_with_the_rows_own_steps(rule):
     start = torch.zeros(1, 2).double()
     young = refine(lambda q_params: q_params.sum(-1), start, 60, rule=rule)
     torch.testing.assert_close(young.q_params, lengths[:60].sum().expand(1, 2))
-    old, new = (astuple(state) for state in (young.state, rule.start(start)))
+    old, new = young.state, rule.start(start)
     both = RowState(*(torch.cat(pair) for pair in zip(old, new, strict=True)))
     mixed = refine(lambda q_params: q_params.sum(-1), start.expand(2, 2), 40, rule=rule, state=both)
     torch.testing.assert_close(mixed.q_params[:, 0], torch.stack([lengths[60:].sum(), lengths[:40].sum()]))
@@ -87,7 +87,7 @@ def test_the_rate_falls_with_the_rows_own_steps(rule):
 
 
 def test_a_step_is_bounded_however_far_the_start():
-    rule = NaturalAscent(lambda q_params, gradient: gradient, 0.2, max_entry=1.0)
+    rule = NaturalAscent(lambda q_params, gradient: gradient, 0.2)
     found = refine(lambda q_params: -1e6 * (q_params**2).sum(-1), torch.full((2, 2), 100.0), 1, rule=rule)
     torch.testing.assert_close(found.q_params, torch.full((2, 2), 99.8))
 
