@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache, cached_property, partial
@@ -23,10 +24,9 @@ from pvae.samplers.ais import sandwich
 from pvae.samplers.hmc import Chains
 from pvae.stats import UNRELIABLE, Estimate, draws_needed, mean_se
 
-# Rows of a task: few, so that a long job can stop and go on anywhere, and shows its progress.
-TASK_ROWS = 10
-# Mean leapfrog steps of a transition of long chains: about a quarter of a period at usual step sizes, after which a
-# draw has forgotten the one before. Transitions of their warm-up, and chains for each row.
+TASK_ROWS = 10  # few, so that a long job can stop and go on anywhere, and shows its progress
+# Of long chains: mean leapfrog steps of a transition (about a quarter of a period, after which a draw has forgotten the
+# one before), transitions of the warm-up, and chains for each row.
 LEAPFROGS, WARM_UP, CHAINS = 3, 300, 8
 
 
@@ -35,14 +35,10 @@ class DiagnosisBudget:
     """Size of a diagnosis, from which its cost follows.
 
     Attributes:
-        rows: rows whose importance weights, latents and columns are diagnosed.
-        draws: K, for each of them.
-        steps: the most refinement steps of a row.
-        annealed: simulated rows whose evidence AIS puts between two bounds.
-        temperatures, chains: of AIS.
+        rows, draws, steps: diagnosed rows, K importance draws of each, and the most refinement steps of a row.
+        annealed, temperatures, chains: simulated rows whose evidence AIS puts between two bounds; of AIS.
         simulated: rows that are simulated for calibration.
-        references: rows that long HMC chains are run for.
-        length: draws of each of these eight chains.
+        references, length: rows that eight long HMC chains are run for; draws of each chain.
     """
 
     rows: int
@@ -77,7 +73,7 @@ DIAGNOSIS_BUDGETS = {
 
 @dataclass(frozen=True)
 class Rows:
-    """Diagnosed rows [B, ...] and their labels [B]; no labels where the data have none."""
+    """Diagnosed rows [B, ...] and their labels, [B] or empty."""
 
     x: Tensor
     labels: Tensor
@@ -101,7 +97,7 @@ class Bounds:
 
 @dataclass(frozen=True)
 class Weights:
-    """Importance weights of rows under a posterior: bounds in nats, Pareto k-hat, effective sample size, [B] each."""
+    """Bounds in nats, Pareto k-hat and effective sample size of rows' importance weights, [B] each."""
 
     elbo: Tensor
     iwae: Tensor
@@ -127,6 +123,11 @@ KINDS: dict[str, type] = {
 }
 
 
+def kind_of(name: str) -> type:
+    """Return the class of a task's result."""
+    return KINDS[re.split("[-.]", name)[0]]
+
+
 class Task(NamedTuple):
     """Piece of a diagnosis whose result is cached: its name, about how many decoder passes it takes, and the work.
 
@@ -137,27 +138,10 @@ class Task(NamedTuple):
     passes: float
     compute: Callable[[], Any]
 
-    @property
-    def part(self) -> str:
-        """Name of the part that the result belongs to: without the number."""
-        return self.name.partition(".")[0]
-
-    @property
-    def kind(self) -> type:
-        return KINDS[self.part.partition("-")[0]]
-
 
 @dataclass(frozen=True)
 class Battery:
-    """Battery of diagnostics of a guide, and of the same guide refined, on rows.
-
-    Arguments:
-        model, guide: a Pyro program and its approximate posterior.
-        x, index: rows [B, ...], and which training datapoints they are; None for new rows.
-        labels: [B], or empty.
-        budget: the battery's size.
-        seed: of all noise.
-    """
+    """Battery of diagnostics of a guide, and of the same guide refined, on rows [B, ...] with labels, [B] or empty."""
 
     model: Program
     guide: Guide
@@ -169,7 +153,7 @@ class Battery:
 
     @cached_property
     def posteriors(self) -> dict[str, Guide]:
-        """The guide and the same guide refined, by the words that stand for them in names of parts."""
+        """The guide and the same guide refined, by their words in names of parts."""
         return {"guide": self.guide, "best": RefinedGuide(self.guide, self.model, steps=self.budget.steps).eval()}
 
     def list_tasks(self) -> Iterator[Task]:
@@ -201,27 +185,15 @@ class Battery:
         return Weights(**{name: values[name] for name in ("elbo", "iwae", "k_hat", "ess")})
 
     def _bounds(self, rows: slice) -> Bounds:
-        like = torch.arange(rows.start, rows.stop, device=self.x.device) % len(self.x)
-        bracket = sandwich(
-            self.model,
-            self.x[like],
-            chains=self.budget.chains,
-            temperatures=self.budget.temperatures,
-            seed=self.seed + 1000 * rows.start,
-        )
+        like = self.x[torch.arange(rows.start, rows.stop, device=self.x.device) % len(self.x)]
+        chains, temperatures, seed = self.budget.chains, self.budget.temperatures, self.seed + 1000 * rows.start
+        bracket = sandwich(self.model, like, chains=chains, temperatures=temperatures, seed=seed)
         return Bounds(bracket.lower, bracket.upper)
 
     def _chains(self, rows: slice) -> Chains:
-        return run_long_chains(
-            self.model,
-            *self._batch(rows),
-            self.guide.sites,
-            chains=CHAINS,
-            draws=self.budget.length,
-            warm_up=WARM_UP,
-            num_integration_steps=LEAPFROGS,
-            seed=self.seed + rows.start,
-        )
+        length: Any = {"draws": self.budget.length, "warm_up": WARM_UP, "num_integration_steps": LEAPFROGS}
+        seed = self.seed + rows.start
+        return run_long_chains(self.model, *self._batch(rows), self.guide.sites, chains=CHAINS, seed=seed, **length)
 
     def _compare_with_chains(self, chains: Callable[[], Chains], q: Guide, rows: slice) -> MCMCReference:
         return compare_with_chains(chains(), q, *self._batch(rows), seed=self.seed + rows.start)
@@ -238,19 +210,14 @@ def _slices(rows: int) -> Iterator[slice]:
 
 def join_parts(results: Mapping[str, Any]) -> dict[str, Any]:
     """Join the results of tasks, by name, into parts; results may be the tensors by name that a cache has loaded."""
-    pieces: dict[str, list[Any]] = {}
+    parts: dict[str, list[Any]] = {}
     for name, result in results.items():
-        task = Task(name, 0, lambda: None)
-        pieces.setdefault(task.part, []).append(task.kind(**result) if isinstance(result, Mapping) else result)
-    return {part: _concatenate(batches) for part, batches in pieces.items()}
+        batch = kind_of(name)(**result) if isinstance(result, Mapping) else result
+        parts.setdefault(name.partition(".")[0], []).append(batch)
+    return {part: batches[0] if len(batches) == 1 else _concatenate(batches) for part, batches in parts.items()}
 
 
 def _concatenate(batches: list[Any]) -> Any:
     """Concatenate batches of rows of one kind; tensors without rows are the first one's."""
-    if len(batches) == 1:
-        return batches[0]
-    values = {
-        name: torch.cat([getattr(batch, name) for batch in batches]) if value.dim() else value
-        for name, value in vars(batches[0]).items()
-    }
-    return type(batches[0])(**values)
+    values = {name: [getattr(batch, name) for batch in batches] for name in vars(batches[0])}
+    return type(batches[0])(**{name: torch.cat(v) if v[0].dim() else v[0] for name, v in values.items()})

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pvae.diagnostics.battery import DIAGNOSIS_BUDGETS, Battery, DiagnosisBudget, Rows, join_parts
+from pvae.diagnostics.battery import DIAGNOSIS_BUDGETS, Battery, DiagnosisBudget, join_parts, kind_of
 from pvae.diagnostics.evaluation import Budget, Evaluation, bounds, evaluate
 from pvae.diagnostics.quantities import SECTIONS, Figures, number_frame, summary_frame
 from pvae.diagnostics.trust import USES, TrustVerdict, assess_trust
@@ -44,7 +44,7 @@ class Diagnosis:
         return summary_frame(self.figures, self.refined)
 
     def __repr__(self) -> str:
-        lines = [self._title()]
+        lines = [f"Diagnosis of {len(self.parts['rows'].x)} rows"]
         for verdict in self.verdicts.values():
             lines += [f"{verdict.level.upper()}: {USES[verdict.use]}", *(f"  - {line}" for line in _sentences(verdict))]
         return "\n".join([*lines, "", number_frame(self.figures, self.refined).to_string()])
@@ -55,11 +55,8 @@ class Diagnosis:
             + "".join(f"<dd>{escape(line)}</dd>" for line in _sentences(verdict))
             for verdict in self.verdicts.values()
         )
-        return f"<p>{self._title()}</p><dl>{verdicts}</dl>{number_frame(self.figures, self.refined).to_html()}"
-
-    def _title(self) -> str:
-        rows: Rows = self.parts["rows"]
-        return f"Diagnosis of {len(rows.x)} rows"
+        title = f"Diagnosis of {len(self.parts['rows'].x)} rows"
+        return f"<p>{title}</p><dl>{verdicts}</dl>{number_frame(self.figures, self.refined).to_html()}"
 
 
 def _sentences(verdict: TrustVerdict) -> list[str]:
@@ -82,10 +79,9 @@ def diagnose(
     """Diagnose a posterior: gaps, importance weights, calibration, MCMC reference, latent usage, predictive checks.
 
     Arguments:
-        model: a fitted Pyro program.
-        guide: its approximate posterior, which is diagnosed as it is and with each row refined.
+        model, guide: a fitted Pyro program and its approximate posterior, diagnosed as it is and with each row refined.
         x, index: rows [B, D], at least 2, of which the first ``budget.rows`` are used, and which training datapoints
-            they are; None for new rows, as of a test set.
+            they are; None for new rows.
         budget: ``quick``, ``standard`` or ``thorough``, or numbers of your own.
         labels: of the rows, [B]; they are passed on to figures.
         seed: of all noise; the random stream outside is left alone.
@@ -98,7 +94,9 @@ def diagnose(
 
     See also: `evaluate` for bounds and gaps alone; `assess_trust` for the rules of the verdicts.
     """
-    plan = _budget(budget)
+    if not isinstance(budget, DiagnosisBudget) and budget not in DIAGNOSIS_BUDGETS:
+        raise UserError(f"{param('budget')} is '{budget}'{nearest(budget, DIAGNOSIS_BUDGETS)}")
+    plan = budget if isinstance(budget, DiagnosisBudget) else DIAGNOSIS_BUDGETS[budget]
     x, index = as_rows(x[: plan.rows], model), None if index is None else index[: plan.rows]
     labels = torch.empty(0) if labels is None else labels[: plan.rows]
     results, show = cache or ResultCache(None, {}), progress or (lambda share, task: None)
@@ -107,7 +105,7 @@ def diagnose(
         gaps = Budget(plan.draws, plan.steps)
         evaluation = evaluate(model, guide, x, index, budget=gaps, seed=seed, cache=cache, prefix="evaluation")
     parts = _run(Battery(model, guide, x, index, labels, plan, seed), results, show)
-    figures, refined = _summaries(parts, _bounds_and_gaps(evaluation))
+    figures, refined = _summaries(parts, evaluation)
     classes = {"inference": type(guide).__name__, "family": type(guide.family).__name__}
     return Diagnosis(figures, refined, assess_trust(figures, refined, **classes), parts)
 
@@ -121,38 +119,26 @@ def estimate_seconds(model: Program, guide: Guide, x: Tensor, budget: DiagnosisB
     return sum(budget.passes().values()) * (time.perf_counter() - start) / (100 * len(rows))
 
 
-def _budget(budget: str | DiagnosisBudget) -> DiagnosisBudget:
-    if isinstance(budget, DiagnosisBudget):
-        return budget
-    if budget not in DIAGNOSIS_BUDGETS:
-        raise UserError(f"{param('budget')} is '{budget}'{nearest(budget, DIAGNOSIS_BUDGETS)}")
-    return DIAGNOSIS_BUDGETS[budget]
-
-
 def _run(battery: Battery, cache: ResultCache, progress: Callable[[float, str], None]) -> dict[str, Any]:
     """Run the tasks that the cache does not hold, one after the other, and join their results into parts."""
     results: dict[str, Any] = {}
     done, total = 0.0, sum(task.passes for task in battery.list_tasks())
     for task in battery.list_tasks():
         progress(done / total, task.name)
-        results[task.name] = cache.get_or_compute(task.name, task.kind, task.compute)
+        results[task.name] = cache.get_or_compute(task.name, kind_of(task.name), task.compute)
         done += task.passes
     progress(1.0, "")
     return join_parts(results)
 
 
-def _bounds_and_gaps(evaluation: Evaluation | Figures) -> Figures:
-    if not isinstance(evaluation, Evaluation):
-        return evaluation
-    return {key: value for key, value in evaluation.summary().items() if key not in SECTIONS["Importance weights"]}
-
-
-def _summaries(parts: Mapping[str, Any], evaluation: Figures) -> tuple[dict[str, Estimate], dict[str, Estimate]]:
-    """Figures of the guide and, where they differ, of the same guide refined."""
+def _summaries(
+    parts: Mapping[str, Any], evaluation: Evaluation | Figures
+) -> tuple[dict[str, Estimate], dict[str, Estimate]]:
+    """Return the figures of the guide and, where they differ, of the same guide refined."""
+    if isinstance(evaluation, Evaluation):  # the battery computes the figures of importance weights itself
+        evaluation = {k: v for k, v in evaluation.summary().items() if k not in SECTIONS["Importance weights"]}
     figures, refined = dict(evaluation), dict[str, Estimate]()
     for name, part in parts.items():
         (refined if name.endswith("-best") else figures).update(part.summary())
-    for after, before in {"inference_gap": "approximation_gap", "elbo": "best_elbo"}.items():
-        if before in figures:
-            refined[after] = figures[before]
-    return figures, refined
+    at_best = {"inference_gap": "approximation_gap", "elbo": "best_elbo"}
+    return figures, refined | {name: figures[best] for name, best in at_best.items() if best in figures}

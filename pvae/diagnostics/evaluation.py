@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from html import escape
+from itertools import chain
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 from pvae.diagnostics.gaps import ANNEAL, FamilyGain, FamilySearch, PosteriorBatch, paired_moments
 from pvae.diagnostics.quantities import number_frame, summary_frame
 from pvae.errors import AllChainsDiverged, UserError, check_range, nearest
-from pvae.inference.batching import Progress, RowBatch, map_batches, silent
+from pvae.inference.batching import ROWS, Progress, RowBatch, map_batches, silent
 from pvae.inference.families import Family
 from pvae.inference.guides import Guide
 from pvae.inference.refinement import REFINE_DRAWS, LocalELBO, default_update_rule, maximize_local_elbo, refine
@@ -27,12 +28,10 @@ from pvae.samplers.ais import anneal, inverse_temperatures
 from pvae.samplers.log_joint import LogJoint
 from pvae.stats import Estimate, bootstrap, mean_se
 
-# Rows that are evaluated together.
-ROWS = 250
-
 STARTS = ("prior", "guide")
-# Name of the wall time of a batch among its cached values.
-SECONDS = "seconds"
+SECONDS = "seconds"  # of wall time, among the cached values of a batch
+
+Compute = Callable[[PosteriorBatch], dict[str, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -42,8 +41,7 @@ class Budget:
     Arguments:
         K: draws for each row and bound.
         steps: the most refinement steps in the search for the best variational parameters of the family.
-        temperatures: of annealed importance sampling (AIS), see `anneal`; 0 for no annealing.
-        chains, schedule: of AIS.
+        temperatures, chains, schedule: of annealed importance sampling (AIS), see `anneal`; 0 temperatures for none.
         start: AIS starts from the ``prior``, or from the best q of the guide's family (``guide``).
         families: makers of other variational families by name, from the number of dimensions, see `family_gains`.
 
@@ -73,17 +71,14 @@ class Evaluation:
 
     Attributes:
         values: quantities by name. ``elbo``, ``iwae``, ``kl``, ``reconstruction`` belong to the guide, and so do the
-            effective sample size ``ess`` and Pareto ``k_hat`` (from 30 draws on) of its importance weights.
-            ``best_elbo`` and ``best_iwae`` belong to the best variational parameters that refinement found in its
-            family. ``ais`` is annealed, with its mean acceptance rate ``ais_acceptance``, where the budget asks for it.
-            ``evidence`` is that of ``best_iwae`` and ``ais`` with the higher mean: each is a lower bound of log p(x) in
-            expectation. ``approximation_gap`` = evidence - best_elbo, ``amortization_gap`` = best_elbo - elbo under
-            common noise, ``inference_gap`` is their sum; ``optimization_gap`` is the convergence error of the search.
-            A name with ``_se`` is the Monte Carlo error of each row. A point-mass family has ``log_joint`` and
-            ``reconstruction`` alone: it bounds no evidence.
-        K: draws for each row.
-        seconds: wall time.
-        estimator: how the evidence was estimated.
+            effective sample size ``ess`` and Pareto ``k_hat`` (from 30 draws on) of its importance weights;
+            ``best_elbo`` and ``best_iwae`` to the best variational parameters that refinement found in its family.
+            ``ais`` is annealed, with its mean ``ais_acceptance``, where the budget asks for it. ``evidence`` is that of
+            ``best_iwae`` and ``ais`` with the higher mean, each a lower bound of log p(x) in expectation.
+            ``approximation_gap`` = evidence - best_elbo, ``amortization_gap`` = best_elbo - elbo under common noise,
+            ``inference_gap`` is their sum; ``optimization_gap`` is the convergence error of the search. A name with
+            ``_se`` is the Monte Carlo error of each row. A point mass has ``log_joint`` and ``reconstruction`` alone.
+        K, seconds, estimator: draws for each row, wall time, and how the evidence was estimated.
         family_gains: of the budget's other families, by name.
     """
 
@@ -103,9 +98,8 @@ class Evaluation:
 
     def intervals(self, level: float = 0.95) -> dict[str, tuple[float, float]]:
         """Return the bootstrap interval of each gap's and family gain's mean over rows."""
-        gaps = {name: gap for name, gap in self.values.items() if name.endswith("_gap")}
-        gaps |= {_gain_keys(family)[1]: gain.gain for family, gain in self.family_gains.items()}
-        return {name: bootstrap(values, level=level) for name, values in gaps.items()}
+        gaps = {k: v for k, v in self.named_values().items() if k.endswith("_gap") or k.startswith("family_gain")}
+        return {name: bootstrap(gap, level=level) for name, gap in gaps.items() if not name.endswith("_se")}
 
     def to_frame(self) -> Any:
         """Return the summary as a pandas.DataFrame: label, unit, mean and se of each quantity."""
@@ -124,13 +118,7 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class RefinementCurve:
-    """ELBO after refinement steps, and the price of a step.
-
-    Attributes:
-        steps: numbers of steps, M of them, 0 first.
-        elbo: the ELBO after so many, [M, B] nats.
-        seconds_per_step: wall time of one step of one row in a batch.
-    """
+    """ELBO [M, B] in nats after M numbers of refinement steps, 0 first, and the wall time of one step of one row."""
 
     steps: tuple[int, ...]
     elbo: Tensor
@@ -153,11 +141,7 @@ def bounds(
     Source of IWAE: Burda, Grosse, Salakhutdinov (2016), arXiv:1509.00519.
     """
 
-    def compute(rows: PosteriorBatch) -> dict[str, Tensor]:
-        (weights,), _ = paired_moments(model, [rows.q], rows, K)
-        return _bounds(weights, guide)
-
-    return _map_posteriors(model, guide, compute, x, index, K, seed)
+    return _map_posteriors(model, guide, partial(_guide_bounds, model, guide, K=K), K, seed, x=x, index=index)
 
 
 def evaluate(
@@ -179,14 +163,13 @@ def evaluate(
         + \underbrace{\mathrm{ELBO}(\lambda^*) - \mathrm{ELBO}(\lambda)}_{\text{amortization}}
 
     Arguments:
-        model: a Pyro program.
-        guide: the approximate posterior, with variational parameters lambda.
+        model, guide: a Pyro program and its approximate posterior, with variational parameters lambda.
         x, index: rows [B, D] and which training datapoints they are; None for new rows.
         budget: draws, refinement steps, annealing and other families.
         seed: of all noise; the random stream outside is left alone.
         progress: called with the number of rows done.
         cache, prefix: keeps finished batches of rows, under names with this prefix. The cache's key must hold
-            everything that they depend on, the budget's numbers and the seed included.
+            everything that they depend on, the budget and the seed included.
 
     The search for the best variational parameters lambda* starts at the guide's own and, by another update rule, at the
     family's initial ones; the best of both ends and of the guide's own counts.
@@ -196,15 +179,10 @@ def evaluate(
     Source: Cremer, Li, Duvenaud (2018), *Inference Suboptimality in Variational Autoencoders*, arXiv:1801.03558.
     """
     budget, point_mass = budget or Budget(), guide.family.point_mass
-
-    def compute(rows: PosteriorBatch) -> dict[str, Tensor]:
-        if not point_mass:
-            return _gaps(model, guide, rows, budget)
-        (weights,), _ = paired_moments(model, [rows.q], rows, budget.K)
-        return _bounds(weights, guide)
-
-    options: Any = {"progress": progress, "cache": cache, "prefix": prefix}
-    evaluation = _map_posteriors(model, guide, compute, x, index, budget.K, seed, budget.families, **options)
+    of_point_mass = partial(_guide_bounds, model, guide, K=budget.K)
+    compute = of_point_mass if point_mass else partial(_gaps, model, guide, budget=budget)
+    options: Any = {"x": x, "index": index, "progress": progress, "cache": cache, "prefix": prefix}
+    evaluation = _map_posteriors(model, guide, compute, budget.K, seed, budget.families, **options)
     return evaluation if point_mass else _with_evidence(evaluation, budget)
 
 
@@ -218,24 +196,24 @@ def family_gains(
     budget: Budget | None = None,
     seed: int = 0,
 ) -> dict[str, FamilyGain]:
-    """Compute the best ELBO of other variational families for each row, the decoder frozen.
+    """Compute the best ELBO of other variational families for each row, and its gain on that of the guide's family.
 
     Arguments:
-        model, guide, x, index, seed: as of `evaluate`.
+        model, guide, x, index, seed: as of `evaluate`; the model is frozen.
         families: makers of families by name, from the number of dimensions.
         budget: draws of each comparison and steps of each search.
 
-    A gain is on the best ELBO in the guide's own family. Parameters that rows share, such as a flow's, are fitted to
-    each batch of rows together with the rows' own: any q is a bound, so a gain is a lower estimate, as good as its
-    search.
+    Parameters that rows share, such as a flow's, are fitted to each batch together with the rows' own: any q is a
+    bound, so a gain is a lower estimate, as good as its search.
     """
     budget = budget or Budget()
 
     def compute(rows: PosteriorBatch) -> dict[str, Tensor]:
         search = FamilySearch(model, guide.family, guide.sites, rows, budget.K, budget.steps)
-        return _family_gains(search, search.from_guide()[0], families)
+        q_params, _ = search.from_guide()
+        return _named_gains({name: search.gain_of(make, q_params) for name, make in families.items()})
 
-    return _map_posteriors(model, guide, compute, x, index, budget.K, seed, families).family_gains
+    return _map_posteriors(model, guide, compute, budget.K, seed, families, x=x, index=index).family_gains
 
 
 def refinement_curve(
@@ -251,20 +229,12 @@ def refinement_curve(
     local_elbo, rule = LocalELBO(model, guide.family, guide.sites), default_update_rule(guide.family)
 
     def compute(batch: RowBatch) -> dict[str, Tensor]:
-        rows = _posterior_batch(guide, batch)
-        refined = maximize_local_elbo(
-            local_elbo,
-            rows.q_params,
-            rows.x,
-            rows.index,
-            steps=max(steps),
-            rule=rule,
-            tolerance=-torch.inf,
-            seed=rows.seed,
-        )
+        x, index, _, q_params, seed = _posterior_batch(guide, batch)
+        search: Any = {"steps": max(steps), "rule": rule, "tolerance": -torch.inf, "seed": seed}
+        refined = maximize_local_elbo(local_elbo, q_params, x, index, **search)
         start = time.perf_counter()
-        with seeded(rows.seed):
-            refine(partial(local_elbo, x=rows.x, index=rows.index, K=REFINE_DRAWS), rows.q_params, 10, rule=rule)
+        with seeded(seed):
+            refine(partial(local_elbo, x=x, index=index, K=REFINE_DRAWS), q_params, 10, rule=rule)
         price = torch.tensor((time.perf_counter() - start) / 10)
         return {"elbo": refined.curve[[refined.check_steps.index(s) for s in (0, *steps)]].T, SECONDS: price}
 
@@ -288,41 +258,33 @@ def _posterior_batch(guide: Program, batch: RowBatch) -> PosteriorBatch:
 
 
 def _map_posteriors(
-    model: Program,
-    guide: Program,
-    compute: Callable[[PosteriorBatch], dict[str, Tensor]],
-    x: Tensor,
-    index: Tensor | None,
-    K: int,
-    seed: int,
-    families: Mapping[str, Any] | None = None,
-    **options: Any,
+    model: Program, guide: Program, compute: Compute, K: int, seed: int, families: Iterable[str] = (), **options: Any
 ) -> Evaluation:
-    """Compute the values of batches under their posteriors, with the time that it took."""
+    """Compute the values of batches under their posteriors, with the wall time; options are those of `map_batches`."""
 
     def timed(batch: RowBatch) -> dict[str, Tensor]:
         start = time.perf_counter()
         values = compute(_posterior_batch(guide, batch))
         return values | {SECONDS: torch.tensor(time.perf_counter() - start)}
 
-    seed_of = partial(batch_seed, seed)
-    values = map_batches(model, guide, timed, x, index, batch_size=ROWS, seed_of=seed_of, **options)
+    values = map_batches(model, guide, timed, batch_size=ROWS, seed_of=partial(batch_seed, seed), **options)
     seconds = values.pop(SECONDS).sum().item()
-    gains = {name: FamilyGain(*(values.pop(key) for key in _gain_keys(name))) for name in families or {}}
+    gains = {name: FamilyGain(*(values.pop(key) for key in _gain_keys(name))) for name in families}
     return Evaluation(values, K, seconds, family_gains=gains)
 
 
 def _gain_keys(family: str) -> tuple[str, str, str]:
-    """Names of a `FamilyGain`'s tensors among the values of a batch, and in results."""
+    """Return the names of a `FamilyGain`'s tensors in batches and results."""
     return f"best_elbo[{family}]", f"family_gain[{family}]", f"family_gain[{family}]_se"
 
 
 def _named_gains(gains: Mapping[str, FamilyGain]) -> dict[str, Tensor]:
-    return {
-        key: value
-        for family, gain in gains.items()
-        for key, value in zip(_gain_keys(family), (gain.elbo, gain.gain, gain.gain_se), strict=True)
-    }
+    named = (zip(_gain_keys(family), vars(gain).values(), strict=True) for family, gain in gains.items())
+    return dict(chain.from_iterable(named))
+
+
+def _guide_bounds(model: Program, guide: Program, rows: PosteriorBatch, K: int) -> dict[str, Tensor]:
+    return _bounds(paired_moments(model, [rows.q], rows, K)[0][0], guide)
 
 
 def _bounds(weights: StreamingWeights, guide: Program) -> dict[str, Tensor]:
@@ -345,26 +307,17 @@ def _gaps(model: Program, guide: Guide, rows: PosteriorBatch, budget: Budget) ->
     }
     if budget.temperatures:
         values |= _anneal(model, guide, q_params, rows, budget)
-    return values | _family_gains(search, q_params, budget.families)
-
-
-def _family_gains(
-    search: FamilySearch, q_params: Tensor, families: Mapping[str, Callable[[int], Family]]
-) -> dict[str, Tensor]:
-    return _named_gains({name: search.gain_of(make, q_params) for name, make in families.items()})
+    gains = {name: search.gain_of(make, q_params) for name, make in budget.families.items()}
+    return values | _named_gains(gains)
 
 
 def _anneal(model: Program, guide: Guide, q_params: Tensor, rows: PosteriorBatch, budget: Budget) -> dict[str, Tensor]:
-    """Evidence of the rows by annealed importance sampling, from the prior or from q = family(q_params), [B] each."""
+    """Estimate the rows' evidence by AIS, from the prior or from q = family(q_params), [B] each."""
+    target = LogJoint(model, rows.x, rows.index, guide.sites)
+    start = (guide.family, q_params) if budget.start == "guide" else ()
+    options: Any = {name: getattr(budget, name) for name in ("chains", "temperatures", "schedule")}
     try:
-        estimate = anneal(
-            LogJoint(model, rows.x, rows.index, guide.sites),
-            *((guide.family, q_params) if budget.start == "guide" else ()),
-            chains=budget.chains,
-            temperatures=budget.temperatures,
-            schedule=budget.schedule,
-            seed=rows.seed + ANNEAL,
-        )
+        estimate = anneal(target, *start, seed=rows.seed + ANNEAL, **options)
     except AllChainsDiverged:  # the rows may be few; `_with_evidence` raises if all rows of the data are lost
         return dict.fromkeys(("ais", "ais_se", "ais_acceptance"), torch.full_like(rows.q_params[:, 0], torch.nan))
     return {"ais": estimate.evidence, "ais_se": estimate.evidence_se, "ais_acceptance": estimate.acceptance_rate}
@@ -379,13 +332,9 @@ def _with_evidence(evaluation: Evaluation, budget: Budget) -> Evaluation:
             raise AllChainsDiverged
         start = "the prior" if budget.start == "prior" else "the best q of the family"
         estimators["ais"] = f"AIS over {budget.temperatures} temperatures of {budget.chains} chains from {start}"
-    filled = {
-        name: torch.where(values[name].isnan(), values["best_iwae"].to(values[name]), values[name])
-        for name in estimators
-    }
+    filled = {k: torch.where(values[k].isnan(), values["best_iwae"].to(values[k]), values[k]) for k in estimators}
     chosen = max(filled, key=lambda name: filled[name].double().mean().item())
     evidence, lost = filled[chosen], int(values[chosen].isnan().sum())
     gaps = {"approximation_gap": evidence - values["best_elbo"], "inference_gap": evidence - values["elbo"]}
     besides = f", but {estimators['best_iwae']} for {lost} rows where every chain diverged" if lost else ""
-    values = values | {"evidence": evidence} | gaps
-    return replace(evaluation, values=values, estimator=estimators[chosen] + besides)
+    return replace(evaluation, values=values | {"evidence": evidence} | gaps, estimator=estimators[chosen] + besides)

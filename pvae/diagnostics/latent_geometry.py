@@ -5,23 +5,21 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from pvae.errors import UserError, check_range
-from pvae.inference.batching import Progress, RowBatch, Values, as_rows, map_batches, silent
+from pvae.inference.batching import Progress, Values, as_rows, map_batches, silent
 from pvae.inference.guides import Guide
 from pvae.inference.posterior import decode_latents, posterior_means, prior_predictive
 from pvae.runtime.pyro_params import Program
 from pvae.stats import Estimate, impute_column_means, mean_se
 
-# Length of a step in standard deviations of the codes, and the most directions of steps from each code.
-STEP, DIRECTIONS = 0.1, 8
-# Share of the reconstructions that counts as far from the training rows.
-SHARE = 0.05
-# The most training rows among which the nearest is sought, and resamples of the bootstrap.
-NEIGHBOURS, RESAMPLES = 5000, 300
+STEP, DIRECTIONS = 0.1, 8  # length of a step in standard deviations of the codes, and the most directions from each
+SHARE = 0.05  # of the reconstructions, counts as far from the training rows
+NEIGHBOURS, RESAMPLES = 5000, 300  # the most training rows among which the nearest is sought; of the bootstrap
 
 
 @dataclass(frozen=True)
@@ -32,8 +30,7 @@ class LatentGeometry:
         step: move of the mean of p(x|z) for a step of 0.1 standard deviations of the codes from each row's code, a root
             mean square over directions too, [B].
         rows: distance of each row's reconstruction, the mean of p(x|z) at its code, from the nearest training row, [B].
-        prior: the same for draws z from the prior, [S].
-        between: the same for points halfway between two random rows' codes, [S].
+        prior, between: the same for draws z from the prior, and for points halfway between two random codes, [S].
         rows_apart, prior_apart: squared distance of each reconstruction, and of each prior draw's decoded mean, from
             the mean of its kind, [B] and [S].
     """
@@ -51,20 +48,16 @@ class LatentGeometry:
         ``roughness`` is the step at the 95th percentile of the codes over that of the median code: 1 where the decoder
         is equally steep at all codes. The vacuums are the shares of prior draws, and of midpoints, that decode to
         something farther from every training row than 95% of the reconstructions are; data have 0.05. A blur is near
-        to everything, and so no vacuum: ``variety`` is the spread of decoded prior draws (root mean square distance
-        from their mean) over that of the reconstructions, near 1 where the prior gives what data do. Errors, but that
-        of the step, are of a bootstrap over rows and draws that includes the threshold's own error.
-
-        Arguments:
-            seed: of the bootstrap.
+        to everything, and so no vacuum: ``variety`` is the spread (root mean square distance from the mean) of decoded
+        prior draws over that of the reconstructions. Errors but the step's are by bootstrap, from this seed.
         """
-        random = torch.Generator().manual_seed(seed)
+        bootstrap = partial(_bootstrap, torch.Generator().manual_seed(seed))
         return {
             "step": mean_se(self.step),
-            "roughness": _bootstrap(lambda step: step.quantile(1 - SHARE) / step.median(), (self.step,), random),
-            "vacuum_prior": _bootstrap(_vacuum, (self.rows, self.prior), random),
-            "vacuum_between": _bootstrap(_vacuum, (self.rows, self.between), random),
-            "variety": _bootstrap(_variety, (self.rows_apart, self.prior_apart), random),
+            "roughness": bootstrap(lambda step: step.quantile(1 - SHARE) / step.median(), self.step),
+            "vacuum_prior": bootstrap(_vacuum, self.rows, self.prior),
+            "vacuum_between": bootstrap(_vacuum, self.rows, self.between),
+            "variety": bootstrap(lambda a, b: (b.mean() / a.mean()).sqrt(), self.rows_apart, self.prior_apart),
         }
 
 
@@ -72,11 +65,7 @@ def _vacuum(rows: Tensor, others: Tensor) -> Tensor:
     return (others > rows.quantile(1 - SHARE)).double().mean()
 
 
-def _variety(rows: Tensor, prior: Tensor) -> Tensor:
-    return (prior.mean() / rows.mean()).sqrt()
-
-
-def _bootstrap(statistic: Callable[..., Tensor], samples: tuple[Tensor, ...], random: torch.Generator) -> Estimate:
+def _bootstrap(random: torch.Generator, statistic: Callable[..., Tensor], *samples: Tensor) -> Estimate:
     """Return a statistic of independent samples, and its standard deviation over resamples of each."""
     resampled = [
         statistic(*(values[torch.randint(len(values), (len(values),), generator=random)] for values in samples))
@@ -100,23 +89,19 @@ def measure_latent_geometry(
 
     With codes m_b, the means of q(z|x_b), their standard deviations s_d over rows, and orthonormal random directions u,
 
-    .. math:: \mathrm{step}_b^2 = \mathrm{mean}_{u, d}\,
-              \big(E[x_d | m_b + 0.1\, s \odot u] - E[x_d | m_b]\big)^2 .
+    .. math:: \mathrm{step}_b^2 = \mathrm{mean}_{u, d}\, \big(E[x_d | m_b + 0.1\, s \odot u] - E[x_d | m_b]\big)^2 .
 
-    All distances are in data space, so that latent spaces of other scales and of point masses compare: those of means
-    of p(x|z) from the nearest of at most 5,000 random training rows.
+    All distances are in data space, from the nearest of at most 5,000 random training rows, so that latent spaces of
+    other scales and of point masses compare.
 
     Arguments:
         model, guide: a fitted program and its guide.
-        x, index: rows [B, C], at least 2, and which training datapoints they are; None for new rows. What the program
-            is given beside its latents, such as a label's columns, is taken from them.
+        x, index: rows [B, C], at least 2, which also hold what the program is given beside its latents, and which
+            training datapoints they are; None for new rows.
         train: training rows [N, C]; missing entries count as their column's mean.
         draws: S, draws of the prior, and pairs of rows.
         seed: of all noise.
         progress: called with the number of rows done.
-
-    Returns:
-        Steps and distances, on the CPU.
 
     Raises:
         UserError: fewer than 2 rows, no training rows, or no draws.
@@ -133,30 +118,20 @@ def measure_latent_geometry(
     pairs = torch.stack([torch.randperm(len(rows), generator=random)[:2] for _ in range(draws)])
     images = decode_latents(model, guide, codes, rows).flatten(1)
     middle = decode_latents(model, guide, codes[pairs].mean(1), rows[pairs[:, 0]]).flatten(1)
-    prior = _decode_prior(model, rows[torch.arange(draws) % len(rows)], seed)
+    like = rows[torch.arange(draws) % len(rows)]
+    decoded = map_batches(model, None, lambda b: {"x": prior_predictive(model, b.x).likelihood.mean}, like, seed=seed)
+    prior = decoded["x"].flatten(1)
     return LatentGeometry(
-        step=_steps(model, guide, codes, rows, images, random),
-        rows=_nearest(images, known),
-        prior=_nearest(prior, known),
-        between=_nearest(middle, known),
-        rows_apart=(images - images.mean(0)).square().mean(1),
-        prior_apart=(prior - prior.mean(0)).square().mean(1),
+        _steps(model, guide, codes, rows, images, random),
+        *(_nearest(decoded, known) for decoded in (images, prior, middle)),
+        *((decoded - decoded.mean(0)).square().mean(1) for decoded in (images, prior)),
     )
-
-
-def _decode_prior(model: Program, like: Tensor, seed: int) -> Tensor:
-    """Means of p(x|z) at draws z from the prior, as many as the rows ``like`` [S, C], [S, D]."""
-
-    def compute(rows: RowBatch) -> dict[str, Tensor]:
-        return {"x": prior_predictive(model, rows.x).likelihood.mean.flatten(1)}
-
-    return map_batches(model, None, compute, like, seed=seed)["x"]
 
 
 def _steps(
     model: Program, guide: Guide, codes: Tensor, rows: Tensor, images: Tensor, random: torch.Generator
 ) -> Tensor:
-    """Root mean square move of the decoded mean over directions and entries, [B]."""
+    """Return the root mean square move of the decoded mean over directions and entries, [B]."""
     count = min(DIRECTIONS, codes.shape[1])
     directions = torch.linalg.qr(torch.randn(*codes.shape, count, generator=random))[0].to(codes)
     total, size = torch.zeros(len(codes), dtype=images.dtype), STEP * codes.std(0)
@@ -167,7 +142,7 @@ def _steps(
 
 
 def _nearest(images: Tensor, known: Tensor) -> Tensor:
-    """Root mean square distance of each image from the nearest of the known rows' first columns, [S]."""
+    """Return the root mean square distance of each image from the nearest of the known rows' first columns, [S]."""
     columns = images.shape[1]
     near = [torch.cdist(part.to(known), known.flatten(1)[:, :columns]).amin(1).cpu() for part in images.split(500)]
     return torch.cat(near) / math.sqrt(columns)

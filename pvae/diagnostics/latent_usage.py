@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -15,44 +15,40 @@ from torch.distributions import Normal, kl_divergence
 
 from pvae.distributions.masked import entry_log_prob
 from pvae.errors import Incompatible, UserError, check_range
-from pvae.inference.batching import inference_mode
+from pvae.inference.batching import ROWS, inference_mode
 from pvae.inference.guides import Guide
 from pvae.runtime.pyro_params import Program
 from pvae.samplers.log_joint import LogJoint
 from pvae.stats import Estimate, holm
 
-# Rows encoded together; the most rows of the aggregate posterior, and the most of its draws for tests and figures.
-ROWS, AGGREGATE, CODES = 250, 2000, 1000
-# Draws times rows whose densities are computed together.
-PAIRS = 65536
-# Draws for moments that a family does not state.
-MOMENTS = 100
+AGGREGATE, CODES = 2000, 1000  # the most rows of the aggregate posterior, and of its draws for tests and figures
+PAIRS = 65536  # draws times rows whose densities are computed together
+MOMENTS = 100  # draws for moments that a family does not state
 ACTIVE, FAR = 0.01, 0.99
+
+_distances = partial(torch.cdist, compute_mode="donot_use_mm_for_euclid_dist")
 
 
 @dataclass(frozen=True)
 class LatentUsage:
     r"""Latent usage; u are the D unconstrained coordinates of the latents, q(u) is the aggregate posterior.
 
-    A point mass has no KL and no information: these are NaN.
+    A point mass has no KL and no information: these are NaN. A name with ``_se`` is a standard error.
 
     Attributes:
         kl: :math:`E_x KL(q(u_d|x) \| p(u_d))` of each dimension, [D] nats, with the normal of its mean and variance in
             place of q(u_d|x), exact for normal families; p(u_d) is exact where the prior is independent, else it is
             the normal of its draws' moments. Where dimensions depend on each other the sum misses the total.
-        kl_se: its standard error over rows, [D].
         activity: :math:`\mathrm{Var}_x(E_q u_d)`, [D]: a unit is active where it exceeds 0.01.
-        total_kl, total_kl_se: :math:`E_x KL(q(u|x) \| p(u))`, by draws.
-        mutual_information, mutual_information_se: I(row; u) of the rows that make up q(u), at most 2000 of them, and
-            so never above the logarithm of their number. See `saturated`.
-        marginal_kl, marginal_kl_se: :math:`KL(q(u) \| p(u))`, the rest of the total KL.
-        mmd: squared maximum mean discrepancy (MMD) of q(u) and p(u), unbiased; entries in standard deviations, a
-            Gaussian kernel as wide as the median distance.
-        mmd_se: its standard deviation if the two were the same.
-        mmd_p: its p-value by permutations.
+        total_kl, marginal_kl: :math:`E_x KL(q(u|x) \| p(u))`, by draws, and its part :math:`KL(q(u) \| p(u))`.
+        mutual_information: I(row; u) of the rows that make up q(u), at most 2000 of them, and so never above the
+            logarithm of their number. See `saturated`.
+        mmd, mmd_p: squared maximum mean discrepancy (MMD) of q(u) and p(u), unbiased, with entries in standard
+            deviations and a Gaussian kernel as wide as the median distance, and its p-value by permutations.
+        mmd_se: standard deviation of the MMD if the two were the same.
         ks, ks_p: Kolmogorov-Smirnov (KS) distance of q(u_d) and p(u_d), [D], and its Holm-adjusted p-value.
-        holes, holes_se: share of prior draws farther from every encoding than 99% of other rows' encodings are: about
-            0.01 where there are none.
+        holes: share of prior draws farther from every encoding than 99% of other rows' encodings are: about 0.01
+            where there are none.
         codes, prior: draws of q(u), one per row and in the rows' order, and of p(u), [M, D] each, M at most 1000.
         means: :math:`E_q u`, [N, D].
     """
@@ -116,11 +112,9 @@ def measure_latent_usage(
     .. math:: E_x KL(q(u|x) \| p(u)) = I_q(x; u) + KL(q(u) \| p(u))
 
     Arguments:
-        model: a Pyro program.
-        guide: the approximate posterior.
+        model, guide: a Pyro program and its approximate posterior.
         x, index: rows [N, ...], at least 2, and which training datapoints they are; None for new rows.
-        draws: of each row's q for the total KL.
-        permutations: of the p-value of the MMD.
+        draws, permutations: draws of each row's q for the total KL; permutations for the p-value of the MMD.
         seed: of all noise; the random stream outside is left alone.
 
     Raises:
@@ -140,13 +134,17 @@ def measure_latent_usage(
         rows = torch.randperm(len(x))[:AGGREGATE].to(x.device)
         aggregate = LogJoint(model, x[rows], None if index is None else index[rows], guide.sites)
         prior = aggregate.prior(1)[0]
-        encoded = _encode(guide, target, prior, draws)
+        fitted = Normal(prior.mean(0), prior.std(0))
+        parts = (target.rows(slice(start, start + ROWS)) for start in range(0, len(x), ROWS))
+        batches = zip(*(_encode(guide, part, fitted, draws) for part in parts), strict=True)
+        encoded = _Encoded(*map(torch.cat, batches))
         q_params = encoded.q_params[rows]
         codes = guide.family(q_params).sample()
         values = _average(encoded) | _information(guide, aggregate, q_params, codes)
-        values |= _compare(codes, prior, permutations)
-    # In the rows' order again, so that labels go with codes.
-    codes = codes[:CODES][rows[:CODES].argsort()]
+        scale = torch.cat([codes, prior]).std(0).clamp(min=1e-12)
+        one, two = codes / scale, prior / scale
+        values |= _discrepancy(one[:CODES], two[:CODES], permutations) | _by_dimension(one, two) | _holes(one, two)
+    codes = codes[:CODES][rows[:CODES].argsort()]  # in the rows' order again, so that labels go with codes
     return LatentUsage(**values, codes=codes, prior=prior[:CODES], means=encoded.means)
 
 
@@ -160,13 +158,7 @@ class _Encoded(NamedTuple):
     total: Tensor
 
 
-def _encode(guide: Guide, target: LogJoint, prior: Tensor, draws: int) -> _Encoded:
-    fitted = Normal(prior.mean(0), prior.std(0))
-    batches = [_encode_batch(guide, target.rows(rows), fitted, draws) for rows in _slices(len(target.x), ROWS)]
-    return _Encoded(*map(torch.cat, zip(*batches, strict=True)))
-
-
-def _encode_batch(guide: Guide, target: LogJoint, fitted: Normal, draws: int) -> _Encoded:
+def _encode(guide: Guide, target: LogJoint, fitted: Normal, draws: int) -> _Encoded:
     q_params = guide.params(target.x, target.index)
     q = guide.family(q_params)
     u = q.sample((draws,))
@@ -179,7 +171,7 @@ def _encode_batch(guide: Guide, target: LogJoint, fitted: Normal, draws: int) ->
 
 
 def _moments(q: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean and variance of q, and the variance of the mean's noise where it is that of draws, [B, D] each."""
+    """Return mean and variance of q, and the variance of the mean's noise where it is that of draws, [B, D] each."""
     with suppress(NotImplementedError):
         return q.mean, q.variance, torch.zeros_like(q.mean)
     u = q.sample((MOMENTS,))
@@ -187,7 +179,7 @@ def _moments(q: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _prior_of(target: LogJoint) -> Any:
-    """The model's p(u) if u is a single unconstrained site, else None."""
+    """Return the model's p(u) if u is a single unconstrained site, else None."""
     sites = target.latents.sites
     if len(sites) > 1 or not sites[0].is_real_vector:
         return None
@@ -195,7 +187,7 @@ def _prior_of(target: LogJoint) -> Any:
 
 
 def _kl_by_dimension(q: Normal, u: Tensor, prior: Any, fitted: Normal) -> Tensor:
-    """KL(q(u_d|x) || p(u_d)), [B, D]: in closed form for normals, by draws u of q for other independent priors."""
+    """Return KL(q(u_d|x) || p(u_d)), [B, D]: in closed form for normals, by draws u for other independent priors."""
     base = getattr(prior, "base_dist", None)
     if isinstance(base, Normal):
         return kl_divergence(q, Normal(base.loc, base.scale)).expand_as(q.loc)
@@ -206,7 +198,6 @@ def _kl_by_dimension(q: Normal, u: Tensor, prior: Any, fitted: Normal) -> Tensor
 
 
 def _average(encoded: _Encoded) -> dict[str, Tensor]:
-    """Means over rows."""
     roots = len(encoded.means) ** 0.5
     return {
         "kl": encoded.kl.mean(0),
@@ -218,39 +209,25 @@ def _average(encoded: _Encoded) -> dict[str, Tensor]:
 
 
 def _information(guide: Guide, target: LogJoint, q_params: Tensor, codes: Tensor) -> dict[str, Tensor]:
-    r"""Mutual information, the mean of :math:`\log q(u|x) - \log q(u)`, and KL(q(u) || p(u)) by codes u of q(u)."""
-    unknown = codes.new_tensor(torch.nan)
+    r"""Return I(x; u), the mean of :math:`\log q(u|x) - \log q(u)`, and KL(q(u) || p(u)), by codes u of q(u)."""
     names = ("mutual_information", "marginal_kl")
     if guide.family.point_mass:
-        return {f"{name}{end}": unknown for name in names for end in ("", "_se")}
+        return dict.fromkeys([*names, *(f"{name}_se" for name in names)], codes.new_tensor(torch.nan))
     u = codes[:CODES]
     log_aggregate = torch.full_like(u[:, 0], -torch.inf)
-    for rows in _slices(len(q_params), max(1, PAIRS // len(u))):
-        pairs = u.unsqueeze(1).expand(-1, len(q_params[rows]), -1)
-        log_aggregate = torch.logaddexp(log_aggregate, guide.family(q_params[rows]).log_prob(pairs).logsumexp(1))
+    for part in q_params.split(max(1, PAIRS // len(u))):
+        pairs = u.unsqueeze(1).expand(-1, len(part), -1)
+        log_aggregate = torch.logaddexp(log_aggregate, guide.family(part).log_prob(pairs).logsumexp(1))
     log_aggregate = log_aggregate - math.log(len(q_params))
     log_q = guide.family(q_params[:CODES]).log_prob(u)
     log_prior = target.rows(slice(CODES)).log_lik_and_prior(u.unsqueeze(0))[1][0]
-    information: dict[str, Tensor] = {}
-    for name, values in zip(names, (log_q - log_aggregate, log_aggregate - log_prior), strict=True):
-        information |= {name: values.mean(), f"{name}_se": values.std() / len(values) ** 0.5}
-    return information
-
-
-def _slices(total: int, size: int) -> Iterator[slice]:
-    for start in range(0, total, size):
-        yield slice(start, start + size)
-
-
-def _compare(codes: Tensor, prior: Tensor, permutations: int) -> dict[str, Tensor]:
-    """Encodings against prior draws, [M, D] each: discrepancy, each dimension, holes."""
-    scale = torch.cat([codes, prior]).std(0).clamp(min=1e-12)
-    codes, prior = codes / scale, prior / scale
-    return _discrepancy(codes[:CODES], prior[:CODES], permutations) | _by_dimension(codes, prior) | _holes(codes, prior)
+    terms = dict(zip(names, (log_q - log_aggregate, log_aggregate - log_prior), strict=True))
+    errors = {f"{name}_se": term.std() / len(term) ** 0.5 for name, term in terms.items()}
+    return errors | {name: term.mean() for name, term in terms.items()}
 
 
 def _discrepancy(one: Tensor, two: Tensor, permutations: int) -> dict[str, Tensor]:
-    """Unbiased squared MMD of two samples, and its value after each permutation of their union."""
+    """Compute the unbiased squared MMD of two samples, and its p-value by permutations of their union."""
     both, n = torch.cat([one, two]).double(), len(one)
     squares = _distances(both, both).square_()
     kernel = (-squares / (2 * squares[~torch.eye(len(both), dtype=torch.bool, device=both.device)].median())).exp_()
@@ -270,14 +247,12 @@ def _discrepancy(one: Tensor, two: Tensor, permutations: int) -> dict[str, Tenso
 def _by_dimension(one: Tensor, two: Tensor) -> dict[str, Tensor]:
     from scipy.stats import ks_2samp
 
-    columns = zip(one.T.cpu().numpy(), two.T.cpu().numpy(), strict=True)
-    tests = torch.tensor([[test.statistic, test.pvalue] for test in (ks_2samp(*pair) for pair in columns)])
-    return {"ks": tests[:, 0].to(one), "ks_p": holm(tests[:, 1]).to(one)}
+    tests = ks_2samp(one.cpu().numpy(), two.cpu().numpy(), axis=0)
+    return {"ks": torch.as_tensor(tests.statistic).to(one), "ks_p": holm(torch.as_tensor(tests.pvalue)).to(one)}
 
 
 def _holes(codes: Tensor, prior: Tensor) -> dict[str, Tensor]:
-    """The share of prior draws farther from every code than 99% of fresh codes are."""
-    # One half of the codes is the neighbourhood, the other half shows how near is usual.
+    """Return the share of prior draws farther from one half of the codes than 99% of the other half are."""
     here, fresh = codes.tensor_split(2)
     among, away = (_distances(draws, here).amin(1) for draws in (fresh, prior))
     n, unsure = len(fresh), (FAR * (1 - FAR) / len(fresh)) ** 0.5
@@ -286,7 +261,3 @@ def _holes(codes: Tensor, prior: Tensor) -> dict[str, Tensor]:
     share, high, low = (away > among.quantile(levels).unsqueeze(-1)).to(codes.dtype).mean(1)
     binomial = share * (1 - share) / len(prior)
     return {"holes": share, "holes_se": (binomial + ((high - low) / 2) ** 2).sqrt()}
-
-
-def _distances(one: Tensor, two: Tensor) -> Tensor:
-    return torch.cdist(one, two, compute_mode="donot_use_mm_for_euclid_dist")

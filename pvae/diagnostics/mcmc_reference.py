@@ -25,10 +25,8 @@ from pvae.stats import Estimate, chain_ess, holm, mean_se, r_hat
 # Limits of convergence: R-hat below 1.01 and an ESS of 400 or more (Vehtari et al. 2021, arXiv:1903.08008); divergent
 # trajectories leave parts of the posterior out (Betancourt 2017, arXiv:1701.02434).
 R_HAT, ESS, DIVERGENT = 1.01, 400.0, 0.01
-# Annealed particles for each chain, and draws of q.
-PARTICLES, DRAWS = 4, 4000
-# Seeds of chains and draws are offset by this: refinement uses small seeds, and must share no noise with them.
-STREAM = 2_000_003
+PARTICLES, DRAWS = 4, 4000  # annealed particles for each chain, and draws of q
+STREAM = 2_000_003  # offset of seeds: refinement uses small ones, and must share no noise with chains and draws
 
 
 @dataclass(frozen=True)
@@ -36,15 +34,13 @@ class MCMCReference:
     """Posterior of B rows by MCMC and by q, in the D unconstrained coordinates of the latents; float64.
 
     Attributes:
-        mean, sd: of the chains, [B, D].
-        guide_mean, guide_sd: of draws of q, [B, D].
+        mean, sd, guide_mean, guide_sd: of the chains, and of draws of q, [B, D].
         mean_se: Monte Carlo error of guide_mean - mean, of chains and draws together, [B, D].
         sd_se: Monte Carlo error of log(guide_sd / sd), [B, D].
         coverage_50, coverage_90: share of the chains' draws in q's central intervals, [B, D].
         r_hat, ess: of the chains, [B, D].
         acceptance, divergent: acceptance rate and share of divergent trajectories of the chains, [B].
-        sound: the row's chains have converged: they agree, are long enough and seldom diverge, [B]. Summaries use
-            these rows alone.
+        sound: the row's chains agree, are long enough and seldom diverge, [B]; summaries use these rows alone.
         chains, draws: C, and T of each chain.
     """
 
@@ -77,12 +73,11 @@ class MCMCReference:
     def p_values(self) -> Tensor:
         r"""Return p-values [2, D] that q's means, and its standard deviations, equal the chains' in all converged rows.
 
-        By dimension, :math:`\sum_i (\text{difference}_i / \text{its Monte Carlo error}_i)^2` is chi-square: rows are
-        independent, dimensions need not be.
+        In a dimension, :math:`\sum_i (\text{difference}_i / \text{its Monte Carlo error}_i)^2` over rows is chi-square.
         """
         means = (self.guide_mean - self.mean) / self.mean_se
         off = torch.stack([means, self.sd_ratio.log() / self.sd_se])[:, self.sound] ** 2
-        return torch.special.gammaincc(torch.full_like(off[:, 0], off.shape[1] / 2), off.sum(1) / 2)
+        return torch.special.gammaincc(torch.tensor(off.shape[1] / 2, dtype=off.dtype), off.sum(1) / 2)
 
     def summary(self) -> dict[str, Estimate]:
         """Return the quantities of section "MCMC reference"; the share of converged rows alone if it is below one half.
@@ -94,30 +89,23 @@ class MCMCReference:
             return {"sound": converged}
         log_ratio = mean_se(self.sd_ratio[self.sound].log().mean(-1))
         ratio = math.exp(log_ratio.mean)
+        square = mean_se((self.mean_error**2 - (self.mean_se / self.sd) ** 2)[self.sound].mean(-1))
+        root = max(square.mean, 0.0) ** 0.5
         return {
             "sound": converged,
-            "mean_error": self._mean_error(),
+            # The delta method, unless the error is zero within noise.
+            "mean_error": Estimate(root, square.se / (2 * max(root, square.se**0.5) or math.nan)),
             "sd_ratio": Estimate(ratio, ratio * log_ratio.se),
             "coverage_50": mean_se(self.coverage_50[self.sound].mean(-1)),
             "coverage_90": mean_se(self.coverage_90[self.sound].mean(-1)),
             "reference_p": Estimate(holm(self.p_values().flatten()).min().item(), math.nan),
         }
 
-    def _mean_error(self) -> Estimate:
-        squares = self.mean_error**2 - (self.mean_se / self.sd) ** 2
-        square = mean_se(squares[self.sound].mean(-1))
-        root = max(square.mean, 0.0) ** 0.5
-        # The delta method, unless the error is zero within noise.
-        return Estimate(root, square.se / (2 * max(root, square.se**0.5) or math.nan))
-
 
 def compare_with_mcmc(
     model: Program, guide: Guide, x: Tensor, index: Tensor | None = None, *, seed: int = 0, **options: Any
 ) -> MCMCReference:
-    """Compare a guide with long HMC chains of the posteriors of rows x [B, ...].
-
-    `run_long_chains` with these options, then `compare_with_chains`, which can compare several guides with the same
-    chains.
+    """Compare a guide with long HMC chains: `run_long_chains` with these options, then `compare_with_chains`.
 
     >>> import pvae
     >>> vae = pvae.VAE(torch.nn.Linear(2, 5), pvae.likelihoods.Bernoulli(), pvae.priors.StandardNormal(2))
@@ -150,9 +138,8 @@ def run_long_chains(
     without mass are left out, but chains in several modes with mass stay apart, and R-hat shows it.
 
     Arguments:
-        model: a Pyro program.
-        x, index: rows, and which training datapoints they are.
-        sites: the latents; those of the model unless given.
+        model, sites: a Pyro program, and its latents, which are found unless given.
+        x, index: rows, and which training datapoints they are; None for new rows.
         chains, draws, warm_up, num_integration_steps: see `sample`. The R-hat of converged chains is still
             about 1 + chains / ESS, with the ESS of squares, 0.2 to 0.4 of all draws: 1000 of each are just enough.
         temperatures: see `anneal`.
@@ -162,30 +149,19 @@ def run_long_chains(
     Raises:
         UserError: a count below 1, or HMC that diverges everywhere.
     """
-    check_range(least=1, chains=chains, draws=draws, warm_up=warm_up, num_integration_steps=num_integration_steps)
-    target = LogJoint(model, x, index, sites)
+    counts: Any = {"draws": draws, "warm_up": warm_up, "num_integration_steps": num_integration_steps}
+    check_range(least=1, chains=chains, **counts)
+    target, seed = LogJoint(model, x, index, sites), seed + STREAM
     # Five leapfrog steps a temperature and a quarter more for the pilot, in shares of all.
     annealing, sampling = 6.25 * PARTICLES * temperatures, num_integration_steps * (draws + warm_up)
     first = annealing / (annealing + sampling)
     particles = anneal(
-        target,
-        chains=PARTICLES * chains,
-        temperatures=temperatures,
-        seed=seed + STREAM,
-        progress=lambda share: progress(first * share),
+        target, chains=PARTICLES * chains, temperatures=temperatures, seed=seed, progress=lambda s: progress(first * s)
     )
-    with seeded(seed + STREAM + 1):
+    with seeded(seed + 1):
         init = _draw_particles(particles, chains)
-    return hmc.sample(
-        target,
-        init,
-        draws=draws,
-        warm_up=warm_up,
-        num_integration_steps=num_integration_steps,
-        scale=particles.position.std(0).clamp(min=1e-6),
-        seed=seed + STREAM + 2,
-        progress=lambda share: progress(first + (1 - first) * share),
-    )
+    options: Any = {"seed": seed + 2, "progress": lambda share: progress(first + (1 - first) * share)}
+    return hmc.sample(target, init, scale=particles.position.std(0).clamp(min=1e-6), **counts, **options)
 
 
 def _draw_particles(particles: AISEstimate, chains: int) -> Tensor:
@@ -194,53 +170,47 @@ def _draw_particles(particles: AISEstimate, chains: int) -> Tensor:
     Source: Kool, van Hoof, Welling (2019), *Stochastic Beams and Where to Find Them*, arXiv:1903.06059.
     """
     log_w = particles.log_w.nan_to_num(nan=-torch.inf)
-    noise = -torch.empty_like(log_w).exponential_().log()
-    best = (log_w + noise).topk(chains, 0).indices.unsqueeze(-1)
+    best = (log_w - torch.empty_like(log_w).exponential_().log()).topk(chains, 0).indices.unsqueeze(-1)
     return particles.position.gather(0, best.expand(-1, -1, particles.position.shape[-1]))
 
 
 def compare_with_chains(
     chains: Chains, guide: Guide, x: Tensor, index: Tensor | None = None, *, seed: int = 0
 ) -> MCMCReference:
-    """Compare a guide's posteriors with chains for the same rows.
+    """Compare a guide's posteriors with chains for the same rows x [B, ...].
 
     Arguments:
         chains: see `run_long_chains`; of the guide's sites, in their order.
-        guide: the approximate posterior.
-        x, index: the rows.
         seed: of q's draws; the random stream outside is left alone.
 
     Raises:
         UserError: a point-mass family.
 
-    Source: R-hat, ESS and their limits: Vehtari, Gelman, Simpson, Carpenter, Buerkner (2021), *Rank-Normalization,
-    Folding, and Localization*, arXiv:1903.08008.
+    Source of R-hat, ESS and their limits: Vehtari, Gelman, Simpson, Carpenter, Buerkner (2021), arXiv:1903.08008.
     """
     _refuse_point_mass(guide)
     with inference_mode(guide, seed=seed + STREAM + 3):
         q_draws = guide.family(guide.params(x, index).detach()).sample((DRAWS,)).double().cpu()
-    draws = chains.draws.double().cpu()
+    draws, divergent = chains.draws.double().cpu(), chains.divergence_rate.double().cpu()
     pooled = draws.flatten(0, 1)
-    mean, sd, guide_mean, guide_sd = pooled.mean(0), pooled.std(0), q_draws.mean(0), q_draws.std(0)
-    ess, agreement = chain_ess(draws), r_hat(draws)
-    squares = chain_ess((draws - mean) ** 2)
-    divergent = chains.divergence_rate.double().cpu()
+    mean, sd, guide_sd = pooled.mean(0), pooled.std(0), q_draws.std(0)
+    ess, agreement, ess_of_squares = chain_ess(draws), r_hat(draws), chain_ess((draws - mean) ** 2)
     return MCMCReference(
-        mean,
-        sd,
-        guide_mean,
-        guide_sd,
-        (sd**2 / ess + guide_sd**2 / DRAWS).sqrt(),
-        (_log_sd_variance(pooled, squares) + _log_sd_variance(q_draws, DRAWS)).sqrt(),
-        _coverage(pooled, q_draws, 0.5),
-        _coverage(pooled, q_draws, 0.9),
-        agreement,
-        ess,
-        chains.acceptance_rate.double().cpu(),
-        divergent,
-        ((agreement <= R_HAT) & (ess >= ESS)).all(-1) & (divergent <= DIVERGENT),
-        torch.tensor(draws.shape[0]),
-        torch.tensor(draws.shape[1]),
+        mean=mean,
+        sd=sd,
+        guide_mean=q_draws.mean(0),
+        guide_sd=guide_sd,
+        mean_se=(sd**2 / ess + guide_sd**2 / DRAWS).sqrt(),
+        sd_se=(_log_sd_variance(pooled, ess_of_squares) + _log_sd_variance(q_draws, DRAWS)).sqrt(),
+        coverage_50=_coverage(pooled, q_draws, 0.5),
+        coverage_90=_coverage(pooled, q_draws, 0.9),
+        r_hat=agreement,
+        ess=ess,
+        acceptance=chains.acceptance_rate.double().cpu(),
+        divergent=divergent,
+        sound=((agreement <= R_HAT) & (ess >= ESS)).all(-1) & (divergent <= DIVERGENT),
+        chains=torch.tensor(draws.shape[0]),
+        draws=torch.tensor(draws.shape[1]),
     )
 
 
@@ -250,12 +220,12 @@ def _refuse_point_mass(guide: Guide) -> None:
 
 
 def _log_sd_variance(draws: Tensor, count: Tensor | int) -> Tensor:
-    """Variance of the log of the standard deviation of draws [S, B, D] of which ``count`` are independent, [B, D]."""
+    """Return the variance of log sd of draws [S, B, D] of which ``count`` are independent, [B, D]."""
     square = (draws - draws.mean(0)) ** 2
     return (square.std(0) / square.mean(0) / 2) ** 2 / count
 
 
 def _coverage(draws: Tensor, q_draws: Tensor, level: float) -> Tensor:
-    """Share of draws [S, B, D] in the central intervals of q's draws, [B, D]."""
+    """Return the share of draws [S, B, D] in the central intervals of q's draws, [B, D]."""
     ordered, outside = q_draws.sort(0).values, round(len(q_draws) * (1 - level) / 2)
     return ((draws > ordered[outside]) & (draws < ordered[-1 - outside])).double().mean(0)

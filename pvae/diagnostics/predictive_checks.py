@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any
 
 import pyro
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor
 from pvae.distributions.masked import entry_log_prob
 from pvae.errors import Incompatible, UserError, check_range, param
 from pvae.generative.handlers import mask_missing
-from pvae.inference.batching import draw_chunks, inference_mode
+from pvae.inference.batching import ROWS, RowBatch, draw_chunks, inference_mode
 from pvae.inference.guides import Guide
 from pvae.inference.importance import log_weights
 from pvae.inference.latents import observed_site
@@ -22,9 +22,6 @@ from pvae.inference.posterior import posterior_predictive, refit_params, with_fi
 from pvae.runtime.pyro_params import Program
 from pvae.runtime.torch_state import seeded
 from pvae.stats import Estimate, impute_column_means, mean_se
-
-# Rows whose hidden entries are imputed together.
-ROWS = 250
 
 
 def _sd(x: Tensor, dim: int) -> Tensor:
@@ -55,8 +52,7 @@ class PredictiveChecks:
     Attributes:
         pixel_p: of each column's mean over the rows, [M].
         statistics_p: of the statistics of ``STATISTICS``, in its order, [S].
-        observed: these statistics of the data, [S].
-        replicated: and of each replicate, [R, S].
+        observed, replicated: these statistics of the data, [S], and of each replicate, [R, S].
         imputation: log p(x_mis | x_obs) per held-out entry, [B] nats; NaN for a point-mass family, for a likelihood
             without a density of single entries, and for a row without observed entries.
         imputation_marginal: the same without the other entries, :math:`\sum_d \log p(x_d)`: the baseline.
@@ -74,7 +70,9 @@ class PredictiveChecks:
 
         A statistic is off with a p-value beyond 0.005 or 0.995, a column beyond 0.025 or 0.975.
         """
-        summary = {f"p of {name}": self._p(p) for name, p in zip(STATISTICS, self.statistics_p.tolist(), strict=True)}
+        summary = {}
+        for name, p in zip(STATISTICS, self.statistics_p.tolist(), strict=True):
+            summary[f"p of {name}"] = Estimate(p, (p * (1 - p) / len(self.replicated)) ** 0.5)
         off = (self.statistics_p - 0.5).abs() > 0.495
         summary["statistics_off"] = Estimate(float(off.sum()), math.nan)
         summary["columns_off"] = mean_se(((self.pixel_p - 0.5).abs() > 0.475).double())
@@ -85,18 +83,6 @@ class PredictiveChecks:
             summary["imputation_marginal"] = mean_se(baseline)
             summary["imputation_gain"] = mean_se(scores - baseline)
         return summary
-
-    def _p(self, p: float) -> Estimate:
-        return Estimate(p, (p * (1 - p) / len(self.replicated)) ** 0.5)
-
-
-class _MaskedBatch(NamedTuple):
-    """Batch of rows, their training indices, which of their entries are not held out, and the seed of its noise."""
-
-    x: Tensor
-    index: Tensor | None  # type: ignore[assignment]
-    observed: Tensor
-    seed: int
 
 
 def run_predictive_checks(
@@ -115,21 +101,20 @@ def run_predictive_checks(
 
     A replicate is z ~ q(z|x), :math:`x^{rep} \sim p(x|z)` for the same rows, and misses what they miss. For the
     imputation a random part of each row's observed entries is held out, and q is refitted to the others, starting from
-    the guide's q_params for the row with its columns' means filled in, or from the family's initial ones, whichever are
-    better. Then, with :math:`z_k \sim q` and weights :math:`v_k \propto p(x_{obs}, z_k) / q(z_k)`,
+    the better of the guide's q_params for the row with column means filled in, and the family's initial ones. Then,
+    with :math:`z_k \sim q` and weights :math:`v_k \propto p(x_{obs}, z_k) / q(z_k)`,
 
     .. math:: \log p(x_{mis}|x_{obs}) \approx \log \textstyle\sum_k v_k\, p(x_{mis}|z_k).
 
-    The v_k do not depend on held-out entries, so that this is the score of a real forecast: an error of the search can
-    only lower it. The marginal score is that of each column alone, under K draws of the prior.
+    The v_k do not depend on held-out entries: an error of the search can only lower this score. The marginal score is
+    that of each column alone, under K draws of the prior.
 
     Arguments:
         model, guide: Pyro programs of one signature; the imputation needs a `Guide`.
         x, index: rows [B, ...] and which training datapoints they are; None for new rows.
         replicates: R, number of data sets drawn.
         hidden: share of the entries of each row to hold out; 0 for no imputation.
-        K: draws for each row of the imputation.
-        steps: the most refinement steps of a row.
+        K, steps: draws, and the most refinement steps, for each row of the imputation.
         seed: of all noise; the random stream outside is left alone.
 
     Raises:
@@ -142,16 +127,15 @@ def run_predictive_checks(
     if not 0 <= hidden < 1:
         raise UserError(f"{param('hidden')} is {hidden}, but it must be a share of at least 0 and below 1")
     with inference_mode(model, guide, seed=seed):
-        p_values, statistics = _replicate(model, guide, x, index, replicates)
+        checks = _replicate(model, guide, x, index, replicates)
     with inference_mode(seed=seed + 1):
-        scores = _impute(model, guide, x, index, hidden, K, steps, seed + 1)
-    return PredictiveChecks(*p_values, *statistics, *scores)
+        return PredictiveChecks(*checks, *_impute(model, guide, x, index, hidden, K, steps, seed + 1))
 
 
 def _replicate(
     model: Program, guide: Program, x: Tensor, index: Tensor | None, replicates: int
-) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """p-values of columns [M] and statistics [S]; the statistics of the data [S] and of the replicates [R, S]."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return p-values of columns [M] and statistics [S]; statistics of the data [S] and of the replicates [R, S]."""
     q = with_fixed_params(guide, x, index)
     means, statistics = [], []
     for _ in range(replicates):
@@ -161,7 +145,7 @@ def _replicate(
         statistics.append(_statistics(replicate))
     data = draw.observed.flatten(1)
     observed, replicated = _statistics(data), torch.stack(statistics)
-    return (_p(_means(data), torch.stack(means)), _p(observed, replicated)), (observed, replicated)
+    return _p(_means(data), torch.stack(means)), _p(observed, replicated), observed, replicated
 
 
 def _means(rows: Tensor) -> Tensor:
@@ -173,20 +157,19 @@ def _statistics(rows: Tensor) -> Tensor:
 
 
 def _p(observed: Tensor, replicated: Tensor) -> Tensor:
-    """Share of the replicates [R, ...] above the observed [...], which counts as one of R + 1; ties by half."""
-    # Sums of the same numbers in another order are still ties.
-    near = 1e-6 * observed.abs()
+    """Return the share of the replicates [R, ...] above the observed [...], one of R + 1; ties count half."""
+    near = 1e-6 * observed.abs()  # sums of the same numbers in another order are still ties
     above, tied = replicated > observed + near, (replicated - observed).abs() <= near
     return (above.sum(0) + (tied.sum(0) + 1) / 2) / (len(replicated) + 1)
 
 
 def _impute(
     model: Program, guide: Program, x: Tensor, index: Tensor | None, hidden: float, K: int, steps: int, seed: int
-) -> tuple[Tensor, Tensor]:
-    """Scores of the held-out entries given the others, and of each alone, [B] nats per held-out entry."""
-    unknown = x.new_full((2, len(x)), torch.nan)
+) -> tuple[Tensor, ...]:
+    """Score the held-out entries given the others, and each alone, [B] nats per held-out entry."""
+    unknown = x.new_full((2, len(x)), torch.nan).unbind()
     if not hidden or not isinstance(guide, Guide) or guide.family.point_mass:
-        return unknown[0], unknown[1]
+        return unknown
     value = observed_site(model, x, index)["value"]
     with seeded(seed):  # not the stream of the draws that finding the value took
         observed = _mask(value, hidden)
@@ -195,22 +178,18 @@ def _impute(
     try:
         for start in range(0, len(x), ROWS):
             rows = slice(start, start + ROWS)
-            batch = _MaskedBatch(x[rows], None if index is None else index[rows], observed[rows], seed + start)
+            batch = RowBatch(x[rows], None if index is None else index[rows], rows, seed + start)
             candidates = () if filled is None else (filled[rows],)
-            seen = mask_missing(model, batch.observed)
-            q_params = refit_params(
-                seen, guide, batch.x, batch.index, candidates=candidates, steps=steps, seed=batch.seed
-            )
-            scores.append((_forecast(model, guide, batch, q_params, K), _marginal(model, batch, K)))
+            forecast = _forecast(model, guide, batch, observed[rows], candidates, K, steps)
+            scores.append((forecast, _marginal(model, batch, observed[rows], K)))
     except Incompatible:  # the likelihood scores whole rows, not entries
-        return unknown[0], unknown[1]
+        return unknown
     count = (~observed).flatten(1).sum(1)
-    given_others, alone = (torch.cat(batches) / count for batches in zip(*scores, strict=True))
-    return given_others, alone
+    return tuple(torch.cat(batches) / count for batches in zip(*scores, strict=True))
 
 
 def _mask(value: Tensor, hidden: float) -> Tensor:
-    """Entries that are not held out, or missing, [B, ...]: rows lose the same share, at least one, and keep one."""
+    """Draw the entries that stay observed, [B, ...]: rows lose the same share, at least one, and keep one."""
     missing = value.isnan().flatten(1)
     noise = torch.rand(value.shape, device=value.device).flatten(1).masked_fill(missing, 2.0)
     observed = (~missing).sum(1, keepdim=True)
@@ -218,10 +197,13 @@ def _mask(value: Tensor, hidden: float) -> Tensor:
     return (noise.argsort(1).argsort(1) >= count).view_as(value)
 
 
-def _forecast(model: Program, guide: Guide, batch: _MaskedBatch, q_params: Tensor, K: int) -> Tensor:
-    """log p(x_mis | x_obs), [B]."""
-    seen, unseen = mask_missing(model, batch.observed), mask_missing(model, ~batch.observed)
-    q = guide.with_params(q_params)
+def _forecast(
+    model: Program, guide: Guide, batch: RowBatch, observed: Tensor, candidates: Sequence[Tensor], K: int, steps: int
+) -> Tensor:
+    """Compute log p(x_mis | x_obs), [B], under q refitted from the candidates, rows to encode."""
+    seen, unseen = mask_missing(model, observed), mask_missing(model, ~observed)
+    options: Any = {"candidates": candidates, "steps": steps, "seed": batch.seed}
+    q = guide.with_params(refit_params(seen, guide, batch.x, batch.index, **options))
     with seeded(batch.seed + 1):
         log_w = log_weights(seen, q, batch.x, batch.index, K).log_w
     with seeded(batch.seed + 1):  # the same draws
@@ -229,13 +211,13 @@ def _forecast(model: Program, guide: Guide, batch: _MaskedBatch, q_params: Tenso
     return (log_w.log_softmax(0) + log_lik).logsumexp(0)
 
 
-def _marginal(model: Program, batch: _MaskedBatch, K: int) -> Tensor:
-    """The sum of log p(x_d) over the held-out entries, [B], by K draws of the prior."""
-    total = torch.full_like(batch.observed, -torch.inf, dtype=batch.x.dtype)
+def _marginal(model: Program, batch: RowBatch, observed: Tensor, K: int) -> Tensor:
+    """Compute the sum of log p(x_d) over the held-out entries, [B], by K draws of the prior."""
+    total = torch.full_like(observed, -torch.inf, dtype=batch.x.dtype)
     for chunk in draw_chunks(K, len(batch.x)):
         draws = chunk.stop - chunk.start
         with pyro.plate("samples", draws, dim=-2):
             site = observed_site(model, batch.x, batch.index)
         log_p = entry_log_prob(site["fn"], site["value"]).expand(draws, *site["value"].shape).logsumexp(0)
         total = torch.logaddexp(total, log_p)
-    return torch.where(batch.observed, 0, total - math.log(K)).flatten(1).sum(1)
+    return torch.where(observed, 0, total - math.log(K)).flatten(1).sum(1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -11,13 +12,9 @@ Figures = Mapping[str, Estimate]
 
 
 class Quantity(NamedTuple):
-    """Name, unit and meaning of a reported number.
+    """Reported number: its key in summaries and JSON files, the field's label, its unit, and which way is good.
 
-    Attributes:
-        key: its name in summaries, ``results.json`` and ``diagnosis.json``.
-        label: the field's words for it.
-        unit: nats, draws, ...; "1" for shares, ratios, p-values and other pure numbers.
-        help: what it means, and which way is good.
+    The unit is nats, draws, ...; "1" for shares, ratios, p-values and other pure numbers.
     """
 
     key: str
@@ -129,7 +126,6 @@ _TABLE = {
 # Keys by section, in the order of tables.
 SECTIONS: dict[str, tuple[str, ...]] = {title: tuple(section) for title, section in _TABLE.items()}
 QUANTITIES = {key: Quantity(key, *words) for section in _TABLE.values() for key, words in section.items()}
-_P_VALUE = "p of "
 
 
 def describe(key: str) -> Quantity:
@@ -143,8 +139,8 @@ def describe(key: str) -> Quantity:
     """
     if key in QUANTITIES:
         return QUANTITIES[key]
-    if key.startswith(_P_VALUE):
-        label = f"predictive p-value of {key.removeprefix(_P_VALUE)}"
+    if key.startswith("p of "):
+        label = f"predictive p-value of {key.removeprefix('p of ')}"
         return Quantity(key, label, "1", "Share of replicates above the data; near 0 or 1 is a misfit.")
     if key.endswith("_se"):
         quantity = describe(key.removesuffix("_se"))
@@ -159,13 +155,12 @@ def summary_frame(figures: Figures, refined: Figures | None = None) -> Any:
     """Return a pandas.DataFrame of label, unit, mean and se by key; with ``refined``, also refined_mean, refined_se."""
     import pandas
 
-    frame = pandas.DataFrame(
-        [(key, *describe(key)[1:3], *figures[key]) for key in _ordered(figures)],
-        columns=["quantity", "label", "unit", "mean", "se"],
-    ).set_index("quantity")
+    index = pandas.Index(_ordered(figures), name="quantity")
+    rows = [(*describe(key)[1:3], *figures[key]) for key in index]
+    frame = pandas.DataFrame(rows, index, ["label", "unit", "mean", "se"])
     if refined is not None:
-        for column, name in enumerate(Estimate._fields):
-            frame[f"refined_{name}"] = [refined[key][column] if key in refined else float("nan") for key in frame.index]
+        unknown = Estimate(math.nan, math.nan)
+        frame[["refined_mean", "refined_se"]] = [refined.get(key, unknown) for key in frame.index]
     return frame
 
 
@@ -181,5 +176,5 @@ def number_frame(figures: Figures, refined: Figures | None = None) -> Any:
 
 
 def _ordered(figures: Figures) -> list[str]:
-    """Keys in the order of the table; those of other families and statistics last."""
+    """Sort keys in the order of the table; those of other families and statistics come last."""
     return [key for key in QUANTITIES if key in figures] + [key for key in figures if key not in QUANTITIES]

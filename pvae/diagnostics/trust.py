@@ -24,10 +24,8 @@ class Rule(NamedTuple):
     """Limits of a figure beyond which one use of a posterior is not trusted.
 
     Attributes:
-        says: the sentence, with the figure in the place of {}.
-        source: who drew the limits, or why they are drawn there.
-        use: a key of ``USES``.
-        figure: a key of ``QUANTITIES``; the rule fires if the figure is below ``low`` or above ``high``.
+        says, source: the sentence, with the figure in the place of {}; who drew the limits, or why they are there.
+        use, figure: keys of ``USES`` and ``QUANTITIES``; the rule fires if the figure is below low or above high.
         along: a second figure and its limits, which it must be beyond too: a p-value falls with the number of rows, so
             a rule on one also asks for an effect size.
     """
