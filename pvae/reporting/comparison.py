@@ -187,4 +187,5 @@ def _recipe_file(recipe: Recipe | str | Path, keys: Mapping[str, Any], trust: bo
         check_value(key, value)
     if not isinstance(recipe, Recipe) and Path(recipe).suffix == ".toml":
         return read_recipe_file(Path(recipe), keys, trust=trust).fixed_at(keys)
-    return RecipeFile(replace(recipe if isinstance(recipe, Recipe) else Recipe(str(recipe)), **keys), {}, {})
+    start = recipe if isinstance(recipe, Recipe) else Recipe(str(recipe))
+    return RecipeFile(replace(start, **keys), {}, {}).fixed_at(keys)
