@@ -114,10 +114,9 @@ class VAE(ClassNamePrefixFeaturesOutMixin, TransformerMixin, DensityMixin, BaseE
 
     def fit(self, X: Any, y: Any = None) -> VAE:
         """Fit decoder and encoder to the rows X [N, M]; y is ignored."""
-        X = validate_data(self, X, dtype=np.float64, order="C", ensure_min_samples=2, ensure_all_finite=self._finite())
+        X = self._validate(X, ensure_min_samples=2)
         with _errors_for_sklearn():
-            recipe = self._recipe(_seed(self.random_state))
-            rows = _as_dataset(X, self.shape, self.missing)
+            recipe, rows = self._recipe(_seed(self.random_state)), _as_dataset(X, self.shape, self.missing)
             data = rows if recipe.patience is None else _hold_out(rows, self.validation_fraction, recipe.seed)
             untrained = build_model(recipe, data)
             _check_support(untrained.model, rows)
@@ -182,8 +181,9 @@ class VAE(ClassNamePrefixFeaturesOutMixin, TransformerMixin, DensityMixin, BaseE
     def _n_features_out(self) -> int:
         return self.guide_.family.dim
 
-    def _finite(self) -> bool | str:
-        return "allow-nan" if self.missing else True
+    def _validate(self, X: Any, **options: Any) -> np.ndarray:
+        finite = "allow-nan" if self.missing else True
+        return validate_data(self, X, dtype=np.float64, order="C", ensure_all_finite=finite, **options)
 
     def _recipe(self, seed: int) -> Recipe:
         """Return the parameters as a resolved recipe."""
@@ -198,8 +198,7 @@ class VAE(ClassNamePrefixFeaturesOutMixin, TransformerMixin, DensityMixin, BaseE
     def _map_rows(self, X: Any, compute: Callable[[RowBatch, Tensor], Tensor]) -> np.ndarray:
         """Map batches of the rows of X and their variational parameters [B, P] to an array."""
         check_is_fitted(self)
-        X = validate_data(self, X, dtype=np.float64, order="C", reset=False, ensure_all_finite=self._finite())
-        x, model = torch.tensor(X), self.model_.model
+        x, model = torch.tensor(self._validate(X, reset=False)), self.model_.model
 
         def compute_batch(rows: RowBatch) -> dict[str, Tensor]:
             return {"result": compute(rows, self.guide_.params(rows.x).detach())}

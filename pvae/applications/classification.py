@@ -84,10 +84,8 @@ class Classification:
 
     def confusion(self, labels: Values) -> Tensor:
         """Count the rows of each label (rows) and predicted class (columns): the confusion matrix, [C, C]."""
-        from sklearn.metrics import confusion_matrix
-
-        y, classes = _check_labels(labels, self.log_evidence), range(self.log_evidence.shape[1])
-        return torch.as_tensor(confusion_matrix(y.numpy(), self.predicted.cpu().numpy(), labels=classes))
+        y, C = _check_labels(labels, self.log_evidence), self.log_evidence.shape[1]
+        return torch.bincount(C * y + self.predicted.cpu(), minlength=C**2).view(C, C)
 
 
 def classify(
@@ -187,8 +185,9 @@ def fit_temperature(log_evidence: Tensor, labels: Values, prior: ClassPrior = No
     is_separated = slope(low, exact) < 0 >= slope(high, exact)
     target = smooth if is_separated else exact
     if slope(low, target) >= 0:
-        problem = f"the evidence says less about the classes of {rows} rows than the prior does: no temperature is best"
-        raise UserError(problem, "fit the programs for longer or to more rows, or calibrate on rows like theirs")
+        problem = f"the evidence says less about the classes of these {rows} rows than the prior does"
+        remedy = "fit the programs for longer or to more rows, or calibrate on rows like theirs"
+        raise UserError(f"{problem}, so that no temperature is best", remedy)
     power = brentq(slope, low, high, args=(target,))
     first, second = derivatives(power, target)
     se = mean_se(first).se / second.mean().item() * math.exp(-2 * power)

@@ -216,7 +216,11 @@ class _ObservedRows(NamedTuple):
         max_batch = max(1, min(ROWS_PER_PASS, ENUMERATED // max(1, num_levels(self.fn))))
         q_params = refit_params(program, guide, x, index, candidates=[candidates], steps=steps, seed=seed)
         codes = importance_draws(program, guide, q_params, x, index, K, max_batch)
-        return _Mixture(program, guide, rows, codes, max_batch)
+
+        def likelihood(z: Tensor, draws: slice) -> Any:
+            return _unmasked(likelihood_at(program, guide.sites, z.flatten(0, 1), *tile_rows(x, index, draws)))
+
+        return _Mixture(codes, likelihood, max_batch)
 
     def check_values(self, support: Any) -> None:
         inner = base_constraint(support)
@@ -283,18 +287,17 @@ def _encodes_nan(guide: Guide, rows: Tensor) -> bool:
 class _Mixture(NamedTuple):
     r"""Mixture :math:`\sum_k v_k\, p(x|z_k)` over importance draws of each row's code."""
 
-    program: Program
-    guide: Guide
-    rows: RowBatch
     codes: WeightedDraws
+    likelihood: Callable[[Tensor, slice], Any]  # p(x|z) at a slice of the draws
     max_batch: int
 
     def moments(self, moments_of: Callable[[Any, slice], Moments]) -> tuple[Tensor, Tensor]:
         """Compute mean and standard deviation, [B, C], from the moments of p(x|z_k) for slices of the draws."""
         mean = square = centre = torch.zeros(())
-        for part in draw_chunks(len(self.codes.z), len(self.rows.x), self.max_batch):
+        for part in draw_chunks(len(self.codes.z), self.codes.z.shape[1], self.max_batch):
             chunk = WeightedDraws(self.codes.z[part], self.codes.log_weights[part])
-            first, second = (t.unflatten(0, chunk.z.shape[:2]) for t in moments_of(self._at(chunk.z, part), part))
+            moments = moments_of(self.likelihood(chunk.z, part), part)
+            first, second = (moment.unflatten(0, chunk.z.shape[:2]) for moment in moments)
             centre = first[0] if part.start == 0 else centre  # squares around 0 lose the digits of a mean far from it
             mean = mean + chunk.mean(first - centre)
             square = square + chunk.mean(second + (first - centre) ** 2)
@@ -303,9 +306,5 @@ class _Mixture(NamedTuple):
     def draw(self, count: int) -> Tensor:
         which = torch.multinomial(self.codes.log_weights.exp().mT, count, replacement=True).mT
         z = self.codes.z.gather(0, which.unsqueeze(-1).expand(-1, -1, self.codes.z.shape[-1]))
-        parts = draw_chunks(count, len(self.rows.x))
-        return torch.cat([self._at(z[part], part).sample().unflatten(0, z[part].shape[:2]) for part in parts])
-
-    def _at(self, z: Tensor, part: slice) -> Any:
-        rows = tile_rows(self.rows.x, self.rows.index, part)
-        return _unmasked(likelihood_at(self.program, self.guide.sites, z.flatten(0, 1), *rows))
+        parts = draw_chunks(*z.shape[:2])
+        return torch.cat([self.likelihood(z[part], part).sample().unflatten(0, z[part].shape[:2]) for part in parts])

@@ -99,8 +99,7 @@ def make_decoder(recipe: Recipe, dataset: Dataset, likelihood: Any) -> nn.Module
     if not accepts_argument("program", recipe.program, "decoder"):
         return None
     outputs = likelihood.params_per_value * (dataset.train.shape[1] - dataset.num_label_columns)
-    sizes = {"inputs": recipe.latent, "outputs": outputs, "shape": dataset.shape}
-    return make("network", recipe.network, **sizes, decodes=True)
+    return make("network", recipe.network, inputs=recipe.latent, outputs=outputs, shape=dataset.shape, decodes=True)
 
 
 def make_encoder(recipe: Recipe, dataset: Dataset, family: Family) -> nn.Module:
