@@ -1,8 +1,7 @@
 from .arviz_export import load_idata
-from .compare import RunOptions
 from .opened_run import Run, TrainedVariant, open_run, open_variants
 from .row_selection import select_rows
-from .sweep import SweepPoint, sweep_points, train_sweep
+from .sweep import RunOptions, SweepPoint, sweep_points, train_sweep
 
 __all__ = [
     "Run",

@@ -8,15 +8,17 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import arviz_base
 import numpy as np
 import torch
 import xarray as xr
+from pandas import DataFrame
 from torch import Tensor
 
 from pvae.diagnostics.quantities import describe
 from pvae.errors import UserError
 from pvae.experiments.results import common_settings, library_versions
-from pvae.inference.batching import inference_mode
+from pvae.inference.batching import Values, as_rows, inference_mode
 from pvae.inference.guides import Guide
 from pvae.inference.importance import LogWeights, log_weights
 from pvae.inference.posterior import posterior_predictive, prior_predictive
@@ -26,7 +28,7 @@ from pvae.runtime.pyro_params import Program
 from pvae.runtime.torch_state import to_numpy
 
 FILE = "idata.nc"
-# Draws of each row's latents: at most, at least, and how many numbers they may be. Draws of x, of the prior; pictures.
+# Draws of each row's latents: most, least, and the numbers they may be. Draws of x, of the prior; pictures.
 MOST, LEAST, NUMBERS = 100, 20, 2**21
 X_DRAWS, PRIOR_DRAWS, PICTURES = 20, 200, 32
 # Bytes of draws of x in one file before they are compressed. Whole numbers shrink to a tenth, others hardly.
@@ -50,11 +52,9 @@ class Draws:
 
     Attributes:
         weights: log-densities and latents of K draws from the guide, [K, B].
-        x: draws of p(x|z) at draws from the guide, for the first R rows, [M, R, C].
-        x_mean: mean of p(x|z) at one draw, [B, C].
+        x, x_mean: draws of p(x|z) for the first R rows, [M, R, C]; its mean at one draw from the guide, [B, C].
         prior: latents by site, drawn by the program, [S, ...].
-        prior_x: draws of p(x|z) at them, [S, C].
-        prior_mean: means of p(x|z) at draws from the prior, [P, C].
+        prior_x, prior_mean: draws of p(x|z) at them, [S, C]; its means at the first P, [P, C].
         values: quantities of each row by name, [B], by split.
     """
 
@@ -68,19 +68,13 @@ class Draws:
 
 
 def draw_for_export(model: Program, guide: Guide, x: Tensor, *, seed: int = 0) -> Draws:
-    """Draw what the export and the page show of a fit, for the rows x [B, C]; ``values`` are left to the caller.
-
-    Arguments:
-        model, guide: a Pyro program and its guide, to which the rows are new.
-        x: rows, [B, C].
-        seed: of all draws.
-    """
+    """Draw what the export and the page show of a fit, for new rows x [B, C]; ``values`` are left to the caller."""
     with inference_mode(seed=seed):
         q_params = guide.params(x)
         q, K = guide.with_params(q_params), min(MOST, max(LEAST, NUMBERS // (len(x) * guide.sites.dim)))
         weights = log_weights(model, q, x, K=K, keep_latents=True)
         mean = posterior_predictive(model, q, x).likelihood.mean
-        rows = _room(BYTES["i"] // (X_DRAWS * x[0].numel()))
+        rows = max(X_DRAWS, BYTES["i"] // (X_DRAWS * x[0].numel()))
         few = guide.with_params(q_params[:rows])
         draws = [posterior_predictive(model, few, x[:rows]).likelihood.sample() for _ in range(X_DRAWS)]
     with inference_mode(seed=seed):
@@ -89,9 +83,18 @@ def draw_for_export(model: Program, guide: Guide, x: Tensor, *, seed: int = 0) -
     return Draws(weights, torch.stack(draws), mean, prior.latents, prior_x, prior_mean)
 
 
-def _room(rows: int) -> int:
-    """Number of rows of which draws of x are kept: as many as fit, but at least those that are pictured."""
-    return max(rows, X_DRAWS)
+def summarize_latents(
+    model: Program, guide: Guide, x: Values, index: Tensor | None = None, *, K: int = 100, seed: int = 0, **options: Any
+) -> DataFrame:
+    """Summarize K draws of each row's latents from the guide by ``arviz_stats.summary``, which takes the options."""
+    import arviz_stats
+
+    rows = as_rows(x, model)
+    with inference_mode(model, guide, seed=seed):
+        q = guide.with_params(guide.params(rows, None if index is None else index.to(rows.device)))
+        latents = log_weights(model, q, rows, K=K, keep_latents=True).latents
+    posterior = _group("posterior", _sites([latents], ("chain", "draw", "variant", "row")), ["q"])
+    return arviz_stats.summary(posterior.squeeze("variant", drop=True), **{"kind": "stats"} | options)
 
 
 def to_datatree(
@@ -99,21 +102,18 @@ def to_datatree(
 ) -> xr.DataTree:
     """Return a DataTree with ArviZ's groups, most of them with a dimension ``variant``.
 
-    Groups: ``posterior`` and ``prior`` (latents), ``posterior_predictive`` and ``prior_predictive`` (draws of x),
-    ``log_likelihood``, ``sample_stats`` (log weights; ELBO, ESS and k-hat of each row), ``observed_data``,
-    ``constant_data`` (labels, and columns of the rows that the program is given), and ours: ``means`` (of x, for
-    pictures), ``train`` and ``test`` (the quantities of each row). Latents that a variant lacks are NaN. Draws of x
-    are kept of as many first rows as fit into ``BYTES``; the group's attribute ``rows`` says how many.
+    Groups beside ArviZ's: ``means`` (of x, for pictures), ``train`` and ``test`` (the quantities of each row). Latents
+    that a variant lacks are NaN. Draws of x are kept of as many first rows as fit into ``BYTES``, at least those that
+    are pictured; the group's attribute ``rows`` says how many.
 
     Arguments:
-        variants: draws by the variant's name, all for the same rows.
-        x: the rows, [B, C] or, where the program is given further columns, [B, C + G].
-        labels: their classes, [B], if there are any.
+        x, labels: the rows, [B, C] or, where the program is given further columns, [B, C + G]; their classes, [B].
         attributes: of the root; what is no number or text is written as JSON.
     """
     sampled, draws = ("chain", "draw", "variant"), list(variants.values())
     width = draws[0].x.shape[-1]
-    replicates = _cut_to_fit(_stack([d.x for d in draws]))
+    replicates = _compact(_stack([d.x for d in draws]))
+    replicates = replicates[..., : max(X_DRAWS, BYTES[replicates.dtype.kind] // replicates[..., :1, :].nbytes), :]
     log_w = {"log_weight": ((*sampled, "row"), _stack([d.weights.log_w for d in draws]))}
     groups: dict[str, dict[str, Any]] = {
         "posterior": _sites([d.weights.latents for d in draws], (*sampled, "row")),
@@ -132,31 +132,22 @@ def to_datatree(
     if x.shape[1] > width:
         groups["constant_data"]["given"] = ("row", "column"), _compact(to_numpy(x[:, width:]))
     groups |= {split: _quantities(draws, split) for split in draws[0].values}
-    tree = xr.DataTree.from_dict(
-        {group: _dataset(arrays, list(variants), NOTES.get(group)) for group, arrays in groups.items() if arrays}
-    )
+    tree = xr.DataTree.from_dict({name: _group(name, group, [*variants]) for name, group in groups.items() if group})
     tree["posterior_predictive"].attrs["rows"] = f"the first {replicates.shape[3]} of {len(x)}"
     tree.attrs = {k: v if isinstance(v, (str, int, float)) else json.dumps(v) for k, v in attributes.items()}
     return tree
 
 
 def attributes(group: Mapping[str, Any], recipes: Mapping[str, Recipe]) -> dict[str, Any]:
-    """Return what made a file's numbers: data, recipe (shared settings, and each variant's own), versions, seed.
-
-    Arguments:
-        group: as in ``results.json``.
-        recipes: by the variant's name.
-    """
+    """Return what made the numbers of a group of ``results.json``: data, recipes by variant, versions, seed."""
     about, versions, shared = group["data"], library_versions(), common_settings(list(recipes.values()))
+    settings = {name: asdict(recipe) for name, recipe in recipes.items()}
     return {
         "data": about["summary"],
         **{name: about[name] for name in ("binarize", "base_measure", "digest", "shape")},
         "seed": next(iter(recipes.values())).seed,
         "recipe": shared,
-        "variants": {
-            name: {key: value for key, value in asdict(recipe).items() if key not in shared}
-            for name, recipe in recipes.items()
-        },
+        "variants": {name: {k: v for k, v in values.items() if k not in shared} for name, values in settings.items()},
         "versions": versions,
         "estimators": {name: value["estimator"] for row in group["rows"] for name, value in row["test"].items()},
         "inference_library": "pvae-pyro",
@@ -176,54 +167,42 @@ def _compact(values: np.ndarray) -> np.ndarray:
     return values.astype(fits[0] if fits else np.float32)
 
 
-def _cut_to_fit(values: np.ndarray) -> np.ndarray:
-    """Draws of x [1, M, V, R, C] in compact form, of as many first rows as fit."""
-    compact = _compact(values)
-    return compact[:, :, :, : _room(BYTES[compact.dtype.kind] // (compact[..., :1, :].nbytes))]
-
-
 def _sites(latents: list[dict[str, Tensor]], dims: tuple[str, ...]) -> dict[str, Any]:
-    """Dimensions and draws of each site, from draws by site of each variant."""
+    """Dimensions and draws of each site, NaN where a variant lacks the site or has fewer dimensions."""
     sites = {}
     for site in dict.fromkeys(site for draws in latents for site in draws):
-        array = _stack(_pad([draws.get(site) for draws in latents]))
-        inner = (f"{site}_dim{i or ''}" for i in range(array.ndim - len(dims)))
-        sites[site] = ((*dims, *inner), array)
+        present = [draws[site] for draws in latents if site in draws]
+        shape = np.max([values.shape for values in present], 0).tolist()
+        padded = [present[0].new_full(shape, torch.nan) for _ in latents]
+        for whole, draws in zip(padded, latents, strict=True):
+            if site in draws:
+                whole[tuple(map(slice, draws[site].shape))] = draws[site]
+        array = _stack(padded)
+        sites[site] = ((*dims, *(f"{site}_dim{i or ''}" for i in range(array.ndim - len(dims)))), array)
     return sites
 
 
-def _pad(draws: list[Tensor | None]) -> list[Tensor]:
-    """Draws of a site, filled up with NaN where a variant lacks the site (None) or has fewer dimensions."""
-    known = [values for values in draws if values is not None]
-    padded = [known[0].new_full([max(sizes) for sizes in zip(*(v.shape for v in known), strict=True)], torch.nan)]
-    padded += [padded[0].clone() for _ in draws[1:]]
-    for whole, values in zip(padded, draws, strict=True):
-        if values is not None:
-            whole[tuple(map(slice, values.shape))] = values
-    return padded
-
-
-def _dataset(arrays: dict[str, Any], variants: list[str], note: str | None) -> xr.Dataset:
-    """Arrays with a coordinate along each dimension."""
-    dataset = xr.Dataset(arrays, attrs={"note": note} if note else {})
-    return dataset.assign_coords(
-        {str(dim): variants if dim == "variant" else np.arange(size) for dim, size in dataset.sizes.items()}
-    )
+def _group(name: str, arrays: dict[str, Any], variants: list[str]) -> xr.Dataset:
+    """Build a group by ArviZ's constructor, from dimensions, values and attributes of each variable."""
+    dims, values = ({key: array[i] for key, array in arrays.items()} for i in (0, 1))
+    layout: dict[str, Any] = {"coords": {"variant": variants}, "dims": dims, "sample_dims": [], "index_origin": 0}
+    dataset = arviz_base.from_dict({name: values}, **layout)[name].to_dataset()
+    del dataset.attrs["created_at"]  # equal runs have equal files
+    dataset.attrs |= {"note": NOTES[name]} if name in NOTES else {}
+    for key, (_, _, *attributes) in arrays.items():
+        dataset[key].attrs.update(*attributes)
+    return dataset
 
 
 def _quantities(draws: list[Draws], split: str, names: tuple[str, ...] = ()) -> dict[str, Any]:
-    """Quantities of each row of a split by name, all or those named; NaN where a variant has none."""
-    every = [d.values.get(split, {}) for d in draws]
+    """Quantities of each row of a split, all or those named; NaN where a variant has none."""
+    quantities, every = {}, [d.values.get(split, {}) for d in draws]
     blank = torch.full((max((len(v) for values in every for v in values.values()), default=0),), torch.nan)
-    return {
-        name: (
-            ("variant", "row"),
-            np.stack([to_numpy(values.get(name, blank)) for values in every]),
-            {"units": describe(name).unit},
-        )
-        for name in dict.fromkeys(name for values in every for name in values)
-        if name in names or not names
-    }
+    for name in dict.fromkeys(name for values in every for name in values):
+        if name in names or not names:
+            array = np.stack([to_numpy(values.get(name, blank)) for values in every])
+            quantities[name] = ("variant", "row"), array, {"units": describe(name).unit}
+    return quantities
 
 
 def idata_name(group: int = 1) -> str:

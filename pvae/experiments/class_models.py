@@ -13,7 +13,7 @@ from pvae.data.dataset import Dataset
 from pvae.errors import UserError, param
 from pvae.experiments import sweep
 from pvae.experiments.run_folder import CLASS_MODELS_DIR, cache_folder, is_trained, load_fit
-from pvae.experiments.sweep import DatasetCache, SweepPoint
+from pvae.experiments.sweep import DatasetCache, RunOptions, SweepPoint
 from pvae.recipes.build import FittedModel
 from pvae.recipes.recipe import read_recipe
 from pvae.runtime.progress import progress_bar
@@ -42,19 +42,9 @@ def fit_class_models(
 ) -> tuple[list[tuple[Any, Any]] | None, Dataset]:
     """Fit a model of the run's recipe to the rows of each label, or load those that its folder holds.
 
-    Arguments:
-        run: whose recipe is taken.
-        epochs: of each class model; the run's unless given.
-        data_folder: of torchvision's data sets.
-        progress: show progress bars.
-        say: takes lines for the user.
-
     Returns:
         Program and guide for each label, or None if the run's own program takes the label; and the data with rows held
         out from the models.
-
-    Raises:
-        UserError: the data have no labels, or one alone.
     """
     _check(run)
     if run.data.num_label_columns:
@@ -70,7 +60,11 @@ def fit_class_models(
         models = _load(points, folder, datasets, run.device)
         if not models:
             say(f"training a model for each of {len(points)} classes: {base.epochs} epochs each")
-            models = _train(points, folder, datasets, run, data_folder, progress)
+            with progress_bar("classes", len(points), wanted=progress) as show:
+                numbers = iter(range(len(points)))
+                options = RunOptions(folder, run.device, say=lambda line: show(next(numbers), line.split(",")[0]))
+                models = sweep.train_sweep(points, options, datasets, resume=True)
+                show(len(points), "")
     except TrainingInterrupt as error:
         message = f"stopped; what is trained is kept in {folder}; the same command goes on"
         raise TrainingInterrupt(message, error.signal) from None
@@ -84,33 +78,12 @@ def _check(run: Run) -> None:
         family, use = run.recipe.name("family"), param("family")
         raise UserError(f"classify needs evidence, and family {family} has none; fit with another {use}")
     if labels is None or len(class_labels(run.data)) < 2:
-        raise UserError(
-            f"classify needs labels, and {run.recipe.data} has {'none' if labels is None else 'one alone'}; give its "
-            "rows a column 'label' (.csv, .parquet) or an array y (.npz)"
-        )
+        hint = "give its rows a column 'label' (.csv, .parquet) or an array y (.npz)"
+        number = "none" if labels is None else "one alone"
+        raise UserError(f"classify needs labels, and {run.recipe.data} has {number}", hint)
     if run.data.num_label_columns and not len(run.data.validation):
-        raise UserError(
-            f"classify calibrates on rows that the program has not seen; fit with {param('validation_size', 0.1)}"
-        )
-
-
-def _train(
-    points: list[SweepPoint],
-    folder: Path,
-    datasets: DatasetCache,
-    run: Run,
-    data_folder: str | Path | None,
-    progress: bool,
-) -> list[FittedModel]:
-    """Train the class models that are not trained yet."""
-    with progress_bar("classes", len(points), wanted=progress) as show:
-        numbers = iter(range(len(points)))
-        workers = sweep.Workers(
-            device=run.device, data_folder=data_folder, say=lambda line: show(next(numbers), line.split(",")[0])
-        )
-        models = sweep.train_sweep(points, folder, datasets, workers, resume=True)
-        show(len(points), "")
-    return models
+        hint = f"fit with {param('validation_size', 0.1)}"
+        raise UserError("classify calibrates on rows that the program has not seen", hint)
 
 
 def _load(points: Sequence[SweepPoint], folder: Path, datasets: DatasetCache, device: str) -> list[FittedModel]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -22,7 +22,7 @@ from pvae.experiments.conclusions import EvaluatedVariant, SameDecoder
 from pvae.experiments.opened_run import TrainedVariant
 from pvae.experiments.results import SCHEMA, Group, collect_results, group_results
 from pvae.experiments.run_folder import CACHE_DIRS, cache_folder
-from pvae.experiments.sweep import DatasetCache, Workers
+from pvae.experiments.sweep import DatasetCache, RunOptions
 from pvae.inference.families import Family
 from pvae.inference.guides import Guide
 from pvae.inference.latents import base_measure
@@ -31,7 +31,6 @@ from pvae.inference.refinement import CHECK_STEPS
 from pvae.recipes import preflight, registry
 from pvae.recipes.build import FittedModel
 from pvae.recipes.recipe import Recipe, resolve
-from pvae.recipes.registry import KINDS
 from pvae.runtime.files import read_json, write_json
 from pvae.runtime.precision import check_precision
 from pvae.runtime.progress import progress_bar
@@ -47,33 +46,6 @@ BUDGETS = {
 }
 
 
-@dataclass(frozen=True)
-class RunOptions:
-    """Options of a comparison, beside the recipe that fixes its numbers.
-
-    Attributes:
-        folder: of the run.
-        device: ``auto``, ``cpu`` or ``cuda``.
-        rows: how many rows of each split are evaluated.
-        budget: of the evaluation.
-        families: words for other variational families; evaluation measures what each would gain.
-        jobs: variants that are trained at a time, each in a process of its own.
-        trust: run the code of files that a run's recipe names.
-        progress: show progress bars.
-        say: takes lines for the user.
-    """
-
-    folder: Path
-    device: str = "auto"
-    rows: int = 300
-    budget: Budget = field(default_factory=Budget)
-    families: Sequence[str] = ()
-    jobs: int = 1
-    trust: bool = False
-    progress: bool = False
-    say: Callable[[str], None] = lambda line: None
-
-
 def compare(
     recipe: Recipe,
     options: RunOptions,
@@ -83,24 +55,16 @@ def compare(
     overwrite: bool = False,
     resume: bool = False,
 ) -> dict[str, Any]:
-    """Train the variants of a sweep from one seed and budget, evaluate them, and write the run folder.
+    """Train the variants of a sweep from one seed and budget, evaluate them, write the run folder, return its results.
 
     Arguments:
-        recipe: of all variants.
-        options: where and how.
         vary: values of the recipe's keys to be combined; the three inference methods unless given.
-        data_folder: where torchvision's data sets are.
-        overwrite: replace a run that the folder holds.
-        resume: continue it; finished trainings are loaded.
+        resume: continue a run that the folder holds; finished trainings are loaded.
 
-    Returns:
-        The results, as in ``results.json``.
-
-    Raises:
-        UserError: anything that the user can mend; nothing has been overwritten if it could be known before.
+    See also: `pvae.compare`.
     """
     given = (vary or {"guide": INFERENCE_METHODS}).items()
-    axes = {key: [registry.with_absolute_path(v) if key in KINDS else v for v in values] for key, values in given}
+    axes = {k: [registry.with_absolute_path(v) if k in registry.KINDS else v for v in values] for k, values in given}
     check_range(least=1, jobs=options.jobs)
     device, datasets = pick_device(options.device), DatasetCache(data_folder)
     points, left_out = sweep.runnable(sweep.sweep_points(recipe, axes), datasets)
@@ -114,8 +78,7 @@ def compare(
         for warning in preflight.recipe_warnings(point.recipe):
             options.say(f"warning: {point.folder_name}: {warning}")
     run_folder.prepare_folder(options.folder, resolve(recipe), axes, overwrite=overwrite, resume=resume)
-    workers = Workers(options.jobs, options.device, data_folder, options.progress, options.say)
-    fits = sweep.train_sweep(points, options.folder, datasets, workers, overwrite=overwrite, resume=resume)
+    fits = sweep.train_sweep(points, options, datasets, overwrite=overwrite, resume=resume)
     variants: dict[str, TrainedVariant] = {}
     for point, fitted in zip(points, fits, strict=True):
         variants.setdefault(point.name, TrainedVariant(point.name, [], datasets[point.recipe])).fits.append(fitted)
@@ -132,8 +95,8 @@ def current_results(folder: Path, variants: list[TrainedVariant]) -> dict[str, A
     results = _results(folder)
     fitted = {row["name"]: row.get("fitted") for group in results.get("groups", []) for row in group["rows"]}
     exports = (folder / arviz_export.idata_name(number) for number, _ in enumerate(results.get("groups", []), 1))
-    same = fitted == {variant.name: [run_folder.fingerprint(fit) for fit in variant.fits] for variant in variants}
-    return results if same and all(path.is_file() for path in exports) else {}
+    current = {variant.name: [run_folder.fingerprint(fit) for fit in variant.fits] for variant in variants}
+    return results if fitted == current and all(path.is_file() for path in exports) else {}
 
 
 def _results(folder: Path) -> dict[str, Any]:
@@ -149,10 +112,8 @@ def evaluate_variants(
     variants: list[TrainedVariant], options: RunOptions, left_out: Mapping[str, str] | None = None
 ) -> dict[str, Any]:
     """Evaluate fitted variants on rows of both splits and write ``results.json`` and ``idata.nc``."""
-    options.say(
-        f"evaluating on up to {options.rows} training and test rows, K = {options.budget.K}, "
-        f"at most {options.budget.steps} refinement steps"
-    )
+    work = f"K = {options.budget.K}, at most {options.budget.steps} refinement steps"
+    options.say(f"evaluating on up to {options.rows} training and test rows, {work}")
     groups = []
     for number, (measure, members) in enumerate(_comparable(variants, options), 1):
         group, draws = _evaluate_group(members, measure, options)
@@ -160,8 +121,8 @@ def evaluate_variants(
         labels = None if group.data.test_labels is None else group.data.test_labels[: options.rows]
         about = arviz_export.attributes(groups[-1], {v.name: v.fits[0].recipe for v in members})
         arviz_export.save_idata(arviz_export.to_datatree(draws, group.test, labels, about), options.folder, number)
-    fits = [fit for variant in variants for fit in variant.fits]
-    results = collect_results(groups, fits, str(pick_device(options.device)), left_out or {})
+    recipes = [fit.recipe for variant in variants for fit in variant.fits]
+    results = collect_results(groups, recipes, str(pick_device(options.device)), left_out or {})
     write_json(options.folder / "results.json", results)
     return results
 
@@ -170,9 +131,9 @@ def _comparable(variants: list[TrainedVariant], options: RunOptions) -> list[tup
     """Group variants whose nats can be compared, of the same rows and base measure; with the measure of each group."""
     groups: dict[tuple[str, ...], list[TrainedVariant]] = {}
     for variant in variants:
-        rows = variant.data.train[:2].to(pick_device(options.device))
-        measure = base_measure(variant.fits[0].model, rows)
-        groups.setdefault((measure, variant.data.identity, variant.data.digest), []).append(variant)
+        data, device = variant.data, pick_device(options.device)
+        measure = base_measure(variant.fits[0].model, data.train[:2].to(device))
+        groups.setdefault((measure, data.identity, data.digest), []).append(variant)
     return [(measure, members) for (measure, *_), members in groups.items()]
 
 
@@ -183,7 +144,7 @@ def _evaluate_group(
     data, device = variants[0].data, pick_device(options.device)
     train = Batch(*(values.to(device) for values in data.fixed_train(options.rows)))
     test = data.test[: options.rows].to(device)
-    frozen = {variant.name: _freeze(variant.fits[0], test) for variant in variants}
+    frozen = {variant.name: _freeze(variant.fits[0], test, variant.fits[0].guide) for variant in variants}
     evaluated = [_evaluate(variant, frozen[variant.name], train, test, options) for variant in variants]
     spaces, draws = {}, {}
     for variant, one in zip(variants, evaluated, strict=True):
@@ -194,63 +155,48 @@ def _evaluate_group(
         draws[variant.name] = replace(arviz_export.draw_for_export(model, guide, test, seed=seed), values=values)
     group = Group(data, measure, test, variants, evaluated, spaces)
     base = next((v for v in variants if v.fits[0].recipe.type_name("guide") == "Amortized"), None)
-    if base is None or not _differ_in_guide_alone(variants) or base.fits[0].guide.family.point_mass:
+    recipes = {variant.name: variant.fits[0].recipe for variant in variants}
+    first, *others = [replace(recipe, guide="") for recipe in recipes.values()]
+    if base is None or any(other != first for other in others) or base.fits[0].guide.family.point_mass:
         return group, draws
     options.say("evaluating every inference method on the amortized variant's decoder")
-    fitted, recipes = base.fits[0], {v.name: v.fits[0].recipe for v in variants}
-    others = {name: recipe.guide for name, recipe in recipes.items() if recipe.type_name("guide") != "Amortized"}
+    fitted = base.fits[0]
+    guides = {name: recipe.guide for name, recipe in recipes.items() if recipe.type_name("guide") != "Amortized"}
     present = {recipe.type_name("guide") for recipe in recipes.values()}
-    others |= {method: method for method in INFERENCE_METHODS[1:] if method not in present}
+    guides |= {method: method for method in INFERENCE_METHODS[1:] if method not in present}
     steps = [step for step in CHECK_STEPS if step <= max(options.budget.steps, 1)]
     return group._replace(
-        same=_same_decoder(fitted, {"Amortized": fitted.recipe.guide} | others, test, options.budget.K),
+        same=_same_decoder(fitted, {"Amortized": fitted.recipe.guide} | guides, test, options.budget.K),
         curve=refinement_curve(fitted.model, frozen[base.name], test, steps=steps, seed=fitted.recipe.seed),
     ), draws
 
 
-def _freeze(fitted: FittedModel, x: Tensor, guide: Guide | None = None) -> Guide:
+def _freeze(fitted: FittedModel, x: Tensor, guide: Guide) -> Guide:
     """Compute a guide's variational parameters of test rows once, under the noise that evaluation gives each batch."""
-    guide = fitted.guide if guide is None else guide
     return freeze(fitted.model, guide, x, seed_of=partial(batch_seed, fitted.recipe.seed))
-
-
-def _differ_in_guide_alone(variants: list[TrainedVariant]) -> bool:
-    recipes = [replace(variant.fits[0].recipe, guide="") for variant in variants]
-    return all(recipe == recipes[0] for recipe in recipes)
 
 
 def _evaluate(
     variant: TrainedVariant, frozen: Guide, train: Batch, test: Tensor, options: RunOptions
 ) -> EvaluatedVariant:
     """Evaluate each seed of a variant on rows of both splits; the first seed's guide is frozen for the test rows."""
-    rows, evaluated = len(train.x) + len(test), []
+    rows, done, evaluated = len(train.x) + len(test), [], []
+    budget = replace(options.budget, families={word: _family_maker(word) for word in options.families})
     with progress_bar("rows", rows * len(variant.fits), wanted=options.progress) as show:
-        done = 0
 
         def count(rows: int) -> None:
-            nonlocal done
-            done += rows
-            show(done, variant.name)
+            done.append(rows)
+            show(sum(done), variant.name)
 
-        budget = replace(options.budget, families={word: _family_maker(word) for word in options.families})
         for fitted in variant.fits:
-            seed = fitted.recipe.seed
-            settings: dict[str, Any] = {
-                "budget": budget,
-                "seed": seed,
-                "progress": count,
-                "cache": _cache(variant, fitted, options),
-            }
-            guide = frozen if fitted is variant.fits[0] else fitted.guide
-            evaluated.append(
-                EvaluatedVariant(
-                    variant.name,
-                    fitted.fit.seconds,
-                    evaluate(fitted.model, fitted.guide, *train, prefix=f"train-{seed}", **settings),
-                    evaluate(fitted.model, guide, test, prefix=f"test-{seed}", **settings),
-                    fitted.recipe.type_name("guide"),
-                )
-            )
+            model, guide, recipe = fitted.model, fitted.guide, fitted.recipe
+            settings: dict[str, Any] = {"budget": budget, "seed": recipe.seed, "progress": count}
+            settings["cache"] = _cache(variant, fitted, options)
+            on_train = evaluate(model, guide, *train, prefix=f"train-{recipe.seed}", **settings)
+            guide = frozen if fitted is variant.fits[0] else guide
+            on_test = evaluate(model, guide, test, prefix=f"test-{recipe.seed}", **settings)
+            method = recipe.type_name("guide")
+            evaluated.append(EvaluatedVariant(variant.name, fitted.fit.seconds, on_train, on_test, method))
     return replace(evaluated[0], further=tuple(evaluated[1:]))
 
 
@@ -263,27 +209,22 @@ def _family_maker(word: str) -> Callable[[int], Family]:
 
 def _cache(variant: TrainedVariant, fitted: FittedModel, options: RunOptions) -> ResultCache:
     """Return the cache of a fit's evaluation, under everything that it depends on."""
-    key = {
-        "fitted": run_folder.fingerprint(fitted),
-        "data": variant.data.digest,
-        "rows": options.rows,
-        "budget": asdict(options.budget),
-        "families": {word: registry.source_code(registry.parse_component(word)) for word in options.families},
-        "version": version("pvae-pyro"),
-    }
+    families = {word: registry.source_code(registry.parse_component(word)) for word in options.families}
+    key = {"rows": options.rows, "budget": asdict(options.budget), "families": families, "data": variant.data.digest}
+    key |= {"fitted": run_folder.fingerprint(fitted), "version": version("pvae-pyro")}
     return ResultCache(cache_folder(options.folder, CACHE_DIRS[0], variant.name), key)
 
 
 def _same_decoder(base: FittedModel, guides: Mapping[str, Any], x: Tensor, K: int) -> list[SameDecoder]:
     """Evaluate each guide on the amortized decoder; semi-amortized steps start from its encoder's parameters."""
-    model, amortized, results = base.model, base.guide, []
-    supplied = {"encoder": amortized.encoder, "family": amortized.family, "sites": amortized.sites}
-    supplied |= {"model": model, "num_data": 1}
+    supplied = {name: getattr(base.guide, name) for name in ("encoder", "family", "sites")}
+    supplied |= {"model": base.model, "num_data": 1}
+    results = []
     for name, component in guides.items():
         guide = registry.make("guide", component, **supplied).to(x.device).eval()
         start = time.perf_counter()
         frozen = _freeze(base, x, guide)
         seconds = time.perf_counter() - start
-        elbo = bounds(model, frozen, x, K=K, seed=base.recipe.seed).values["elbo"]
+        elbo = bounds(base.model, frozen, x, K=K, seed=base.recipe.seed).values["elbo"]
         results.append(SameDecoder(name, elbo, seconds / len(x)))
     return results

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,24 +13,13 @@ from pvae.diagnostics.evaluation import Evaluation, RefinementCurve
 from pvae.errors import param
 from pvae.stats import Estimate, mean_se, number
 
-# Standard errors beyond which a difference is called one.
-Z_CLEAR = 3.0
-
-# Nats of an optimization gap that nobody would act on.
-NEGLIGIBLE = 0.02
+# Standard errors beyond which a difference is called one; nats of an optimization gap that nobody would act on.
+Z_CLEAR, NEGLIGIBLE = 3.0, 0.02
 
 
 @dataclass(frozen=True)
 class EvaluatedVariant:
-    """Evaluation of a variant with its own decoder.
-
-    Attributes:
-        name: of the variant.
-        seconds: of its training.
-        train, test: evaluations of rows of both splits.
-        inference: its inference method, the class of its guide.
-        further: the same variant from further seeds.
-    """
+    """Evaluation of a variant with its own decoder, after ``seconds`` of training; ``further`` holds further seeds."""
 
     name: str
     seconds: float
@@ -45,18 +35,14 @@ class EvaluatedVariant:
 
     def mean(self, quantity: str, split: str = "test") -> Estimate:
         """Return a quantity's mean and its error: over rows, or over the seeds' means if there are several seeds."""
-        return self._mean_over_seeds(lambda one: getattr(one, split).values[quantity])
+        return _mean_over_seeds([getattr(one, split).values[quantity] for one in self.seeds])
 
     def mean_gain(self, family: str) -> Estimate:
         """Return the mean gain of another variational family on test rows, likewise."""
-        return self._mean_over_seeds(lambda one: one.test.family_gains[family].gain)
-
-    def _mean_over_seeds(self, values: Callable[[EvaluatedVariant], Tensor]) -> Estimate:
-        return _mean_over_seeds([values(one) for one in self.seeds])
+        return _mean_over_seeds([one.test.family_gains[family].gain for one in self.seeds])
 
 
-@dataclass(frozen=True)
-class SameDecoder:
+class SameDecoder(NamedTuple):
     """An inference method on another's decoder: ELBO of test rows, [B] nats, and seconds to infer a row."""
 
     guide: str
@@ -65,31 +51,26 @@ class SameDecoder:
 
 
 def draw_conclusions(
-    evaluated: list[EvaluatedVariant], same: list[SameDecoder], curve: RefinementCurve | None, *, dynamic: bool = False
+    evaluated: list[EvaluatedVariant], same: Sequence[SameDecoder], curve: RefinementCurve | None, dynamic: bool = False
 ) -> list[str]:
     """Return the sentences that the results support, most important first.
 
     Arguments:
-        evaluated: the variants, each with its own decoder.
-        same: the inference methods on the amortized variant's decoder, its own encoder first.
-        curve: ELBO by refinement steps on that decoder.
+        same, curve: inference methods on the amortized variant's decoder, its own encoder first; refinement there.
         dynamic: binarization is drawn afresh for each batch.
     """
     with_evidence = [one for one in evaluated if "evidence" in one.test.values]
     sentences = [*_ranking(with_evidence), *_amortization(with_evidence), *_same_decoder(same, curve)]
-    sentences += [*_families(with_evidence), *_local_params(with_evidence), *_faults(with_evidence)]
+    sentences += [*_better_params(with_evidence), *_faults(with_evidence)]
     if dynamic and any(one.inference == "PerDatapoint" for one in evaluated):
         sentences.append(
             "Under dynamic binarization PerDatapoint fits a row to all binarizations of its image at once, while "
             f"evaluation shows it one: compare it under {param('binarize', 'threshold')}."
         )
-    for one in evaluated:
-        if "log_joint" in one.test.values:
-            sentences.append(
-                f"{one.name} uses a point mass: its objective is log p(x, z) at one point, which bounds no evidence; "
-                "it has no gaps and stands in no ranking."
-            )
-    return sentences
+    names = [one.name for one in evaluated if "log_joint" in one.test.values]
+    point_mass = "its objective is log p(x, z) at one point, which bounds no evidence"
+    limits = "it has no gaps and stands in no ranking"
+    return sentences + [f"{name} uses a point mass: {point_mass}; {limits}." for name in names]
 
 
 def _clear(estimate: Estimate, seeds: int = 1) -> bool:
@@ -102,12 +83,6 @@ def _clear(estimate: Estimate, seeds: int = 1) -> bool:
 
 def _mean_over_seeds(values: list[Tensor]) -> Estimate:
     return mean_se(values[0] if len(values) == 1 else torch.stack([rows.mean() for rows in values]))
-
-
-def _paired_difference(one: EvaluatedVariant, other: EvaluatedVariant, quantity: str) -> Estimate:
-    """Mean difference of a quantity on test rows: paired by rows, or by seeds where there are several."""
-    pairs = zip(one.seeds, other.seeds, strict=False)
-    return _mean_over_seeds([a.test.values[quantity] - b.test.values[quantity] for a, b in pairs])
 
 
 def _signed(estimate: Estimate) -> str:
@@ -124,13 +99,14 @@ def _ranking(evaluated: list[EvaluatedVariant]) -> Iterator[str]:
     best, *others = sorted(evaluated, key=lambda one: -one.mean("evidence").mean)
     seeds, leads = len(best.seeds), []
     for other in others:
-        lead = _paired_difference(best, other, "evidence")
+        pairs = zip(best.seeds, other.seeds, strict=False)
+        lead = _mean_over_seeds([a.test.values["evidence"] - b.test.values["evidence"] for a, b in pairs])
         leads.append(f"{number(lead)} above {other.name}" + ("" if _clear(lead, seeds) else " (no clear difference)"))
     times = ", ".join(f"{one.name} {sum(s.seconds for s in one.seeds) / len(one.seeds):.3g} s" for one in evaluated)
-    over = f", over {seeds} seeds" if seeds > 1 else ""
+    evidence = f"{number(best.mean('evidence'))} nats" + (f", over {seeds} seeds" if seeds > 1 else "")
     yield (
-        f"Each with its own decoder: {best.name} gives the best test evidence, {number(best.mean('evidence'))} nats"
-        f"{over}, {_join(leads)}. Training took {times}."
+        f"Each with its own decoder: {best.name} gives the best test evidence, {evidence}, {_join(leads)}. "
+        f"Training took {times}."
     )
 
 
@@ -138,9 +114,8 @@ def _amortization(evaluated: list[EvaluatedVariant]) -> Iterator[str]:
     amortized = [one for one in evaluated if one.inference == "Amortized"]
     for split in ("test", "train") if len(amortized) == 1 else ("test",):
         for one in amortized:
-            total, approximation, amortization = (
-                number(one.mean(f"{gap}_gap", split)) for gap in ("inference", "approximation", "amortization")
-            )
+            gaps = ("inference_gap", "approximation_gap", "amortization_gap")
+            total, approximation, amortization = (number(one.mean(gap, split)) for gap in gaps)
             elbo = "amortized ELBO" if len(amortized) == 1 else f"ELBO of {one.name}"
             yield (
                 f"On {split} rows the {elbo} is {total} nats below the evidence: {amortization} from amortization (the "
@@ -149,29 +124,23 @@ def _amortization(evaluated: list[EvaluatedVariant]) -> Iterator[str]:
             )
 
 
-def _same_decoder(same: list[SameDecoder], curve: RefinementCurve | None) -> Iterator[str]:
+def _same_decoder(same: Sequence[SameDecoder], curve: RefinementCurve | None) -> Iterator[str]:
     if curve is not None:
         gains = {s: mean_se(curve.elbo[m] - curve.elbo[0]) for m, s in enumerate(curve.steps) if s in (1, 5, 20, 100)}
         phrases = ", ".join(f"{number(gain)} nats after {s}" for s, gain in gains.items())
-        yield (
-            f"Refinement steps on the amortized decoder raise the test ELBO by {phrases}; a step takes "
-            f"{curve.seconds_per_step * 1e6:.3g} microseconds per row."
-        )
+        cost = f"a step takes {curve.seconds_per_step * 1e6:.3g} microseconds per row"
+        yield f"Refinement steps on the amortized decoder raise the test ELBO by {phrases}; {cost}."
     if len(same) > 1:
         phrases = ", ".join(f"{one.guide} {_signed(mean_se(one.elbo - same[0].elbo))}" for one in same[1:])
         yield f"On the amortized decoder, test ELBO relative to its own encoder, nats: {phrases}."
 
 
-def _families(evaluated: list[EvaluatedVariant]) -> Iterator[str]:
+def _better_params(evaluated: list[EvaluatedVariant]) -> Iterator[str]:
+    """Say what other families, and further local steps, would gain."""
     for one in evaluated:
         if gains := [f"{family} {_signed(one.mean_gain(family))}" for family in one.test.family_gains]:
-            yield (
-                f"On the decoder of {one.name} the best q of another variational family changes the test ELBO by, "
-                f"nats: {_join(gains)}."
-            )
-
-
-def _local_params(evaluated: list[EvaluatedVariant]) -> Iterator[str]:
+            change = "the best q of another variational family changes the test ELBO by, nats"
+            yield f"On the decoder of {one.name} {change}: {_join(gains)}."
     for one in evaluated:
         if one.inference == "PerDatapoint":
             gap = number(one.mean("amortization_gap", "train"))
@@ -182,6 +151,7 @@ def _local_params(evaluated: list[EvaluatedVariant]) -> Iterator[str]:
 
 
 def _faults(evaluated: list[EvaluatedVariant]) -> Iterator[str]:
+    steps = param("refine_steps")
     for one in evaluated:
         for split in ("train", "test"):
             values = getattr(one, split).values
@@ -190,13 +160,11 @@ def _faults(evaluated: list[EvaluatedVariant]) -> Iterator[str]:
                 if mean.mean < 0 and _clear(mean):
                     yield (
                         f"The {gap.replace('_', ' ')} of {one.name} on {split} rows is negative beyond its error, "
-                        f"{number(mean)}: the estimate is at fault; evaluate with more {param('K')} or "
-                        f"{param('refine_steps')}."
+                        f"{number(mean)}: the estimate is at fault; evaluate with more {param('K')} or {steps}."
                     )
             left = mean_se(values["optimization_gap"]).mean
             if left > max(0.1 * mean_se(values["inference_gap"]).mean, NEGLIGIBLE):
                 yield (
                     f"The search for the best variational parameters of {one.name} on {split} rows had not converged: "
-                    f"its last doubling of steps gained {left:.3f} nats (optimization gap); evaluate with more "
-                    f"{param('refine_steps')}."
+                    f"its last doubling of steps gained {left:.3f} nats (optimization gap); evaluate with more {steps}."
                 )

@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from pvae.diagnostics.battery import DiagnosisBudget, join_parts
-from pvae.diagnostics.diagnosis import Diagnosis, diagnose, estimate_seconds
+from pvae.diagnostics.diagnosis import diagnose, estimate_seconds
 from pvae.errors import UserError, nearest, param
 from pvae.experiments.compare import RunOptions
 from pvae.experiments.opened_run import TrainedVariant
@@ -37,53 +37,34 @@ def diagnose_run(
     budget: DiagnosisBudget,
     only: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """Diagnose fitted variants on test rows and write ``diagnosis.json``; finished tasks are cached.
+    """Diagnose the first seed of variants on test rows and write ``diagnosis.json``; finished tasks are cached.
 
     Arguments:
-        variants: see `open_variants`; if one was trained with several seeds, only the first is diagnosed.
         results: of the evaluation, as in ``results.json``.
         options: where and how; rows and budget there are the evaluation's and not used.
-        budget: of the diagnosis.
         only: names of variants; all unless given.
-
-    Raises:
-        UserError: an unknown name, or HMC diverges everywhere.
 
     See also: `pvae.diagnose`, for one model and guide.
     """
     wanted = select_variants(variants, only)
-    others = [one for one in _load_readable(options.folder) if only and one["name"] not in only]
+    others: list[dict[str, Any]] = []
+    with suppress(UserError):
+        before = load_diagnosis(options.folder).get("variants", []) if only else []
+        others += [variant for variant in before if variant["name"] not in only]
     rows = {row["name"]: row for group in results["groups"] for row in group["rows"]}
-    device, diagnoses = pick_device(options.device), []
+    diagnoses = []
     for variant in wanted:
-        fitted, x = variant.fits[0], variant.data.test[: budget.rows].to(device)
+        fitted, x = variant.fits[0], variant.data.test[: budget.rows].to(pick_device(options.device))
         if variant is wanted[0]:
             options.say(_announce(estimate_seconds(fitted.model, fitted.guide, x, budget), budget, len(wanted)))
-        start, cache = time.perf_counter(), _cache(variant, options, budget)
-        diagnosis = _diagnose(variant, x, budget, cache, dict(_bounds_and_gaps(rows[variant.name])), options)
-        diagnoses.append(
-            {
-                "name": variant.name,
-                "plan": asdict(budget),
-                "fitted": fingerprint(fitted),
-                "parts": cache.key,
-                "seconds": time.perf_counter() - start,
-                "figures": {name: value._asdict() for name, value in diagnosis.figures.items()},
-                "refined": {name: value._asdict() for name, value in diagnosis.refined.items()},
-                "verdicts": [verdict._asdict() for verdict in diagnosis.verdicts.values()],
-            }
-        )
+        diagnoses.append(_diagnose(variant, x, budget, dict(_bounds_and_gaps(rows[variant.name])), options))
     contents = {"schema": SCHEMA, "variants": diagnoses + others}
     write_json(options.folder / FILE, contents)
     return contents
 
 
 def load_diagnosis(folder: Path) -> dict[str, Any]:
-    """Read what `diagnose_run` has written; an empty mapping without it.
-
-    Raises:
-        UserError: it is broken or of another version.
-    """
+    """Read what `diagnose_run` has written; an empty mapping without it."""
     path = folder / FILE
     if not path.is_file():
         return {}
@@ -94,23 +75,13 @@ def load_diagnosis(folder: Path) -> dict[str, Any]:
     raise UserError(f"{path} is broken or of another version; pvae diagnose {folder} writes it anew")
 
 
-def _load_readable(folder: Path) -> list[dict[str, Any]]:
-    with suppress(UserError):
-        return list(load_diagnosis(folder).get("variants", []))
-    return []
-
-
 def load_parts(folder: Path, variant: Mapping[str, Any]) -> dict[str, Any]:
     """Read the arrays behind a variant's figures, by part; parts that are not cached are left out."""
     return join_parts(load_all(cache_folder(folder, FOLDER, variant["name"]), variant["parts"]))
 
 
 def select_variants(variants: Sequence[TrainedVariant], only: Sequence[str]) -> list[TrainedVariant]:
-    """Return the variants of these names, all of them if none is given.
-
-    Raises:
-        UserError: the run has none of such a name.
-    """
+    """Return the variants of these names, all of them if none is given."""
     known = {variant.name: variant for variant in variants}
     for name in only:
         if name not in known:
@@ -118,48 +89,38 @@ def select_variants(variants: Sequence[TrainedVariant], only: Sequence[str]) -> 
     return [known[name] for name in only] or list(variants)
 
 
-def _cache(variant: TrainedVariant, options: RunOptions, budget: DiagnosisBudget) -> ResultCache:
-    fitted = variant.fits[0]
-    key = {
-        "fitted": fingerprint(fitted),
-        "rows": variant.data.digest,
-        "plan": asdict(budget),
-        "seed": fitted.recipe.seed,
-        "version": version("pvae-pyro"),
-    }
-    return ResultCache(cache_folder(options.folder, FOLDER, variant.name), key)
-
-
 def _announce(seconds: float, budget: DiagnosisBudget, variants: int) -> str:
     """Write what a diagnosis is going to cost."""
-    passes, minutes = sum(budget.passes().values()), seconds / 60
+    millions, minutes = sum(budget.passes().values()) / 1e6, seconds / 60
     wait = "less than a minute" if minutes < 1 else f"about {minutes:.0f} min"
     each = f" for each of {variants} variants" if variants > 1 else ""
-    return f"diagnosis: {passes / 1e6:.2g} million rows through the decoder, {wait}{each}"
+    return f"diagnosis: {millions:.2g} million rows through the decoder, {wait}{each}"
 
 
 def _diagnose(
-    variant: TrainedVariant,
-    x: Tensor,
-    budget: DiagnosisBudget,
-    cache: ResultCache,
-    evaluation: Mapping[str, Estimate],
-    options: RunOptions,
-) -> Diagnosis:
-    """Diagnose a variant's first seed, with a progress bar."""
-    fitted, name = variant.fits[0], variant.name
+    variant: TrainedVariant, x: Tensor, budget: DiagnosisBudget, evaluation: Mapping[str, Estimate], options: RunOptions
+) -> dict[str, Any]:
+    """Diagnose a variant's first seed, with a progress bar; returns its entry of ``diagnosis.json``."""
+    start, fitted, name = time.perf_counter(), variant.fits[0], variant.name
+    stored = {"plan": asdict(budget), "fitted": fingerprint(fitted)}
+    seed = fitted.recipe.seed
+    key = stored | {"rows": variant.data.digest, "seed": seed, "version": version("pvae-pyro")}
+    cache = ResultCache(cache_folder(options.folder, FOLDER, name), key)
     with progress_bar("%", 100, wanted=options.progress) as show:
-        return diagnose(
+        diagnosis = diagnose(
             fitted.model,
             fitted.guide,
             x,
             budget=budget,
             labels=variant.data.test_labels,
-            seed=fitted.recipe.seed,
+            seed=seed,
             progress=lambda share, task: show(int(100 * share), f"{name}: {task}" if task else name),
             cache=cache,
             evaluation=evaluation,
         )
+    tables = {part: {k: v._asdict() for k, v in getattr(diagnosis, part).items()} for part in ("figures", "refined")}
+    verdicts, seconds = [verdict._asdict() for verdict in diagnosis.verdicts.values()], time.perf_counter() - start
+    return {"name": name, **stored, "parts": cache.key, "seconds": seconds, **tables, "verdicts": verdicts}
 
 
 def _bounds_and_gaps(row: Mapping[str, Any]) -> Iterator[tuple[str, Estimate]]:

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import one_hot
 
 from pvae import applications
 from pvae.applications.anomalies import AnomalyScores
@@ -27,6 +28,9 @@ from pvae.inference.guides import Guide
 from pvae.recipes.build import FittedModel
 from pvae.recipes.recipe import Recipe, read_recipe, read_recipe_file
 from pvae.runtime.pyro_params import Program
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
 
 # Rows to use a run on: a table, a split of its data (test, train, validation) or the path of a file; its test rows.
 Rows = Values | str | Path | None
@@ -49,11 +53,9 @@ class Run:
     same name in ``pvae.applications``, of `evaluate` and of `diagnose`.
 
     Attributes:
-        folder: of the run.
-        name: of the variant.
+        name, others: of the variant, and of the run's other variants.
         variant: its fitted model: program, guide and recipe.
         data: that it was fitted to, on the CPU.
-        others: names of the run's other variants.
         device: ``auto``, ``cpu`` or ``cuda``, as it was asked for.
 
     See also: `open_run`.
@@ -140,11 +142,7 @@ class Run:
         return applications.detect_anomalies(self.model, self.guide, *self._rows(x), **options)
 
     def classify(self, x: Rows = None, *, epochs: int | None = None, **options: Any) -> Classification:
-        """Classify rows by evidence, with models of each label's rows, which are trained at the first use.
-
-        Arguments:
-            epochs: of each class model; the run's unless given.
-        """
+        """Classify rows by evidence, with a model of each label's rows, fitted at first use for ``epochs``."""
         models, data = fit_class_models(self, epochs=epochs)
         rows = self._rows(x)[0][:, : self.columns]
         assert data.train_labels is not None  # fit_class_models asks for them
@@ -161,17 +159,19 @@ class Run:
         """Diagnose the posterior of rows, with the run's seed: figures and how far each use may be trusted."""
         return diagnose(self.model, self.guide, *self._rows(x), **{"seed": self.recipe.seed} | options)
 
+    def summarize_latents(self, x: Rows = None, *, K: int = 100, **options: Any) -> DataFrame:
+        """Summarize K draws of each row's latents by ``arviz_stats.summary``: mean, standard deviation, interval."""
+        from pvae.experiments.arviz_export import summarize_latents
+
+        return summarize_latents(self.model, self.guide, *self._rows(x), K=K, **{"seed": self.recipe.seed} | options)
+
     def label_name(self, label: float) -> str:
         """Return a label as the run's data write it: a word, or a number."""
         names = self.data.label_names
         return f"{label:g}" if names is None else names[int(label)]
 
     def label_of(self, word: str) -> float:
-        """Return the number of a label.
-
-        Raises:
-            UserError: the run's data have none of this name.
-        """
+        """Return the number of a label, which the run's data must have."""
         labels = [] if self.data.labels is None else self.data.labels.tolist()
         known = {self.label_name(label): label for label in labels}
         if word not in known:
@@ -181,9 +181,8 @@ class Run:
     def labelled(self, rows: Tensor, labels: Tensor) -> Tensor:
         """Return rows with their labels' one-hot columns, [B, columns + classes], for a program that takes labels."""
         assert self.data.labels is not None  # the columns are theirs
-        classes = self.data.num_label_columns
-        one_hot = torch.nn.functional.one_hot(torch.searchsorted(self.data.labels, labels), classes)
-        return torch.cat([rows, one_hot.to(rows)], 1)
+        numbers = torch.searchsorted(self.data.labels, labels)
+        return torch.cat([rows, one_hot(numbers, self.data.num_label_columns).to(rows)], 1)
 
     def _rows(self, x: Rows, **reading: Any) -> tuple[Any, Tensor | None]:
         """Rows, and which training datapoints they are."""
@@ -238,12 +237,7 @@ def open_variants(
 ) -> list[TrainedVariant]:
     """Open all trained variants of a run folder, each with the fits of all its seeds.
 
-    Arguments:
-        device, data_folder, trust: as of `open_run`.
-        say: takes warnings of what is not trained, or not to its end.
-
-    Raises:
-        UserError: no run, a broken one, or one whose data have changed.
+    Arguments and errors are those of `open_run`; ``say`` takes warnings of what is not trained, or not to its end.
     """
     datasets, variants = DatasetCache(data_folder), dict[str, TrainedVariant]()
     for name, recipe, path in _list_fits(folder, trust=trust, say=say):
@@ -265,11 +259,10 @@ def _list_fits(
         return [(recipe.name("guide"), recipe, folder)]
     points = [(point.name, folder / point.folder_name) for point in sweep_points(recipe, axes)]
     begun = [(name, path) for name, path in points if (path / RECIPE).is_file()]
-    trained = [(name, read_recipe(path, trust=trust), path) for name, path in begun if is_trained(path)]
-    resume = param("resume", True)
+    trained, resume = [(name, path) for name, path in begun if is_trained(path)], param("resume", True)
     if not trained:
         raise UserError(f"{folder} holds no trained variant; the command that began it with {resume} goes on")
     for _, path in begun:
         if not is_trained(path):
             say(f"warning: {path.name} is not trained and stays out; the first command with {resume} trains it")
-    return trained
+    return [(name, read_recipe(path, trust=trust), path) for name, path in trained]

@@ -44,14 +44,14 @@ class Group(NamedTuple):
 
 
 def collect_results(
-    groups: list[dict[str, Any]], fits: Sequence[FittedModel], device: str, left_out: Mapping[str, str]
+    groups: list[dict[str, Any]], recipes: Sequence[Recipe], device: str, left_out: Mapping[str, str]
 ) -> dict[str, Any]:
     """Return the whole of ``results.json`` from the results of its groups; each has its own tables."""
     return {
         "schema": SCHEMA,
         "versions": library_versions(),
         "machine": {"device": device, "threads": torch.get_num_threads()},
-        "recipe": common_settings([fitted.recipe for fitted in fits]),
+        "recipe": common_settings(recipes),
         "left_out": dict(left_out),
         "groups": groups,
     }
@@ -83,7 +83,7 @@ def common_settings(recipes: Sequence[Recipe]) -> dict[str, Any]:
 
 def group_results(group: Group) -> dict[str, Any]:
     """Return the results of variants that can be compared, as an entry of ``results.json``."""
-    data = group.data
+    data, first = group.data, group.evaluated[0]
     results: dict[str, Any] = {
         "data": {
             "name": data.name,
@@ -93,29 +93,30 @@ def group_results(group: Group) -> dict[str, Any]:
             "digest": data.digest,
             "training_rows": len(data.train),
             "test_rows": len(data.test),
-            "evaluated_rows": {
-                split: len(getattr(group.evaluated[0], split).values["reconstruction"]) for split in SPLITS
-            },
+            "evaluated_rows": {split: len(getattr(first, split).values["reconstruction"]) for split in SPLITS},
             "shape": list(data.shape),
             "summary": data.summary(),
         },
         "rows": [
-            _row(variant.fits, evaluated) | _latent_space(group, variant.name)
+            _row(variant.fits, evaluated, group.spaces.get(variant.name, {}))
             for variant, evaluated in zip(group.variants, group.evaluated, strict=True)
         ],
-        "verdicts": draw_conclusions(
-            group.evaluated, list(group.same), group.curve, dynamic=data.binarize == "dynamic"
-        ),
+        "verdicts": draw_conclusions(group.evaluated, group.same, group.curve, dynamic=data.binarize == "dynamic"),
     }
     if group.same and group.curve is not None:
         results["same_decoder"] = _same_decoder(group.evaluated, group.same)
-        results["refinement"] = _curve(group.curve)
+        elbo = group.curve.elbo
+        results["refinement"] = {
+            "steps": list(group.curve.steps),
+            "elbo": [mean_se(values)._asdict() for values in elbo],
+            "gain": [mean_se(values - elbo[0])._asdict() for values in elbo],
+            "seconds_per_step": group.curve.seconds_per_step,
+        }
     return results
 
 
-def _row(fits: list[FittedModel], evaluated: EvaluatedVariant) -> dict[str, Any]:
-    first, recipe = fits[0], fits[0].recipe
-    every = [evaluated, *evaluated.further]
+def _row(fits: list[FittedModel], evaluated: EvaluatedVariant, space: Mapping[str, Estimate]) -> dict[str, Any]:
+    first, recipe, every = fits[0], fits[0].recipe, evaluated.seeds
     row = {
         "name": evaluated.name,
         "guide": evaluated.inference.rpartition(":")[2],
@@ -133,13 +134,9 @@ def _row(fits: list[FittedModel], evaluated: EvaluatedVariant) -> dict[str, Any]
     }
     if len(fits) > 1:
         row["seconds_by_seed"] = [fitted.fit.seconds for fitted in fits]
+    if space:
+        row["latent_space"] = {key: value._asdict() for key, value in space.items()}
     return row
-
-
-def _latent_space(group: Group, name: str) -> dict[str, Any]:
-    """Return the figures of a variant's latent geometry, of its first seed, where there are any."""
-    figures = group.spaces.get(name, {})
-    return {"latent_space": {key: value._asdict() for key, value in figures.items()}} if figures else {}
 
 
 def _quantities(evaluations: list[Evaluation]) -> dict[str, Any]:
@@ -188,13 +185,4 @@ def _same_decoder(evaluated: list[EvaluatedVariant], same: Sequence[SameDecoder]
             }
             for one in same
         ],
-    }
-
-
-def _curve(curve: RefinementCurve) -> dict[str, Any]:
-    return {
-        "steps": list(curve.steps),
-        "elbo": [mean_se(elbo)._asdict() for elbo in curve.elbo],
-        "gain": [mean_se(elbo - curve.elbo[0])._asdict() for elbo in curve.elbo],
-        "seconds_per_step": curve.seconds_per_step,
     }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -26,10 +25,10 @@ SPLIT_LABELS = {"test": "test rows", "train": "training rows", "validation": "va
 
 
 class SelectedRows(NamedTuple):
-    """Rows x [B, C] of a run's data or of a file.
+    """Rows x [B, C] of a run's data or a file, and their classes, if known; all by row, [B].
 
-    ``labels`` [B] are their classes, if known; ``index`` [B] tells which training datapoints they are, if they are;
-    ``where`` says in words where they come from, and ``place`` [B] each row's position there, -1 if it has none.
+    ``index`` tells which training datapoints they are, if they are; ``where`` says in words where they come from, and
+    ``place`` each row's position there, -1 if it has none.
     """
 
     x: Tensor
@@ -75,14 +74,10 @@ def select_rows(
 def parse_positions(select: str, count: int, rows: str) -> list[int]:
     """Parse positions such as ``0:20`` or ``3,17,5`` among ``count`` rows, which messages call ``rows``.
 
-    Raises:
-        UserError: it can't be read, is empty, or names a position beyond the last.
-
     >>> parse_positions("3,0:2", 10, "test rows")
     [3, 0, 1]
     """
-    positions: list[int] = []
-    label = param("select", select)
+    positions, label = list[int](), param("select", select)
     for word in select.split(","):
         start, colon, stop = word.partition(":")
         try:
@@ -107,22 +102,19 @@ def _from_split(run: Run, split: str, select: str | None) -> SelectedRows:
     place = torch.arange(len(rows)) if select is None else torch.tensor(parse_positions(select, len(rows), where))
     size = 4 * len(place) * rows.shape[1]
     if isinstance(rows, MemmapRows) and size > available_memory() / 2:
-        raise UserError(
-            f"{len(place)} {where} take {size / 2**30:.3g} GiB, more than half of the memory that is left; name fewer, "
-            f"as {param('select', '0:1000')}"
-        )
-    labels = labels if labels is None else labels[place]
+        cost = f"{len(place)} {where} take {size / 2**30:.3g} GiB, more than half of the memory that is left"
+        raise UserError(cost, f"name fewer, as {param('select', '0:1000')}")
+    labels, index = None if labels is None else labels[place], place if split == "train" else None
     if split == "train":
-        x = data.fixed_train(len(rows) if select is None else place).x
-        return SelectedRows(x, labels, place, where, place)
-    return SelectedRows(rows if select is None else rows[place], labels, None, where, place)
+        rows = data.fixed_train(len(rows) if select is None else place).x
+    elif select is not None:
+        rows = rows[place]
+    return SelectedRows(rows, labels, index, where, place)
 
 
 def _from_file(run: Run, path: Path, raw: bool, missing: bool) -> SelectedRows:
-    table = read_table(path)
-    x = _table_of_columns(run, path, table)
-    labels = _labels(run, path, table.get("y_train"))
-    kind = "none" if raw else run.data.binarize
+    table, kind = read_table(path), "none" if raw else run.data.binarize
+    x, labels = _table_of_columns(run, path, table), _labels(run, path, table.get("y_train"))
     if not missing:
         gaps = torch.from_numpy(np.isnan(x))
         refuse_first(gaps, x, "; pvae impute fills in missing entries", where=f"{path}:", counted="in all")
@@ -144,28 +136,22 @@ def _table_of_columns(run: Run, path: Path, table: dict[str, Any]) -> np.ndarray
         raise UserError(f"{path}: there are no rows in it, or no values in them")
     flat = x.reshape(len(x), -1) if x.ndim > 1 else x.reshape(1, -1)
     if (names := run.data.columns) and "columns" in table:
-        flat = flat[:, _order(path, names, table["columns"].tolist())]
+        columns = table["columns"].tolist()  # which may have others, as those that `impute` adds
+        if lacking := [name for name in names if name not in columns]:
+            hint = nearest(lacking[0], columns)
+            raise UserError(f"{path}: it has no column '{lacking[0]}', which the run's data have{hint}")
+        flat = flat[:, [columns.index(name) for name in names]]
     if flat.shape[1] != run.columns:
         shape = " x ".join(map(str, run.data.shape))
         raise UserError(f"{path}: rows have {flat.shape[1]} columns, but the run's have {run.columns} ({shape})")
     return flat
 
 
-def _order(path: Path, names: Sequence[str], columns: list[str]) -> list[int]:
-    """Positions of the run's columns in a file, which may have others, as those that `impute` adds."""
-    if lacking := [name for name in names if name not in columns]:
-        raise UserError(
-            f"{path}: it has no column '{lacking[0]}', which the run's data have{nearest(lacking[0], columns)}"
-        )
-    return [columns.index(name) for name in names]
-
-
 def _check_support(run: Run, x: Tensor, path: Path) -> None:
     with torch.no_grad(), seeded(0):
         like = run.data.train[:1].to(next(run.variant.program.parameters()).device)
         support = base_constraint(prior_predictive(run.model, like).likelihood.support)
-    likelihood = run.recipe.name("likelihood")
-    message = f", outside the support of the run's likelihood {likelihood} ({support})"
+    message = f", outside the support of the run's likelihood {run.recipe.name('likelihood')} ({support})"
     refuse_first(~support.check(x) & ~x.isnan(), x, message, where=f"{path}:", counted="of them")
 
 

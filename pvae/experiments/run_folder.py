@@ -23,39 +23,16 @@ from pvae.training import checkpoints
 from pvae.training.loop import Fit
 
 RECIPE = "recipe.toml"
-FILES = (
-    RECIPE,
-    checkpoints.FILE,
-    checkpoints.STATE,
-    "history.csv",
-    "results.json",
-    "idata.nc",
-    "report.html",
-    "diagnosis.json",
-)
+RESULTS = ("history.csv", "results.json", "idata.nc", "report.html", "diagnosis.json")
 # Folders of cached results, of the applications' results, and of class models.
 CLASS_MODELS_DIR = "classes"
 CACHE_DIRS = ("evaluation", "diagnosis", "uses", CLASS_MODELS_DIR)
 
 
 def prepare_folder(
-    folder: Path,
-    recipe: Recipe,
-    vary: Mapping[str, list[Any]] | None = None,
-    *,
-    overwrite: bool = False,
-    resume: bool = False,
+    folder: Path, recipe: Recipe, vary: Mapping[str, list[Any]] = {}, *, overwrite: bool = False, resume: bool = False
 ) -> None:
-    """Prepare a folder for the run of a resolved recipe, and write the recipe there.
-
-    Arguments:
-        vary: axes of a comparison.
-        overwrite: replace a run that the folder holds.
-        resume: continue it.
-
-    Raises:
-        UserError: the folder holds something else, can't be written to, or is to be resumed with another recipe.
-    """
+    """Prepare a folder for the run of a resolved recipe, with the axes of a comparison, and write the recipe there."""
     if overwrite and resume:
         raise UserError(f"{param('overwrite', True)} and {param('resume', True)} exclude each other")
     label = param("folder", folder)
@@ -63,7 +40,7 @@ def prepare_folder(
         raise UserError(f"{label} is a file; name a folder")
     holds_run = (folder / RECIPE).is_file()
     if resume:
-        _check_same(folder, recipe, dict(vary or {}))
+        _check_same(folder, recipe, dict(vary))
     elif holds_run and not overwrite:
         ways = f"give {param('overwrite', True)}, {param('resume', True)} or another {param('folder')}"
         raise UserError(f"{label} holds a run", ways)
@@ -71,29 +48,28 @@ def prepare_folder(
         _clear(folder)
     elif folder.is_dir() and any(folder.iterdir()):
         raise UserError(f"{label} holds files that are not a run's; name another folder")
-    write_recipe(recipe, folder, dict(vary or {}))
+    write_recipe(recipe, folder, dict(vary))
 
 
 def _check_same(folder: Path, recipe: Recipe, vary: dict[str, list[Any]]) -> None:
     # Code that the folder's recipe names does not run: only the recipe at hand is built.
     stored, axes, _ = read_recipe_file(folder / RECIPE, trust=True)
-    resume, hint = param("resume", True), f"give the same values, or another {param('folder')}"
+    label, hint = f"{param('resume', True)}: {folder}", f"give the same values, or another {param('folder')}"
     if bool(axes) != bool(vary):
-        kinds = {True: "compare's", False: "fit's"}
-        raise UserError(f"{resume}: {folder} is {kinds[bool(axes)]}, not {kinds[bool(vary)]}; name another folder")
+        stored_kind, kind = ("compare's" if keys else "fit's" for keys in (axes, vary))
+        raise UserError(f"{label} is {stored_kind}, not {kind}; name another folder")
     if axes != vary:
-        raise UserError(f"{resume}: {folder} varies {axes}, but now {vary}", hint)
+        raise UserError(f"{label} varies {axes}, but now {vary}", hint)
     for name, value in vars(recipe).items():
         if value != (before := getattr(stored, name)):
-            raise UserError(f"{resume}: {folder} was made with {name} = {before}, but now it is {value}", hint)
+            raise UserError(f"{label} was made with {name} = {before}, but now it is {value}", hint)
 
 
 def _clear(folder: Path) -> None:
     """Remove the files that pvae wrote, and nothing else."""
-    for name in FILES:
-        (folder / name).unlink(missing_ok=True)
-    for path in folder.glob("idata-*.nc"):
-        path.unlink()
+    names = (RECIPE, checkpoints.FILE, checkpoints.STATE, *RESULTS)
+    for path in (*(folder / name for name in names), *folder.glob("idata-*.nc")):
+        path.unlink(missing_ok=True)
     checkpoints.remove(folder)
     for name in CACHE_DIRS:
         shutil.rmtree(folder / name, ignore_errors=True)
@@ -105,14 +81,8 @@ def _clear(folder: Path) -> None:
 def train_in_folder(
     untrained: FittedModel, data: Dataset, folder: Path, *, resume: bool = False, **options: Any
 ) -> FittedModel:
-    """Fit a model in its prepared folder, from the folder's checkpoint on if it is to ``resume`` and there is one.
-
-    Arguments:
-        untrained: of `check_recipe` or `build_model`.
-        options: of `fit`: device, progress, check_data.
-    """
-    resume = resume and is_trained(folder)
-    return fit_recipe(untrained, data, folder=folder, resume=resume, **options)
+    """Fit a model in its prepared folder by `fit_recipe`; with ``resume`` from the folder's checkpoint, if any."""
+    return fit_recipe(untrained, data, folder=folder, resume=resume and is_trained(folder), **options)
 
 
 def is_trained(folder: Path) -> bool:
@@ -121,24 +91,9 @@ def is_trained(folder: Path) -> bool:
 
 
 def load_fit(
-    folder: Path,
-    data: Dataset,
-    *,
-    device: str = "auto",
-    trust: bool = False,
-    untrained: FittedModel | None = None,
+    folder: Path, data: Dataset, *, device: str = "auto", trust: bool = False, untrained: FittedModel | None = None
 ) -> FittedModel:
-    """Load the fitted model of a run folder.
-
-    Arguments:
-        data: that the run was fitted to.
-        device: ``auto``, ``cpu`` or ``cuda``.
-        trust: run the code of files that the recipe names.
-        untrained: a model of the folder's recipe that is to take the parameters, in place of a new one.
-
-    Raises:
-        UserError: no run, or a checkpoint that is broken, of another model or of other data.
-    """
+    """Load the fitted model of a run folder: a new one, or ``untrained``, which takes the parameters."""
     recipe = untrained.recipe if untrained else read_recipe(folder, trust=trust)
     tensors, header = checkpoints.read(folder)
     if header["digest"] != data.digest:
@@ -153,12 +108,10 @@ def load_fit(
 
 def unfinished_note(fitted: FittedModel) -> str:
     """Return how many epochs of a stopped training are left, in words; empty for a finished one."""
-    done, wanted = len(fitted.fit.history), fitted.recipe.epochs or 0
+    done, wanted, resume = len(fitted.fit.history), fitted.recipe.epochs or 0, param("resume", True)
     if done >= wanted or fitted.fit.stopped == "early":
         return ""
-    return (
-        f"has had {done} of its {wanted} epochs; the command that began it with {param('resume', True)} trains the rest"
-    )
+    return f"has had {done} of its {wanted} epochs; the command that began it with {resume} trains the rest"
 
 
 def count_parameters(fitted: FittedModel) -> dict[str, int]:
@@ -169,10 +122,7 @@ def count_parameters(fitted: FittedModel) -> dict[str, int]:
 
 
 def fingerprint(fitted: FittedModel) -> str:
-    """Return the SHA-256 of a fit, first 16 hex digits: of its parameters, its recipe, and the code that this names.
-
-    Cached results belong to the fit of their fingerprint alone.
-    """
+    """Return the SHA-256 of a fit, first 16 hex digits: of its parameters, its recipe, and the code that this names."""
     recipe = fitted.recipe
     words = asdict(recipe) | {kind: registry.with_old_words(getattr(recipe, kind)) for kind in registry.KINDS}
     digest = hashlib.sha256(json.dumps(words, sort_keys=True, default=str).encode())

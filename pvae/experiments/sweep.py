@@ -8,6 +8,7 @@ import multiprocessing
 import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,9 @@ from typing import Any
 import torch
 
 from pvae.data.dataset import Dataset
+from pvae.diagnostics.evaluation import Budget
 from pvae.errors import Incompatible, UserError, param
-from pvae.experiments.run_folder import folder_name, load_fit, prepare_folder, train_in_folder
+from pvae.experiments.run_folder import RECIPE, folder_name, load_fit, prepare_folder, train_in_folder
 from pvae.recipes import registry
 from pvae.recipes.build import FittedModel, build_model
 from pvae.recipes.preflight import check_recipe
@@ -47,20 +49,28 @@ class SweepPoint:
 
 
 @dataclass(frozen=True)
-class Workers:
-    """Processes that train the points of a sweep.
+class RunOptions:
+    """Options of a comparison, beside the recipe that fixes its numbers.
 
     Attributes:
-        jobs: processes at a time.
+        folder: of the run.
         device: ``auto``, ``cpu`` or ``cuda``.
-        data_folder: where torchvision's data sets are.
+        rows: how many rows of each split are evaluated.
+        budget: of the evaluation.
+        families: words for other variational families; evaluation measures what each would gain.
+        jobs: variants that are trained at a time, each in a process of its own.
+        trust: run the code of files that a run's recipe names.
         progress: show progress bars.
         say: takes lines for the user.
     """
 
-    jobs: int = 1
+    folder: Path
     device: str = "auto"
-    data_folder: str | Path | None = None
+    rows: int = 300
+    budget: Budget = field(default_factory=Budget)
+    families: Sequence[str] = ()
+    jobs: int = 1
+    trust: bool = False
     progress: bool = False
     say: Callable[[str], None] = lambda line: None
 
@@ -81,18 +91,14 @@ class DatasetCache:
 
 
 def parse_axis(words: str) -> tuple[str, list[Any]]:
-    """Parse an axis as one writes it on the command line.
-
-    Raises:
-        UserError: it is not of the form ``name=value,value``, or names no key of a recipe.
+    """Parse an axis ``name=value,value`` as one writes it on the command line.
 
     >>> parse_axis("objective=ELBO,IWAE(K=5)"), parse_axis("latent=2,8")
     (('objective', ['ELBO', 'IWAE(K=5)']), ('latent', [2, 8]))
     """
     name, equals, text = words.partition("=")
-    name = name.strip().replace("-", "_")
+    name, axis = name.strip().replace("-", "_"), param("vary", words)
     values = [_parse_value(name, word) for word in registry.split_words(text)]
-    axis = param("vary", words)
     if not equals or "" in values or None in values or len(values) != len({str(value) for value in values}):
         raise UserError(f"{axis}: write {name}=VALUE,VALUE,... with different values")
     for value in values:
@@ -101,12 +107,9 @@ def parse_axis(words: str) -> tuple[str, list[Any]]:
 
 
 def _parse_value(name: str, word: str) -> Any:
-    if name in registry.KINDS:
-        return word
-    try:
-        return ast.literal_eval(word)
-    except (ValueError, SyntaxError):
-        return word
+    with suppress(ValueError, SyntaxError):
+        return word if name in registry.KINDS else ast.literal_eval(word)
+    return word
 
 
 def sweep_points(recipe: Recipe, vary: Mapping[str, Sequence[Any]]) -> list[SweepPoint]:
@@ -137,17 +140,8 @@ def _value_label(key: str, value: Any) -> str:
 
 
 def runnable(points: list[SweepPoint], datasets: DatasetCache) -> tuple[list[SweepPoint], dict[str, str]]:
-    """Check points before anything is trained.
-
-    Returns:
-        The points that can be trained, with their models, and by name those that are left out with the reason.
-
-    Raises:
-        UserError: a mistake in any point, or no point that can be trained.
-    """
-    accepted: list[SweepPoint] = []
-    refused: dict[str, str] = {}
-    checked: set[tuple[int, str, str]] = set()
+    """Return the points that can be trained, with their models, and the reasons of those left out, by name."""
+    accepted, refused, checked = list[SweepPoint](), dict[str, str](), set[tuple[int, str, str]]()
     for point in points:
         data, recipe = datasets[point.recipe], point.recipe
         # The program and its likelihood alone say which values may be observed.
@@ -166,37 +160,35 @@ def runnable(points: list[SweepPoint], datasets: DatasetCache) -> tuple[list[Swe
 
 def train_sweep(
     points: list[SweepPoint],
-    folder: Path,
+    options: RunOptions,
     datasets: DatasetCache,
-    workers: Workers,
     *,
     overwrite: bool = False,
     resume: bool = False,
 ) -> list[FittedModel]:
-    """Train each point in its own folder and return the fitted models in their order.
+    """Train each point in a folder of its own in ``options.folder``, and return the fitted models in their order.
 
     Arguments:
-        folder: of the sweep.
         overwrite: replace what the points' folders hold.
         resume: continue trainings that their folders hold; finished ones are loaded.
     """
-    folders = [folder / point.folder_name for point in points]
-    begun = [resume and (path / "recipe.toml").is_file() for path in folders]
-    for point, path, known in zip(points, folders, begun, strict=True):
-        prepare_folder(path, point.recipe, overwrite=overwrite, resume=known)
-    if workers.jobs > 1 and len(points) > 1:
-        _train_in_processes(points, folders, begun, workers)
-        pairs = [(path, point, datasets[point.recipe]) for path, point in zip(folders, points, strict=True)]
-        return [load_fit(path, data, device=workers.device, untrained=point.build(data)) for path, point, data in pairs]
-    models, options = [], {"device": workers.device, "progress": workers.progress}
-    for number, (point, path, known) in enumerate(zip(points, folders, begun, strict=True), 1):
-        data, batch_size = datasets[point.recipe], point.recipe.batch_size
+    paths = [(point, options.folder / point.folder_name) for point in points]
+    jobs = [(point, path, resume and (path / RECIPE).is_file()) for point, path in paths]
+    for point, path, begun in jobs:
+        prepare_folder(path, point.recipe, overwrite=overwrite, resume=begun)
+    if in_processes := options.jobs > 1 and len(points) > 1:
+        _train_in_processes(list(jobs), options, datasets.folder)
+    models = []
+    for number, (point, path, begun) in enumerate(jobs, 1):
+        data, recipe = datasets[point.recipe], point.recipe
+        if in_processes:
+            models.append(load_fit(path, data, device=options.device, untrained=point.build(data)))
+            continue
+        epochs = f"{recipe.epochs} epoch{'' if recipe.epochs == 1 else 's'}"
         count = f" ({number} of {len(points)})" if len(points) > 1 else ""
-        workers.say(f"training {_title(point)}: {_epochs(point.recipe)}, batches of {batch_size}{count}")
-        is_checked = point.untrained is not None
-        models.append(
-            train_in_folder(point.build(data), data, path, resume=known, check_data=not is_checked, **options)
-        )
+        options.say(f"training {_title(point)}: {epochs}, batches of {recipe.batch_size}{count}")
+        settings = {"device": options.device, "progress": options.progress, "check_data": point.untrained is None}
+        models.append(train_in_folder(point.build(data), data, path, resume=begun, **settings))
     return models
 
 
@@ -204,33 +196,31 @@ def _title(point: SweepPoint) -> str:
     return point.folder_name.replace(",seed=", ", seed ")
 
 
-def _epochs(recipe: Recipe) -> str:
-    return f"{recipe.epochs} epoch{'' if recipe.epochs == 1 else 's'}"
-
-
-def _train_in_processes(points: list[SweepPoint], folders: list[Path], begun: list[bool], workers: Workers) -> None:
+def _train_in_processes(
+    waiting: list[tuple[SweepPoint, Path, bool]], options: RunOptions, data_folder: str | Path | None
+) -> None:
     """Train points in processes of their own, which share the machine's threads; a signal ends them all, saved."""
-    jobs = min(workers.jobs, len(points))
+    total, jobs = len(waiting), min(options.jobs, len(waiting))
     threads = max(1, torch.get_num_threads() // jobs)
-    workers.say(f"training {len(points)} variants, {jobs} at a time, {threads} threads each")
+    options.say(f"training {total} variants, {jobs} at a time, {threads} threads each")
     spawning = multiprocessing.get_context("spawn")
     with (
         # In process groups of their own, Ctrl-C reaches them once, through this process, and not twice.
         ProcessPoolExecutor(jobs, mp_context=spawning, initializer=os.setpgrp) as pool,
-        progress_bar("variants", len(points), wanted=workers.progress) as show,
+        progress_bar("variants", total, wanted=options.progress) as show,
         handle_first_signal(raise_interrupt),
     ):
-        waiting, running, trained = list(zip(points, folders, begun, strict=True)), dict[Any, SweepPoint](), 0
+        running = dict[Any, SweepPoint]()
         try:
             while waiting or running:
                 while waiting and len(running) < jobs:
-                    point, path, known = waiting.pop(0)
-                    arguments = (point.recipe, path, workers.device, workers.data_folder, known, threads)
+                    point, path, begun = waiting.pop(0)
+                    arguments = (point.recipe, path, options.device, data_folder, begun, threads)
                     running[pool.submit(_train_in_process, *arguments)] = point
                 for done in wait(running, return_when=FIRST_COMPLETED).done:
                     done.result()
-                    trained += 1
-                    show(trained, _title(running.pop(done)))
+                    title = _title(running.pop(done))
+                    show(total - len(waiting) - len(running), title)
         except TrainingInterrupt:
             for process in multiprocessing.active_children():
                 process.terminate()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,35 +13,20 @@ from matplotlib.figure import Figure
 from pvae.errors import UserError, nearest, param
 from pvae.runtime.files import atomic_replace, read_json, write_json
 
-# In a run's folder.
-FOLDER = "uses"
+FOLDER = "uses"  # in a run's folder
 # In the order of the page.
-VERBS = (
-    "reconstruct",
-    "sample",
-    "interpolate",
-    "map",
-    "encode",
-    "decode",
-    "denoise",
-    "impute",
-    "anomalies",
-    "augment",
-    "classify",
-)
+VERBS: tuple[str, ...] = ("reconstruct", "sample", "interpolate", "map", "encode", "decode")
+VERBS += ("denoise", "impute", "anomalies", "augment", "classify")
 KINDS = (".npz", ".npy", ".csv", ".png", ".html")
 
 
 @dataclass
 class UseResult:
-    """Result of a command on a run.
+    """Result of a command on a run, named by its verb.
 
     Attributes:
-        verb: the command's name.
         arrays: by name; the first is what a .npy file holds. Those with as many rows as it become columns of a .csv.
-        sentences: for the screen and the page.
-        tables: title, header and lines of words, likewise.
-        figure: a picture.
+        sentences, tables: for the screen and the page; a table has a title, a header and lines of words.
         page: a self-contained page that one can move in.
         not_columns: names of arrays that are not about the rows, and so never columns.
         columns: names of the data's columns, if they have any.
@@ -59,15 +43,7 @@ class UseResult:
 
 
 def check_outputs(outs: Sequence[Path], overwrite: bool, *, page: bool = True) -> None:
-    """Refuse, before any work, files that can't be written or would replace others.
-
-    Arguments:
-        overwrite: files may be replaced.
-        page: there will be a page.
-
-    Raises:
-        UserError: an unknown format, a page where there is none, or a file that exists while ``overwrite`` is off.
-    """
+    """Refuse, before any work, files that can't be written or would replace others; ``page``: there will be a page."""
     for path in outs:
         label = param("out", path)
         if path.suffix not in KINDS:
@@ -81,44 +57,28 @@ def check_outputs(outs: Sequence[Path], overwrite: bool, *, page: bool = True) -
 
 
 def write_outputs(use: UseResult, *paths: Path) -> None:
-    """Write a result to files, each whole or not at all: all arrays (.npz), the first (.npy), a table, picture, page.
-
-    Raises:
-        UserError: there is no picture or page, and nothing is written; or a file can't be written.
-    """
+    """Write a result to files, each whole or not at all: all arrays (.npz), the first (.npy), table, picture, page."""
     for path in paths:
         if (path.suffix == ".png" and use.figure is None) or (path.suffix == ".html" and not use.page):
             what = {".png": "picture", ".html": "page"}[path.suffix]
             raise UserError(f"{param('out', path)}: there is no {what} of {use.verb}; write .npz, .npy or .csv")
     for path in paths:
-        _write(use, path)
-
-
-def _write(use: UseResult, path: Path) -> None:
-    with atomic_replace(path) as temporary, temporary.open("wb") as file:
-        if path.suffix == ".npz":
-            np.savez_compressed(file, **use.arrays)  # type: ignore[arg-type]
-        elif path.suffix == ".npy":
-            np.save(file, next(iter(use.arrays.values())))
-        elif path.suffix == ".csv":
-            arrays = {name: values for name, values in use.arrays.items() if name not in use.not_columns}
-            _write_csv(file, arrays, use.columns)
-        else:
-            file.write(use.page.encode() if path.suffix == ".html" else _picture(use))
-
-
-def _picture(use: UseResult) -> bytes:
-    assert use.figure is not None
-    file = io.BytesIO()
-    use.figure.savefig(file, format="png", dpi=160, bbox_inches="tight")
-    return file.getvalue()
+        with atomic_replace(path) as temporary, temporary.open("wb") as file:
+            if path.suffix == ".npz":
+                np.savez_compressed(file, **use.arrays)  # type: ignore[arg-type]
+            elif path.suffix == ".npy":
+                np.save(file, next(iter(use.arrays.values())))
+            elif path.suffix == ".csv":
+                arrays = {name: values for name, values in use.arrays.items() if name not in use.not_columns}
+                _write_csv(file, arrays, use.columns)
+            elif path.suffix == ".html":
+                file.write(use.page.encode())
+            elif use.figure is not None:
+                use.figure.savefig(file, format="png", dpi=160, bbox_inches="tight")
 
 
 def _write_csv(file: Any, arrays: Mapping[str, np.ndarray], names: Sequence[str] | None) -> None:
-    """Write columns of all arrays with as many rows as the first.
-
-    Columns of x are named as the data's, so that the file may replace the data's; those of other tables are numbered.
-    """
+    """Write columns of all arrays with as many rows as the first; x under the data's names, so that it may be data."""
     import pyarrow as pa
     from pyarrow import csv
 
@@ -127,38 +87,27 @@ def _write_csv(file: Any, arrays: Mapping[str, np.ndarray], names: Sequence[str]
         if values.ndim == 1 and len(values) == rows:
             columns[name] = values
         elif values.ndim == 2 and len(values) == rows:
-            for place, column in enumerate(values.T):
-                if names is None or len(names) != values.shape[1]:
-                    columns[f"{name}{place}"] = column
-                else:
-                    columns[names[place] if name == "x" else f"{name}_{names[place]}"] = column
+            labels = [f"{name}{place}" for place in range(values.shape[1])]
+            if names is not None and len(names) == len(labels):
+                labels = [column if name == "x" else f"{name}_{column}" for column in names]
+            columns |= dict(zip(labels, values.T, strict=True))
     csv.write_csv(pa.table({name: np.ascontiguousarray(values) for name, values in columns.items()}), file)
 
 
 def save_in_run(use: UseResult, folder: Path, about: Mapping[str, Any]) -> list[Path]:
-    """Store a result in a run's folder, in place of the last one of its verb, and return the files.
-
-    Arguments:
-        about: what it belongs to: the variant, the fit's fingerprint, the shape of a row.
-    """
-    kinds = {".npz": True, ".png": use.figure is not None, ".html": bool(use.page)}
-    paths = {kind: folder / FOLDER / f"{use.verb}{kind}" for kind in kinds}
-    for kind, exists in kinds.items():
-        if exists:
-            write_outputs(use, paths[kind])
-        else:
-            paths[kind].unlink(missing_ok=True)  # of an earlier result
+    """Store a result in a run's folder in place of its verb's last one, with what it is about; return the files."""
+    kinds, base = {".npz": True, ".png": use.figure is not None, ".html": bool(use.page)}, folder / FOLDER / use.verb
+    paths = [base.with_suffix(kind) for kind, exists in kinds.items() if exists]
+    write_outputs(use, *paths)
+    for path in {base.with_suffix(kind) for kind in kinds} - set(paths):
+        path.unlink(missing_ok=True)  # of an earlier result
     contents = {"verb": use.verb, **about, "sentences": use.sentences, "tables": use.tables}
-    write_json(folder / FOLDER / f"{use.verb}.json", contents)
-    return [path for kind, path in paths.items() if kinds[kind]]
+    write_json(base.with_suffix(".json"), contents)
+    return paths
 
 
 def load_from_run(folder: Path, fitted: Collection[str]) -> list[dict[str, Any]]:
-    """Load the results that a run's folder stores of these fits, by their fingerprints, in the order of ``VERBS``.
-
-    Returns:
-        What `save_in_run` wrote of each, with the paths ``picture`` (None without one) and ``arrays``.
-    """
+    """Load what `save_in_run` stored of fits, by their fingerprints, with the paths ``picture`` or None, ``arrays``."""
     results = []
     for verb in VERBS:
         path = folder / FOLDER / f"{verb}.json"

@@ -17,8 +17,16 @@ from torch import nn
 from pvae.diagnostics.evaluation import Budget
 from pvae.errors import UserError
 from pvae.experiments import arviz_export
-from pvae.experiments.arviz_export import Draws, draw_for_export, load_idata, save_idata, to_datatree
+from pvae.experiments.arviz_export import (
+    Draws,
+    draw_for_export,
+    load_idata,
+    save_idata,
+    summarize_latents,
+    to_datatree,
+)
 from pvae.experiments.compare import RunOptions, compare
+from pvae.experiments.opened_run import open_run
 from pvae.inference.families import DiagonalNormal, FullRankNormal
 from pvae.inference.guides import Amortized
 from pvae.inference.importance import LogWeights
@@ -276,6 +284,17 @@ def test_drawing_leaves_the_random_stream_alone_and_is_fixed_by_its_seed():
     assert not first.x.equal(draw_for_export(model.model, guide, x, seed=2).x)
 
 
+def test_a_summary_of_latents_has_the_posteriors_moments():
+    model, rows, draws = LinearGaussian(), 20, 4000
+    guide, x = exact(model, rows)
+    summary = summarize_latents(model.model, guide, x, K=draws, round_to="none")
+    assert summary.index.tolist() == [f"z[{row}, {i}]" for row in range(rows) for i in range(2)]
+    sd = model.covariance.diag().sqrt().expand(rows, 2)
+    error = (torch.tensor(summary["mean"].to_numpy(float)).view(rows, 2) - model.mean(x)) / sd * draws**0.5
+    assert error.abs().max() < 5
+    np.testing.assert_allclose(summary["sd"].to_numpy(float), sd.flatten(), rtol=5 / (2 * draws) ** 0.5)
+
+
 # A run's file, and ArviZ on it
 
 
@@ -305,6 +324,18 @@ def test_a_runs_file_says_what_made_it(run):
     assert {"pvae-pyro", "torch", "pyro-ppl"} < set(parts["versions"])
     assert parts["estimators"]["evidence"].startswith("IWAE-20")
     assert (found.attrs["seed"], found.attrs["binarize"], found.attrs["base_measure"]) == (4, "none", "mass")
+
+
+def test_an_opened_run_summarizes_its_latents(run):
+    opened = open_run(run, device="cpu")
+    whole, few = (
+        opened.summarize_latents(K=10),
+        opened.summarize_latents(opened.data.test[:2], K=10, kind="diagnostics"),
+    )
+    assert whole.index.tolist() == [f"z[{row}, {i}]" for row in range(len(opened.data.test)) for i in range(2)]
+    assert set(few.index) == set(whole.index[:4])
+    assert "mean" in whole
+    assert "mean" not in few
 
 
 def test_latents_that_a_variant_lacks_are_nan_in_posterior_and_prior(run):
