@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from pvae.inference.guides import Guide
 from pvae.runtime.pyro_params import Program
 from pvae.runtime.torch_state import halve_on_oom, seeded
 from pvae.samplers import hmc
-from pvae.samplers.hmc import TARGET_ACCEPT, HMCState, ValueAndGrad, refuse_if_all_diverge
+from pvae.samplers.hmc import TARGET_ACCEPT, HMCState, Progress, ValueAndGrad, refuse_if_all_diverge
 from pvae.samplers.log_joint import LogJoint, simulate_joint
 from pvae.stats import effective_sample_size, log_mean_exp, log_mean_exp_se
 
@@ -25,8 +25,6 @@ ROWS_PER_PASS = {True: 2048, False: 65536}
 
 Schedule = Literal["linear", "sigmoid", "geometric"]
 
-# The sigmoid schedule's argument at either end; the geometric schedule's first inverse temperature.
-DELTA, FIRST = 4.0, 1e-4
 # The pilot run: chains of the run for each of its chains (at least 2), transitions at its first temperature, draws that
 # give the initial scale, its least number of transitions over the path, and how many step sizes it keeps.
 CHAINS_PER_PILOT, SETTLE, SCALE_DRAWS, MIN_TRANSITIONS, KEPT = 4, 20, 64, 50, 100
@@ -71,7 +69,8 @@ class AISEstimate:
 class SandwichBounds:
     """Stochastic lower and upper bounds of the evidence of B simulated rows x, [B] each in nats.
 
-    In expectation ``lower`` is below the evidence and ``upper`` above; where they meet, either is the evidence.
+    In expectation ``lower`` (forward chains) is below the evidence and ``upper`` (reverse chains) above; where the
+    ``width`` between them vanishes, either is the evidence.
     """
 
     x: Tensor
@@ -80,17 +79,14 @@ class SandwichBounds:
 
     @property
     def lower(self) -> Tensor:
-        """Return the bound by forward chains, [B]."""
         return self.forward.evidence
 
     @property
     def upper(self) -> Tensor:
-        """Return the bound by reverse chains, [B]."""
         return self.backward.evidence
 
     @property
     def width(self) -> Tensor:
-        """Return upper - lower, [B]."""
         return self.upper - self.lower
 
     def interval(self, errors: float = 2.0) -> tuple[float, float]:
@@ -105,12 +101,8 @@ class SandwichBounds:
 def inverse_temperatures(name: str, temperatures: int) -> Tensor:
     r"""Return the T + 1 inverse temperatures :math:`0 = \beta_0 < \dots < \beta_T = 1` in float64, with s = t / T.
 
-    * ``linear``: :math:`\beta = s`.
-    * ``sigmoid``: :math:`\sigma(4 (2 s - 1))`, shifted and stretched to end at 0 and 1 (Grosse et al. 2015).
-    * ``geometric``: 0, then from :math:`10^{-4}` to 1 by a constant factor.
-
-    Raises:
-        UserError: no such schedule, or temperatures below 1.
+    ``linear`` is :math:`\beta = s`; ``sigmoid`` :math:`\sigma(4 (2 s - 1))`, stretched to end at 0 and 1 (Grosse et al.
+    2015); ``geometric`` goes from 0 to :math:`10^{-4}`, then to 1 by a constant factor.
 
     >>> inverse_temperatures("linear", 4).tolist()
     [0.0, 0.25, 0.5, 0.75, 1.0]
@@ -120,40 +112,29 @@ def inverse_temperatures(name: str, temperatures: int) -> Tensor:
         raise UserError(f"unknown schedule '{name}'{nearest(name, get_args(Schedule))}")
     s = torch.linspace(0, 1, temperatures + 1, dtype=torch.double)
     if name == "sigmoid":
-        s = (DELTA * (2 * s - 1)).sigmoid()
+        s = (4 * (2 * s - 1)).sigmoid()
         return (s - s[0]) / (s[-1] - s[0])
     if name == "geometric":
-        return torch.cat([s[:1], FIRST ** ((1 - s[1:]) * temperatures / max(1, temperatures - 1))])
+        return torch.cat([s[:1], 1e-4 ** ((1 - s[1:]) * temperatures / max(1, temperatures - 1))])
     return s
 
 
 class _Path(NamedTuple):
-    r"""Geometric path from a normalized density to p(x, u), :math:`\log f_\beta = \sum_p \beta_p(\beta) \log f_p`.
+    r"""Geometric path from a normalized density to p(x, u), :math:`\log f_\beta = \sum_p \beta_p(\beta) \log f_p`."""
 
-    Attributes:
-        draw: number of chains C to draws of the first density, [C, B, D].
-        density: u to the log f_p.
-        split: beta to the inverse temperatures beta_p of the parts.
-    """
-
-    draw: Callable[[int], Tensor]
-    density: ValueAndGrad
-    split: Callable[[float], tuple[float, float]]
+    draw: Callable[[int], Tensor]  # number of chains C to draws of the first density, [C, B, D]
+    density: ValueAndGrad  # u to the log f_p
+    split: Callable[[float], tuple[float, float]]  # beta to the beta_p
 
 
-def _from_prior(target: LogJoint) -> _Path:
-    return _Path(target.prior, ValueAndGrad(target.log_lik_and_prior), lambda beta: (beta, 1.0))
-
-
-def _from_guide(target: LogJoint, family: Family, q_params: Tensor) -> _Path:
+def _path(target: LogJoint, family: Family | None, q_params: Tensor | None) -> _Path:
+    if family is None or q_params is None:
+        return _Path(target.prior, ValueAndGrad(target.log_lik_and_prior), lambda beta: (beta, 1.0))
     if family.point_mass:
         raise UserError(f"{type(family).__name__} is a point mass: a path can't start there; start from the prior")
     q = family(q_params.detach())
-    return _Path(
-        lambda chains: q.sample((chains,)),
-        ValueAndGrad(lambda u: (target(u), q.log_prob(u))),
-        lambda beta: (beta, 1.0 - beta),
-    )
+    density = ValueAndGrad(lambda u: (target(u), q.log_prob(u)))
+    return _Path(lambda chains: q.sample((chains,)), density, lambda beta: (beta, 1.0 - beta))
 
 
 def anneal(
@@ -167,7 +148,7 @@ def anneal(
     num_integration_steps: int = 5,
     start_from: Tensor | None = None,
     seed: int = 0,
-    progress: Callable[[float], None] = lambda share: None,
+    progress: Progress = lambda share: None,
 ) -> AISEstimate:
     r"""Run annealed importance sampling (AIS), whose weights average to an unbiased estimate of p(x).
 
@@ -186,11 +167,10 @@ def anneal(
         seed: of all noise; the random stream outside is left alone.
         progress: called with the share of the work done.
 
-    Rows are annealed in batches, which are halved where the device has no memory for them.
-
     Returns:
         Log-weights. A pilot run of a quarter of the chains (at least 2) adapts step sizes and scales before, at the
         same cost per chain; they stay fixed in the run, since adapting them on the way would bias the weights.
+        Batches of rows are halved where the device has no memory for them.
 
     Raises:
         UserError: a count below 1, an unknown schedule, a point mass to start from, or HMC that diverges everywhere.
@@ -203,8 +183,7 @@ def anneal(
     rows = len(target.x)
 
     def anneal_batch(part: slice) -> AISEstimate:
-        batch = target.rows(part)
-        path = _from_prior(batch) if family is None or q_params is None else _from_guide(batch, family, q_params[part])
+        path = _path(target.rows(part), family, None if q_params is None else q_params[part])
         first = None if start_from is None else start_from[part]
         return _anneal_rows(config, path, first, _within(progress, part.start / rows, part.stop / rows))
 
@@ -212,10 +191,9 @@ def anneal(
     with seeded(seed):
         batches = list(halve_on_oom(anneal_batch, rows, size, "rows of annealed chains"))
     log_w, position = (torch.cat([getattr(b, name) for b in batches], 1) for name in ("log_w", "position"))
-    rates = (torch.cat([getattr(b, name) for b in batches]) for name in ("acceptance_rate", "divergence_rate"))
-    acceptance_rate, divergence_rate = rates
-    lost = refuse_if_all_diverge(divergence_rate)
-    return AISEstimate(torch.where(lost, torch.nan, log_w), position, acceptance_rate, divergence_rate, config.reverse)
+    rates = [torch.cat([getattr(b, name) for b in batches]) for name in ("acceptance_rate", "divergence_rate")]
+    log_w = log_w.where(~refuse_if_all_diverge(rates[1]), torch.nan)
+    return AISEstimate(log_w, position, rates[0], rates[1], config.reverse)
 
 
 def sandwich(
@@ -223,12 +201,9 @@ def sandwich(
     like: Tensor,
     guide: Guide | None = None,
     *,
-    chains: int = 16,
-    temperatures: int = 500,
-    schedule: str = "sigmoid",
-    num_integration_steps: int = 5,
     seed: int = 0,
-    progress: Callable[[float], None] = lambda share: None,
+    progress: Progress = lambda share: None,
+    **options: Any,
 ) -> SandwichBounds:
     """Bound the evidence of simulated rows from both sides (bidirectional Monte Carlo, BDMC).
 
@@ -236,36 +211,26 @@ def sandwich(
         model: a Pyro program.
         like: rows [B, ...]; as many of their shape are simulated.
         guide: start from its posterior; from the program's prior by default.
-        chains, temperatures, schedule, num_integration_steps: of either direction, see `anneal`.
         seed: of the rows and of all noise.
         progress: called with the share of the work done.
+        options: ``chains``, ``temperatures``, ``schedule``, ``num_integration_steps`` of `anneal`, either direction.
 
     The width on simulated rows shows how far to trust the lower bound on real rows, where there is no upper bound.
 
     Source: Grosse, Ghahramani, Adams (2015), *Sandwiching the marginal likelihood using bidirectional Monte Carlo*,
     arXiv:1511.02543.
     """
-    u, x = simulate_joint(model, like, guide.sites if guide else None, seed=seed)
-    target = LogJoint(model, x, None, guide.sites if guide else None)
-    family = guide.family if guide else None
+    sites, family = (guide.sites, guide.family) if guide else (None, None)
+    u, x = simulate_joint(model, like, sites, seed=seed)
     with seeded(seed + 1), torch.no_grad():
         q_params = guide.params(x) if guide else None
-    run = partial(
-        anneal,
-        target,
-        family,
-        q_params,
-        chains=chains,
-        temperatures=temperatures,
-        schedule=schedule,
-        num_integration_steps=num_integration_steps,
-    )
+    run = partial(anneal, LogJoint(model, x, None, sites), family, q_params, **options)
     forward = run(seed=seed + 2, progress=_within(progress, 0.0, 0.5))
     backward = run(start_from=u, seed=seed + 3, progress=_within(progress, 0.5, 1.0))
     return SandwichBounds(x, forward, backward)
 
 
-def _within(progress: Callable[[float], None], begin: float, end: float) -> Callable[[float], None]:
+def _within(progress: Progress, begin: float, end: float) -> Progress:
     """Return the progress of a part of the work, from share ``begin`` to ``end`` of the whole."""
     return lambda share: progress(begin + (end - begin) * share)
 
@@ -277,19 +242,12 @@ class _Config(NamedTuple):
     num_integration_steps: int
     reverse: bool
 
-    @property
-    def pilot(self) -> _Config:
-        return self._replace(chains=max(2, self.chains // CHAINS_PER_PILOT), reverse=False)
-
     def betas(self) -> list[float]:
-        """Return the inverse temperatures in the order of the chains' way."""
         betas = inverse_temperatures(self.schedule, self.temperatures).tolist()
         return betas[::-1] if self.reverse else betas
 
-    def transition(self, path: _Path, state: HMCState, step_size: Tensor, scale: Tensor) -> hmc.HMCInfo:
-        return hmc.transition(
-            path.density, state, step_size, num_integration_steps=self.num_integration_steps, scale=scale
-        )
+    def transition(self, path: _Path, state: HMCState, size: Tensor, scale: Tensor) -> hmc.HMCInfo:
+        return hmc.transition(path.density, state, size, num_integration_steps=self.num_integration_steps, scale=scale)
 
 
 class _StepSizes(NamedTuple):
@@ -303,17 +261,18 @@ class _StepSizes(NamedTuple):
         """Interpolate step size [B] and scale [B, D] after t changes of temperature."""
         place = min(t / self.every, len(self.log_step_size) - 1)
         low = min(int(place), len(self.log_step_size) - 2)
-        step_size, scale = (torch.lerp(values[low], values[low + 1], place - low).exp() for values in self[:2])
-        return step_size, scale
+        log_step_size, log_scale = (torch.lerp(logs[low], logs[low + 1], place - low) for logs in self[:2])
+        return log_step_size.exp(), log_scale.exp()
 
 
-def _anneal_rows(config: _Config, path: _Path, first: Tensor | None, progress: Callable[[float], None]) -> AISEstimate:
+def _anneal_rows(config: _Config, path: _Path, first: Tensor | None, progress: Progress) -> AISEstimate:
     betas, T = config.betas(), config.temperatures
-    ahead = config.pilot.chains / (config.pilot.chains + config.chains)
-    sizes = _pilot(config.pilot, path, _within(progress, 0.0, ahead))
+    pilot = config._replace(chains=max(2, config.chains // CHAINS_PER_PILOT), reverse=False)
+    ahead = pilot.chains / (pilot.chains + config.chains)
+    sizes = _pilot(pilot, path, _within(progress, 0.0, ahead))
     state = _init_chains(config, path, first)
-    if config.reverse:
-        state = _decorrelate(config, path, state, sizes)
+    for _ in range(SETTLE if config.reverse else 0):  # exact draws that start at one place move apart
+        state = config.transition(path, state, *sizes.at(T)).state
     log_w = torch.zeros_like(state.log_p)
     rates: list[Tensor] = []
     for t in range(1, T + 1):
@@ -329,32 +288,22 @@ def _anneal_rows(config: _Config, path: _Path, first: Tensor | None, progress: C
 
 
 def _init_chains(config: _Config, path: _Path, first: Tensor | None) -> HMCState:
-    """Return chains at the start of their way."""
     u = path.draw(config.chains) if first is None else first.expand(config.chains, *first.shape)
     betas = path.split(1.0 if config.reverse else 0.0)
     return hmc.init(path.density, u, torch.tensor(betas, dtype=u.dtype, device=u.device))
-
-
-def _decorrelate(config: _Config, path: _Path, state: HMCState, sizes: _StepSizes) -> HMCState:
-    """Move chains apart that start at one posterior draw: each remains an exact draw, now nearly independent."""
-    for _ in range(SETTLE):
-        state = config.transition(path, state, *sizes.at(config.temperatures)).state
-    return state
 
 
 def _reweight(path: _Path, state: HMCState, beta: float, log_w: Tensor) -> tuple[Tensor, HMCState]:
     """Update the log-weights after a change of temperature, at no new evaluation of the density."""
     old, new = state.inverse_temperatures, state.inverse_temperatures.new_tensor(path.split(beta))
     increment = state._replace(inverse_temperatures=new - old).log_p
-    log_w = log_w + torch.where(increment.isnan(), -torch.inf, increment)
-    return log_w, state._replace(inverse_temperatures=new)
+    return log_w + torch.where(increment.isnan(), -torch.inf, increment), state._replace(inverse_temperatures=new)
 
 
-def _pilot(config: _Config, path: _Path, progress: Callable[[float], None]) -> _StepSizes:
+def _pilot(config: _Config, path: _Path, progress: Progress) -> _StepSizes:
     """Anneal few chains, adapting step sizes to each datapoint's acceptance rate and scales to its chains' variance.
 
-    The pilot goes forward for reverse chains too: a pilot from their posterior draw would make their moves depend on
-    it, and no longer leave the densities invariant.
+    The pilot goes forward for reverse chains too: moves that depend on their posterior draw leave no density invariant.
     """
     state, betas, T = _init_chains(config, path, None), config.betas(), config.temperatures
     variance = path.draw(SCALE_DRAWS).var(0)
@@ -374,9 +323,6 @@ def _pilot(config: _Config, path: _Path, progress: Callable[[float], None]) -> _
             log_step_sizes.append(log_step_size)
             log_scales.append(scale.log())
         progress(t / T)
-    return _StepSizes(_moving_average(torch.stack(log_step_sizes)), torch.stack(log_scales), every)
-
-
-def _moving_average(values: Tensor, width: int = 5) -> Tensor:
-    """Return the moving average over the first dimension, over shorter windows at its ends."""
-    return torch.stack([values[max(0, t - width // 2) : t + width // 2 + 1].mean(0) for t in range(len(values))])
+    steps = torch.stack(log_step_sizes)  # smoothed over 5 places of the path, fewer at its ends
+    smooth = torch.stack([steps[max(0, t - 2) : t + 3].mean(0) for t in range(len(steps))])
+    return _StepSizes(smooth, torch.stack(log_scales), every)

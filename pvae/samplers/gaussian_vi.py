@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -36,8 +38,8 @@ def fit_gaussian(
         seed: of the draws; the random stream outside is left alone.
 
     Results are in double precision. For other than quadratic log p, n pairs give a precision with a relative error of
-    order 1 / n, 1 / n for a Laplace density. A row with a gradient that is not finite stays as it is in that round; a
-    row that collapses in some direction is returned as it came.
+    order 1 / n. A row with a gradient that is not finite stays as it is in that round; a row that collapses in some
+    direction is returned as it came.
 
     Source: Opper, Archambeau (2009), *The Variational Gaussian Approximation Revisited*, Neural Computation 21;
     Salimans, Knowles (2013), *Fixed-Form Variational Posterior Approximation through Stochastic Linear Regression*,
@@ -72,9 +74,8 @@ def fit_gaussian(
 def _orthogonal_noise(like: Tensor, sets: int) -> Tensor:
     """Draw standard normal noise [2 S D, D] in antithetic pairs, orthogonal in sets of D."""
     dim = like.shape[-1]
-    sets = max(sets, -(-64 // dim))
-    directions, _ = torch.linalg.qr(torch.randn(sets, dim, dim, dtype=like.dtype, device=like.device))
-    lengths = torch.randn(sets, dim, dim, dtype=like.dtype, device=like.device).norm(dim=-1, keepdim=True)
+    normal = partial(torch.randn, max(sets, -(-64 // dim)), dim, dim, dtype=like.dtype, device=like.device)
+    directions, lengths = torch.linalg.qr(normal()).Q, normal().norm(dim=-1, keepdim=True)
     noise = (directions.mT * lengths).flatten(0, 1)
     return torch.stack([noise, -noise], 1).flatten(0, 1)
 

@@ -1,7 +1,7 @@
 r"""Hamiltonian Monte Carlo (HMC), batched over chains and datapoints.
 
-A density maps positions u [C, B, D] of C chains for each of B datapoints to log f(u) [C, B]. It may be a sum of parts,
-:math:`\log f = \sum_p \beta_p \log f_p`, whose inverse temperatures a sampler changes as it goes.
+A density maps positions u [C, B, D] of C chains for each of B datapoints to log f(u) [C, B], or to the tuple of its
+parts, :math:`\log f = \sum_p \beta_p \log f_p`, whose inverse temperatures a sampler changes as it goes.
 """
 
 from __future__ import annotations
@@ -19,13 +19,12 @@ from pvae.runtime.torch_state import seeded
 from pvae.runtime.tracing import AutoTraced
 
 Density = Callable[[Tensor], Tensor | tuple[Tensor, ...]]
+Progress = Callable[[float], None]
 
 # Acceptance rate that step sizes aim at: optimal in high dimensions (Beskos et al. 2013, arXiv:1001.4460).
 TARGET_ACCEPT = 0.65
 # Energy error, in nats, beyond which a trajectory counts as divergent.
 DIVERGENCE = 1000.0
-# Most halvings of an initial step size: down to 1e-9.
-HALVINGS = 30
 # Shares of a warm-up at whose ends the scale is estimated anew, from the positions since the previous end.
 WINDOWS = (0.1, 0.25, 0.5, 0.85)
 
@@ -88,21 +87,12 @@ def _mix(inverse_temperatures: Tensor, parts: Tensor) -> Tensor:
     return torch.where(inverse_temperatures == 0, 0.0, inverse_temperatures * parts).sum(0)
 
 
-class ValueAndGrad:
-    """Value and gradient of a log-density; traced after repeated calls.
-
-    Arguments:
-        density: positions u [C, B, D] to log f [C, B], or to the tuple of its parts.
-
-    Calling it returns the values of the parts [P, C, B] and their gradients [P, C, B, D].
-    """
+class ValueAndGrad(AutoTraced):
+    """Values [P, C, B] of a log-density's parts and their gradients [P, C, B, D]; traced after repeated calls."""
 
     def __init__(self, density: Density) -> None:
-        self.density, self._traced = density, AutoTraced(self._value_and_grad)
-
-    def __call__(self, u: Tensor) -> tuple[Tensor, Tensor]:
-        values, gradients = self._traced(u)
-        return values, gradients
+        super().__init__(self._value_and_grad)
+        self.density = density
 
     def _value_and_grad(self, u: Tensor) -> tuple[Tensor, Tensor]:
         with torch.enable_grad():
@@ -120,8 +110,7 @@ class ValueAndGrad:
 
 def init(density: Density | ValueAndGrad, u: Tensor, inverse_temperatures: Tensor | None = None) -> HMCState:
     """Return the state of chains at u [C, B, D]; the inverse temperatures [P] of the parts are 1 by default."""
-    density = density if isinstance(density, ValueAndGrad) else ValueAndGrad(density)
-    values, gradients = density(u)
+    values, gradients = (density if isinstance(density, ValueAndGrad) else ValueAndGrad(density))(u)
     betas = values.new_ones(len(values)) if inverse_temperatures is None else inverse_temperatures
     return HMCState(u.detach(), values, gradients, betas)
 
@@ -138,8 +127,7 @@ def transition(
     r"""Make one HMC transition of every chain: a leapfrog trajectory and its Metropolis step; f stays invariant.
 
     Arguments:
-        density: log f, with gradients.
-        state: state of the chains; a transition costs one gradient of the density per integration step.
+        density: log f; a transition costs one gradient of it per integration step.
         step_size: step size of each datapoint [B], in units of ``scale``.
         num_integration_steps: L, leapfrog steps of one trajectory.
         scale: standard deviations [B, D]; momenta are standard normal for u / scale. 1 by default.
@@ -152,7 +140,9 @@ def transition(
     momentum = torch.randn_like(state.position)
     energy, end = state.log_p - _kinetic(momentum), state
     momentum = momentum + size / 2 * end.gradient
-    for left in reversed(range(_jittered(num_integration_steps, jitter))):
+    most = round(jitter * (num_integration_steps - 1))
+    count = num_integration_steps + (int(torch.randint(-most, most + 1, ())) if most else 0)
+    for left in reversed(range(count)):
         end = init(density, end.position + size * momentum, state.inverse_temperatures)
         momentum = momentum + (size if left else size / 2) * end.gradient
     log_ratio = end.log_p - _kinetic(momentum) - energy
@@ -161,37 +151,25 @@ def transition(
     return HMCInfo(_choose(accepted, end, state), log_ratio.clamp(max=0.0).exp(), ~(log_ratio > -DIVERGENCE))
 
 
-def _jittered(count: int, jitter: float) -> int:
-    most = round(jitter * (count - 1))
-    return count + int(torch.randint(-most, most + 1, ())) if most else count
+def _choose(accepted: Tensor, new: HMCState, old: HMCState) -> HMCState:
+    rows = accepted.unsqueeze(-1)
+    position, gradients = new.position.where(rows, old.position), new.gradients.where(rows, old.gradients)
+    return HMCState(position, new.values.where(accepted, old.values), gradients, old.inverse_temperatures)
 
 
 def _kinetic(momentum: Tensor) -> Tensor:
     return (momentum**2).sum(-1) / 2
 
 
-def _choose(accepted: Tensor, new: HMCState, old: HMCState) -> HMCState:
-    rows = accepted.unsqueeze(-1)
-    return HMCState(
-        torch.where(rows, new.position, old.position),
-        torch.where(accepted, new.values, old.values),
-        torch.where(rows, new.gradients, old.gradients),
-        old.inverse_temperatures,
-    )
-
-
 class DualAveraging:
     r"""Step sizes by dual averaging, one for each datapoint [B], toward a mean acceptance of :data:`TARGET_ACCEPT`.
 
-    Arguments:
-        step_size: initial step sizes, [B].
-
     Attributes:
-        step_size: step sizes to try next, [B].
+        step_size: step sizes to try next, [B]; given the initial ones.
         step_size_avg: weighted average of past step sizes, to which they converge, [B].
 
-    Source: Hoffman and Gelman (2014), *The No-U-Turn Sampler*, arXiv:1111.4246, with
-    gamma = 0.2 instead of 0.05, since acceptance is a mean over chains and the initial step size is a good guess.
+    Source: Hoffman and Gelman (2014), *The No-U-Turn Sampler*, arXiv:1111.4246, with gamma = 0.2 instead of 0.05,
+    since acceptance is a mean over chains and the initial step size is a good guess.
 
     >>> adaptation = DualAveraging(torch.ones(2))
     >>> for _ in range(2000): adaptation.update((-adaptation.step_size).exp())
@@ -224,11 +202,11 @@ def initial_step_size(density: Density | ValueAndGrad, state: HMCState, scale: T
     """Return initial step sizes [B]: 1, halved until single leapfrog steps are accepted more often than not.
 
     >>> def normal(u): return -(u**2).sum(-1) / 2
-    >>> initial_step_size(normal, init(normal, torch.zeros(50, 1, 1)), torch.full((1, 1), 64.0))
+    >>> initial_step_size(normal, init(normal, torch.zeros(1000, 1, 1)), torch.full((1, 1), 64.0))
     tensor([0.0156])
     """
     step_size = torch.ones_like(state.position[0, :, 0])
-    for _ in range(HALVINGS):
+    for _ in range(30):  # down to 1e-9
         info = transition(density, state, step_size, num_integration_steps=1, scale=scale)
         rejected = info.acceptance_rate.mean(0) < 0.5
         if not rejected.any():
@@ -265,7 +243,7 @@ def sample(
     thin: int = 1,
     scale: Tensor | None = None,
     seed: int = 0,
-    progress: Callable[[float], None] = lambda share: None,
+    progress: Progress = lambda share: None,
 ) -> Chains:
     """Run HMC chains from u [C, B, D]: a warm-up that adapts step sizes and scales for each datapoint, then draws.
 
@@ -275,7 +253,7 @@ def sample(
         draws: T, kept for each chain, one in every ``thin`` transitions.
         warm_up: transitions that are discarded; from 200 on the scale is estimated well.
         num_integration_steps: L, leapfrog steps of a transition on average: their number varies from 1 to 2 L - 1,
-            since chains that go for half a period each time mirror their position and never learn of its size.
+            since chains that go for half a period each time only mirror their position.
         scale: an initial guess of f's standard deviations, [B, D]; 1 by default.
         seed: of all noise; the random stream outside is left alone.
         progress: called with the share of the transitions made.
@@ -283,11 +261,10 @@ def sample(
     Raises:
         UserError: a count below 1, or trajectories that diverge for every datapoint, however small their steps.
     """
-    check_range(
-        least=1, draws=draws, warm_up=warm_up, num_integration_steps=num_integration_steps, thin=thin, chains=len(u)
-    )
+    check_range(least=1, draws=draws, warm_up=warm_up, thin=thin, chains=len(u))
+    check_range(least=1, num_integration_steps=num_integration_steps)
     total = warm_up + draws * thin
-    accepted, diverged = torch.zeros_like(u[0, :, 0]), torch.zeros_like(u[0, :, 0])
+    accepted = diverged = torch.zeros_like(u[0, :, 0])
     with seeded(seed):
         density = ValueAndGrad(density)
         kernel = partial(transition, density, num_integration_steps=num_integration_steps, jitter=1.0)
@@ -307,15 +284,10 @@ def sample(
 
 
 def _warm_up(
-    kernel: Callable[..., HMCInfo],
-    state: HMCState,
-    step_size: Tensor,
-    scale: Tensor,
-    steps: int,
-    progress: Callable[[int], None],
+    kernel: Callable[..., HMCInfo], state: HMCState, size: Tensor, scale: Tensor, steps: int, progress: Progress
 ) -> tuple[HMCState, Tensor, Tensor]:
     """Return the chains after their warm-up, the adapted step sizes [B] and scales [B, D]."""
-    adaptation, variance = DualAveraging(step_size), _PooledVariance(state.position.mean(0))
+    adaptation, variance = DualAveraging(size), _PooledVariance(state.position.mean(0))
     ends = {round(share * steps) for share in WINDOWS}
     for done in range(1, steps + 1):
         state, acceptance_rate, _ = kernel(state, adaptation.step_size, scale=scale)

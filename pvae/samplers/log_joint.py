@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pvae.errors import UserError
 from pvae.inference.importance import random_sites, score_draws
-from pvae.inference.latents import LatentSites, find_latent_sites
+from pvae.inference.latents import LatentSite, LatentSites, find_latent_sites
 from pvae.runtime.pyro_params import Program, local_param_store, module_of
 from pvae.runtime.torch_state import no_validation, seeded
 
@@ -42,10 +42,9 @@ class LogJoint:
     Calling it with u [C, B, D], C chains for every row, returns [C, B] in nats, with gradients; a u that can't be
     scored gives -inf or NaN, no error.
 
-    >>> from pvae.generative.vae import VAE
-    >>> from pvae.generative.likelihoods import Bernoulli
-    >>> from pvae.generative.priors import StandardNormal
-    >>> target = LogJoint(VAE(torch.nn.Linear(2, 5), Bernoulli(), StandardNormal(2)).model, torch.zeros(3, 5))
+    >>> import pvae
+    >>> vae = pvae.VAE(torch.nn.Linear(2, 5), pvae.likelihoods.Bernoulli(), pvae.priors.StandardNormal(2))
+    >>> target = LogJoint(vae.model, torch.zeros(3, 5))
     >>> target(target.prior(4)).shape
     torch.Size([4, 3])
     """
@@ -92,20 +91,16 @@ class LogJoint:
 def unconstrain(sites: LatentSites, latents: dict[str, Tensor]) -> Tensor:
     """Return the unconstrained vectors u [..., D] of latent values by site, [..., event shape] each.
 
-    >>> from torch.distributions import constraints; from pvae.inference.latents import LatentSite
-    >>> unconstrain(LatentSites((LatentSite("s", (), constraints.positive),)), {"s": torch.ones(3)})
-    tensor([[0.],
-            [0.],
-            [0.]])
+    >>> from torch.distributions.constraints import positive
+    >>> unconstrain(LatentSites((LatentSite("s", (), positive),)), {"s": torch.ones(3)}).tolist()
+    [[0.0], [0.0], [0.0]]
     """
-    behind = [(site, site.transform.inv(latents[site.name])) for site in sites.sites]
-    return torch.cat(
-        [
-            u.flatten(u.dim() - len(site.unconstrained_shape)) if site.unconstrained_shape else u.unsqueeze(-1)
-            for site, u in behind
-        ],
-        -1,
-    )
+
+    def vector(site: LatentSite) -> Tensor:
+        u, shape = site.transform.inv(latents[site.name]), site.unconstrained_shape
+        return u.flatten(-len(shape)) if shape else u.unsqueeze(-1)
+
+    return torch.cat([vector(site) for site in sites.sites], -1)
 
 
 @torch.no_grad()
@@ -113,7 +108,6 @@ def simulate_joint(model: Program, like: Tensor, sites: LatentSites | None = Non
     """Draw latents and rows from the joint of the program (ancestral sampling), in the shape of ``like`` [N, ...].
 
     Arguments:
-        model: a Pyro program.
         like: rows; entries that the program does not observe, such as labels, are copied, and so is NaN (missing).
         sites: the latent sites, found by default.
         seed: of the draws; the random stream outside is left alone.
@@ -126,8 +120,7 @@ def simulate_joint(model: Program, like: Tensor, sites: LatentSites | None = Non
     with seeded(seed), _unvalidated(model):
         trace = poutine.trace(poutine.uncondition(model)).get_trace(like, index)
     values = {name: site["value"] for name, site in random_sites(trace)}
-    observed = {name: values[name] for name in values if name not in {site.name for site in sites.sites}}
-    x = _fill_observed(model, observed, like)
+    x = _fill_observed(model, {n: v for n, v in values.items() if n not in {s.name for s in sites.sites}}, like)
     return JointDraws(unconstrain(sites, values), torch.where(like.isnan(), like, x))
 
 
@@ -135,39 +128,31 @@ def _fill_observed(model: Program, observed: dict[str, Tensor], like: Tensor) ->
     """Return the rows ``like`` with drawn values in the entries that the program observes."""
     if [value.shape for value in observed.values()] == [like.shape]:
         return next(iter(observed.values())).to(like)
-    rows = like.flatten(1).clone()
-    for name, columns in _observed_columns(model, like).items():
-        rows[:, columns] = observed[name].to(like).reshape(len(like), -1)
-    return rows.view_as(like)
-
-
-def _observed_columns(model: Program, like: Tensor) -> dict[str, Tensor]:
-    """Return the columns of a flat row that each site observes: a row of column numbers shows them."""
+    # A row of column numbers shows which columns of a flat row each site observes.
     numbers = torch.arange(like[0].numel(), dtype=like.dtype, device=like.device)
-    marked = numbers.view(like[:1].shape)
+    index = torch.zeros(1, dtype=torch.long, device=like.device)
     try:
         with seeded(0), _unvalidated(model):
-            trace: Any = poutine.trace(model).get_trace(marked, torch.zeros(1, dtype=torch.long, device=like.device))
+            trace: Any = poutine.trace(model).get_trace(numbers.view(like[:1].shape), index)
     except Exception as error:  # a user's program may raise anything
         raise UserError(f"no rows can be simulated: the program fails where its rows are numbered ({error})") from error
     columns = {name: site["value"].flatten() for name, site in random_sites(trace) if site["is_observed"]}
-    joined = torch.cat(list(columns.values())) if columns else numbers[:0]
+    joined = torch.cat([numbers[:0], *columns.values()])
     if not torch.isin(joined, numbers).all() or len(joined.unique()) < len(joined):
-        raise UserError(
-            f"no rows can be simulated: the values that the program observes ({', '.join(columns)}) are not entries of "
-            f"its rows of shape {tuple(like.shape[1:])}"
-        )
-    return {name: values.long() for name, values in columns.items()}
+        wrong = f"({', '.join(columns)}) are not entries of its rows of shape {tuple(like.shape[1:])}"
+        raise UserError(f"no rows can be simulated: the values that the program observes {wrong}")
+    rows = like.flatten(1).clone()
+    for name, numbers in columns.items():
+        rows[:, numbers.long()] = observed[name].to(like).reshape(len(like), -1)
+    return rows.view_as(like)
 
 
 @contextmanager
 def _unvalidated(model: Program) -> Iterator[None]:
     """Run a program without validation, since chains may stray, and its module in its own parameter store."""
-    try:
-        module_of(model)
-    except UserError:
-        with no_validation():
-            yield
-        return
-    with no_validation(), local_param_store():
+    with ExitStack() as stack:
+        stack.enter_context(no_validation())
+        with suppress(UserError):  # a plain function has no module
+            module_of(model)
+            stack.enter_context(local_param_store())
         yield
