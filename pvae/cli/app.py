@@ -75,7 +75,7 @@ def compare(
     if record and options.path is None:
         raise UserError("--record needs a recipe file to write to")
     file = arguments.complete(axes.extend(options.open(trust=trust), options))
-    folder = out or _folder("compare", options.path or file.recipe.data)
+    folder = out or Path("runs") / f"compare-{Path(options.path or file.recipe.data).stem}"
     run = budget.run_options(folder, device=device, jobs=jobs, trust=trust)
     with with_resume_hint(folder, "--resume instead of --overwrite" if overwrite else "--resume"):
         results = comparing.compare(
@@ -114,7 +114,7 @@ def fit(
         if distributed.is_main_process():
             typer.echo(dataset.summary())
         untrained = preflight.check_recipe(complete, dataset)
-        folder = out or _folder("fit", options.path or complete.data)
+        folder = out or Path("runs") / f"fit-{Path(options.path or complete.data).stem}"
         if distributed.is_main_process():
             for warning in preflight.recipe_warnings(complete):
                 typer.echo(f"warning: {warning}", err=True)
@@ -135,10 +135,8 @@ def _test_bound(fitted: Any, x: Any) -> str:
 
     means = bounds(fitted.model, fitted.guide, x, K=10, seed=fitted.recipe.seed).summary()
     name, epochs = "elbo" if "elbo" in means else "log_joint", len(fitted.fit.history)
-    return (
-        f"{epochs} epoch{'' if epochs == 1 else 's'} in {fitted.fit.seconds:.1f} s; test {describe(name).label} "
-        f"{number(means[name])} nats over {len(x)} rows, 10 draws each"
-    )
+    took = f"{epochs} epoch{'' if epochs == 1 else 's'} in {fitted.fit.seconds:.1f} s"
+    return f"{took}; test {describe(name).label} {number(means[name])} nats over {len(x)} rows, 10 draws each"
 
 
 @app.command()
@@ -287,10 +285,6 @@ def _evaluated(results: dict[str, Any]) -> str:
         for group in results["groups"]
     ]
     return f"bounds and gaps of the last evaluation: {', '.join(dict.fromkeys(sizes))}"
-
-
-def _folder(verb: str, source: str | Path) -> Path:
-    return Path("runs") / f"{verb}-{Path(source).stem}"
 
 
 def _usage(error: Any) -> str:

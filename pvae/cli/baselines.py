@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pvae.cli.use_context import error_words, squared_error
 from pvae.experiments.opened_run import Run
 from pvae.experiments.row_selection import SPLIT_LABELS, SelectedRows
 from pvae.runtime.torch_state import to_numpy
@@ -14,20 +15,16 @@ from pvae.stats import mean_se, percent
 FITTED = 10_000  # rows that baselines are fitted to, at most
 
 
-def pca_reconstruction(run: Run, x: Tensor) -> Tensor:
-    """Reconstruct rows from as many principal components (PCA) as latent dimensions; NaN if any entry is missing."""
+def pca_reconstruction(run: Run, x: Tensor) -> tuple[Tensor, str]:
+    """Reconstruct rows from as many principal components as latent dimensions (NaN if entries are missing); say how."""
     from sklearn.decomposition import PCA
 
-    train = run.data.fixed_train(FITTED).x[:, : run.columns]
-    if train.isnan().any() or x.isnan().any():
-        return torch.full_like(x, torch.nan)
-    pca = PCA(min(run.guide.sites.dim, *train.shape), random_state=0).fit(to_numpy(train))
-    return torch.from_numpy(pca.inverse_transform(pca.transform(to_numpy(x)))).to(x)
-
-
-def pca_words(run: Run) -> str:
-    """Return how many training rows PCA was fitted to, as words, if not all."""
-    return f" of {FITTED:,} training rows" if len(run.data.train) > FITTED else ""
+    train, x_hat = run.data.fixed_train(FITTED).x[:, : run.columns], torch.full_like(x, torch.nan)
+    if not train.isnan().any() and not x.isnan().any():
+        pca = PCA(min(run.guide.sites.dim, *train.shape), random_state=0).fit(to_numpy(train))
+        x_hat = torch.from_numpy(pca.inverse_transform(pca.transform(to_numpy(x)))).to(x)
+    some = f" of {FITTED:,} training rows" if len(run.data.train) > FITTED else ""
+    return x_hat, f"as many principal components{some} leave {error_words(squared_error(x_hat, x))}"
 
 
 def preserved_labels(run: Run, rows: SelectedRows, x: Tensor, row: Tensor) -> str:
@@ -45,10 +42,9 @@ def preserved_labels(run: Run, rows: SelectedRows, x: Tensor, row: Tensor) -> st
         for values, truth in ((x, rows.labels[row]), (rows.x, rows.labels))
     )
     preserved = mean_se(new.view(len(given), -1).mean(1))  # new rows around one row are not independent
-    return (
-        f"{percent(preserved)} of the new rows keep their label by the majority of the five nearest of "
-        f"{len(known):,} {SPLIT_LABELS[part]}, which is right for {percent(mean_se(given))} of the given rows."
-    )
+    rule = f"the majority of the five nearest of {len(known):,} {SPLIT_LABELS[part]}"
+    right = f"{percent(mean_se(given))} of the given rows"
+    return f"{percent(preserved)} of the new rows keep their label by {rule}, which is right for {right}."
 
 
 def _features(run: Run, rows: Tensor) -> np.ndarray:

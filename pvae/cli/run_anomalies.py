@@ -125,10 +125,9 @@ def _known(context: UseContext, anomalous: Sequence[float] | None) -> Tensor:
 
 def _sentences(result: AnomalyScores, held: int, rows: SelectedRows, truth: Tensor | None, others: int) -> list[str]:
     expected = result.expected
-    sentences = [
-        f"{len(rows.x)} {rows.where} against {held} held-out normal rows; a row is flagged beyond a "
-        f"threshold that {100 * expected.mean:.2g} ± {100 * expected.se:.2g}% of fresh normal rows exceed."
-    ]
+    exceed = f"{100 * expected.mean:.2g} ± {100 * expected.se:.2g}% of fresh normal rows exceed"
+    rule = f"a row is flagged beyond a threshold that {exceed}"
+    sentences = [f"{len(rows.x)} {rows.where} against {held} held-out normal rows; {rule}."]
     if others:
         sentences.append(f"{others} rows of labels that are neither the run's nor named anomalous are left out.")
     for reason in dict.fromkeys(result.left_out.values()):
@@ -142,10 +141,8 @@ def _sentences(result: AnomalyScores, held: int, rows: SelectedRows, truth: Tens
         sentences.append(f"All rows are {kind}: no AUROC without rows of both kinds.")
     if not result.comparable:
         here, there = (100 * share.mean().item() for share in result.missing)
-        sentences.append(
-            f"Rows lack {here:.2g}% of their entries, the reference {there:.2g}%; scores sum over observed entries, so "
-            "that rows with more missing entries seem more normal."
-        )
+        effect = "scores sum over observed entries, so that rows with more missing entries seem more normal"
+        sentences.append(f"Rows lack {here:.2g}% of their entries, the reference {there:.2g}%; {effect}.")
     return sentences
 
 

@@ -51,10 +51,8 @@ def classify(context: UseContext, models: Sequence[Any] | None, *, data: Dataset
     held, x, y = _calibration_rows(context, data, labels)
     temperature = classification.fit_temperature(score(x, context.seed + 1).log_evidence, y, prior)
     result = score(context.rows.x, context.seed).at(temperature.mean)
-    sentences = [
-        f"{context.count} into {len(labels)} classes by the evidence of each (IWAE-{result.K}), at temperature "
-        f"{number(temperature)}, at which {len(x)} {held} have the smallest log loss."
-    ]
+    at = f"at temperature {number(temperature)}, at which {len(x)} {held} have the smallest log loss"
+    sentences = [f"{context.count} into {len(labels)} classes by the evidence of each (IWAE-{result.K}), {at}."]
     if context.rows.index is not None:
         sentences.append("Models were fitted to these rows or calibrated on them: fresh rows are harder.")
     return _against_labels(context, result, labels, sentences)

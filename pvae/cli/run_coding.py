@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from pvae import applications
-from pvae.cli.baselines import pca_reconstruction, pca_words, preserved_labels
+from pvae.cli.baselines import pca_reconstruction, preserved_labels
 from pvae.cli.use_context import UseContext, check_room, error_words, make_result, rows_to_decode, squared_error
 from pvae.data.readers import read_table
 from pvae.errors import UserError, param
@@ -35,11 +35,9 @@ def reconstruct(context: UseContext, *, K: int = 8) -> UseResult:
     """Encode rows and decode K draws of each code."""
     x_hat = context.apply(applications.reconstruct, K=K)
     error = squared_error(x_hat, context.x)
-    pca_error = squared_error(pca_reconstruction(context.run, context.x), context.x)
-    sentences = [
-        f"Squared error {error_words(error)} per value over {context.count} ({K} draws of each code); as many "
-        f"principal components{pca_words(context.run)} leave {error_words(pca_error)}."
-    ]
+    _, compared = pca_reconstruction(context.run, context.x)
+    over = f"per value over {context.count} ({K} draws of each code)"
+    sentences = [f"Squared error {error_words(error)} {over}; {compared}."]
     figure = context.strips({"original": context.x, "reconstruction": x_hat})
     return make_result("reconstruct", {"x": x_hat, "row": context.rows.place}, sentences, figure)
 
@@ -71,10 +69,8 @@ def interpolate(context: UseContext, *, steps: int = 9, how: str = "linear") -> 
     ends = enumerate(pairwise(context.rows.place.tolist()))
     legs = {f"rows {a} to {b}": path.x[leg * steps : (leg + 1) * steps + 1] for leg, (a, b) in ends}
     moves = (path.x[1:] - path.x[:-1]).square().mean(1).sqrt()
-    sentences = [
-        f"A {how} path of {len(path.x)} codes through {context.count}; from one to the next a value moves by "
-        f"{moves.mean():.3g} (root mean square), at most {moves.max():.3g}."
-    ]
+    step = f"from one to the next a value moves by {moves.mean():.3g} (root mean square), at most {moves.max():.3g}"
+    sentences = [f"A {how} path of {len(path.x)} codes through {context.count}; {step}."]
     figure = context.sheets(legs, per_line=steps + 1)
     return make_result("interpolate", {"x": path.x, "z": path.z, "at": path.at}, sentences, figure)
 
@@ -109,7 +105,7 @@ def latent_map(context: UseContext, *, projection: str = "auto", size: int = 20)
 def encode(context: UseContext, *, K: int = 64) -> UseResult:
     """Encode rows: mean and standard deviation of each code, rate and distortion, beside principal components."""
     codes = context.apply(applications.encode, K=K)
-    pca = pca_reconstruction(context.run, context.x)
+    pca, compared = pca_reconstruction(context.run, context.x)
     rate = mean_se(codes.rate)
     if math.isnan(rate.mean):
         cost = "Rate: a point mass has none; its codes cost what their numbers cost."
@@ -119,12 +115,11 @@ def encode(context: UseContext, *, K: int = 64) -> UseResult:
         unit = "bits" if measure == "mass" else "bits (of density)"
         total = f"{number(mean_se(bits))} {unit} per value"
         cost = f"Rate {number(rate)} bits per row by bits-back coding, with the distortion {total}."
+    fewer = f"{context.run.columns / context.dim:.3g} times fewer"
     sentences = [
-        f"{context.count.capitalize()} as {context.dim} numbers each: {context.run.columns / context.dim:.3g} times "
-        "fewer.",
+        f"{context.count.capitalize()} as {context.dim} numbers each: {fewer}.",
         cost,
-        f"Squared error at the code's mean {error_words(mean_se(codes.error))} per value; as many principal components"
-        f"{pca_words(context.run)} leave {error_words(squared_error(pca, context.x))}.",
+        f"Squared error at the code's mean {error_words(mean_se(codes.error))} per value; {compared}.",
         f"Distortion {number(mean_se(codes.distortion))} nats per row.",
     ]
     decoded = applications.decode(*context.programs, codes.mean, context.rows.x)
@@ -179,10 +174,8 @@ def augment(context: UseContext, *, per_row: int = 4, spread: float = 1.0, draw:
     # New rows around one row are not independent: errors are over the given rows.
     moves = (new.x - context.x[new.row]).square().nanmean(1).view(-1, per_row).mean(1)
     width = f"{spread:g} standard deviation{'' if spread == 1 else 's'}"
-    sentences = [
-        f"{len(new.x)} new rows around {context.count}, {width} of q wide; they differ from their row by "
-        f"{error_words(mean_se(moves))} (squared, per value)."
-    ]
+    differ = f"they differ from their row by {error_words(mean_se(moves))} (squared, per value)"
+    sentences = [f"{len(new.x)} new rows around {context.count}, {width} of q wide; {differ}."]
     arrays = {"x": new.x, "row": context.rows.place[new.row]}
     if context.rows.labels is not None:
         arrays["label"] = context.rows.labels[new.row]

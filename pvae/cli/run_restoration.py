@@ -45,10 +45,9 @@ def impute(context: UseContext, *, hide: float | None, draws: int = 5, K: int = 
     means = context.run.data.fixed_train(FITTED).x.nanmean(0)
     imputed = context.apply(applications.impute, x, context.rows.index, means=means, K=K, draws=draws, steps=steps)
     x_hat = imputed.x[:, : context.run.columns]
-    sentences = [
-        f"{context.count.capitalize()}, {(~observed).double().mean().item():.1%} of the entries missing, {draws} draws "
-        f"of each under {_draws(context, imputed.ess, K)}."
-    ]
+    missing = f"{(~observed).double().mean().item():.1%} of the entries missing"
+    under = f"{draws} draws of each under {_draws(context, imputed.ess, K)}"
+    sentences = [f"{context.count.capitalize()}, {missing}, {under}."]
     lines = {"seen": seen, "mean": x_hat, "a draw": imputed.draws[0]}
     if hide is not None:
         hidden = ~observed & ~context.x.isnan()

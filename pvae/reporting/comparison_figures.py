@@ -57,16 +57,15 @@ def _curves(rows: list[dict[str, Any]]) -> Figure:
         elif all(row["history"] for row in rows):
             axis.set_xscale("log")
             style.plain_ticks(axis.get_xlim(), axis.xaxis)
-        axis.set_ylim(*_window([[entry["objective"] for entry in row["history"]] for row in rows if row["history"]]))
+        if curves := [[entry["objective"] for entry in row["history"]] for row in rows if row["history"]]:
+            axis.set_ylim(*_window(curves))
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 3), **SMALL)
     return figure
 
 
-def _window(curves: list[list[float]]) -> tuple[float | None, float | None]:
-    """Return limits that show where the curves, if there are any, end rather than where they begin."""
-    if not curves:
-        return None, None
+def _window(curves: list[list[float]]) -> tuple[float, float]:
+    """Return limits that show where the curves end rather than where they begin."""
     top, bottom, ends = max(map(max, curves)), min(map(min, curves)), min(curve[-1] for curve in curves)
     low = max(bottom, ends - 4 * max(top - ends, 0.05 * abs(top)))
     return low, top + 0.05 * max(top - low, 0.01 * abs(top))

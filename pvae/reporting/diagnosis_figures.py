@@ -18,8 +18,7 @@ from pvae.runtime.torch_state import to_numpy
 from pvae.stats import UNRELIABLE
 
 BLUE, ORANGE, GREEN = COLOURS[:3]
-# The guide, and its family at refined variational parameters.
-WHO = {"guide": ("guide", BLUE), "best": ("refined", ORANGE)}
+WHO = {"guide": ("guide", BLUE), "best": ("refined", ORANGE)}  # best: refined variational parameters
 USABLE = 0.5
 BEYOND = 2.5  # a k-hat above it is drawn at the edge
 

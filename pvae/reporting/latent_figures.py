@@ -102,10 +102,9 @@ def _columns(figure: Any, p: np.ndarray, shape: tuple[int, ...]) -> None:
         scale = figure.colorbar(image, ax=axis, location="bottom", shrink=0.9)
         scale.set_label("p-value of each pixel's mean\n0: the data's is larger, 1: it is smaller", fontsize=8)
         return
-    ticks = np.arange(len(p))
-    off = (p < 0.025) | (p > 0.975)
+    marked = np.where((p < 0.025) | (p > 0.975), ORANGE, BLUE)
     axis.axhspan(0.025, 0.975, color=GREY, alpha=0.15, lw=0)
-    axis.scatter(ticks, p, s=16, color=np.where(off, ORANGE, BLUE), clip_on=False, zorder=3)
+    axis.scatter(np.arange(len(p)), p, s=16, color=marked, clip_on=False, zorder=3)
     axis.axhline(0.5, color="black", lw=0.6)
     axis.set(xlabel="column, counted from 0", ylabel="p-value of the column's mean", ylim=(0, 1))
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))
