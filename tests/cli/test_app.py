@@ -529,7 +529,10 @@ MISTAKES = {
     "compare into a run": (f"{COMPARE} --out run", "--out run --overwrite --resume"),
     "overwriting in vain": (f"fit {SMALL} --out run --overwrite --binarize none", "row 0 column 2 0.1875"),
     "resume with other words": (f"fit {SMALL} --latent 3 --out run --resume", "--resume run latent 2 3"),
-    "resume with another rate": (f"fit {SMALL} --learning-rate 1 --out run --resume", "--resume run learning_rate 0.002 1.0"),
+    "resume with another rate": (
+        f"fit {SMALL} --learning-rate 1 --out run --resume",
+        "--resume run learning_rate 0.002 1.0",
+    ),
     "resume with another guide": (f"fit {SMALL} --guide PerDatapoint --out run --resume", "guide Amortized Per"),
     "resume of another verb": (f"fit {SMALL} --out compared-run --resume", "--resume compared-run compare's fit's"),
     "resume of another verb, compared": (f"{COMPARE} --out run --resume", "--resume run fit's compare's folder"),

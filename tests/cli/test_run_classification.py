@@ -183,7 +183,9 @@ def test_a_program_that_takes_the_label_is_its_own_class_model(monkeypatch):
     x[:, run.columns :] = x[:, run.columns :].roll(1, 1)
     again = classify(asked(run, rows._replace(x=x)), None, data=data, K=2)
     assert again.arrays["predicted"].tolist() == made.arrays["predicted"].tolist()
-    with pytest.raises(UserError, match="calibrates on rows that the program has not seen; fit with validation_size=0.1"):
+    with pytest.raises(
+        UserError, match=r"calibrates on rows that the program has not seen; fit with validation_size=0\.1"
+    ):
         fit_class_models(opened(LABELLED))
 
 
