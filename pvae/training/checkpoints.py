@@ -1,7 +1,6 @@
 """Checkpoints: named tensors and a JSON header in one safetensors file, replaced atomically; nothing is unpickled.
 
-With several ranks each writes its rows and random state to a shard of its own under a new name, and the file names
-the shards, so that a reader finds those of the same step.
+With several ranks each writes its rows and random state to a new shard; the file names the shards of the same step.
 """
 
 from __future__ import annotations
@@ -25,9 +24,6 @@ from pvae.runtime.files import atomic_replace, write_json
 FILE, STATE, BEST, RANDOM = "checkpoint.safetensors", "state.json", "best.", "random."
 PARTS = "checkpoint.*.safetensors"
 
-# Attempts to read a checkpoint whose shards are replaced meanwhile.
-READS = 3
-
 
 class CheckpointShard(NamedTuple):
     """One rank's file of a checkpoint, with rows ``start`` to ``stop`` of the per-datapoint tables."""
@@ -45,7 +41,7 @@ def write(folder: Path, tensors: dict[str, Tensor], header: dict[str, Any]) -> N
 
 
 def write_part(folder: Path, part: CheckpointShard, tensors: dict[str, Tensor]) -> None:
-    """Write one rank's shard, its rows and random state; the header is written afterwards."""
+    """Write one rank's shard."""
     _save(folder / part.file, tensors, {"rows": [part.start, part.stop]})
 
 
@@ -54,20 +50,14 @@ def write_ranks(
 ) -> None:
     """Write a checkpoint from all ranks: first each its shard, then rank 0 the shared tensors and the header.
 
-    Until the last file is written the old checkpoint is valid. A single rank writes one file.
-
-    Arguments:
-        tensors: what all ranks share.
-        shard: this rank's rows of tables and its random state.
-        num_rows: N, rows of the tables on all ranks.
+    Until the last file is written the old checkpoint is valid. A single rank writes one file. All ranks share
+    ``tensors``; ``shard`` holds this rank's rows of tables, ``num_rows`` on all ranks, and its random state.
     """
     if distributed.world_size() == 1:
         write(folder, tensors | shard, header)
         return
-    mark = distributed.broadcast_int(time.time_ns())
-    names = (f"checkpoint.{mark:x}-{rank}.safetensors" for rank in range(distributed.world_size()))
-    shards = zip(names, distributed.shards(num_rows), strict=True)
-    parts = [CheckpointShard(name, rows.start, rows.stop) for name, rows in shards]
+    mark, shards = distributed.broadcast_int(time.time_ns()), enumerate(distributed.shards(num_rows))
+    parts = [CheckpointShard(f"checkpoint.{mark:x}-{r}.safetensors", rows.start, rows.stop) for r, rows in shards]
     with distributed.fail_together():
         write_part(folder, parts[distributed.rank()], shard)
     with distributed.fail_together():
@@ -96,16 +86,13 @@ def read(
     Arguments:
         tables: names of tensors with a row for each datapoint.
         rows: rows of these to read, by a rank that owns them together with its random state; all by default.
-
-    Raises:
-        UserError: there is no checkpoint, or it is truncated or of another program.
     """
     path = folder / FILE
     if not path.is_file():
         raise UserError(f"{folder} holds no checkpoint ({FILE})")
     try:
-        for _ in range(READS):
-            with suppress(FileNotFoundError):  # the parts were replaced before they were opened
+        for _ in range(3):
+            with suppress(FileNotFoundError):  # its shards were replaced before they were opened
                 return _read(folder, tables, rows)
         raise ValueError("parts that it names are missing")
     except (SafetensorError, KeyError, ValueError, TypeError, OSError) as error:
@@ -118,22 +105,19 @@ def _read(folder: Path, tables: Collection[str], rows: range | None) -> tuple[di
         header = json.loads((file.metadata() or {})["pvae"])
         tensors = {name: _rows(file, name, rows if name in tables else None) for name in file.keys()}  # noqa: SIM118
     parts = [CheckpointShard(*part) for part in header.get("parts", [])]
-    by_name: dict[str, list[Tensor]] = {}
-    for part in parts:
-        for name, values in _read_part(folder, part, rows or range(parts[-1].stop)).items():
-            by_name.setdefault(name, []).append(values)
-    return tensors | {name: torch.cat(values) for name, values in by_name.items()}, header
+    shards = [_read_part(folder, part, rows or range(parts[-1].stop)) for part in parts]
+    names = {name for shard in shards for name in shard}
+    return tensors | {name: torch.cat([s[name] for s in shards if name in s]) for name in names}, header
 
 
 def _read_part(folder: Path, part: CheckpointShard, rows: range) -> dict[str, Tensor]:
     """Return a shard's tensors of these rows, with its random state if the rows are exactly its own."""
-    start, stop = max(part.start, rows.start) - part.start, min(part.stop, rows.stop) - part.start
-    exact = rows == range(part.start, part.stop)
+    within = range(max(part.start, rows.start) - part.start, min(part.stop, rows.stop) - part.start)
     with safe_open(folder / part.file, framework="pt") as file:
-        random = [name for name in file.keys() if name.startswith(RANDOM)]  # noqa: SIM118
-        tensors = {name: file.get_tensor(name) for name in random if exact}
-        for name in set(file.keys()) - set(random) if start < stop else ():
-            tensors[name] = _rows(file, name, range(start, stop))
+        random = {name for name in file.keys() if name.startswith(RANDOM)}  # noqa: SIM118
+        tensors = {name: _rows(file, name, within) for name in set(file.keys()) - random if within}
+        if rows == range(part.start, part.stop):
+            tensors |= {name: file.get_tensor(name) for name in random}
     return tensors
 
 
@@ -147,18 +131,13 @@ def best_params(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def load_module(module: nn.Module, prefix: str, tensors: dict[str, Tensor], where: Path) -> None:
-    """Load the tensors ``prefix.*`` into a module.
-
-    Raises:
-        UserError: names or shapes differ: the checkpoint is of another model.
-    """
+    """Load the tensors ``prefix.*`` into a module; refuse other names or shapes, which are of another model."""
     current = module.state_dict()
     state = {name.removeprefix(f"{prefix}."): t for name, t in tensors.items() if name.startswith(f"{prefix}.")}
     for name in sorted(current.keys() | state.keys()):
         one, other = current.get(name), state.get(name)
         if one is None or other is None or one.shape != other.shape:
-            here, there = (tuple(t.shape) if isinstance(t, torch.Tensor) else "absent" for t in (one, other))
-            raise UserError(
-                f"{where / FILE} is of another model: {prefix}.{name} is {there} in it, but {here} in this recipe"
-            )
+            here, there = ("absent" if t is None else tuple(t.shape) for t in (one, other))
+            change = f"{prefix}.{name} is {there} in it, but {here} in this recipe"
+            raise UserError(f"{where / FILE} is of another model: {change}")
     module.load_state_dict(state)

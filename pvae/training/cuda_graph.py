@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
 
@@ -12,7 +11,7 @@ from torch import Tensor
 
 from pvae.data.dataset import Dataset
 from pvae.runtime.torch_state import warn_once
-from pvae.training.engines import EngineChoice, TracedStep
+from pvae.training.svi_engines import EngineChoice, TracedStep
 
 # Steps before the capture, so that the first step's allocations and compilations are done.
 WARM_UP = 3
@@ -21,12 +20,8 @@ WARM_UP = 3
 class CudaGraphStep:
     """Step captured as one CUDA graph: gather and binarize rows, loss, gradients, optimizer, local updates.
 
-    Arguments:
-        step: the traced step.
-        data: resident on the device.
-        size: batch size of the captured step; other batches, such as an epoch's last, go by ``step``.
-
-    Random numbers come from the device's generator, as in ``step``. The loss stays on the device.
+    Batches of another size, such as an epoch's last, go by the traced ``step``. Random numbers come from the device's
+    generator, as in ``step``. The data are resident on the device, and the loss stays there.
     """
 
     def __init__(self, step: TracedStep, data: Dataset, size: int) -> None:
@@ -37,7 +32,6 @@ class CudaGraphStep:
         step.optimizer.allow_capture()
 
     def __call__(self, index: Tensor) -> Tensor | float:
-        """Step on the training rows index [B], see `Step`."""
         if len(index) != len(self.index):
             return self.step(self.data.rows(index), index)
         self.index.copy_(index)
@@ -50,7 +44,6 @@ class CudaGraphStep:
         return self.replay()
 
     def batches(self, *args: Any) -> Iterator[tuple[Tensor]]:
-        """Yield the index of each batch, see `Dataset.order`."""
         return ((index,) for index in self.data.order(*args))
 
     def _capture(self) -> Callable[[], Tensor | float]:
@@ -89,8 +82,7 @@ def capture_graph(function: Callable[[], Any]) -> Callable[[], Tensor]:
     """Capture a function's work on the device, and return its replay, which copies the result."""
     graph = torch.cuda.CUDAGraph()
     # Threads that read rows ahead may allocate meanwhile.
-    capturing: AbstractContextManager[None] = torch.cuda.graph(graph, capture_error_mode="thread_local")
-    with capturing:
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
         result = function()
 
     def replay() -> Tensor:

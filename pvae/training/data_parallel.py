@@ -17,8 +17,8 @@ from torch import Tensor
 from pvae.runtime import distributed
 from pvae.runtime.pyro_params import module_of
 from pvae.runtime.torchrun import PeerFailed
-from pvae.training.engines import EngineChoice, Parts, Step, TracedStep
 from pvae.training.objectives import NonFiniteLoss
+from pvae.training.svi_engines import EngineChoice, Parts, TracedStep
 
 # Steps between checks of the stop flag on a GPU: each check waits for the device.
 CHECK_EVERY = 20
@@ -41,19 +41,16 @@ class DataParallelStep:
 
     Arguments:
         traced: step of one rank, to be replayed; Pyro's own loss is differentiated if None.
-        parts: model, guide, optimizer and objective.
         caught: signals that this rank has received.
         agreed: list that takes the signal that some rank has received, once all ranks know, at the end of one step.
 
-    Raises:
-        NonFiniteLoss: when it is called; on ranks whose own loss is finite `PeerFailed`.
+    A loss that is not finite raises `NonFiniteLoss`, on ranks whose own loss is finite `PeerFailed`.
     """
 
     def __init__(self, traced: TracedStep | None, parts: Parts, caught: list[int], agreed: list[int]) -> None:
         self.model, self.guide, self.optimizer, self.objective = parts
         self.caught, self.agreed, self.steps, self.local_loss = caught, agreed, 0, 0.0
-        self.cause = NonFiniteLoss("the loss is not finite")
-        self.step: Step = traced or self._pyro_step
+        self.cause, self.step = NonFiniteLoss("the loss is not finite"), traced or self._pyro_step
         if traced:
             traced.reduce = self._all_reduce
         self.stop: Tensor | float = 0.0
@@ -86,46 +83,31 @@ class DataParallelStep:
     def _all_reduce(self, loss: Tensor, gradients: Sequence[Tensor | None]) -> tuple[Tensor, list[Tensor]]:
         """Return the sums over all ranks of the loss and of the parameters' gradients."""
         self.local_loss, parameters = 0.0 if loss.is_cuda else loss.item(), self.optimizer.parameters
-        terms = [
-            torch.zeros_like(parameter) if gradient is None else gradient
-            for parameter, gradient in zip(parameters, gradients, strict=True)
-        ]
+        pairs = zip(parameters, gradients, strict=True)
+        terms = [torch.zeros_like(parameter) if gradient is None else gradient for parameter, gradient in pairs]
         flags = torch.stack([loss, loss.new_tensor(bool(self.caught))])
         *sums, flags = all_reduce_flat([*terms, flags.to(parameters[0].dtype) if parameters else flags])
-        self._agree_to_stop(flags[1])
-        return flags[0], sums
-
-    def _agree_to_stop(self, flag: Tensor) -> None:
-        self.stop, self.steps = self.stop + flag, self.steps + 1
-        if (not flag.is_cuda or self.steps % CHECK_EVERY == 0) and self.stop.item():
+        self.stop, self.steps = self.stop + flags[1], self.steps + 1
+        if (not loss.is_cuda or self.steps % CHECK_EVERY == 0) and self.stop.item():
             self.agreed.append(distributed.all_reduce_max(max(self.caught, default=0)))
+        return flags[0], sums
 
 
 def supported_engine(engine: str, device: torch.device) -> str:
     """Return the engine to ask for: no CUDA graph can hold what several ranks send each other."""
-    is_auto_on_gpu = engine == "auto" and device.type == "cuda"
-    return "traced" if distributed.world_size() > 1 and (engine == "graph" or is_auto_on_gpu) else engine
+    wants_graph = engine == "graph" or (engine == "auto" and device.type == "cuda")
+    return "traced" if distributed.world_size() > 1 and wants_graph else engine
 
 
 def data_parallel_step(choice: EngineChoice, parts: Parts, caught: list[int], agreed: list[int]) -> EngineChoice:
-    """Return the engine's step shared by all ranks, which start alike and take the same kind of step.
-
-    Arguments:
-        choice: of this rank.
-        parts: model, guide, optimizer and objective.
-        caught, agreed: see `DataParallelStep`.
-    """
+    """Return the engine's step shared by all ranks, which start alike and take the same kind of step."""
     if distributed.all_reduce_max(choice.traced is None) and choice.traced:
         choice = EngineChoice(choice.step, "pyro", "another process can't trace the step")
-    broadcast_state(parts)
-    return replace(choice, step=DataParallelStep(choice.traced, parts, caught, agreed), traced=None)
-
-
-def broadcast_state(parts: Parts) -> None:
-    """Broadcast parameters and buffers from rank 0, except for the rows of per-datapoint tables."""
+    # Parameters and buffers are rank 0's, except for the rows of per-datapoint tables.
     model, guide, optimizer, _ = parts
-    rows = {id(values) for table in optimizer.tables for values in table.buffers(recurse=False)}
+    rows = optimizer.row_tables()
     for module in (module_of(model), module_of(guide)):
         for values in (*module.parameters(), *module.buffers()):
             if id(values) not in rows:
                 dist.broadcast(values.detach(), 0)
+    return replace(choice, step=DataParallelStep(choice.traced, parts, caught, agreed), traced=None)

@@ -17,6 +17,7 @@ from torch import Tensor
 from pvae.data.dataset import Dataset
 from pvae.data.sources import SPLITS
 from pvae.errors import UserError, check_range, param
+from pvae.inference.batching import inference_mode
 from pvae.inference.guides import Guide
 from pvae.inference.importance import log_weights
 from pvae.runtime import distributed
@@ -30,10 +31,10 @@ from pvae.runtime.torch_state import RandomState, no_validation, pick_device, se
 from pvae.training import checkpoints
 from pvae.training.cuda_graph import with_cuda_graph
 from pvae.training.data_parallel import data_parallel_step, supported_engine
-from pvae.training.engines import EngineChoice, check_engine, choose_engine, recheck_engine
 from pvae.training.objectives import ELBO, NonFiniteLoss, Objective
 from pvae.training.optimizer import FusedAdam
 from pvae.training.support import check_support
+from pvae.training.svi_engines import Parts, check_engine, choose_engine, recheck_engine
 
 # Least seconds between the checkpoints at the ends of epochs.
 CHECKPOINT_SECONDS = 2.0
@@ -100,8 +101,7 @@ def fit(
         batch_size: datapoints in a step.
         learning_rate: of Adam on the global parameters.
         objective: the bound to maximize; `ELBO` by default.
-        patience: number of epochs without a rise of the validation ELBO after which training stops and returns to the
-            best epoch.
+        patience: epochs without a rise of the validation ELBO after which training stops and returns to the best epoch.
         seed: of batches and draws; the random stream outside is left alone.
         device: ``auto``, ``cpu`` or ``cuda``; model and guide are moved there.
         engine: ``pyro`` (``SVI.step``), ``traced`` (replays the traced step), ``compiled`` (by Inductor), ``graph`` (a
@@ -125,23 +125,15 @@ def fit(
         with distributed.fail_together():
             check_budget(data, epochs, batch_size, learning_rate, patience)
             check_engine(engine)
-            loop = _Loop(
-                model,
-                guide,
-                data,
-                device=distributed.local_device(target),
-                batch_size=batch_size,
-                learning_rate=learning_rate,
-                objective=objective,
-                patience=patience,
-                seed=rank_seed,
-                folder=folder,
-            )
+            target = distributed.local_device(target)
+            modules = [module_of(program).to(target).train() for program in (model, guide)]
+            optimizer = FusedAdam(*modules, learning_rate=learning_rate)
+            loop = _Loop((model, guide, optimizer, objective), data, target, batch_size, rank_seed, folder)
             # Run even if no split is to be checked: its draws come before training's in the random stream.
             check_support(model, loop.data, splits=SPLITS if check_data else ())
             if resume:
                 loop.restore()
-        loop.run(epochs, engine, progress)
+        loop.run(epochs, patience, engine, progress)
     return loop.report
 
 
@@ -150,46 +142,29 @@ def check_budget(data: Dataset, epochs: int, batch_size: int, learning_rate: flo
     check_range(least=0, epochs=epochs)
     check_range(least=1, batch_size=batch_size, patience=1 if patience is None else patience)
     check_range(learning_rate=learning_rate)
-    world_size = distributed.world_size()
-    if batch_size % world_size:
-        name = param("batch_size")
-        raise UserError(
-            f"{name} is {batch_size}, but {world_size} processes share it", f"set a multiple of {world_size}"
-        )
-    if len(data.train) < world_size:
-        raise UserError(f"{len(data.train)} training rows are too few for {world_size} processes; start fewer")
+    if batch_size % (world := distributed.world_size()):
+        shared = f"{param('batch_size')} is {batch_size}, but {world} processes share it"
+        raise UserError(shared, f"set a multiple of {world}")
+    if len(data.train) < world:
+        raise UserError(f"{len(data.train)} training rows are too few for {world} processes; start fewer")
     if patience is not None and not len(data.validation):
-        needed = param("validation_size")
-        raise UserError(f"{param('patience')}: early stopping needs validation rows", f"set {needed}")
+        needs = f"{param('patience')}: early stopping needs validation rows"
+        raise UserError(needs, f"set {param('validation_size')}")
 
 
 class _Loop:
     """State of a training run: the content of a checkpoint, and the step that changes it."""
 
     def __init__(
-        self,
-        model: Program,
-        guide: Program,
-        data: Dataset,
-        *,
-        device: torch.device,
-        batch_size: int,
-        learning_rate: float,
-        objective: Objective,
-        patience: int | None,
-        seed: int,
-        folder: Path | None,
+        self, parts: Parts, data: Dataset, device: torch.device, batch_size: int, seed: int, folder: Path | None
     ) -> None:
-        self.data, self.patience, self.seed, self.folder = data.shard().to(device), patience, seed, folder
+        self.data, self.seed, self.folder = data.shard().to(device), seed, folder
         self.num_rows, self.batch_size = len(data.train), batch_size
         self.rank_batch_size = batch_size // distributed.world_size()
         # Shards' sizes differ by a row at most. Where that row would take a step of its own, it joins the last one's.
         self.steps_per_epoch = -(-(self.num_rows // distributed.world_size()) // self.rank_batch_size)
+        self.parts, (model, guide, self.optimizer, self.objective) = parts, parts
         self.modules = {"model": module_of(model), "guide": module_of(guide)}
-        for module in self.modules.values():
-            module.to(device).train()
-        self.optimizer, self.objective = FusedAdam(*self.modules.values(), learning_rate=learning_rate), objective
-        self.parts = (model, guide, self.optimizer, objective)
         self.names = {id(p): f"adam.{k}.{n}" for k, m in self.modules.items() for n, p in m.named_parameters()}
         self.report, self.epoch, self.batch = Fit(), 0, 0
         self.total: float | Tensor = 0.0
@@ -197,12 +172,15 @@ class _Loop:
         self.caught: list[int] = []
         # Signals to stop for: with several ranks those that all ranks know of.
         self.agreed = self.caught if distributed.world_size() == 1 else []
-        self.tables = self._table_names()
+        rows = self.optimizer.row_tables()
+        tables = {f"{k}.{n}" for k, m in self.modules.items() for n, t in m.named_buffers() if id(t) in rows}
+        # Names of the tensors that have a row for each datapoint.
+        self.tables = tables | {f"{checkpoints.BEST}{name}" for name in tables}
         self.example: Sequence[Tensor] = ()
         self.digest = data.digest if folder and distributed.is_main_process() else ""
         self.saved_at = time.perf_counter()
 
-    def run(self, epochs: int, engine: str, progress: bool) -> None:
+    def run(self, epochs: int, patience: int | None, engine: str, progress: bool) -> None:
         """Train until so many epochs are done or early stopping ends them, save, and leave the modules in eval mode."""
         with (
             handle_first_signal(self.caught.append),
@@ -211,7 +189,7 @@ class _Loop:
             if self.epoch < epochs and self.report.stopped != "early":
                 self._start(engine, epochs, progress)
             while self.epoch < epochs and self.report.stopped != "early":
-                self._run_epoch()
+                self._run_epoch(patience)
                 row, speed = self.report.history[-1], self.epoch / max(self.report.seconds, 1e-9)
                 show(self.epoch, f"objective {row['objective']:.2f} nats, {speed:.3g} epochs/s")
             if number := distributed.all_reduce_max(max(self.caught, default=0)):
@@ -226,36 +204,36 @@ class _Loop:
     def _start(self, requested: str, epochs: int, progress: bool) -> None:
         """Choose how steps are made: a resumed run keeps its engine, and with it its bits."""
         start, stream = time.perf_counter(), RandomState()
-        engine = self.report.engine if requested == "auto" and self.report.engine else requested
-        engine = supported_engine(engine, self.data.train.device)
+        resumed = self.report.engine if requested == "auto" else ""
+        engine = supported_engine(resumed or requested, self.data.train.device)
         batches = self.data.batches(self.rank_batch_size, self.seed, 0, steps=self.steps_per_epoch)
         self.example = example = next(batches)
         self._set_kl_weight()
-        steps = epochs * self.steps_per_epoch
-        self.engine = choose_engine(engine, self.parts, (example, next(batches, example)), steps)
+        pair = (example, next(batches, example))
+        self.engine = choose_engine(engine, self.parts, pair, epochs * self.steps_per_epoch)
         if distributed.world_size() > 1:
             self.engine = data_parallel_step(self.engine, self.parts, self.caught, self.agreed)
         else:
             self.engine = with_cuda_graph(self.engine, engine, self.data, self.rank_batch_size)
         if self.report.engine != self.engine.name:
-            self._report_engine(self.engine, progress or requested not in ("auto", self.engine.name))
+            self._report_engine(progress or requested not in ("auto", self.engine.name))
         stream.restore()
         self.report.seconds += time.perf_counter() - start
 
-    def _report_engine(self, engine: EngineChoice, show: bool) -> None:
-        self.report.engine, self.report.engine_reason = engine.name, engine.reason
+    def _report_engine(self, show: bool) -> None:
+        self.report.engine, self.report.engine_reason = self.engine.name, self.engine.reason
         if show and distributed.is_main_process():
-            print(f"  engine {engine.name}: {engine.reason}", file=sys.stderr, flush=True)
+            print(f"  engine {self.engine.name}: {self.engine.reason}", file=sys.stderr, flush=True)
 
     def _recheck_engine(self) -> None:
         """Compare the traced step with Pyro's loss once more after the first epoch, when parameters have moved."""
         if distributed.world_size() == 1 and self.example:
-            engine, self.example = recheck_engine(self.engine, self.parts, self.example), ()
-            if engine is not self.engine:
-                self.engine = engine
-                self._report_engine(engine, True)
+            before, self.engine = self.engine, recheck_engine(self.engine, self.parts, self.example)
+            self.example = ()
+            if self.engine is not before:
+                self._report_engine(True)
 
-    def _run_epoch(self) -> None:
+    def _run_epoch(self, patience: int | None) -> None:
         """Run the rest of the current epoch, add its row to the history, and save if a checkpoint is due."""
         self._run_steps()
         self._recheck_engine()
@@ -268,15 +246,13 @@ class _Loop:
         if len(self.data.validation):
             row["validation_elbo"] = self._validate()
         self.report.history.append(row)
-        if self.patience:
-            self._stop_early(self.patience)
+        if patience:
+            self._stop_early(patience)
         if distributed.broadcast_int(time.perf_counter() - self.saved_at > CHECKPOINT_SECONDS):
             self._save()
 
     def _run_steps(self) -> None:
-        """Make the steps that are left in the current epoch."""
-        start = time.perf_counter()
-        batches = self.engine.batches or self.data.batches
+        start, batches = time.perf_counter(), self.engine.batches or self.data.batches
         with cpu_threads(self.engine.op_size):
             for batch in batches(self.rank_batch_size, self.seed, self.epoch, self.batch, self.steps_per_epoch):
                 self._set_kl_weight()
@@ -300,14 +276,12 @@ class _Loop:
     def _validate(self) -> float:
         """Return the ELBO of the validation rows from 8 draws, in nats per datapoint."""
         model, guide, *_ = self.parts
-        with seeded(self.seed), torch.no_grad():
-            for module in self.modules.values():
-                module.eval()
-            shard = distributed.shard(len(self.data.validation))
-            batches = self.data.validation[shard.start : shard.stop].split(1024) if shard else ()
+        shard = distributed.shard(len(self.data.validation))
+        batches = self.data.validation[shard.start : shard.stop].split(1024) if shard else ()
+        with inference_mode(model, guide, seed=self.seed):
             total = sum(log_weights(model, guide, x, None, 8).log_w.mean(0).sum().item() for x in batches)
-            for module in self.modules.values():
-                module.train()
+        for module in self.modules.values():
+            module.train()
         return distributed.all_reduce_sum(total) / len(self.data.validation)
 
     def _stop_early(self, patience: int) -> None:
@@ -325,16 +299,13 @@ class _Loop:
         for kind, module in self.modules.items():
             checkpoints.load_module(module, kind, tensors, self.folder or Path())
 
-    def _table_names(self) -> set[str]:
-        """Return the names of the tensors that have a row for each datapoint."""
-        rows = {id(values) for table in self.optimizer.tables for values in table.buffers(recurse=False)}
-        names = {f"{k}.{n}" for k, m in self.modules.items() for n, t in m.named_buffers() if id(t) in rows}
-        return names | {f"{checkpoints.BEST}{name}" for name in names}
-
     def _save(self) -> None:
         """Write a checkpoint, unless a parameter is no longer finite: the last good one stays."""
         with distributed.fail_together():
-            tensors = self._finite_tensors()
+            tensors = self._module_tensors()
+            for name, tensor in tensors.items():
+                if tensor.is_floating_point() and not tensor.isfinite().all():
+                    raise self._diverged(f"parameter '{name}' is not finite", self.epoch + bool(self.batch))
         if self.folder is None:
             return
         tensors |= self.optimizer.state_tensors(self.names)
@@ -351,22 +322,14 @@ class _Loop:
             write_text(self.folder / "history.csv", "\n".join([",".join(columns), *rows]) + "\n")
         self.saved_at = time.perf_counter()
 
-    def _finite_tensors(self) -> dict[str, Tensor]:
-        tensors = self._module_tensors()
-        for name, tensor in tensors.items():
-            if tensor.is_floating_point() and not tensor.isfinite().all():
-                raise self._diverged(f"parameter '{name}' is not finite", self.epoch + bool(self.batch))
-        return tensors
-
     def restore(self) -> None:
-        """Restore the state of the folder's checkpoint."""
         if self.folder is None:
             raise UserError(f"{param('resume', True)} needs the folder of the run")
         shard = distributed.shard(self.num_rows) if distributed.world_size() > 1 else None
         tensors, header = checkpoints.read(self.folder, self.tables, shard)
+        name = param("resume", True)
         if distributed.is_main_process() and header["digest"] != self.digest:
-            start = f"{param('resume', True)}: {self.folder} was fitted"
-            raise UserError(f"{start} to other rows than {self.data.identity} has now")
+            raise UserError(f"{name}: {self.folder} was fitted to other rows than {self.data.identity} has now")
         self._load_modules(tensors)
         self.optimizer.load_tensors(self.names, tensors)
         self.best = checkpoints.best_params(tensors)
@@ -377,8 +340,7 @@ class _Loop:
             self.batch, self.total = 0, 0.0  # other shards have other batches
             if distributed.is_main_process():
                 change = f"{world_size} processes before, {distributed.world_size()} now"
-                start = f"{param('resume', True)}: {change}"
-                print(f"{start}: epoch {self.epoch + 1} and the draws begin anew", file=sys.stderr)
+                print(f"{name}: {change}: epoch {self.epoch + 1} and the draws begin anew", file=sys.stderr)
             return
         torch.set_rng_state(tensors[f"{checkpoints.RANDOM}cpu"])
         if self.data.train.is_cuda and f"{checkpoints.RANDOM}cuda" in tensors:
@@ -394,5 +356,4 @@ class _Loop:
     def _diverged(self, reason: str, epoch: int) -> UserError:
         has_checkpoint = self.folder is not None and (self.folder / checkpoints.FILE).is_file()
         where = f"; the last good checkpoint is kept in {self.folder}" if has_checkpoint else ""
-        hint = f"lower {param('learning_rate')}{where}"
-        return UserError(f"training diverged in epoch {epoch}: {reason}", hint)
+        return UserError(f"training diverged in epoch {epoch}: {reason}", f"lower {param('learning_rate')}{where}")

@@ -12,7 +12,7 @@ from pyro.infer import Trace_ELBO
 from pyro.poutine import Trace
 from torch import Tensor
 
-from pvae.errors import UserError
+from pvae.errors import UserError, check_range
 from pvae.inference.importance import LogWeights, score_draws
 from pvae.runtime.pyro_params import Program
 from pvae.stats import log_mean_exp
@@ -41,9 +41,6 @@ class Objective(pyro.infer.ELBO):
     Evaluation ignores the KL weight. Log-weights are taken without the scales of plates and ``poutine.scale``, which
     would distort an importance-weighted bound; a plate "data" that subsamples scales the loss.
 
-    Raises:
-        UserError: an argument out of range.
-
     Source of beta: Higgins et al. (2017), *beta-VAE*, ICLR; of cycles: Fu et al. (2019), arXiv:1903.10145; of free
     bits: Kingma et al. (2016), arXiv:1606.04934.
     """
@@ -56,11 +53,9 @@ class Objective(pyro.infer.ELBO):
 
     def __post_init__(self) -> None:
         name = type(self).__name__
-        if self.K < 1:
-            raise UserError(f"{name}: K is {self.K}, but at least 1 draw is needed")
-        for word in ("kl_weight", "warm_up", "cycle", "free_bits"):
-            if not 0 <= getattr(self, word) < math.inf:
-                raise UserError(f"{name}: {word} is {getattr(self, word)}, but it must be 0 or positive, and finite")
+        check_range(name, least=1, K=self.K)
+        check_range(name, least=0, kl_weight=self.kl_weight, warm_up=self.warm_up)
+        check_range(name, least=0, cycle=self.cycle, free_bits=self.free_bits)
         if 0 < self.cycle <= self.warm_up:
             longer = f"but it must be longer than the warm-up of {self.warm_up} epochs"
             raise UserError(f"{name}: cycle is {self.cycle}, {longer}")
@@ -78,8 +73,8 @@ class Objective(pyro.infer.ELBO):
         return score_draws(model, guide, x, index, self.K, require_rsample=torch.is_grad_enabled())
 
     def bound(self, w: LogWeights) -> Tensor:
-        """Return the bound of each datapoint, [B] in nats, from log-weights that bear the KL weight."""
-        raise NotImplementedError
+        """Return the bound of each datapoint, [B] in nats, from log-weights that bear the KL weight: the ELBO here."""
+        return w.log_w.mean(0)
 
     def tempered(self, w: LogWeights) -> LogWeights:
         """Apply the KL weight to log p(z) and log q(z|x), or put the free bits in the place of the KL."""
@@ -93,15 +88,13 @@ class Objective(pyro.infer.ELBO):
 
     def tensor_loss(self, model: Program, guide: Program, x: Tensor, index: Tensor | None = None) -> Tensor:
         """Return minus the bound, summed over the batch, in nats, without reading its value (for tracing)."""
-        return self._loss(self.tempered(self.draw(model, guide, x, index)))
-
-    def _loss(self, w: LogWeights) -> Tensor:
+        w = self.tempered(self.draw(model, guide, x, index))
         return -w.scale * self.bound(w).sum()
 
     def differentiable_loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> Tensor:
         """Return minus the bound, summed over the batch, in nats; raise `NonFiniteLoss` if it is not finite."""
         w = self.tempered(self.draw(model, guide, *args, **kwargs))
-        loss = self._loss(w)
+        loss = -w.scale * self.bound(w).sum()
         if not math.isfinite(loss.item()):
             parts = {"log p(x|z)": w.log_lik, "log p(z)": w.log_prior, "log q(z|x)": w.log_q}
             broken = [name for name, values in parts.items() if not values.isfinite().all()]
@@ -127,19 +120,15 @@ class Objective(pyro.infer.ELBO):
 class ELBO(Objective, Trace_ELBO):
     r"""Evidence lower bound (ELBO), :math:`E_q[\log p(x|z)] - \beta\, E_q[\log q(z|x) - \log p(z)]`, over K draws.
 
-    Arguments: see `Objective`. With one draw and no KL weight it is Pyro's ``Trace_ELBO``, which also takes latents
-    that are not reparametrized.
+    Arguments: see `Objective`. If ``plain`` (one draw, no KL weight), it is Pyro's ``Trace_ELBO``, which also takes
+    latents that are not reparametrized.
 
     Source: Kingma and Welling (2014), *Auto-Encoding Variational Bayes*, arXiv:1312.6114.
     """
 
     @property
     def plain(self) -> bool:
-        """Whether this is Pyro's own ELBO."""
         return (self.K, self.kl_weight, self.warm_up, self.free_bits) == (1, 1, 0, 0)
-
-    def bound(self, w: LogWeights) -> Tensor:
-        return w.log_w.mean(0)
 
     def differentiable_loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> Tensor:
         kind: Any = Trace_ELBO if self.plain else Objective
@@ -169,9 +158,6 @@ class AnalyticKL(Objective):
 
     def draw(self, model: Program, guide: Program, x: Tensor, index: Tensor | None = None) -> LogWeights:
         return score_draws(model, guide, x, index, self.K, require_rsample=torch.is_grad_enabled(), analytic_kl=True)
-
-    def bound(self, w: LogWeights) -> Tensor:
-        return w.log_w.mean(0)
 
 
 @dataclass(kw_only=True, eq=False)
@@ -206,8 +192,9 @@ class Renyi(Objective):
 
     def __post_init__(self) -> None:
         if self.alpha == 1 or not math.isfinite(self.alpha):
-            range_ = "but it must be finite and not 1; there the bound is the ELBO"
-            raise UserError(f"Renyi: alpha is {self.alpha}, {range_}")
+            raise UserError(
+                f"Renyi: alpha is {self.alpha}, but it must be finite and not 1, where the bound is the ELBO"
+            )
         super().__post_init__()
 
     def bound(self, w: LogWeights) -> Tensor:
@@ -224,9 +211,6 @@ class StickingTheLanding(Objective):
 
     def draw(self, model: Program, guide: Program, x: Tensor, index: Tensor | None = None) -> LogWeights:
         return score_draws(model, guide, x, index, self.K, path_gradient=True)
-
-    def bound(self, w: LogWeights) -> Tensor:
-        return w.log_w.mean(0)
 
 
 class DReG(IWAE):
@@ -251,9 +235,9 @@ class DReG(IWAE):
         def rescale(gradient: Tensor) -> Tensor:
             assert self._factor is not None
             K, B = self._factor.shape
-            inner = gradient.dim() - event_dim - (2 if K > 1 else 1)
             lead = (K,) if K > 1 else ()
-            return gradient * self._factor.view(lead + (1,) * inner + (B,) + (1,) * event_dim)
+            inner = (1,) * (gradient.dim() - event_dim - 1 - len(lead))
+            return gradient * self._factor.view(*lead, *inner, B, *[1] * event_dim)
 
         z.register_hook(rescale)
         return z

@@ -38,6 +38,10 @@ class FusedAdam(PyroOptim):
         for table in self.tables:
             table.step_local_params()
 
+    def row_tables(self) -> set[int]:
+        """Return the ids of the buffers that have a row for each datapoint."""
+        return {id(values) for table in self.tables for values in table.buffers(recurse=False)}
+
     def step_parameters(self) -> None:
         """Take Adam's step on the parameters' gradients and clear them."""
         if self.adam:
@@ -59,7 +63,7 @@ class FusedAdam(PyroOptim):
     def load_tensors(self, names: dict[int, str], tensors: dict[str, Tensor]) -> None:
         """Load Adam's state as `state_tensors` returns it."""
         for p in self.parameters if self.adam else ():
-            state = {key: tensors.get(f"{names[id(p)]}.{key}") for key in ("step", "exp_avg", "exp_avg_sq")}
-            if any(value is not None for value in state.values()):
-                assert self.adam is not None
-                self.adam.state[p] = {k: v.clone().to(p.device) for k, v in state.items() if v is not None}
+            keys = {key: f"{names[id(p)]}.{key}" for key in ("step", "exp_avg", "exp_avg_sq")}
+            state = {key: tensors[name].clone().to(p.device) for key, name in keys.items() if name in tensors}
+            if state and self.adam:
+                self.adam.state[p] = state

@@ -22,39 +22,32 @@ def check_support(
     """Refuse data outside the support of the model's observed sites; missing entries are skipped.
 
     Arguments:
-        model: the Pyro program.
-        data, splits: the data, and which splits are checked.
         remedies: parameters that the message proposes to change.
+        splits: the splits to check.
 
     Raises:
         UserError: names the first value outside the support, with its split, row and column.
     """
+    index = torch.zeros(1, dtype=torch.long, device=data.train.device)
     with torch.no_grad():
-        trace: Any = poutine.trace(model).get_trace(
-            data.train[:1], torch.zeros(1, dtype=torch.long, device=data.train.device)
-        )
+        trace: Any = poutine.trace(model).get_trace(data.train[:1], index)
     for name, site in trace.nodes.items():
         if site["type"] != "sample" or not site["is_observed"] or site["value"].dim() != 2:
             continue
         columns = site["value"].shape[1]
         if data.num_label_columns + columns != data.train.shape[1]:
             continue
-        fn = site["fn"]
         for part in splits:
             if (part, data.binarize) != ("train", "dynamic"):
-                _check_part(name, fn, data, part, columns, " or ".join(map(param, remedies)))
+                _check_part(name, site["fn"], data, part, columns, " or ".join(map(param, remedies)))
 
 
 def _check_part(name: str, fn: Any, data: Dataset, part: str, columns: int, remedies: str) -> None:
-    support = base_constraint(fn.support)
-    message = f", outside the support of site '{name}' ({_name(fn)}, {support}); choose another {remedies}"
+    support, masked = base_constraint(fn.support), isinstance(fn, MaskedDistribution)
+    base = fn.fn if masked else fn
+    family = type(getattr(base, "base_dist", base)).__name__
+    message = f", outside the support of site '{name}' ({family}, {support}); choose another {remedies}"
     for rows, index in data.iter_chunks(part):
         x = rows[:, :columns]
         inside = support.check(x)
-        bad = ~(inside | x.isnan()) if isinstance(fn, MaskedDistribution) else ~inside
-        refuse_first(bad, x, message, where=part, rows=index)
-
-
-def _name(fn: Any) -> str:
-    fn = fn.fn if isinstance(fn, MaskedDistribution) else fn
-    return type(getattr(fn, "base_dist", fn)).__name__
+        refuse_first(~(inside | x.isnan()) if masked else ~inside, x, message, where=part, rows=index)

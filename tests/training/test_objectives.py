@@ -325,7 +325,7 @@ def test_training_moves_the_warm_up_and_the_rows_own_bound():
     assert guide.kl_weight == 1.0
     _, guide = train_with(ELBO(kl_weight=0.3), PerDatapoint)
     assert guide.kl_weight == 0.3
-    assert guide._train_kl_weight == 1.0  # it is left ready to evaluate
+    assert not guide.training  # it is left ready to evaluate, at a KL weight of 1
 
 
 @every
@@ -454,8 +454,8 @@ def test_a_density_that_is_not_finite_stops_before_a_gradient(kind, oracle):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"K": 0}, "K is 0, but at least 1 draw is needed"),
-        ({"kl_weight": -1.0}, "kl_weight is -1.0, but it must be 0 or positive"),
+        ({"K": 0}, "K is 0, but it must be at least 1"),
+        ({"kl_weight": -1.0}, "kl_weight is -1.0, but it must be at least 0"),
         ({"warm_up": math.inf}, "warm_up is inf"),
         ({"cycle": -2.0}, "cycle is -2.0"),
         ({"free_bits": math.nan}, "free_bits is nan"),

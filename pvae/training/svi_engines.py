@@ -29,9 +29,7 @@ MIN_STEPS_TO_TRACE = 200
 # Model, guide, optimizer and objective, as ``SVI`` takes them; rows and index of a batch.
 Parts = tuple[Program, Program, FusedAdam, Objective]
 Rows = tuple[Tensor, Tensor]
-
-# One step of training on a batch, rows x [B, D] and index [B]; a CUDA graph, which gathers the rows itself, takes the
-# index alone. It returns the loss before the step in nats, summed over the rows.
+# Rows x [B, D] and index [B], for a CUDA graph the index alone, to the loss before the step, their sum in nats.
 Step = Callable[..., Tensor | float]
 
 
@@ -43,15 +41,8 @@ def pyro_step(model: Program, guide: Program, optimizer: FusedAdam, objective: O
 class TracedStep:
     r"""Step that replays the traced loss, its gradients :math:`\nabla_{\theta, \phi, \Lambda}` and the rows' update.
 
-    Arguments:
-        model, guide, optimizer, objective: as for ``SVI``.
-        compile: compile the traced graph.
-
     Attributes:
         reduce: sums loss and gradients over several ranks, see `DataParallelStep`; None for one.
-
-    Raises:
-        TraceError: when it is called, see `TracedFunction`.
     """
 
     def __init__(
@@ -82,7 +73,8 @@ class TracedStep:
             return loss.double()
         if not math.isfinite(loss.item()):
             stream.restore()
-            raise self._find_cause(x, index)
+            self.objective.differentiable_loss(self.model, self.guide, x, index)  # says which density is not finite
+            raise NonFiniteLoss("the loss is not finite")
         self.apply(index, updates)
         return loss.item()
 
@@ -101,34 +93,22 @@ class TracedStep:
             return x, index
         return x, index, torch.as_tensor(self.objective.weight, dtype=x.dtype, device=x.device)
 
-    def _gradients(self, x: Tensor, index: Tensor, *weight: Tensor) -> Outputs:
-        if weight:
-            self._set_kl_weight(*weight)
+    def _gradients(self, x: Tensor, index: Tensor, weight: Tensor | None = None) -> Outputs:
+        if weight is not None:  # it changes in training, and tracing sees it as an input
+            self.objective.weight = weight
+            for module in self.modules:
+                if isinstance(module, Guide):
+                    module.kl_weight = weight
         loss = self.objective.tensor_loss(self.model, self.guide, x, index)
         visits = [table.take_visit() for table in self.optimizer.tables]
-        leaves = [*self.optimizer.parameters, *(visit.q_params for visit in visits)]
+        leaves, count = [*self.optimizer.parameters, *(v.q_params for v in visits)], len(self.optimizer.parameters)
         gradients = torch.autograd.grad(loss, leaves, allow_unused=True)
-        of_rows = gradients[len(self.optimizer.parameters) :]
-        updated = [
-            values
-            for table, visit, gradient in zip(self.optimizer.tables, visits, of_rows, strict=True)
-            for values in table.updated_rows(visit, gradient)
-        ]
-        return (loss.detach(), *gradients[: len(self.optimizer.parameters)], *updated)
-
-    def _set_kl_weight(self, weight: Tensor) -> None:
-        """Put the KL weight that changes in training where tracing sees it as an input."""
-        self.objective.weight = weight
-        for module in self.modules:
-            if isinstance(module, Guide):
-                module.kl_weight = weight
+        visited = zip(self.optimizer.tables, visits, gradients[count:], strict=True)
+        updated = [rows for table, visit, gradient in visited for rows in table.updated_rows(visit, gradient)]
+        return (loss.detach(), *gradients[:count], *updated)
 
     def check(self, x: Tensor, index: Tensor) -> None:
-        """Compare the replayed loss with Pyro's own on these rows, from the same draws.
-
-        Raises:
-            TraceError: they differ: the program does what its trace on other rows did not show.
-        """
+        """Raise a `TraceError` if the replayed loss on these rows differs from Pyro's own, from the same draws."""
         buffers = [b for module in self.modules for b in module.buffers()]
         with restore_state(buffers):
             loss = self.gradients(*self._inputs(x, index))[0]
@@ -149,13 +129,6 @@ class TracedStep:
         with restore_state([b for module in self.modules for b in module.buffers()]), OpSizes() as sizes:
             self.gradients(*self._inputs(x, index))
         return sizes.mean
-
-    def _find_cause(self, x: Tensor, index: Tensor) -> NonFiniteLoss:
-        try:
-            self.objective.differentiable_loss(self.model, self.guide, x, index)
-        except NonFiniteLoss as error:
-            return error
-        return NonFiniteLoss("the loss is not finite")
 
 
 @dataclass(frozen=True)
@@ -181,12 +154,8 @@ def choose_engine(name: str, parts: Parts, batches: Sequence[Rows], steps: int) 
 
     Arguments:
         name: of :data:`ENGINES`; ``auto`` takes the one that suits the device and the number of steps.
-        parts: model, guide, optimizer and objective.
         batches: two: the step is traced on the first and must hold on the other.
         steps: number of steps to come.
-
-    Raises:
-        UserError: no engine of that name.
     """
     check_engine(name)
     if name == "pyro":
