@@ -4,9 +4,9 @@ from .data.loading import load_data
 from .diagnostics.diagnosis import diagnose
 from .diagnostics.evaluation import evaluate
 from .errors import UserError
-from .experiments.opened_run import open_run
+from .experiments.run import open_run
 from .generative import likelihoods, networks, noise, priors
-from .generative.handlers import mask_missing
+from .generative.effect_handlers import mask_missing
 from .generative.vae import VAE
 from .inference import families
 from .inference.guides import Amortized, PerDatapoint, RefinedGuide, SemiAmortized

@@ -28,7 +28,7 @@ from pvae.recipes.recipe import Recipe, check_value, resolve
 from pvae.runtime.pyro_params import Program
 from pvae.runtime.signals import TrainingInterrupt
 from pvae.runtime.torch_state import seeded
-from pvae.training.support import check_support
+from pvae.training.support_check import check_support
 
 __all__ = ["VAE"]
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from pvae.errors import Incompatible, UserError, check_range, nearest, param
-from pvae.generative.handlers import HandledProgram, TemperPrior
+from pvae.generative.effect_handlers import HandledProgram, TemperPrior
 from pvae.inference import posterior
 from pvae.inference.batching import Progress, RowBatch, Values, draw_chunks, map_batches, silent
 from pvae.inference.guides import Guide

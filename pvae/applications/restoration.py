@@ -10,11 +10,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from pvae.distributions.masked import MaskedDistribution
-from pvae.distributions.noisy import Channel, Moments, clamp_to_support, entry_moments, num_levels
+from pvae.distributions.masked_likelihood import MaskedDistribution
+from pvae.distributions.noise_convolution import Channel, Moments, clamp_to_support, entry_moments, num_levels
 from pvae.distributions.supports import base_constraint
 from pvae.errors import Incompatible, UserError, check_range, refuse_first
-from pvae.generative.handlers import mask_missing, with_noise
+from pvae.generative.effect_handlers import mask_missing, with_noise
 from pvae.inference import batching
 from pvae.inference.batching import Progress, RowBatch, Values, as_rows, draw_chunks, inference_mode, silent, tile_rows
 from pvae.inference.guides import Guide

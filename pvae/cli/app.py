@@ -153,7 +153,7 @@ def evaluate(
     Finished parts are cached; rerun the command to resume.
     """
     from pvae.experiments import compare as comparing
-    from pvae.experiments.opened_run import open_variants
+    from pvae.experiments.run import open_variants
 
     options = budget.run_options(run, device=device, trust=trust)
     with with_resume_hint(run):
@@ -182,7 +182,7 @@ def diagnose(
     from pvae.diagnostics.battery import DIAGNOSIS_BUDGETS
     from pvae.experiments import compare as comparing
     from pvae.experiments import diagnosis as diagnosing
-    from pvae.experiments.opened_run import open_variants
+    from pvae.experiments.run import open_variants
     from pvae.recipes.registry import split_words
     from pvae.reporting.tables import print_diagnosis
 

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from pvae.cli.use_context import error_words, squared_error
-from pvae.experiments.opened_run import Run
 from pvae.experiments.row_selection import SPLIT_LABELS, SelectedRows
+from pvae.experiments.run import Run
 from pvae.runtime.torch_state import to_numpy
 from pvae.stats import mean_se, percent
 

@@ -13,8 +13,8 @@ from pvae import applications
 from pvae.applications.anomalies import AnomalyScores
 from pvae.cli.use_context import UseContext, make_result
 from pvae.errors import UserError, param
-from pvae.experiments.opened_run import Run
 from pvae.experiments.row_selection import SPLIT_LABELS, SelectedRows, select_rows
+from pvae.experiments.run import Run
 from pvae.experiments.use_results import UseResult
 from pvae.recipes import recipe
 from pvae.reporting.application_figures import draw_scores

@@ -21,8 +21,8 @@ from torch import Tensor
 from pvae.cli.options import UseOptions
 from pvae.errors import UserError
 from pvae.experiments import use_results
-from pvae.experiments.opened_run import Run, open_run
 from pvae.experiments.row_selection import SelectedRows, select_rows
+from pvae.experiments.run import Run, open_run
 from pvae.experiments.run_folder import fingerprint, unfinished_note
 from pvae.experiments.use_results import UseResult
 from pvae.reporting.application_figures import draw_sheets, draw_strips

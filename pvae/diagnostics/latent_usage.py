@@ -13,7 +13,7 @@ from pyro import poutine
 from torch import Tensor
 from torch.distributions import Normal, kl_divergence
 
-from pvae.distributions.masked import entry_log_prob
+from pvae.distributions.masked_likelihood import entry_log_prob
 from pvae.errors import Incompatible, UserError, check_range
 from pvae.inference.batching import ROWS, inference_mode
 from pvae.inference.guides import Guide

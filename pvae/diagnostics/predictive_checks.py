@@ -11,9 +11,9 @@ import pyro
 import torch
 from torch import Tensor
 
-from pvae.distributions.masked import entry_log_prob
+from pvae.distributions.masked_likelihood import entry_log_prob
 from pvae.errors import Incompatible, UserError, check_range, param
-from pvae.generative.handlers import mask_missing
+from pvae.generative.effect_handlers import mask_missing
 from pvae.inference.batching import ROWS, RowBatch, draw_chunks, inference_mode
 from pvae.inference.guides import Guide
 from pvae.inference.importance import log_weights

@@ -1,8 +1,8 @@
 from .counts import NegativeBinomial, Poisson, ZeroInflatedNegativeBinomial
 from .flows import Flow
-from .masked import MaskedDistribution
+from .masked_likelihood import MaskedDistribution
 from .mixtures import DiagonalMixture, ReparametrizedMixture
-from .noisy import NoiseConvolution
+from .noise_convolution import NoiseConvolution
 from .univariate import Bernoulli, Categorical, ContinuousBernoulli, DiscretizedLogistic, StudentT
 
 __all__ = [

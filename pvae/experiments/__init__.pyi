@@ -1,6 +1,6 @@
 from .arviz_export import load_idata
-from .opened_run import Run, TrainedVariant, open_run, open_variants
 from .row_selection import select_rows
+from .run import Run, TrainedVariant, open_run, open_variants
 from .sweep import RunOptions, SweepPoint, sweep_points, train_sweep
 
 __all__ = [

@@ -20,7 +20,7 @@ from pvae.runtime.progress import progress_bar
 from pvae.runtime.signals import TrainingInterrupt
 
 if TYPE_CHECKING:
-    from pvae.experiments.opened_run import Run
+    from pvae.experiments.run import Run
 
 # Share of the training rows that class models are not fitted to, so that their probabilities can be calibrated.
 HELD_OUT = 0.1

@@ -19,8 +19,8 @@ from pvae.diagnostics.latent_geometry import measure_latent_geometry
 from pvae.errors import UserError, check_range
 from pvae.experiments import arviz_export, run_folder, sweep
 from pvae.experiments.conclusions import EvaluatedVariant, SameDecoder
-from pvae.experiments.opened_run import TrainedVariant
 from pvae.experiments.results import SCHEMA, Group, collect_results, group_results
+from pvae.experiments.run import TrainedVariant
 from pvae.experiments.run_folder import CACHE_DIRS, cache_folder
 from pvae.experiments.sweep import DatasetCache, RunOptions
 from pvae.inference.families import Family

@@ -17,7 +17,7 @@ from pvae.diagnostics.battery import DiagnosisBudget, join_parts
 from pvae.diagnostics.diagnosis import diagnose, estimate_seconds
 from pvae.errors import UserError, nearest, param
 from pvae.experiments.compare import RunOptions
-from pvae.experiments.opened_run import TrainedVariant
+from pvae.experiments.run import TrainedVariant
 from pvae.experiments.run_folder import CACHE_DIRS, cache_folder, fingerprint
 from pvae.runtime.files import read_json, write_json
 from pvae.runtime.progress import progress_bar

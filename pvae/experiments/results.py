@@ -17,7 +17,7 @@ from pvae.data.dataset import Dataset
 from pvae.diagnostics.evaluation import Evaluation, RefinementCurve
 from pvae.experiments import run_folder
 from pvae.experiments.conclusions import EvaluatedVariant, SameDecoder, draw_conclusions
-from pvae.experiments.opened_run import TrainedVariant
+from pvae.experiments.run import TrainedVariant
 from pvae.recipes import registry
 from pvae.recipes.build import FittedModel
 from pvae.recipes.recipe import Recipe

@@ -18,7 +18,7 @@ from pvae.inference.posterior import prior_predictive
 from pvae.runtime.torch_state import available_memory, seeded
 
 if TYPE_CHECKING:
-    from pvae.experiments.opened_run import Run
+    from pvae.experiments.run import Run
 
 # Splits of a run's data, in words.
 SPLIT_LABELS = {"test": "test rows", "train": "training rows", "validation": "validation rows"}

@@ -1,5 +1,5 @@
 from . import likelihoods, networks, noise, priors
-from .handlers import MaskMissing, ObserveThroughNoise, mask_missing, with_noise
+from .effect_handlers import MaskMissing, ObserveThroughNoise, mask_missing, with_noise
 from .vae import VAE
 
 __all__ = [

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from pvae.data.dataset import Dataset
 from pvae.errors import Incompatible, param
-from pvae.generative.handlers import mask_missing
+from pvae.generative.effect_handlers import mask_missing
 from pvae.generative.networks import ImputeMeans, Standardize
 from pvae.inference.families import Family
 from pvae.inference.guides import Guide

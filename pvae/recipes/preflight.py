@@ -17,7 +17,7 @@ from pvae.runtime.tracing import restore_state
 from pvae.training.loop import check_budget
 from pvae.training.objectives import NonFiniteLoss
 from pvae.training.optimizer import FusedAdam
-from pvae.training.support import check_support
+from pvae.training.support_check import check_support
 
 
 def check_recipe(recipe: Recipe, data: Dataset, *, check_data: bool = True) -> FittedModel:

@@ -20,7 +20,7 @@ from pvae.recipes import registry
 from pvae.recipes.registry import KINDS, Component, accepts_argument, as_table, make
 from pvae.runtime.files import write_text
 from pvae.runtime.precision import check_precision
-from pvae.training.engines import check_engine
+from pvae.training.svi_engines import check_engine
 
 # Defaults by kind of data: latent dimensions, hidden widths, epochs, learning rate, levels.
 USUAL = {"digits": (8, [128], 150, 2e-3, 17), "images": (20, [400], 10, 1e-3, 256), "file": (8, [128], 100, 1e-3, 256)}

@@ -33,7 +33,7 @@ from pvae.training.cuda_graph import with_cuda_graph
 from pvae.training.data_parallel import data_parallel_step, supported_engine
 from pvae.training.objectives import ELBO, NonFiniteLoss, Objective
 from pvae.training.optimizer import FusedAdam
-from pvae.training.support import check_support
+from pvae.training.support_check import check_support
 from pvae.training.svi_engines import Parts, check_engine, choose_engine, recheck_engine
 
 # Least seconds between the checkpoints at the ends of epochs.

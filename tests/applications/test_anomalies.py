@@ -12,7 +12,7 @@ from torch import nn
 
 from pvae.applications.anomalies import SCORES, AnomalyScores, auroc, detect_anomalies
 from pvae.errors import Incompatible, UserError
-from pvae.generative.handlers import mask_missing
+from pvae.generative.effect_handlers import mask_missing
 from pvae.generative.networks import ImputeMeans
 from pvae.inference.families import Delta, DiagonalNormal, FlowFamily
 from pvae.inference.guides import Amortized

@@ -13,7 +13,7 @@ from torch import nn
 from pvae.applications import restoration
 from pvae.applications.restoration import denoise, impute
 from pvae.errors import Incompatible, UserError
-from pvae.generative.handlers import mask_missing
+from pvae.generative.effect_handlers import mask_missing
 from pvae.generative.likelihoods import Bernoulli, Categorical, Gaussian, StudentT
 from pvae.generative.networks import MLP, ImputeMeans
 from pvae.generative.noise import FlipNoise, GaussianNoise

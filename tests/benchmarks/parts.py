@@ -6,9 +6,9 @@ import torch
 
 from pvae.inference.guides import Amortized
 from pvae.runtime.torch_state import no_validation
-from pvae.training.engines import TracedStep
 from pvae.training.objectives import ELBO
 from pvae.training.optimizer import FusedAdam
+from pvae.training.svi_engines import TracedStep
 from tests.benchmarks.clock import medians
 from tests.benchmarks.ours import program
 from tests.benchmarks.page import Line, Table

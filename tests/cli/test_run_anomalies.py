@@ -12,9 +12,9 @@ from pvae.cli import run_anomalies
 from pvae.cli.run_anomalies import anomalies, select_all_labels
 from pvae.cli.use_context import UseContext
 from pvae.errors import UserError
-from pvae.experiments.opened_run import open_run
 from pvae.experiments.row_selection import select_rows
-from tests.experiments.test_opened_run import DIGITS, run_of, written
+from pvae.experiments.run import open_run
+from tests.experiments.test_run import DIGITS, run_of, written
 
 pytestmark = pytest.mark.filterwarnings("ignore:constrained_layout not applied")
 

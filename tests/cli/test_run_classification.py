@@ -14,9 +14,9 @@ from pvae.cli.use_context import UseContext
 from pvae.errors import UserError
 from pvae.experiments import sweep
 from pvae.experiments.class_models import fit_class_models
-from pvae.experiments.opened_run import open_run
 from pvae.experiments.row_selection import select_rows
-from tests.experiments.test_opened_run import DIGITS, run_of
+from pvae.experiments.run import open_run
+from tests.experiments.test_run import DIGITS, run_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:constrained_layout not applied")
 

@@ -13,7 +13,7 @@ from pyarrow import csv
 
 from pvae.cli.run_commands import COMMANDS
 from pvae.experiments.use_results import FOLDER, VERBS
-from tests.experiments.test_opened_run import COMPARE, COUNTS, DIGITS, IMAGES, at, run_of
+from tests.experiments.test_run import COMPARE, COUNTS, DIGITS, IMAGES, at, run_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:constrained_layout not applied")
 

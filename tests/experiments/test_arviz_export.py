@@ -26,7 +26,7 @@ from pvae.experiments.arviz_export import (
     to_datatree,
 )
 from pvae.experiments.compare import RunOptions, compare
-from pvae.experiments.opened_run import open_run
+from pvae.experiments.run import open_run
 from pvae.inference.families import DiagonalNormal, FullRankNormal
 from pvae.inference.guides import Amortized
 from pvae.inference.importance import LogWeights

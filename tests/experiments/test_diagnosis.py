@@ -13,7 +13,7 @@ from pvae.diagnostics.evaluation import Budget
 from pvae.diagnostics.trust import USES
 from pvae.errors import UserError
 from pvae.experiments import compare, diagnosis
-from pvae.experiments.opened_run import open_variants
+from pvae.experiments.run import open_variants
 from pvae.runtime.files import write_json
 from pvae.samplers import ais
 

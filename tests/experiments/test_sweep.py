@@ -19,7 +19,7 @@ from pvae.diagnostics.evaluation import Budget
 from pvae.errors import UserError
 from pvae.experiments import arviz_export, compare, sweep
 from pvae.experiments.compare import RunOptions
-from pvae.experiments.opened_run import open_variants
+from pvae.experiments.run import open_variants
 from pvae.recipes import recipe
 from pvae.recipes.recipe import Recipe
 from pvae.recipes.registry import KINDS

@@ -15,7 +15,7 @@ from torch import nn
 from torch.distributions import constraints
 
 from pvae.errors import UserError
-from pvae.generative.handlers import mask_missing
+from pvae.generative.effect_handlers import mask_missing
 from pvae.generative.likelihoods import Bernoulli
 from pvae.generative.networks import MLP
 from pvae.generative.priors import StandardNormal

@@ -11,7 +11,7 @@ import torch
 
 from pvae.data.dataset import Dataset
 from pvae.errors import Incompatible, UserError
-from pvae.experiments.opened_run import open_variants
+from pvae.experiments.run import open_variants
 from pvae.generative.networks import Standardize
 from pvae.recipes import registry
 from pvae.recipes.build import build_model, fit_recipe

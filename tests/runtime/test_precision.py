@@ -6,7 +6,7 @@ from torch import nn
 
 from pvae.errors import UserError
 from pvae.runtime.precision import PRECISIONS, matmul_precision
-from tests.training.test_engines import trained
+from tests.training.test_svi_engines import trained
 
 CPU = torch.device("cpu")
 

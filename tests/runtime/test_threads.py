@@ -11,8 +11,8 @@ from pvae.inference.families import DiagonalNormal
 from pvae.inference.guides import Amortized
 from pvae.runtime.threads import MIN_OP_SIZE, OpSizes, cpu_threads
 from pvae.runtime.torch_state import seeded
-from pvae.training.engines import TracedStep
 from pvae.training.loop import fit
+from pvae.training.svi_engines import TracedStep
 
 
 @pytest.fixture

@@ -40,7 +40,7 @@ from pvae.training import checkpoints, data_parallel, loop
 from pvae.training.loop import fit
 from pvae.training.objectives import ELBO
 from pvae.training.optimizer import FusedAdam
-from pvae.training.support import check_support
+from pvae.training.support_check import check_support
 
 ROWS, COLUMNS, BATCH, EPOCHS, SEED = 25, 6, 8, 2, 3
 SHARDS = [range(12), range(12, 25)]  # of two processes: 3 batches of 4 each, the last of the second one has 5

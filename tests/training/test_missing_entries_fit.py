@@ -10,7 +10,7 @@ from pvae.data.dataset import Dataset
 from pvae.data.loading import load_data
 from pvae.diagnostics.predictive_checks import STATISTICS, run_predictive_checks
 from pvae.errors import UserError
-from pvae.generative.handlers import mask_missing
+from pvae.generative.effect_handlers import mask_missing
 from pvae.generative.networks import MLP, ImputeMeans
 from pvae.generative.priors import StandardNormal, VampPrior
 from pvae.generative.vae import VAE
@@ -24,7 +24,7 @@ from pvae.runtime.torch_state import seeded
 from pvae.samplers.log_joint import simulate_joint
 from pvae.training.loop import fit
 from pvae.training.objectives import ELBO, IWAE, AnalyticKL, DReG, StickingTheLanding
-from pvae.training.support import check_support
+from pvae.training.support_check import check_support
 
 GUIDES = ("Amortized", "PerDatapoint", "SemiAmortized")
 OBJECTIVES = {

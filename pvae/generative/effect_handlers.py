@@ -15,9 +15,9 @@ from torch import Tensor
 from torch.distributions import constraints
 
 from pvae.distributions.flows import Flow
-from pvae.distributions.masked import MaskedDistribution, is_factorized, not_factorized_reason
+from pvae.distributions.masked_likelihood import MaskedDistribution, is_factorized, not_factorized_reason
 from pvae.distributions.mixtures import DiagonalMixture
-from pvae.distributions.noisy import Channel, NoiseConvolution
+from pvae.distributions.noise_convolution import Channel, NoiseConvolution
 from pvae.distributions.supports import base_constraint
 from pvae.errors import Incompatible, UserError
 from pvae.runtime.pyro_params import Program

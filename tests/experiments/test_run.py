@@ -23,8 +23,8 @@ from pvae.data.loading import load_data
 from pvae.diagnostics.evaluation import Budget, evaluate
 from pvae.errors import UserError
 from pvae.experiments import row_selection
-from pvae.experiments.opened_run import open_run
 from pvae.experiments.row_selection import parse_positions, select_rows
+from pvae.experiments.run import open_run
 
 SMALL = "--epochs 1 --hidden 16 --latent 2"
 FIT = f"fit {SMALL}"

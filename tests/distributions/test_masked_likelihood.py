@@ -10,10 +10,10 @@ from pyro import poutine
 from torch import nn
 from torch.distributions import kl_divergence
 
-from pvae.distributions.masked import entry_log_prob
+from pvae.distributions.masked_likelihood import entry_log_prob
 from pvae.distributions.univariate import Categorical
 from pvae.errors import Incompatible, UserError
-from pvae.generative.handlers import MaskMissing, mask_missing
+from pvae.generative.effect_handlers import MaskMissing, mask_missing
 from pvae.generative.networks import MLP
 from pvae.generative.priors import StandardNormal
 from pvae.generative.vae import VAE

@@ -10,12 +10,12 @@ from cases import COLUMNS, LATENT, LIKELIHOODS
 from pyro import poutine
 from torch import nn
 
-from pvae.distributions import noisy as noisy_module
-from pvae.distributions.noisy import NoiseConvolution, entry_moments
+from pvae.distributions import noise_convolution as noisy_module
+from pvae.distributions.noise_convolution import NoiseConvolution, entry_moments
 from pvae.distributions.supports import base_constraint
 from pvae.errors import Incompatible, UserError
 from pvae.generative import noise
-from pvae.generative.handlers import ObserveThroughNoise, mask_missing, with_noise
+from pvae.generative.effect_handlers import ObserveThroughNoise, mask_missing, with_noise
 from pvae.generative.noise import FlipNoise, GaussianNoise, make_noise
 from pvae.generative.priors import StandardNormal
 from pvae.generative.vae import VAE

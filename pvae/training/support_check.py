@@ -10,7 +10,7 @@ from pyro import poutine
 
 from pvae.data.dataset import Dataset
 from pvae.data.sources import SPLITS
-from pvae.distributions.masked import MaskedDistribution
+from pvae.distributions.masked_likelihood import MaskedDistribution
 from pvae.distributions.supports import base_constraint
 from pvae.errors import param, refuse_first
 from pvae.runtime.pyro_params import Program

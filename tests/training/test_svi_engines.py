@@ -20,11 +20,11 @@ from pvae.recipes.recipe import Recipe, resolve
 from pvae.runtime.pyro_params import LocalModule, local_method
 from pvae.runtime.torch_state import no_validation, seeded
 from pvae.runtime.tracing import TraceError
-from pvae.training import cuda_graph, engines, loop, objectives
-from pvae.training.engines import TracedStep, pyro_step
+from pvae.training import cuda_graph, loop, objectives, svi_engines
 from pvae.training.loop import fit
 from pvae.training.objectives import NonFiniteLoss
 from pvae.training.optimizer import FusedAdam
+from pvae.training.svi_engines import TracedStep, pyro_step
 from tests.test_product import COLUMNS, LATENT, ROWS, data_for, reason_for, small
 
 AXES = {
@@ -214,7 +214,7 @@ def test_auto_weighs_what_it_costs_against_what_it_saves(count, name, monkeypatc
     guide = Amortized(nn.Linear(3, 4), families.DiagonalNormal(2))
     parts = (vae.model, guide, FusedAdam(vae, guide), objectives.ELBO())
     batch = (torch.ones(4, 3), torch.arange(4))
-    assert engines.choose_engine("auto", parts, (batch, batch), count).name == name
+    assert svi_engines.choose_engine("auto", parts, (batch, batch), count).name == name
     assert bool(asked) is (name == "compiled")
 
 
