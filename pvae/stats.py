@@ -61,7 +61,7 @@ def number(estimate: Estimate) -> str:
     '-16.89 ± 0.03'
     """
     if not math.isfinite(estimate.se) or estimate.se == 0:
-        return f"{estimate.mean:.2g}"
+        return f"{estimate.mean:.2g}" if abs(estimate.mean) < 100 else f"{estimate.mean:.0f}"
     digits = 1 if estimate.se >= 0.3 else max(2, math.ceil(-math.log10(estimate.se)))
     return f"{estimate.mean:z.{digits}f} ± {estimate.se:.{digits}f}"
 

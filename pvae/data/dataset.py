@@ -26,7 +26,7 @@ class Batch(NamedTuple):
     index: Tensor  # type: ignore[assignment]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Dataset:
     """Data with a fixed split, in memory or on the device; training rows may be memory-mapped.
 
@@ -60,6 +60,9 @@ class Dataset:
     only_labels: tuple[int, ...] | None = None
     label_names: tuple[str, ...] | None = None
     columns: tuple[str, ...] | None = None
+
+    def __repr__(self) -> str:
+        return f"Dataset {self.summary()}"
 
     @property
     def missing(self) -> bool:

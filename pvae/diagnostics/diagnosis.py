@@ -17,7 +17,7 @@ from pvae.diagnostics.quantities import SECTIONS, Figures, number_frame, summary
 from pvae.diagnostics.trust import USES, TrustVerdict, assess_trust
 from pvae.errors import UserError, nearest, param
 from pvae.inference.batching import as_rows
-from pvae.inference.guides import Guide
+from pvae.inference.guides import Guide, check_guide
 from pvae.runtime.pyro_params import Program
 from pvae.runtime.result_cache import ResultCache
 from pvae.stats import Estimate
@@ -94,6 +94,7 @@ def diagnose(
 
     See also: `evaluate` for bounds and gaps alone; `assess_trust` for the rules of the verdicts.
     """
+    check_guide("diagnose", guide)
     if not isinstance(budget, DiagnosisBudget) and budget not in DIAGNOSIS_BUDGETS:
         raise UserError(f"{param('budget')} is '{budget}'{nearest(budget, DIAGNOSIS_BUDGETS)}")
     plan = budget if isinstance(budget, DiagnosisBudget) else DIAGNOSIS_BUDGETS[budget]

@@ -15,10 +15,10 @@ from torch import Tensor
 
 from pvae.diagnostics.gaps import ANNEAL, FamilyGain, FamilySearch, PosteriorBatch, paired_moments
 from pvae.diagnostics.quantities import number_frame, summary_frame
-from pvae.errors import AllChainsDiverged, UserError, check_range, nearest
+from pvae.errors import AllChainsDiverged, UserError, check_range, nearest, param
 from pvae.inference.batching import ROWS, Progress, RowBatch, map_batches, silent
 from pvae.inference.families import Family
-from pvae.inference.guides import Guide
+from pvae.inference.guides import Guide, check_guide
 from pvae.inference.refinement import REFINE_DRAWS, LocalELBO, default_update_rule, maximize_local_elbo, refine
 from pvae.inference.streaming import MIN_DRAWS_FOR_K_HAT, StreamingWeights
 from pvae.runtime.pyro_params import Program
@@ -63,6 +63,9 @@ class Budget:
         inverse_temperatures(self.schedule, max(self.temperatures, 1))
         if self.start not in STARTS:
             raise UserError(f"unknown start '{self.start}'{nearest(self.start, STARTS)}")
+
+
+BUDGETS = {"quick": Budget(K=200, steps=100), "standard": Budget(), "thorough": Budget(K=5000, steps=1000)}
 
 
 @dataclass(frozen=True, repr=False)
@@ -150,7 +153,7 @@ def evaluate(
     x: Tensor,
     index: Tensor | None = None,
     *,
-    budget: Budget | None = None,
+    budget: Budget | str | None = None,
     seed: int = 0,
     progress: Progress = silent,
     cache: ResultCache | None = None,
@@ -165,7 +168,7 @@ def evaluate(
     Arguments:
         model, guide: a Pyro program and its approximate posterior, with variational parameters lambda.
         x, index: rows [B, D] and which training datapoints they are; None for new rows.
-        budget: draws, refinement steps, annealing and other families.
+        budget: draws, refinement steps, annealing and other families; or ``quick``, ``standard``, ``thorough``.
         seed: of all noise; the random stream outside is left alone.
         progress: called with the number of rows done.
         cache, prefix: keeps finished batches of rows, under names with this prefix. The cache's key must hold
@@ -178,7 +181,11 @@ def evaluate(
 
     Source: Cremer, Li, Duvenaud (2018), *Inference Suboptimality in Variational Autoencoders*, arXiv:1801.03558.
     """
-    budget, point_mass = budget or Budget(), guide.family.point_mass
+    check_guide("evaluate", guide)
+    if isinstance(budget, str) and budget not in BUDGETS:
+        raise UserError(f"{param('budget')} is '{budget}'{nearest(budget, BUDGETS)}")
+    budget = BUDGETS[budget] if isinstance(budget, str) else budget or Budget()
+    point_mass = guide.family.point_mass
     of_point_mass = partial(_guide_bounds, model, guide, K=budget.K)
     compute = of_point_mass if point_mass else partial(_gaps, model, guide, budget=budget)
     options: Any = {"x": x, "index": index, "progress": progress, "cache": cache, "prefix": prefix}

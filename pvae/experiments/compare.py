@@ -14,7 +14,8 @@ from typing import Any
 from torch import Tensor
 
 from pvae.data.dataset import Batch
-from pvae.diagnostics.evaluation import Budget, batch_seed, bounds, evaluate, refinement_curve
+from pvae.diagnostics.evaluation import BUDGETS as EVALUATION_BUDGETS
+from pvae.diagnostics.evaluation import batch_seed, bounds, evaluate, refinement_curve
 from pvae.diagnostics.latent_geometry import measure_latent_geometry
 from pvae.errors import UserError, check_range
 from pvae.experiments import arviz_export, run_folder, sweep
@@ -40,9 +41,7 @@ from pvae.runtime.torch_state import pick_device
 INFERENCE_METHODS = ("Amortized", "PerDatapoint", "SemiAmortized")
 # Rows and budget of an evaluation by one word; annealing is for who asks for it.
 BUDGETS = {
-    "quick": (100, Budget(K=200, steps=100)),
-    "standard": (300, Budget()),
-    "thorough": (1000, Budget(K=5000, steps=1000)),
+    word: (rows, EVALUATION_BUDGETS[word]) for word, rows in (("quick", 100), ("standard", 300), ("thorough", 1000))
 }
 
 

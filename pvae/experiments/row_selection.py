@@ -14,6 +14,7 @@ from pvae.data.preprocessing import apply_binarization, check_values
 from pvae.data.readers import read_table
 from pvae.distributions.supports import base_constraint
 from pvae.errors import UserError, nearest, param, refuse_first
+from pvae.inference.batching import Values, as_rows
 from pvae.inference.posterior import prior_predictive
 from pvae.runtime.torch_state import available_memory, seeded
 
@@ -147,12 +148,29 @@ def _table_of_columns(run: Run, path: Path, table: dict[str, Any]) -> np.ndarray
     return flat
 
 
-def _check_support(run: Run, x: Tensor, path: Path) -> None:
+def check_rows(run: Run, values: Values, *, raw: bool = False, missing: bool = False) -> None:
+    """Refuse a table whose width, values or missing entries are not those of the run's data.
+
+    Arguments:
+        raw: the values may lie outside the likelihood's support, as noisy rows do.
+        missing: NaN marks missing entries.
+    """
+    x, width = as_rows(values, run.model), run.data.train.shape[1]
+    if x.shape[1:] != (width,):
+        raise UserError(f"rows have shape {tuple(x.shape[1:])}, but the run's have {width} columns")
+    x = x[:, : run.columns]
+    if not (missing or run.data.missing):
+        refuse_first(x.isnan(), x, "; Run.impute fills in missing entries", where="x:", counted="in all")
+    if not raw:
+        _check_support(run, x, "x")
+
+
+def _check_support(run: Run, x: Tensor, name: str | Path) -> None:
     with torch.no_grad(), seeded(0):
         like = run.data.train[:1].to(next(run.variant.program.parameters()).device)
         support = base_constraint(prior_predictive(run.model, like).likelihood.support)
     message = f", outside the support of the run's likelihood {run.recipe.name('likelihood')} ({support})"
-    refuse_first(~support.check(x) & ~x.isnan(), x, message, where=f"{path}:", counted="of them")
+    refuse_first(~support.check(x) & ~x.isnan(), x, message, where=f"{name}:", counted="of them")
 
 
 def _labels(run: Run, path: Path, values: Any) -> Tensor | None:

@@ -18,9 +18,9 @@ from pvae.applications.coding import Encoding
 from pvae.data.dataset import Dataset
 from pvae.diagnostics.diagnosis import Diagnosis, diagnose
 from pvae.diagnostics.evaluation import Evaluation, evaluate
-from pvae.errors import UserError, nearest, param
+from pvae.errors import UserError, check_range, nearest, param
 from pvae.experiments.class_models import class_labels, fit_class_models
-from pvae.experiments.row_selection import select_rows
+from pvae.experiments.row_selection import check_rows, select_rows
 from pvae.experiments.run_folder import RECIPE, is_trained, load_fit, unfinished_note
 from pvae.experiments.sweep import DatasetCache, sweep_points
 from pvae.inference.batching import Values
@@ -111,6 +111,7 @@ class Run:
 
     def sample(self, n: int = 64, **options: Any) -> Tensor:
         """Generate n rows from the prior; what a program is given beside latents, as labels, is that of test rows."""
+        check_range(least=1, n=n)
         like = self._rows(None)[0]
         return applications.sample(self.model, like[torch.arange(n) % len(like)], **options)
 
@@ -189,6 +190,7 @@ class Run:
         if x is None or isinstance(x, str | Path):
             rows = select_rows(self, str(x or "test"), **reading)
             return rows.x, rows.index
+        check_rows(self, x, **reading)
         return x, None
 
 

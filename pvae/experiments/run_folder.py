@@ -35,14 +35,14 @@ def prepare_folder(
     """Prepare a folder for the run of a resolved recipe, with the axes of a comparison, and write the recipe there."""
     if overwrite and resume:
         raise UserError(f"{param('overwrite', True)} and {param('resume', True)} exclude each other")
-    label = param("folder", folder)
+    label = param("out", folder)
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{label} is a file; name a folder")
     holds_run = (folder / RECIPE).is_file()
     if resume:
         _check_same(folder, recipe, dict(vary))
     elif holds_run and not overwrite:
-        ways = f"give {param('overwrite', True)}, {param('resume', True)} or another {param('folder')}"
+        ways = f"give {param('overwrite', True)}, {param('resume', True)} or another {param('out')}"
         raise UserError(f"{label} holds a run", ways)
     elif holds_run:
         _clear(folder)
@@ -54,7 +54,7 @@ def prepare_folder(
 def _check_same(folder: Path, recipe: Recipe, vary: dict[str, list[Any]]) -> None:
     # Code that the folder's recipe names does not run: only the recipe at hand is built.
     stored, axes, _ = read_recipe_file(folder / RECIPE, trust=True)
-    label, hint = f"{param('resume', True)}: {folder}", f"give the same values, or another {param('folder')}"
+    label, hint = f"{param('resume', True)}: {folder}", f"give the same values, or another {param('out')}"
     if bool(axes) != bool(vary):
         stored_kind, kind = ("compare's" if keys else "fit's" for keys in (axes, vary))
         raise UserError(f"{label} is {stored_kind}, not {kind}; name another folder")

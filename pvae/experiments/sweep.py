@@ -25,6 +25,7 @@ from pvae.recipes.preflight import check_recipe
 from pvae.recipes.recipe import Recipe, check_value, load_recipe_data, resolve
 from pvae.runtime.progress import progress_bar
 from pvae.runtime.signals import TrainingInterrupt, handle_first_signal, raise_interrupt
+from pvae.runtime.torch_state import seeded
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,13 @@ class RunOptions:
     trust: bool = False
     progress: bool = False
     say: Callable[[str], None] = lambda line: None
+
+    def __post_init__(self) -> None:
+        for word in self.families:  # each is built once, so that a mistake shows before anything is trained
+            with seeded(0):
+                if registry.make("family", registry.parse_component(word), dim=2).point_mass:
+                    refused = f"{param('families')}: {word} is a point mass, which has no ELBO to compare"
+                    raise UserError(refused, "name a family with a density")
 
 
 @dataclass

@@ -25,6 +25,13 @@ from pvae.runtime.pyro_params import LocalModule, Program, declare_param
 __all__ = ["Amortized", "PerDatapoint", "SemiAmortized"]
 
 
+def check_guide(who: str, guide: Any) -> None:
+    """Refuse a guide without a posterior family, which a search for the best q needs."""
+    if not isinstance(guide, Guide):
+        known = "needs a guide with a posterior family, such as Amortized"
+        raise UserError(f"{who} {known}, not {type(guide).__name__}", "pvae.diagnostics.bounds takes any Pyro guide")
+
+
 class Guide(LocalModule):
     """Base class of guides: ``guide(x, index)`` is a Pyro program that draws the model's latents in plate "data".
 

@@ -73,4 +73,6 @@ def module_of(program: Callable[..., Any]) -> nn.Module:
     owner = program if isinstance(program, nn.Module) else getattr(program, "__self__", None)
     if not isinstance(owner, nn.Module):
         raise UserError(f"{program!r} is not a module nor a module's method: its parameters can't be found")
+    if program is owner and type(owner).forward is nn.Module.forward:
+        raise UserError(f"{type(owner).__name__} is no Pyro program itself", "give its method, as vae.model")
     return owner

@@ -127,6 +127,10 @@ def fit(
             check_engine(engine)
             target = distributed.local_device(target)
             modules = [module_of(program).to(target).train() for program in (model, guide)]
+            local_elbo = getattr(guide, "local_elbo", None)
+            if local_elbo is not None and module_of(local_elbo.model) is not modules[0]:
+                other = "the guide refines its rows on another model than the one that is trained"
+                raise UserError(other, "give it model= of this one; copy or pickle a model and its guide together")
             optimizer = FusedAdam(*modules, learning_rate=learning_rate)
             loop = _Loop((model, guide, optimizer, objective), data, target, batch_size, rank_seed, folder)
             # Run even if no split is to be checked: its draws come before training's in the random stream.
@@ -140,6 +144,8 @@ def fit(
 def check_budget(data: Dataset, epochs: int, batch_size: int, learning_rate: float, patience: int | None) -> None:
     """Refuse a training budget that is out of range."""
     check_range(least=0, epochs=epochs)
+    if epochs != int(epochs):
+        raise UserError(f"{param('epochs')} is {epochs}, but it must be a whole number")
     check_range(least=1, batch_size=batch_size, patience=1 if patience is None else patience)
     check_range(learning_rate=learning_rate)
     if batch_size % (world := distributed.world_size()):

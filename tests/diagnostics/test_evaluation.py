@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from pvae.applications.coding import reconstruct, sample
 from pvae.diagnostics import evaluation
+from pvae.diagnostics.diagnosis import diagnose
 from pvae.diagnostics.evaluation import Budget, Evaluation, bounds, evaluate, refinement_curve
 from pvae.diagnostics.gaps import FamilySearch
 from pvae.errors import UserError
@@ -471,3 +472,18 @@ def test_a_program_without_a_picture_is_refused(oracle):
 
     with pytest.raises(UserError, match="observes no site of the data's shape"):
         sample(Flat(), oracle.sample(3))
+
+
+@pytest.mark.parametrize("guide", [lambda x, index=None: None, nn.Linear(1, 1)])
+def test_a_guide_without_a_family_is_refused(oracle, guide):
+    for judge in (evaluate, diagnose):
+        with pytest.raises(UserError, match="needs a guide with a posterior family, such as Amortized, not"):
+            judge(oracle.model, guide, oracle.sample(3))
+
+
+def test_a_budget_is_known_by_its_word(oracle):
+    x, guide = oracle.sample(3), amortized(oracle)
+    by_word, by_number = (evaluate(oracle.model, guide, x, budget=b) for b in ("quick", Budget(K=200, steps=100)))
+    assert torch.equal(by_word.values["evidence"], by_number.values["evidence"])
+    with pytest.raises(UserError, match="budget is 'quik'; did you mean 'quick'"):
+        evaluate(oracle.model, guide, x, budget="quik")

@@ -410,3 +410,35 @@ def test_columns_are_known_by_their_names(tmp_path):
         )
     with pytest.raises(UserError, match="it has no column 'b', which the run's data have"):
         row_selection._from_file(run, table("lacking.csv", (0, 2)), True, False)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda x: x[:, :-1], r"rows have shape \(63,\), but the run's have 64 columns"),
+        (
+            lambda x: x.where(x == x, x).index_fill(1, torch.tensor([3]), math.nan),
+            "column 3 is nan; Run.impute fills in",
+        ),
+        (
+            lambda x: x.index_fill(1, torch.tensor([3]), 0.5),
+            "column 3 is 0.5, outside the support of the run's likelihood",
+        ),
+    ],
+    ids=["width", "missing", "support"],
+)
+def test_tables_that_do_not_fit_the_run_are_refused_by_its_methods(run, change, words):
+    x = change(run.data.test[:4].clone())
+    for method in (run.encode, run.reconstruct, run.evaluate, run.diagnose, run.detect_anomalies):
+        with pytest.raises(UserError, match=words):
+            method(x)
+
+
+def test_a_number_of_samples_is_at_least_one(run):
+    with pytest.raises(UserError, match="n is 0, but it must be at least 1"):
+        run.sample(0)
+
+
+def test_a_data_set_says_in_a_line_what_it_is(run):
+    assert repr(run.data).startswith("Dataset digits")
+    assert len(repr(run.data).splitlines()) == 1

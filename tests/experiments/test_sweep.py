@@ -547,3 +547,11 @@ def test_each_variant_of_a_source_stands_on_the_same_decoder(pvae):
         "SemiAmortized(steps=2)",
         "PerDatapoint",
     ]
+
+
+@pytest.mark.parametrize(
+    ("word", "words"), [("Ful", "unknown family 'Ful'"), ("Delta", "Delta is a point mass, which has no ELBO")]
+)
+def test_families_are_refused_before_anything_is_trained(word, words, tmp_path):
+    with pytest.raises(UserError, match=words):
+        RunOptions(tmp_path, families=[word])

@@ -1,5 +1,6 @@
 """Training: Pyro's own numbers, step by step; stopped anywhere and gone on with, the same bits."""
 
+import copy
 import itertools
 import json
 import os
@@ -426,6 +427,7 @@ def test_data_outside_the_support_are_refused_by_place_and_value(part):
         ({"learning_rate": -1.0}, "learning_rate is -1.0, but it must be positive"),
         ({"learning_rate": float("nan")}, "learning_rate is nan, but it must be positive"),
         ({"learning_rate": float("inf")}, "learning_rate is inf, but it must be positive"),
+        ({"epochs": 1.5}, "epochs is 1.5, but it must be a whole number"),
         ({"patience": -1}, "patience is -1, but it must be at least 1"),
         ({"patience": 0}, "patience is 0, but it must be at least 1"),
         ({"device": "gpu"}, "unknown device 'gpu'"),
@@ -453,3 +455,18 @@ def test_programs_without_a_module_are_refused():
     _, guide = modules()
     with pytest.raises(UserError, match="not a module nor a module's method"):
         fit(lambda x, index: None, guide, tiny(), epochs=1)
+
+
+def test_a_module_in_the_place_of_its_method_is_refused():
+    vae, guide = modules()
+    with pytest.raises(UserError, match=r"Eventful is no Pyro program itself; give its method, as vae\.model"):
+        fit(vae, guide, tiny(), epochs=1)
+
+
+@pytest.mark.parametrize("source", ["PerDatapoint", "SemiAmortized"])
+def test_a_guide_of_another_model_is_refused_and_a_copied_pair_is_not(source):
+    vae, guide = modules(source)
+    with pytest.raises(UserError, match="another model than the one that is trained"):
+        fit(vae.model, copy.deepcopy(guide), tiny(), epochs=1)
+    vae, guide = copy.deepcopy((vae, guide))
+    fit(vae.model, guide, tiny(), epochs=1)
