@@ -184,8 +184,7 @@ def evaluate(
     check_guide("evaluate", guide)
     if isinstance(budget, str) and budget not in BUDGETS:
         raise UserError(f"{param('budget')} is '{budget}'{nearest(budget, BUDGETS)}")
-    budget = BUDGETS[budget] if isinstance(budget, str) else budget or Budget()
-    point_mass = guide.family.point_mass
+    budget, point_mass = BUDGETS[budget] if isinstance(budget, str) else budget or Budget(), guide.family.point_mass
     of_point_mass = partial(_guide_bounds, model, guide, K=budget.K)
     compute = of_point_mass if point_mass else partial(_gaps, model, guide, budget=budget)
     options: Any = {"x": x, "index": index, "progress": progress, "cache": cache, "prefix": prefix}

@@ -40,9 +40,8 @@ from pvae.runtime.torch_state import pick_device
 
 INFERENCE_METHODS = ("Amortized", "PerDatapoint", "SemiAmortized")
 # Rows and budget of an evaluation by one word; annealing is for who asks for it.
-BUDGETS = {
-    word: (rows, EVALUATION_BUDGETS[word]) for word, rows in (("quick", 100), ("standard", 300), ("thorough", 1000))
-}
+ROWS = {"quick": 100, "standard": 300, "thorough": 1000}
+BUDGETS = {word: (rows, EVALUATION_BUDGETS[word]) for word, rows in ROWS.items()}
 
 
 def compare(

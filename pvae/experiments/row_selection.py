@@ -149,12 +149,7 @@ def _table_of_columns(run: Run, path: Path, table: dict[str, Any]) -> np.ndarray
 
 
 def check_rows(run: Run, values: Values, *, raw: bool = False, missing: bool = False) -> None:
-    """Refuse a table whose width, values or missing entries are not those of the run's data.
-
-    Arguments:
-        raw: the values may lie outside the likelihood's support, as noisy rows do.
-        missing: NaN marks missing entries.
-    """
+    """Refuse a table that does not fit the run: its width, NaN unless ``missing``, the support unless ``raw``."""
     x, width = as_rows(values, run.model), run.data.train.shape[1]
     if x.shape[1:] != (width,):
         raise UserError(f"rows have shape {tuple(x.shape[1:])}, but the run's have {width} columns")

@@ -79,8 +79,7 @@ class RunOptions:
         for word in self.families:  # each is built once, so that a mistake shows before anything is trained
             with seeded(0):
                 if registry.make("family", registry.parse_component(word), dim=2).point_mass:
-                    refused = f"{param('families')}: {word} is a point mass, which has no ELBO to compare"
-                    raise UserError(refused, "name a family with a density")
+                    raise UserError(f"{param('families')}: {word} is a point mass, which has no ELBO to compare")
 
 
 @dataclass

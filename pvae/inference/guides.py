@@ -28,8 +28,8 @@ __all__ = ["Amortized", "PerDatapoint", "SemiAmortized"]
 def check_guide(who: str, guide: Any) -> None:
     """Refuse a guide without a posterior family, which a search for the best q needs."""
     if not isinstance(guide, Guide):
-        known = "needs a guide with a posterior family, such as Amortized"
-        raise UserError(f"{who} {known}, not {type(guide).__name__}", "pvae.diagnostics.bounds takes any Pyro guide")
+        needs = f"{who} needs a guide with a posterior family, such as Amortized, not {type(guide).__name__}"
+        raise UserError(needs, "pvae.diagnostics.bounds takes any Pyro guide")
 
 
 class Guide(LocalModule):

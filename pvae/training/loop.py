@@ -144,7 +144,7 @@ def fit(
 def check_budget(data: Dataset, epochs: int, batch_size: int, learning_rate: float, patience: int | None) -> None:
     """Refuse a training budget that is out of range."""
     check_range(least=0, epochs=epochs)
-    if epochs != int(epochs):
+    if epochs % 1:
         raise UserError(f"{param('epochs')} is {epochs}, but it must be a whole number")
     check_range(least=1, batch_size=batch_size, patience=1 if patience is None else patience)
     check_range(learning_rate=learning_rate)
