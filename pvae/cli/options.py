@@ -32,7 +32,7 @@ Number = float | None
 Flag = bool | None
 Texts = list[str] | None
 Paths = list[Path] | None
-FLAGS = {"K": "--samples", "data_folder": "--data-dir", "folder": "--out"}  # of parameters with other names
+FLAGS = {"K": "--samples", "data_folder": "--data-dir"}  # of parameters with other names
 
 
 def as_option(name: str, value: Any = None) -> str:
