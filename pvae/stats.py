@@ -257,3 +257,34 @@ def holm(p: Tensor) -> Tensor:
     factors = torch.arange(len(p), 0, -1, dtype=p.dtype)
     adjusted = (p[order] * factors).cummax(0).values.clamp(max=1)
     return torch.empty_like(p).scatter(0, order, adjusted)
+
+
+def pareto_smooth(log_w: Tensor) -> tuple[Tensor, Tensor]:
+    r"""Smooth the largest importance weights by a Pareto tail (PSIS); return log-weights [K, B] and k-hat [B].
+
+    Arguments:
+        log_w: log weights [K, B], at least 30 draws. The log-weights returned are normalized over each row's draws.
+
+    The tail's weights become the expected order statistics of the generalized Pareto distribution fitted to them, none
+    above the largest weight. A row whose k-hat is not finite keeps its weights; one without any weight gets equal ones.
+
+    Source: as `k_hat`.
+
+    >>> log_weights, k = pareto_smooth(torch.randn(1000, 2, generator=torch.Generator().manual_seed(0)))
+    >>> log_weights.exp().sum(0)
+    tensor([1.0000, 1.0000])
+    >>> bool((k < 0.7).all())
+    True
+    """
+    from arviz_stats.base import array_stats
+
+    K, M = len(log_w), tail_length(len(log_w))
+    top, where = log_w.topk(M + 1, 0)
+    k, smooth = k_hat_of_tail(top, K).to(log_w), log_w.clone()
+    places = (torch.arange(M, 0, -1, dtype=torch.double) - 0.5) / M
+    for row in k.isfinite().nonzero().flatten().tolist():
+        tail = (top[:, row].double() - top[0, row]).exp().cpu()
+        shape, scale = array_stats._gpdfit((tail[:-1] - tail[-1]).flip(0).numpy())
+        values = tail[-1] + float(scale) * torch.special.expm1(-float(shape) * torch.log1p(-places)) / float(shape)
+        smooth[where[:-1, row], row] = (values.clamp(max=1).log() + top[0, row].cpu()).to(smooth)
+    return smooth.log_softmax(0).nan_to_num(nan=-math.log(K)), k.nan_to_num(nan=torch.inf)

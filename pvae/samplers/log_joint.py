@@ -60,8 +60,8 @@ class LogJoint:
             module_of(self.model).eval()
         object.__setattr__(self, "latents", self.sites or find_latent_sites(self.model, self.x))
 
-    def rows(self, part: slice) -> LogJoint:
-        """Return the log joint of a slice of the rows."""
+    def rows(self, part: slice | Tensor) -> LogJoint:
+        """Return the log joint of some of the rows, by a slice or by their numbers."""
         return LogJoint(self.model, self.x[part], None if self.index is None else self.index[part], self.latents)
 
     def log_lik_and_prior(self, u: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,205 @@
+r"""Adaptive importance sampling: a mixture of Student t distributions is fitted to each row's posterior by its draws.
+
+Components start where particles end that are annealed from the prior, so that modes are met that no guide knows of.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from pvae.inference.batching import draw_chunks
+from pvae.runtime.torch_state import seeded
+from pvae.runtime.tracing import AutoTraced
+from pvae.samplers.gaussian_vi import fit_gaussian
+from pvae.samplers.log_joint import LogJoint
+
+# Share of the draws that come from the prior: no weight exceeds the largest likelihood over this share.
+DEFENSIVE = 0.1
+# Degrees of freedom beyond the dimensions: a t with few of them in many dimensions wastes most of its draws.
+EXTRA_DF = 5
+# Components that start as Gaussian fits, all components, rounds of those fits and of the adaptation.
+FITTED, COMPONENTS, FIT_ROUNDS, ADAPT_ROUNDS = 4, 24, 6, 12
+HEAVY = 10  # times the mean: a largest weight beyond which its draw begins a component
+START_SCALE = 0.1  # of a Gaussian fit, in standard deviations of the particles: small, so that modes stay apart
+
+
+class StudentMixture(NamedTuple):
+    """Mixture of M multivariate t distributions for each of B rows, in float64, of D + 5 degrees of freedom.
+
+    Attributes:
+        log_weights: of the components, [M, B].
+        loc, scale_tril: locations [M, B, D] and Cholesky factors of their scales [M, B, D, D].
+    """
+
+    log_weights: Tensor
+    loc: Tensor
+    scale_tril: Tensor
+
+    @property
+    def df(self) -> int:
+        return EXTRA_DF + self.loc.shape[-1]
+
+    def sample(self, count: int) -> Tensor:
+        """Draw u [count, B, D], from the components in the shares of their weights (systematic sampling)."""
+        ends, (_, B, D) = self.log_weights.exp().cumsum(0)[:-1], self.loc.shape
+        number = torch.arange(count, device=ends.device).unsqueeze(-1)
+        share = (ends.new_empty(1, B).uniform_() + number) / count
+        which, rows = (share > ends.unsqueeze(1)).sum(0), torch.arange(B, device=ends.device)
+        noise = torch.randn(count, B, D, dtype=ends.dtype, device=ends.device)
+        gamma = torch._standard_gamma(ends.new_full((count, B, 1), self.df / 2))
+        step = (self.scale_tril[which, rows] @ noise.unsqueeze(-1)).squeeze(-1)
+        return self.loc[which, rows] + step * (self.df / 2 / gamma).sqrt()
+
+    def squared_distance(self, u: Tensor) -> Tensor:
+        """Compute squared Mahalanobis distances of u [S, B, D] from the components, [M, S, B]."""
+        inverse = torch.linalg.inv(self.scale_tril)
+        return ((inverse @ (u.permute(1, 2, 0) - self.loc.unsqueeze(-1))) ** 2).sum(-2).mT
+
+    def component_log_prob(self, squared_distance: Tensor) -> Tensor:
+        """Compute log pi_m t_m(u) from squared distances, [M, S, B]."""
+        D, df = self.loc.shape[-1], self.df
+        constant = math.lgamma((df + D) / 2) - math.lgamma(df / 2) - D / 2 * math.log(df * math.pi)
+        scaled = constant + self.log_weights - self.scale_tril.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+        return scaled.unsqueeze(1) - (df + D) / 2 * torch.log1p(squared_distance / df)
+
+    def log_prob(self, u: Tensor) -> Tensor:
+        """Compute log q(u) of u [S, B, D], [S, B]."""
+        return self.component_log_prob(self.squared_distance(u)).logsumexp(0)
+
+
+class Proposals(NamedTuple):
+    """Draws u [K, B, D] of each row, and their log p(x, u) and log q(u), [K, B] each in nats and float64."""
+
+    u: Tensor
+    log_joint: Tensor
+    log_q: Tensor
+
+    @property
+    def log_w(self) -> Tensor:
+        """Log importance weights, [K, B]; -inf for draws that can't be scored."""
+        log_w = self.log_joint - self.log_q
+        return torch.where(log_w.isfinite(), log_w, -torch.inf)
+
+
+class JointDensity:
+    """log p(x|u) and log p(u) of draws u [S, B, D] in passes of the usual size, [S, B] each in nats and float64."""
+
+    def __init__(self, target: LogJoint) -> None:
+        self.target, self.traced = target, AutoTraced(target.log_lik_and_prior)
+
+    def __call__(self, u: Tensor) -> tuple[Tensor, Tensor]:
+        u = u.to(self.target.x)
+        parts = [self.traced(u[part]) for part in draw_chunks(len(u), u.shape[1])]
+        log_lik, log_prior = (torch.cat(values).double() for values in zip(*parts, strict=True))
+        return log_lik, log_prior
+
+
+def draw_defensively(density: JointDensity, mixture: StudentMixture, count: int) -> Proposals:
+    """Draw from a mixture and, for a tenth of the draws, from the prior (Hesterberg 1995); q is both together."""
+    from_prior = max(1, round(DEFENSIVE * count))
+    u = torch.cat([density.target.prior(from_prior).double(), mixture.sample(count - from_prior)])
+    log_lik, log_prior = density(u)
+    parts = [log_prior + math.log(from_prior / count), mixture.log_prob(u) + math.log1p(-from_prior / count)]
+    return Proposals(u, log_lik + log_prior, torch.stack(parts).logsumexp(0))
+
+
+@torch.no_grad()
+def fit_mixture(
+    density: JointDensity,
+    particles: Tensor,
+    log_w: Tensor,
+    starts: Tensor,
+    *,
+    draws: int = 2000,
+    rounds: int = ADAPT_ROUNDS,
+    seed: int = 0,
+) -> StudentMixture:
+    r"""Fit a mixture of t distributions to each row's posterior by rounds of importance sampling.
+
+    .. math:: \pi_m \leftarrow \sum_k \bar w_k \rho_{mk}, \quad
+              \mu_m \leftarrow \frac{\sum_k \bar w_k \rho_{mk} \gamma_{mk} u_k}{\sum_k \bar w_k \rho_{mk} \gamma_{mk}},
+              \quad \Sigma_m \leftarrow \frac1{\pi_m} \sum_k \bar w_k \rho_{mk} \gamma_{mk} (u_k - \mu_m)(u_k - \mu_m)^T
+
+    with responsibilities rho and the t's factors gamma: steps of expectation maximization towards KL(p || q).
+
+    Arguments:
+        density: log p(x|u) and log p(u) of the rows.
+        particles, log_w: positions [C, B, D] and their log-weights [C, B], at which components start; see `anneal`.
+        starts: further positions [S, B, D], such as a guide's means; Gaussians are fitted from them too.
+        draws: of each round and row; those of many dimensions need more.
+        rounds: of adaptation.
+        seed: of all noise; the random stream outside is left alone.
+
+    The largest weights of a round are cut to the least of its sqrt(draws) largest, lest one draw takes all. A component
+    moves by as much as it has draws for the D (D + 1) / 2 numbers of its scale. Where one weight is heavy, the lightest
+    component moves to its draw.
+
+    Source: Cappe, Douc, Guillin, Marin, Robert (2008), *Adaptive importance sampling in general mixture classes*,
+    Statistics and Computing 18; Koblents, Miguez (2015), *A population Monte Carlo scheme with transformed weights*,
+    Statistics and Computing 25.
+    """
+    with seeded(seed):
+        mixture = _initial_mixture(density.target, particles.double(), log_w.double(), starts.double(), seed)
+        for _ in range(rounds):
+            proposals = draw_defensively(density, mixture, draws)
+            mixture = _move_lightest(_adapt(mixture, proposals), proposals)
+    return mixture
+
+
+def _initial_mixture(target: LogJoint, particles: Tensor, log_w: Tensor, starts: Tensor, seed: int) -> StudentMixture:
+    """Return Gaussian fits from the starts and some particles, and the same scales again around other particles."""
+    C, B, D = particles.shape
+    gumbel = -torch.empty_like(log_w).exponential_().log()  # by the square roots of the weights, so that modes count
+    order = (log_w.nan_to_num(nan=-torch.inf) / 2 + gumbel).topk(min(COMPONENTS - FITTED, C), 0).indices
+    particles, spread = particles.gather(0, order.unsqueeze(-1).expand(-1, -1, D)), particles.std(0).clamp(min=1e-6)
+    at = torch.cat([starts, particles[:FITTED]])
+    rows, log_scale = torch.arange(B, device=at.device).repeat(len(at)), (START_SCALE * spread).log()
+    first = (at.flatten(0, 1).to(target.x), log_scale.repeat(len(at), 1).to(target.x))
+    mean, covariance = fit_gaussian(target.rows(rows), *first, rounds=FIT_ROUNDS, seed=seed + 1)
+    root = torch.linalg.cholesky(covariance).view(len(at), B, D, D)
+    nearest = torch.cdist((particles / spread).transpose(0, 1), (at / spread).transpose(0, 1)).argmin(-1).T
+    loc = torch.cat([mean.view(at.shape), particles])
+    root = torch.cat([root, root[nearest, rows[:B]]])
+    return StudentMixture(loc.new_full(loc.shape[:2], -math.log(len(loc))), loc, root)
+
+
+def _adapt(mixture: StudentMixture, proposals: Proposals) -> StudentMixture:
+    u, log_w, D = proposals.u, proposals.log_w, proposals.u.shape[-1]
+    cut = log_w.topk(max(2, math.isqrt(len(u))), 0).values[-1]
+    weights = torch.minimum(log_w, cut).softmax(0).nan_to_num(1 / len(u))  # a row without any weight
+    distance = mixture.squared_distance(u)
+    share = mixture.component_log_prob(distance).softmax(0) * weights
+    mass, scaled = share.sum(1), share * (mixture.df + D) / (mixture.df + distance)
+    count = mass / (weights**2).sum(0)
+    moved = (count / (count + D * (D + 1) / 2)).unsqueeze(-1)
+    mean = torch.einsum("msb,sbd->mbd", scaled, u) / scaled.sum(1).clamp(min=1e-300).unsqueeze(-1)
+    loc = torch.lerp(mixture.loc, mean, moved)
+    off = u - loc.unsqueeze(1)
+    covariance = torch.einsum("msb,msbd,msbe->mbde", scaled, off, off) / mass.clamp(min=1e-300)[..., None, None]
+    covariance = torch.lerp(mixture.scale_tril @ mixture.scale_tril.mT, covariance, moved.unsqueeze(-1))
+    root, failed = torch.linalg.cholesky_ex(covariance)
+    weight = mass + 1e-3 / len(mass)  # none vanishes for good
+    root = root.where((failed == 0)[..., None, None], mixture.scale_tril)
+    return StudentMixture((weight / weight.sum(0)).log(), loc, root)
+
+
+def _move_lightest(mixture: StudentMixture, proposals: Proposals) -> StudentMixture:
+    """Move each row's lightest component to the draw of largest weight if that is heavy, with its nearest one's scale.
+
+    Source: Raftery, Bao (2010), *Estimating and Projecting Trends in HIV/AIDS* (incremental mixture importance
+    sampling), Biometrics 66.
+    """
+    M, B, _ = mixture.loc.shape
+    rows, (share, draw) = torch.arange(B, device=proposals.u.device), proposals.log_w.softmax(0).max(0)
+    at = proposals.u[draw, rows]
+    nearest = mixture.component_log_prob(mixture.squared_distance(at.unsqueeze(0)))[:, 0].argmax(0)
+    heavy = share > HEAVY / len(proposals.u)
+    moved, rows = (mixture.log_weights.argmin(0)[heavy], rows[heavy]), rows[heavy]
+    log_weights, loc, root = (values.clone() for values in mixture)
+    loc[moved], root[moved] = at[heavy], mixture.scale_tril[nearest[heavy], rows]
+    log_weights[moved] = math.log(0.5 / M)
+    return StudentMixture(log_weights.log_softmax(0), loc, root)

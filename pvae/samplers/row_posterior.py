@@ -1,0 +1,333 @@
+"""Posterior draws of each row by the cheapest means whose checks pass for that row."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from pvae.errors import AllChainsDiverged, UserError, nearest, param
+from pvae.inference.batching import ROWS, Progress, RowBatch, Values, as_rows, map_batches, silent
+from pvae.inference.families import Family
+from pvae.inference.guides import Guide
+from pvae.inference.latents import find_latent_sites
+from pvae.inference.posterior import posterior_moments
+from pvae.runtime.pyro_params import Program
+from pvae.runtime.torch_state import seeded
+from pvae.samplers import hmc
+from pvae.samplers.adaptive_importance import (
+    DEFENSIVE,
+    JointDensity,
+    Proposals,
+    StudentMixture,
+    draw_defensively,
+    fit_mixture,
+)
+from pvae.samplers.ais import AISEstimate, anneal
+from pvae.samplers.gaussian_vi import fit_gaussian
+from pvae.samplers.log_joint import LogJoint
+from pvae.stats import chain_ess, effective_sample_size, k_hat_threshold, log_mean_exp, pareto_smooth, r_hat
+
+# From the cheapest to the dearest; the last is for rows whose checks all failed.
+METHODS = ("guide", "importance sampling", "Gaussian fit", "mixture", "HMC", "none")
+SECONDS = ("annealed particles", *METHODS[1:-1])
+GUIDE, IMPORTANCE, GAUSSIAN, MIXTURE, CHAINS, NONE = range(len(METHODS))
+
+FLAT = 0.95  # of K: an effective sample size above which draws go without weights
+MISSED_MASS = 0.005  # share of the posterior at a particle from which on a mode counts as missed
+ADAPT_DRAWS = 2000  # of each round of a mixture's adaptation
+NUM_CHAINS, WARM_UP, LEAPFROGS, MIN_LENGTH = 8, 300, 5, 1500
+# Limits of convergence (Vehtari et al. 2021, arXiv:1903.08008; Betancourt 2017, arXiv:1701.02434).
+R_HAT, DIVERGENT = 1.01, 0.01
+HELD = 20_000_000  # numbers of a batch's draws that are held together
+STREAM = 3_000_017  # offset of seeds, clear of those of searches and references
+
+
+class Accuracy(NamedTuple):
+    """What posterior draws must reach: K draws of a row with an effective sample size; particles that look for modes.
+
+    Attributes:
+        K, ess: draws of each row, and the least effective sample size among them.
+        chains, temperatures: annealed particles of each row, see `anneal`.
+        most_chains, most_temperatures: of the rows that need a mixture.
+    """
+
+    K: int
+    ess: int
+    chains: int
+    temperatures: int
+    most_chains: int
+    most_temperatures: int
+
+
+ACCURACIES = {
+    "quick": Accuracy(500, 100, 8, 20, 16, 50),
+    "standard": Accuracy(2000, 400, 8, 20, 32, 50),
+    "high": Accuracy(10_000, 2500, 16, 50, 64, 100),
+}
+
+
+@dataclass(frozen=True)
+class PosteriorDraws:
+    r"""K draws of each row's latents, with normalized importance weights, and how they came about.
+
+    Attributes:
+        u: draws in unconstrained coordinates, [K, B, D].
+        log_weights: of the draws, Pareto-smoothed; they add up to one in each row, [K, B].
+        log_evidence: log p(x) by the weights, a lower bound in expectation, [B] nats.
+        method: number of the method in ``METHODS`` that gave the row's draws, [B].
+        ess, k_hat: effective sample size and Pareto k-hat, [B]; k-hat is NaN for chains.
+        seconds: of the annealed particles and of each method, for all rows.
+    """
+
+    u: Tensor
+    log_weights: Tensor
+    log_evidence: Tensor
+    method: Tensor
+    ess: Tensor
+    k_hat: Tensor
+    seconds: dict[str, float]
+
+    @property
+    def reliable(self) -> Tensor:
+        """Whether the checks of a method passed, [B]."""
+        return self.method != NONE
+
+    @property
+    def moments(self) -> tuple[Tensor, Tensor]:
+        """Weighted mean and standard deviation of the draws, [B, D] each."""
+        weights = self.log_weights.exp().unsqueeze(-1)
+        mean = (weights * self.u).sum(0)
+        return mean, (weights * (self.u - mean) ** 2).sum(0).sqrt()
+
+    def counts(self) -> dict[str, int]:
+        """Return how many rows took each method."""
+        return {name: n for number, name in enumerate(METHODS) if (n := int((self.method == number).sum()))}
+
+    def resample(self, count: int, *, seed: int = 0) -> Tensor:
+        """Return equally weighted draws u [count, B, D], by systematic resampling."""
+        with seeded(seed):
+            return resample(self.u, self.log_weights, count)
+
+
+def resample(u: Tensor, log_weights: Tensor, count: int) -> Tensor:
+    """Draw equally weighted draws [count, B, D] from weighted ones u [K, B, D], by systematic resampling."""
+    ends, K = log_weights.exp().cumsum(0), len(u)
+    shares = (ends.new_empty(1, ends.shape[1]).uniform_() + torch.arange(count, device=u.device).unsqueeze(-1)) / count
+    which = torch.searchsorted(ends.mT.contiguous(), shares.mT.contiguous()).clamp(max=K - 1).mT
+    return u.gather(0, which.unsqueeze(-1).expand(-1, -1, u.shape[-1]))
+
+
+def posterior(
+    model: Program,
+    guide: Guide | None,
+    x: Values,
+    index: Tensor | None = None,
+    *,
+    accuracy: str | Accuracy = "standard",
+    seed: int = 0,
+    progress: Progress = silent,
+) -> PosteriorDraws:
+    r"""Draw from the posterior of each row's latents by the cheapest method whose checks pass for that row.
+
+    The methods, from cheap to dear: draws of the guide as they are; the same with Pareto-smoothed importance weights;
+    a Gaussian fitted to the row (full rank), weighted; a mixture of t distributions fitted by adaptive importance
+    sampling from many annealed particles, weighted; HMC chains started from it. A row moves on unless its weights have
+    k-hat below 0.7 and enough effective draws, and no particle annealed from the prior lies where the method has hardly
+    any mass and the posterior has some: the check for modes that a guide's own draws can't make.
+
+    Arguments:
+        model: a fitted Pyro program.
+        guide: its approximate posterior; None to begin at the Gaussian fit, without any guide's help.
+        x, index: rows [B, ...], and which training datapoints they are; None for new rows.
+        accuracy: ``quick``, ``standard`` or ``high`` (100, 400 or 2500 effective draws), or numbers of your own.
+        seed: of all noise; the random stream outside is left alone.
+        progress: called with the number of rows done.
+
+    Returns:
+        Weighted draws. Rows on which every method's checks failed have method "none" and ``reliable`` False.
+
+    Raises:
+        UserError: an unknown accuracy, or rows with entries that are infinite.
+
+    See also: `evaluate` for what a guide loses; `diagnose` for whether to trust it.
+
+    Source: the order of methods after Li, Vehtari, Buerkner, Radev, Acerbi, Schmitt (2024), *Amortized Bayesian
+    Workflow*, arXiv:2409.04332.
+
+    >>> import pvae
+    >>> vae = pvae.VAE(torch.nn.Linear(2, 5), pvae.likelihoods.Bernoulli(), pvae.priors.StandardNormal(2))
+    >>> guide = pvae.Amortized(torch.nn.Linear(5, 4), pvae.families.DiagonalNormal(2))
+    >>> draws = posterior(vae.model, guide, torch.zeros(3, 5), accuracy="quick")
+    >>> draws.u.shape, bool(draws.reliable.all())
+    (torch.Size([500, 3, 2]), True)
+    """
+    if not isinstance(accuracy, Accuracy) and accuracy not in ACCURACIES:
+        raise UserError(f"{param('accuracy')} is '{accuracy}'{nearest(accuracy, ACCURACIES)}")
+    plan = accuracy if isinstance(accuracy, Accuracy) else ACCURACIES[accuracy]
+    rows = as_rows(x, model)
+    sites = guide.sites if guide else find_latent_sites(model, rows)
+
+    def compute(batch: RowBatch) -> dict[str, Tensor]:
+        q = (guide.family, guide.params(batch.x, batch.index)) if guide else None
+        draws = draw_rows(LogJoint(model, batch.x, batch.index, sites), q, plan, seed=batch.seed)
+        values = {name: getattr(draws, name).movedim(1, 0) for name in ("u", "log_weights")}
+        values |= {name: getattr(draws, name) for name in ("log_evidence", "method", "ess", "k_hat")}
+        return values | {f"seconds of {name}": torch.tensor(spent) for name, spent in draws.seconds.items()}
+
+    size = max(1, min(ROWS, HELD // (plan.K * sites.dim)))
+    options: Any = {"seed": seed + STREAM, "batch_size": size, "progress": progress}
+    values = map_batches(model, guide, compute, rows, index, **options)
+    seconds = {name: values.pop(f"seconds of {name}").sum().item() for name in SECONDS}
+    draws = {name: values.pop(name).movedim(0, 1) for name in ("u", "log_weights")}
+    return PosteriorDraws(**draws, **values, seconds=seconds)
+
+
+@torch.no_grad()
+def draw_rows(
+    target: LogJoint, q: tuple[Family, Tensor] | None, accuracy: Accuracy, *, seed: int = 0
+) -> PosteriorDraws:
+    """Draw from the posteriors of a batch of rows as `posterior` does, from q = family(q_params) on if it is given."""
+    methods = _Methods(target, accuracy, q)
+    work = (methods.send_scouts, methods.weigh_guide, methods.fit_gaussian, methods.fit_mixture, methods.run_chains)
+    with seeded(seed):
+        for name, method in zip(SECONDS, work, strict=True):
+            start = time.perf_counter()
+            if len(methods.todo):
+                method()
+            methods.seconds[name] = time.perf_counter() - start
+    return methods.draws
+
+
+class _Methods:
+    """The methods, each for the rows ``todo`` that no method before has passed on, and every row's draws so far."""
+
+    scouts: AISEstimate
+
+    def __init__(self, target: LogJoint, accuracy: Accuracy, q: tuple[Family, Tensor] | None) -> None:
+        self.target, self.accuracy, self.q, self.seconds = target, accuracy, q, dict[str, float]()
+        B, K, D = len(target.x), accuracy.K, target.latents.dim
+        like = target.x.new_zeros((), dtype=torch.double)
+        self.todo = torch.arange(B, device=like.device)
+        self.draws = PosteriorDraws(
+            u=like.new_zeros(K, B, D),
+            log_weights=like.new_full((K, B), -math.log(K)),
+            log_evidence=like.new_full((B,), torch.nan),
+            method=torch.full((B,), NONE, device=like.device),
+            ess=like.new_zeros(B),
+            k_hat=like.new_full((B,), torch.nan),
+            seconds=self.seconds,
+        )
+
+    def anneal(self, chains: int, temperatures: int) -> AISEstimate:
+        """Anneal particles of the rows to do from the prior; they are draws of it, without weights, if HMC diverges."""
+        target, seed = self.target.rows(self.todo), int(torch.randint(2**31, ()))
+        try:
+            return anneal(target, chains=chains, temperatures=temperatures, seed=seed)
+        except AllChainsDiverged:
+            u = target.prior(chains)
+            unknown = torch.full_like(u[..., 0], torch.nan)
+            return AISEstimate(unknown, u, unknown[0], unknown[0])
+
+    def send_scouts(self) -> None:
+        """Anneal the few particles that every method's draws are checked against."""
+        self.scouts = self.anneal(self.accuracy.chains, self.accuracy.temperatures)
+
+    def weigh_guide(self) -> None:
+        if self.q and not self.q[0].point_mass:
+            family, q_params = self.q
+            q = family(q_params)
+            u = q.sample(torch.Size([self.accuracy.K]))
+            log_lik, log_prior = JointDensity(self.target)(u)
+            proposals = Proposals(u.double(), log_lik + log_prior, q.log_prob(u).double())
+            self._offer(IMPORTANCE, proposals, lambda u: q.log_prob(u.to(q_params)).double())
+
+    def fit_gaussian(self) -> None:
+        start, log_scale = self._starts()
+        mean, covariance = fit_gaussian(self.target.rows(self.todo), start, log_scale)
+        root, _ = torch.linalg.cholesky_ex(covariance)
+        self._draw_from(GAUSSIAN, StudentMixture(mean.new_zeros(1, len(mean)), mean.unsqueeze(0), root.unsqueeze(0)))
+
+    def fit_mixture(self) -> None:
+        particles = self.anneal(self.accuracy.most_chains, self.accuracy.most_temperatures)
+        density, starts = JointDensity(self.target.rows(self.todo)), self._starts()[0].unsqueeze(0)
+        seed = int(torch.randint(2**31, ()))
+        mixture = fit_mixture(density, particles.position, particles.log_w, starts, draws=ADAPT_DRAWS, seed=seed)
+        self._draw_from(MIXTURE, mixture)
+
+    def run_chains(self) -> None:
+        """Run HMC chains from draws of the mixture by their weights, thinned to K draws."""
+        rows, K = self.todo, self.accuracy.K
+        u = resample(self.draws.u[:, rows], self.draws.log_weights[:, rows], NUM_CHAINS)
+        scale = self.draws.moments[1][rows].clamp(min=1e-6)
+        length: Any = {"draws": max(MIN_LENGTH, -(-K // NUM_CHAINS)), "warm_up": WARM_UP}
+        options: Any = length | {"num_integration_steps": LEAPFROGS, "seed": int(torch.randint(2**31, ()))}
+        with suppress(AllChainsDiverged):
+            chains = hmc.sample(self.target.rows(rows), u.to(self.target.x), scale=scale.to(self.target.x), **options)
+            draws = chains.draws.double()
+            ess = chain_ess(draws).amin(-1).to(scale)
+            agree = (r_hat(draws) <= R_HAT).all(-1).to(scale.device)
+            sound = agree & (ess >= self.accuracy.ess) & (chains.divergence_rate <= DIVERGENT)
+            thin = torch.linspace(0, draws[:, :, 0, 0].numel() - 1, K).round().long()
+            self._keep(rows[sound], u=draws.flatten(0, 1)[thin][:, sound], log_weights=-math.log(K), method=CHAINS)
+            self._keep(rows[sound], ess=ess[sound], k_hat=torch.nan)
+            self.todo = rows[~sound]
+
+    def _starts(self) -> tuple[Tensor, Tensor]:
+        """Return mean and log scale [b, D] from which Gaussians are fitted: the guide's, or the best particle's."""
+        best = self.scouts.log_w.nan_to_num(nan=-torch.inf).argmax(0)
+        position, every = self.scouts.position, torch.arange(len(best), device=best.device)
+        mean, sd = position[best, every], 0.1 * position.std(0)
+        if self.q:
+            values = posterior_moments(*self.q)
+            usable = torch.stack([v.isfinite().all(-1) for v in values]).all(0) & (values[1] > 0).all(-1)
+            mean, sd = (v.where(usable[:, None], other) for v, other in zip(values, (mean, sd), strict=True))
+        return mean[self.todo], sd.clamp(min=1e-6).log()[self.todo]
+
+    def _draw_from(self, method: int, mixture: StudentMixture) -> None:
+        target = self.target.rows(self.todo)
+        proposals = draw_defensively(JointDensity(target), mixture, self.accuracy.K)
+
+        def log_q(u: Tensor) -> Tensor:
+            parts = torch.stack([target.log_lik_and_prior(u)[1].double(), mixture.log_prob(u.double())])
+            return (parts + parts.new_tensor([DEFENSIVE, 1 - DEFENSIVE]).log().view(2, 1, 1)).logsumexp(0)
+
+        self._offer(method, proposals, log_q)
+
+    def _offer(self, method: int, proposals: Proposals, log_q: Callable[[Tensor], Tensor]) -> None:
+        """Store the rows' weighted draws, and pass on those whose checks pass."""
+        rows, K, log_w = self.todo, self.accuracy.K, proposals.log_w
+        log_weights, k_hat = pareto_smooth(log_w)
+        ess = effective_sample_size(log_weights)
+        flat = (ess >= FLAT * K) & (method == IMPORTANCE)
+        log_weights = log_weights.where(~flat, -math.log(K))
+        passed = (k_hat < k_hat_threshold(K)) & (ess >= self.accuracy.ess)
+        passed &= ~self._misses_mode(proposals, log_weights, log_q)
+        self._keep(rows, u=proposals.u, log_weights=log_weights, log_evidence=log_mean_exp(log_w), ess=ess, k_hat=k_hat)
+        self._keep(rows[passed], method=torch.where(flat, GUIDE, method)[passed])
+        self.todo = rows[~passed]
+
+    def _misses_mode(self, proposals: Proposals, log_weights: Tensor, log_q: Callable[[Tensor], Tensor]) -> Tensor:
+        """Whether an annealed particle lies where q hardly reaches and the posterior has mass, [b]."""
+        u, log_w, weights = self.scouts.position[:, self.todo], proposals.log_w, log_weights.exp()
+        log_joint = self.target.rows(self.todo)(u).double()
+        outlying = log_joint - log_q(u) > log_w.amax(0) + 1
+        # Mass by the particle's own weight or, since short annealing understates it, by its density among q's draws.
+        finite = proposals.log_joint.nan_to_num(neginf=-1e300)
+        mean = (weights * finite).sum(0)
+        sd = (weights * (finite - mean) ** 2).sum(0).sqrt()
+        dense = log_joint > mean - 3 * sd + math.log(MISSED_MASS)
+        share = self.scouts.log_w[:, self.todo].double() - math.log(len(u)) - log_mean_exp(log_w)
+        return (outlying & (dense | (share > math.log(MISSED_MASS)))).any(0)
+
+    def _keep(self, rows: Tensor, **values: Tensor | float) -> None:
+        for name, value in values.items():
+            tensor = getattr(self.draws, name)
+            place = (slice(None), rows) if name in ("u", "log_weights") else rows
+            tensor[place] = value
