@@ -23,6 +23,7 @@ DEFENSIVE = 0.1
 EXTRA_DF = 5
 # Components that start as Gaussian fits, all components, rounds of those fits and of the adaptation.
 FITTED, COMPONENTS, FIT_ROUNDS, ADAPT_ROUNDS = 4, 24, 6, 12
+EDGE = 1e-12  # that uniform numbers keep from 0 and 1
 HEAVY = 10  # times the mean: a largest weight beyond which its draw begins a component
 START_SCALE = 0.1  # of a Gaussian fit, in standard deviations of the particles: small, so that modes stay apart
 
@@ -44,14 +45,20 @@ class StudentMixture(NamedTuple):
         return EXTRA_DF + self.loc.shape[-1]
 
     def sample(self, count: int) -> Tensor:
-        """Draw u [count, B, D], from the components in the shares of their weights (systematic sampling)."""
-        ends, (_, B, D) = self.log_weights.exp().cumsum(0)[:-1], self.loc.shape
-        number = torch.arange(count, device=ends.device).unsqueeze(-1)
-        share = (ends.new_empty(1, B).uniform_() + number) / count
-        which, rows = (share > ends.unsqueeze(1)).sum(0), torch.arange(B, device=ends.device)
-        noise = torch.randn(count, B, D, dtype=ends.dtype, device=ends.device)
-        gamma = torch._standard_gamma(ends.new_full((count, B, 1), self.df / 2))
-        step = (self.scale_tril[which, rows] @ noise.unsqueeze(-1)).squeeze(-1)
+        """Draw u [count, B, D] by quasi-Monte Carlo: a Sobol sequence, scrambled, and shifted for each row.
+
+        Source: Owen (1997), *Scrambled Net Variance for Integrals of Smooth Functions*, Annals of Statistics 25.
+        """
+        from scipy.special import gammaincinv
+
+        _, B, D = self.loc.shape
+        sequence = torch.quasirandom.SobolEngine(D + 2, scramble=True, seed=int(torch.randint(2**31, ())))
+        shifted = sequence.draw(count, dtype=torch.double).unsqueeze(1) + torch.rand(B, D + 2, dtype=torch.double)
+        uniform = (shifted % 1).clamp(EDGE, 1 - EDGE)
+        gamma = torch.from_numpy(gammaincinv(self.df / 2, uniform[..., -1:].numpy())).to(self.loc)
+        uniform, rows = uniform.to(self.loc), torch.arange(B, device=self.loc.device)
+        which = (uniform[..., 0] > self.log_weights.exp().cumsum(0)[:-1].unsqueeze(1)).sum(0)
+        step = (self.scale_tril[which, rows] @ torch.special.ndtri(uniform[..., 1:-1]).unsqueeze(-1)).squeeze(-1)
         return self.loc[which, rows] + step * (self.df / 2 / gamma).sqrt()
 
     def squared_distance(self, u: Tensor) -> Tensor:
