@@ -16,6 +16,7 @@ from pvae.runtime.torch_state import seeded
 from pvae.runtime.tracing import AutoTraced
 from pvae.samplers.gaussian_vi import fit_gaussian
 from pvae.samplers.log_joint import LogJoint
+from pvae.stats import effective_sample_size
 
 # Share of the draws that come from the prior: no weight exceeds the largest likelihood over this share.
 DEFENSIVE = 0.1
@@ -24,6 +25,7 @@ EXTRA_DF = 5
 # Components that start as Gaussian fits, all components, rounds of those fits and of the adaptation.
 FITTED, COMPONENTS, FIT_ROUNDS, ADAPT_ROUNDS = 4, 24, 6, 12
 EDGE = 1e-12  # that uniform numbers keep from 0 and 1
+ENOUGH = 0.5  # effective share of the draws of every row at which adaptation ends
 HEAVY = 10  # times the mean: a largest weight beyond which its draw begins a component
 START_SCALE = 0.1  # of a Gaussian fit, in standard deviations of the particles: small, so that modes stay apart
 
@@ -138,7 +140,7 @@ def fit_mixture(
         particles, log_w: positions [C, B, D] and their log-weights [C, B], at which components start; see `anneal`.
         starts: further positions [S, B, D], such as a guide's means; Gaussians are fitted from them too.
         draws: of each round and row; those of many dimensions need more.
-        rounds: of adaptation.
+        rounds: the most of adaptation, which ends when half of every row's draws are effective.
         seed: of all noise; the random stream outside is left alone.
 
     The largest weights of a round are cut to the least of its sqrt(draws) largest, lest one draw takes all. A component
@@ -153,7 +155,9 @@ def fit_mixture(
         mixture = _initial_mixture(density.target, particles.double(), log_w.double(), starts.double(), seed)
         for _ in range(rounds):
             proposals = draw_defensively(density, mixture, draws)
-            mixture = _move_lightest(_adapt(mixture, proposals), proposals)
+            if (effective_sample_size(proposals.log_w) > ENOUGH * draws).all():
+                break
+            mixture = _adapt(mixture, proposals)
     return mixture
 
 
@@ -179,22 +183,32 @@ def _adapt(mixture: StudentMixture, proposals: Proposals) -> StudentMixture:
     cut = log_w.topk(max(2, math.isqrt(len(u))), 0).values[-1]
     weights = torch.minimum(log_w, cut).softmax(0).nan_to_num(1 / len(u))  # a row without any weight
     distance = mixture.squared_distance(u)
-    share = mixture.component_log_prob(distance).softmax(0) * weights
+    log_prob = mixture.component_log_prob(distance)
+    share = log_prob.softmax(0) * weights
     mass, scaled = share.sum(1), share * (mixture.df + D) / (mixture.df + distance)
-    count = mass / (weights**2).sum(0)
+    # Sums of products over draws around the row's mean, as matrix products.
+    centre, scaled = (weights.unsqueeze(-1) * u).sum(0), scaled.permute(2, 0, 1)
+    off = (u - centre).transpose(0, 1)
+    zeroth = scaled.sum(-1, keepdim=True)
+    first, second = scaled @ off, scaled @ (off.unsqueeze(-1) * off.unsqueeze(-2)).flatten(-2)
+    loc = (mixture.loc - centre).transpose(0, 1)
+    count = mass.T / (weights**2).sum(0).unsqueeze(-1)
     moved = (count / (count + D * (D + 1) / 2)).unsqueeze(-1)
-    mean = torch.einsum("msb,sbd->mbd", scaled, u) / scaled.sum(1).clamp(min=1e-300).unsqueeze(-1)
-    loc = torch.lerp(mixture.loc, mean, moved)
-    off = u - loc.unsqueeze(1)
-    covariance = torch.einsum("msb,msbd,msbe->mbde", scaled, off, off) / mass.clamp(min=1e-300)[..., None, None]
-    covariance = torch.lerp(mixture.scale_tril @ mixture.scale_tril.mT, covariance, moved.unsqueeze(-1))
-    root, failed = torch.linalg.cholesky_ex(covariance)
+    loc = torch.lerp(loc, first / zeroth.clamp(min=1e-300), moved)
+    cross = first.unsqueeze(-1) * loc.unsqueeze(-2)
+    square = (
+        second.unflatten(-1, (D, D)) - cross - cross.mT + zeroth.unsqueeze(-1) * loc.unsqueeze(-1) * loc.unsqueeze(-2)
+    )
+    covariance = (square / mass.T.clamp(min=1e-300)[..., None, None]).transpose(0, 1)
+    before, moved = mixture.scale_tril @ mixture.scale_tril.mT, moved.transpose(0, 1).unsqueeze(-1)
+    root, failed = torch.linalg.cholesky_ex(torch.lerp(before, covariance, moved))
     weight = mass + 1e-3 / len(mass)  # none vanishes for good
     root = root.where((failed == 0)[..., None, None], mixture.scale_tril)
-    return StudentMixture((weight / weight.sum(0)).log(), loc, root)
+    after = StudentMixture((weight / weight.sum(0)).log(), loc.transpose(0, 1) + centre, root)
+    return _move_lightest(after, proposals, log_prob)
 
 
-def _move_lightest(mixture: StudentMixture, proposals: Proposals) -> StudentMixture:
+def _move_lightest(mixture: StudentMixture, proposals: Proposals, log_prob: Tensor) -> StudentMixture:
     """Move each row's lightest component to the draw of largest weight if that is heavy, with its nearest one's scale.
 
     Source: Raftery, Bao (2010), *Estimating and Projecting Trends in HIV/AIDS* (incremental mixture importance
@@ -202,11 +216,9 @@ def _move_lightest(mixture: StudentMixture, proposals: Proposals) -> StudentMixt
     """
     M, B, _ = mixture.loc.shape
     rows, (share, draw) = torch.arange(B, device=proposals.u.device), proposals.log_w.softmax(0).max(0)
-    at = proposals.u[draw, rows]
-    nearest = mixture.component_log_prob(mixture.squared_distance(at.unsqueeze(0)))[:, 0].argmax(0)
-    heavy = share > HEAVY / len(proposals.u)
-    moved, rows = (mixture.log_weights.argmin(0)[heavy], rows[heavy]), rows[heavy]
+    nearest, heavy = log_prob[:, draw, rows].argmax(0), share > HEAVY / len(proposals.u)
+    lightest, rows = mixture.log_weights.argmin(0)[heavy], rows[heavy]
     log_weights, loc, root = (values.clone() for values in mixture)
-    loc[moved], root[moved] = at[heavy], mixture.scale_tril[nearest[heavy], rows]
-    log_weights[moved] = math.log(0.5 / M)
+    loc[lightest, rows], root[lightest, rows] = proposals.u[draw[heavy], rows], mixture.scale_tril[nearest[heavy], rows]
+    log_weights[lightest, rows] = math.log(0.5 / M)
     return StudentMixture(log_weights.log_softmax(0), loc, root)

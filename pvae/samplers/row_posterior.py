@@ -31,6 +31,7 @@ from pvae.samplers.adaptive_importance import (
 )
 from pvae.samplers.ais import AISEstimate, anneal
 from pvae.samplers.gaussian_vi import fit_gaussian
+from pvae.samplers.hmc import Chains
 from pvae.samplers.log_joint import LogJoint
 from pvae.stats import chain_ess, effective_sample_size, k_hat_threshold, log_mean_exp, pareto_smooth, r_hat
 
@@ -41,7 +42,7 @@ GUIDE, IMPORTANCE, GAUSSIAN, MIXTURE, CHAINS, NONE = range(len(METHODS))
 
 FLAT = 0.95  # of K: an effective sample size above which draws go without weights
 MISSED_MASS = 0.005  # share of the posterior at a particle from which on a mode counts as missed
-ADAPT_DRAWS = 2000  # of each round of a mixture's adaptation
+ADAPT_DRAWS, MIXTURE_ROWS = 2000, 20  # of each round of a mixture's adaptation; rows of a batch
 NUM_CHAINS, WARM_UP, LEAPFROGS, MIN_LENGTH = 8, 300, 5, 1500
 # Limits of convergence (Vehtari et al. 2021, arXiv:1903.08008; Betancourt 2017, arXiv:1701.02434).
 R_HAT, DIVERGENT = 1.01, 0.01
@@ -114,6 +115,24 @@ class PosteriorDraws:
         """Return equally weighted draws u [count, B, D], by systematic resampling."""
         with seeded(seed):
             return resample(self.u, self.log_weights, count)
+
+
+def pool_chains(chains: Chains, K: int | None = None, *, least_ess: float = 400) -> PosteriorDraws:
+    """Return the draws of HMC chains together, thinned to K, of method "HMC" where chains converged and "none" elsewhere.
+
+    They have converged where R-hat is at most 1.01, the effective sample size at least ``least_ess``, in every
+    dimension, and at most 1% of the trajectories diverge. Chains give no evidence: it is NaN.
+
+    Source of R-hat, ESS and their limits: Vehtari, Gelman, Simpson, Carpenter, Buerkner (2021), arXiv:1903.08008.
+    """
+    draws = chains.draws.double()
+    every = draws.flatten(0, 1)
+    ess, agree = chain_ess(draws).amin(-1).to(every), (r_hat(draws) <= R_HAT).all(-1).to(every.device)
+    sound = agree & (ess >= least_ess) & (chains.divergence_rate <= DIVERGENT)
+    thin = torch.linspace(0, len(every) - 1, K or len(every), dtype=torch.double, device=every.device).round().long()
+    unknown, equal = torch.full_like(ess, torch.nan), every.new_full((len(thin), len(ess)), -math.log(len(thin)))
+    method = torch.where(sound, CHAINS, NONE)
+    return PosteriorDraws(every[thin], equal, unknown, method, ess.clamp(max=len(thin)), unknown, {})
 
 
 def resample(u: Tensor, log_weights: Tensor, count: int) -> Tensor:
@@ -189,12 +208,35 @@ def posterior(
     return PosteriorDraws(**draws, **values, seconds=seconds)
 
 
+def anneal_particles(target: LogJoint, chains: int, temperatures: int) -> AISEstimate:
+    """Anneal particles of rows from the prior; they are draws of it, without weights, where HMC diverges everywhere."""
+    try:
+        return anneal(target, chains=chains, temperatures=temperatures, seed=int(torch.randint(2**31, ())))
+    except AllChainsDiverged:
+        u = target.prior(chains)
+        unknown = torch.full_like(u[..., 0], torch.nan)
+        return AISEstimate(unknown, u, unknown[0], unknown[0])
+
+
 @torch.no_grad()
 def draw_rows(
-    target: LogJoint, q: tuple[Family, Tensor] | None, accuracy: Accuracy, *, seed: int = 0
+    target: LogJoint,
+    q: tuple[Family, Tensor] | None,
+    accuracy: Accuracy,
+    *,
+    scouts: AISEstimate | None = None,
+    seed: int = 0,
 ) -> PosteriorDraws:
-    """Draw from the posteriors of a batch of rows as `posterior` does, from q = family(q_params) on if it is given."""
-    methods = _Methods(target, accuracy, q)
+    """Draw from the posteriors of a batch of rows as `posterior` does.
+
+    Arguments:
+        target: log joint density of the rows.
+        q: family and q_params [B, P] of an approximate posterior to begin with; None for none.
+        accuracy: what the draws must reach.
+        scouts: particles to check every method's draws against; annealed unless given.
+        seed: of all noise; the random stream outside is left alone.
+    """
+    methods = _Methods(target, accuracy, q, scouts)
     work = (methods.send_scouts, methods.weigh_guide, methods.fit_gaussian, methods.fit_mixture, methods.run_chains)
     with seeded(seed):
         for name, method in zip(SECONDS, work, strict=True):
@@ -208,10 +250,11 @@ def draw_rows(
 class _Methods:
     """The methods, each for the rows ``todo`` that no method before has passed on, and every row's draws so far."""
 
-    scouts: AISEstimate
-
-    def __init__(self, target: LogJoint, accuracy: Accuracy, q: tuple[Family, Tensor] | None) -> None:
-        self.target, self.accuracy, self.q, self.seconds = target, accuracy, q, dict[str, float]()
+    def __init__(
+        self, target: LogJoint, accuracy: Accuracy, q: tuple[Family, Tensor] | None, scouts: AISEstimate | None
+    ) -> None:
+        self.target, self.accuracy, self.q, self.scouts = target, accuracy, q, scouts
+        self.seconds = dict[str, float]()
         B, K, D = len(target.x), accuracy.K, target.latents.dim
         like = target.x.new_zeros((), dtype=torch.double)
         self.todo = torch.arange(B, device=like.device)
@@ -225,19 +268,10 @@ class _Methods:
             seconds=self.seconds,
         )
 
-    def anneal(self, chains: int, temperatures: int) -> AISEstimate:
-        """Anneal particles of the rows to do from the prior; they are draws of it, without weights, if HMC diverges."""
-        target, seed = self.target.rows(self.todo), int(torch.randint(2**31, ()))
-        try:
-            return anneal(target, chains=chains, temperatures=temperatures, seed=seed)
-        except AllChainsDiverged:
-            u = target.prior(chains)
-            unknown = torch.full_like(u[..., 0], torch.nan)
-            return AISEstimate(unknown, u, unknown[0], unknown[0])
-
     def send_scouts(self) -> None:
-        """Anneal the few particles that every method's draws are checked against."""
-        self.scouts = self.anneal(self.accuracy.chains, self.accuracy.temperatures)
+        """Anneal the few particles that every method's draws are checked against, unless they are given."""
+        if self.scouts is None:
+            self.scouts = anneal_particles(self.target, self.accuracy.chains, self.accuracy.temperatures)
 
     def weigh_guide(self) -> None:
         if self.q and not self.q[0].point_mass:
@@ -255,11 +289,16 @@ class _Methods:
         self._draw_from(GAUSSIAN, StudentMixture(mean.new_zeros(1, len(mean)), mean.unsqueeze(0), root.unsqueeze(0)))
 
     def fit_mixture(self) -> None:
-        particles = self.anneal(self.accuracy.most_chains, self.accuracy.most_temperatures)
-        density, starts = JointDensity(self.target.rows(self.todo)), self._starts()[0].unsqueeze(0)
-        seed = int(torch.randint(2**31, ()))
-        mixture = fit_mixture(density, particles.position, particles.log_w, starts, draws=ADAPT_DRAWS, seed=seed)
-        self._draw_from(MIXTURE, mixture)
+        """Fit mixtures to few rows at a time, whose draws times components stay near the cache."""
+        every, left = self.todo, []
+        for self.todo in every.split(MIXTURE_ROWS):
+            target, starts = self.target.rows(self.todo), self._starts()[0].unsqueeze(0)
+            particles = anneal_particles(target, self.accuracy.most_chains, self.accuracy.most_temperatures)
+            options: Any = {"draws": ADAPT_DRAWS, "seed": int(torch.randint(2**31, ()))}
+            mixture = fit_mixture(JointDensity(target), particles.position, particles.log_w, starts, **options)
+            self._draw_from(MIXTURE, mixture)
+            left.append(self.todo)
+        self.todo = torch.cat(left)
 
     def run_chains(self) -> None:
         """Run HMC chains from draws of the mixture by their weights, thinned to K draws."""
@@ -270,17 +309,15 @@ class _Methods:
         options: Any = length | {"num_integration_steps": LEAPFROGS, "seed": int(torch.randint(2**31, ()))}
         with suppress(AllChainsDiverged):
             chains = hmc.sample(self.target.rows(rows), u.to(self.target.x), scale=scale.to(self.target.x), **options)
-            draws = chains.draws.double()
-            ess = chain_ess(draws).amin(-1).to(scale)
-            agree = (r_hat(draws) <= R_HAT).all(-1).to(scale.device)
-            sound = agree & (ess >= self.accuracy.ess) & (chains.divergence_rate <= DIVERGENT)
-            thin = torch.linspace(0, draws[:, :, 0, 0].numel() - 1, K).round().long()
-            self._keep(rows[sound], u=draws.flatten(0, 1)[thin][:, sound], log_weights=-math.log(K), method=CHAINS)
-            self._keep(rows[sound], ess=ess[sound], k_hat=torch.nan)
+            pooled = pool_chains(chains, K, least_ess=self.accuracy.ess)
+            sound = pooled.reliable
+            values = {name: getattr(pooled, name)[sound] for name in ("method", "ess", "k_hat")}
+            self._keep(rows[sound], u=pooled.u[:, sound], log_weights=-math.log(K), **values)
             self.todo = rows[~sound]
 
     def _starts(self) -> tuple[Tensor, Tensor]:
         """Return mean and log scale [b, D] from which Gaussians are fitted: the guide's, or the best particle's."""
+        assert self.scouts is not None
         best = self.scouts.log_w.nan_to_num(nan=-torch.inf).argmax(0)
         position, every = self.scouts.position, torch.arange(len(best), device=best.device)
         mean, sd = position[best, every], 0.1 * position.std(0)
@@ -315,6 +352,7 @@ class _Methods:
 
     def _misses_mode(self, proposals: Proposals, log_weights: Tensor, log_q: Callable[[Tensor], Tensor]) -> Tensor:
         """Whether an annealed particle lies where q hardly reaches and the posterior has mass, [b]."""
+        assert self.scouts is not None
         u, log_w, weights = self.scouts.position[:, self.todo], proposals.log_w, log_weights.exp()
         log_joint = self.target.rows(self.todo)(u).double()
         outlying = log_joint - log_q(u) > log_w.amax(0) + 1
