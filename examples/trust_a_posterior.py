@@ -1,4 +1,4 @@
-"""Diagnose a guide, and the same q refined for each row: evidence, long chains, calibration.
+"""Diagnose a guide, and the same q refined for each row: reference draws, calibration.
 
 python examples/trust_a_posterior.py [epochs]
 """
@@ -18,20 +18,17 @@ guide = pvae.Amortized(pvae.networks.MLP(64, 8, hidden=[64]), pvae.families.Diag
 pvae.fit(vae.model, guide, data, epochs=epochs, learning_rate=2e-3)
 x = data.test[:20]
 
-# References that don't use q: the evidence by annealing from the prior, and long HMC chains of each row's posterior.
-evidence = pvae.samplers.anneal(pvae.samplers.LogJoint(vae.model, x), chains=8, temperatures=100).evidence
-chains = pvae.diagnostics.run_long_chains(
-    vae.model, x, sites=guide.sites, chains=4, draws=300, warm_up=100, temperatures=50, num_integration_steps=3
-)
+# References that don't use q: draws of each row's posterior with their evidence, from annealed particles on.
+draws = pvae.samplers.posterior(vae.model, None, x)
 
 for name, q in {"guide": guide, "refined": pvae.RefinedGuide(guide, vae.model, steps=50)}.items():
     values = pvae.diagnostics.bounds(vae.model, q, x, K=200).values
-    reference = pvae.diagnostics.compare_with_chains(chains, q, x)
+    reference = pvae.diagnostics.compare_with_reference(vae.model, q, x, draws=draws)
     calibration = pvae.diagnostics.calibrate(vae.model, q, data.test, rows=100).summary()
-    gap, error = mean_se(evidence - values["elbo"]), reference.mean_error.square().mean().sqrt()
+    gap, error = mean_se(draws.log_evidence - values["elbo"]), reference.mean_error.square().mean().sqrt()
     print(f"{name}: ELBO {number(gap)} nats below the evidence, k-hat {values['k_hat'].mean():.2f}")
     print(f"  root mean squared error of posterior means {error:.2f} posterior sd")
-    print(f"  90% intervals cover {reference.coverage_90.mean():.0%} of the chains' draws, and", end=" ")
+    print(f"  90% intervals cover {reference.coverage_90.mean():.0%} of the reference draws, and", end=" ")
     print(f"{calibration['sbc_coverage_90'].mean:.0%} of the true latents of simulated rows;", end=" ")
     print(f"SBC p = {calibration['sbc_p'].mean:.2g}")
 

@@ -20,7 +20,7 @@ noise=generative.noise objectives=training.objectives opened=experiments.run opt
 panels=reporting.diagnosis_figures passes=inference.posterior planes=applications.latent_map
 precision=runtime.precision predictive=diagnostics.predictive_checks priors=generative.priors
 proximity=diagnostics.latent_geometry ranks=runtime.distributed recipe=recipes.recipe recorded=runtime.tracing
-reference=diagnostics.mcmc_reference refine=inference.refinement report=reporting.html_report
+reference=diagnostics.reference_posterior refine=inference.refinement report=reporting.html_report
 restoring=applications.restoration results=experiments.results rules=diagnostics.trust runs=experiments.run_folder
 sites=inference.latents sources=data.sources stages=diagnostics.battery stopping=runtime.signals
 support=training.support_check tables=reporting.tables tally=inference.streaming targets=samplers.log_joint

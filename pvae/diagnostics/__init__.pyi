@@ -5,9 +5,9 @@ from .evaluation import Budget, Evaluation, RefinementCurve, bounds, evaluate, f
 from .gaps import FamilyGain
 from .latent_geometry import LatentGeometry, measure_latent_geometry
 from .latent_usage import LatentUsage, measure_latent_usage
-from .mcmc_reference import MCMCReference, compare_with_chains, compare_with_mcmc, run_long_chains
 from .predictive_checks import PredictiveChecks, run_predictive_checks
 from .quantities import QUANTITIES, Quantity
+from .reference_posterior import ReferencePosterior, compare_with_mcmc, compare_with_reference, run_long_chains
 from .trust import RULES, TrustVerdict, assess_trust
 
 __all__ = [
@@ -22,16 +22,16 @@ __all__ = [
     "FamilyGain",
     "LatentGeometry",
     "LatentUsage",
-    "MCMCReference",
     "PredictiveChecks",
     "Quantity",
+    "ReferencePosterior",
     "RefinementCurve",
     "TrustVerdict",
     "assess_trust",
     "bounds",
     "calibrate",
-    "compare_with_chains",
     "compare_with_mcmc",
+    "compare_with_reference",
     "diagnose",
     "evaluate",
     "family_gains",

@@ -16,18 +16,19 @@ from torch import Tensor
 from pvae.diagnostics.calibration import Calibration, calibrate
 from pvae.diagnostics.evaluation import bounds
 from pvae.diagnostics.latent_usage import LatentUsage, measure_latent_usage
-from pvae.diagnostics.mcmc_reference import MCMCReference, compare_with_chains, run_long_chains
 from pvae.diagnostics.predictive_checks import PredictiveChecks, run_predictive_checks
+from pvae.diagnostics.reference_posterior import ReferencePosterior, compare_with_reference
+from pvae.diagnostics.symmetric_divergence import SymmetricDivergence, measure_symmetric_divergence
 from pvae.inference.guides import Guide, RefinedGuide
+from pvae.inference.posterior import freeze
 from pvae.runtime.pyro_params import Program
 from pvae.samplers.ais import sandwich
-from pvae.samplers.hmc import Chains
+from pvae.samplers.log_joint import LogJoint
+from pvae.samplers.row_posterior import Accuracy, PosteriorDraws, draw_rows, posterior
 from pvae.stats import UNRELIABLE, Estimate, draws_needed, mean_se
 
 TASK_ROWS = 10  # few, so that a long job can stop and go on anywhere, and shows its progress
-# Of long chains: mean leapfrog steps of a transition (about a quarter of a period, after which a draw has forgotten the
-# one before), transitions of the warm-up, and chains for each row.
-LEAPFROGS, WARM_UP, CHAINS = 3, 300, 8
+REFERENCE_PASSES = 12_000  # about what the reference draws of a row take beside K: particles and a Gaussian fit
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class DiagnosisBudget:
         rows, draws, steps: diagnosed rows, K importance draws of each, and the most refinement steps of a row.
         annealed, temperatures, chains: simulated rows whose evidence AIS puts between two bounds; of AIS.
         simulated: rows that are simulated for calibration.
-        references, length: rows that eight long HMC chains are run for; draws of each chain.
+        references, reference_draws: rows of which reference draws are made; draws of each.
     """
 
     rows: int
@@ -49,7 +50,12 @@ class DiagnosisBudget:
     chains: int
     simulated: int
     references: int
-    length: int
+    reference_draws: int
+
+    @property
+    def accuracy(self) -> Accuracy:
+        """Of the reference draws: a fifth of them effective, many particles that look for modes."""
+        return Accuracy(self.reference_draws, self.reference_draws // 5, 16, 30, 48, 60)
 
     def passes(self) -> dict[str, int]:
         """Return about how many rows each kind of task passes through the decoder; a gradient counts as two more."""
@@ -58,16 +64,17 @@ class DiagnosisBudget:
             "weights": self.rows * (2 * self.draws + refine),
             "sandwich": 2 * 3 * 5 * self.annealed * self.chains * self.temperatures,
             "calibration": self.simulated * refine,
-            "reference": self.references * (CHAINS * 3 * LEAPFROGS * (WARM_UP + self.length) + 2 * refine),
+            "symmetric": 2 * self.simulated * self.draws,
+            "reference": self.references * (REFERENCE_PASSES + 4 * self.reference_draws),
             "health": self.rows * 10,
             "predictive": self.rows * (refine + 200 + 2 * self.draws),
         }
 
 
 DIAGNOSIS_BUDGETS = {
-    "quick": DiagnosisBudget(200, 500, 100, 20, 200, 8, 200, 10, 600),
-    "standard": DiagnosisBudget(500, 1000, 300, 50, 500, 16, 500, 50, 1000),
-    "thorough": DiagnosisBudget(1000, 5000, 1000, 100, 5000, 16, 2000, 100, 4000),
+    "quick": DiagnosisBudget(200, 500, 100, 20, 200, 8, 200, 40, 2000),
+    "standard": DiagnosisBudget(500, 1000, 300, 50, 500, 16, 500, 100, 4000),
+    "thorough": DiagnosisBudget(1000, 5000, 1000, 100, 5000, 16, 2000, 200, 10_000),
 }
 
 
@@ -84,14 +91,15 @@ class Rows:
 
 @dataclass(frozen=True)
 class Bounds:
-    """Lower and upper bound of the evidence of simulated rows, [B] nats."""
+    """Lower and upper bound of the evidence of simulated rows by annealing, and its estimate by draws, [B] nats."""
 
     lower: Tensor
     upper: Tensor
+    evidence: Tensor
 
     def summary(self) -> dict[str, Estimate]:
-        """Return the nats between the bounds, over rows on which annealing did not diverge."""
-        width = self.upper - self.lower
+        """Return the nats from the evidence by draws to the upper bound, over rows on which annealing did not diverge."""
+        width = self.upper - self.evidence
         return {"evidence_width": mean_se(width[width.isfinite()])}
 
 
@@ -119,7 +127,8 @@ KINDS: dict[str, type] = {
     "weights": Weights,
     "calibration": Calibration,
     "sandwich": Bounds,
-    "reference": MCMCReference,
+    "reference": ReferencePosterior,
+    "symmetric": SymmetricDivergence,
 }
 
 
@@ -153,32 +162,42 @@ class Battery:
 
     @cached_property
     def posteriors(self) -> dict[str, Guide]:
-        """The guide and the same guide refined, by their words in names of parts."""
-        return {"guide": self.guide, "best": RefinedGuide(self.guide, self.model, steps=self.budget.steps).eval()}
+        """The guide and the same guide refined, once for all tasks, by their words in names of parts."""
+        refined = RefinedGuide(self.guide, self.model, steps=self.budget.steps).eval()
+        return {"guide": self.guide, "best": freeze(self.model, refined, self.x, self.index, seed=self.seed)}
 
     def list_tasks(self) -> Iterator[Task]:
         """Yield the tasks, cheap ones first; run each before the next is asked for: tasks share the chains of rows."""
         budget, cost = self.budget, self.budget.passes()
-        about = (self.model, self.guide, self.x, self.index)
         yield Task("rows", 0, lambda: Rows(self.x, self.labels))
-        yield Task("health", cost["health"], partial(measure_latent_usage, *about, seed=self.seed))
-        checks = partial(run_predictive_checks, *about, K=budget.draws, steps=budget.steps, seed=self.seed)
-        yield Task("predictive", cost["predictive"], checks)
         if self.guide.family.point_mass:
+            yield from self._usage_and_fit(self.guide, self.guide)
             return
+        yield from self._usage_and_fit(self.guide, self.posteriors["best"])
+        usage = partial(measure_latent_usage, self.model, self.posteriors["best"], self.x, self.index, seed=self.seed)
+        yield Task("health-best", cost["health"] / 2, usage)
         for who, q in self.posteriors.items():
             yield Task(f"weights-{who}", cost["weights"] / 2, partial(self._weights, q))
+        simulated: Any = {"rows": budget.simulated, "seed": self.seed}
         for who, q in self.posteriors.items():
-            work = partial(calibrate, self.model, q, self.x, rows=budget.simulated, seed=self.seed)
+            work = partial(calibrate, self.model, q, self.x, **simulated)
             yield Task(f"calibration-{who}", cost["calibration"] / 2, work)
+            divergence = partial(measure_symmetric_divergence, self.model, q, self.x, **simulated)
+            yield Task(f"symmetric-{who}", cost["symmetric"] / 2, divergence)
         for rows in _slices(budget.annealed):
             share = (rows.stop - rows.start) / budget.annealed
             yield Task(f"sandwich.{rows.start:05}", cost["sandwich"] * share, partial(self._bounds, rows))
-        for rows in _slices(min(budget.references, len(self.x))):
-            chains, share = cache(partial(self._chains, rows)), (rows.stop - rows.start) / budget.references
-            for who, q in self.posteriors.items():
-                compare = partial(self._compare_with_chains, chains, q, rows)
-                yield Task(f"reference-{who}.{rows.start:05}", cost["reference"] * share / 2, compare)
+        draws = cache(self._reference_draws)
+        for who, q in self.posteriors.items():
+            yield Task(f"reference-{who}", cost["reference"] / 2, partial(self._compare_with_reference, draws, q))
+
+    def _usage_and_fit(self, q: Guide, best: Guide) -> Iterator[Task]:
+        """Yield latent usage under q, and predictive checks of the model under the best q there is."""
+        budget, cost, rows = self.budget, self.budget.passes(), (self.x, self.index)
+        yield Task("health", cost["health"] / 2, partial(measure_latent_usage, self.model, q, *rows, seed=self.seed))
+        options: Any = {"K": budget.draws, "steps": budget.steps, "seed": self.seed}
+        checks = partial(run_predictive_checks, self.model, best, *rows, **options)
+        yield Task("predictive", cost["predictive"], checks)
 
     def _weights(self, q: Guide) -> Weights:
         values = bounds(self.model, q, self.x, self.index, K=self.budget.draws, seed=self.seed).values
@@ -188,15 +207,18 @@ class Battery:
         like = self.x[torch.arange(rows.start, rows.stop, device=self.x.device) % len(self.x)]
         chains, temperatures, seed = self.budget.chains, self.budget.temperatures, self.seed + 1000 * rows.start
         bracket = sandwich(self.model, like, chains=chains, temperatures=temperatures, seed=seed)
-        return Bounds(bracket.lower, bracket.upper)
+        target = LogJoint(self.model, bracket.x, None, self.guide.sites)
+        draws = draw_rows(target, None, self.budget.accuracy, seed=seed)
+        evidence = torch.where(draws.reliable, draws.log_evidence.to(bracket.lower), bracket.lower)
+        return Bounds(bracket.lower, bracket.upper, evidence)
 
-    def _chains(self, rows: slice) -> Chains:
-        length: Any = {"draws": self.budget.length, "warm_up": WARM_UP, "num_integration_steps": LEAPFROGS}
-        seed = self.seed + rows.start
-        return run_long_chains(self.model, *self._batch(rows), self.guide.sites, chains=CHAINS, seed=seed, **length)
+    def _reference_draws(self) -> PosteriorDraws:
+        rows, seed = self._batch(slice(self.budget.references)), self.seed
+        return posterior(self.model, None, *rows, accuracy=self.budget.accuracy, seed=seed)
 
-    def _compare_with_chains(self, chains: Callable[[], Chains], q: Guide, rows: slice) -> MCMCReference:
-        return compare_with_chains(chains(), q, *self._batch(rows), seed=self.seed + rows.start)
+    def _compare_with_reference(self, draws: Callable[[], PosteriorDraws], q: Guide) -> ReferencePosterior:
+        rows = self._batch(slice(self.budget.references))
+        return compare_with_reference(self.model, q, *rows, draws=draws(), seed=self.seed)
 
     def _batch(self, rows: slice) -> tuple[Tensor, Tensor | None]:
         return self.x[rows], None if self.index is None else self.index[rows]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -60,7 +61,7 @@ class Diagnosis:
 
 
 def _sentences(verdict: TrustVerdict) -> list[str]:
-    return verdict.because + [f"Change first: {verdict.first}"] * bool(verdict.first)
+    return verdict.because + [verdict.advice] * bool(verdict.advice)
 
 
 def diagnose(
@@ -107,8 +108,24 @@ def diagnose(
         evaluation = evaluate(model, guide, x, index, budget=gaps, seed=seed, cache=cache, prefix="evaluation")
     parts = _run(Battery(model, guide, x, index, labels, plan, seed), results, show)
     figures, refined = _summaries(parts, evaluation)
-    classes = {"inference": type(guide).__name__, "family": type(guide.family).__name__}
-    return Diagnosis(figures, refined, assess_trust(figures, refined, **classes), parts)
+    words = {
+        "inference": type(guide).__name__,
+        "family": type(guide.family).__name__,
+        "next_step": _next_step(plan, guide),
+    }
+    return Diagnosis(figures, refined, assess_trust(figures, refined, **words), parts)
+
+
+def _next_step(plan: DiagnosisBudget, guide: Guide) -> str:
+    """Say what would establish a verdict that is not: the next larger budget and how many times as long it takes."""
+    if guide.family.point_mass:
+        return f"a posterior with a density: set {param('family', 'DiagonalNormal')}"
+    passes = sum(plan.passes().values())
+    for name, larger in DIAGNOSIS_BUDGETS.items():
+        times = sum(larger.passes().values()) / passes
+        if times > 1.5:
+            return f"diagnose with {param('budget', name)}, which takes about {times:.0f} times as long"
+    return "more rows and draws than the budget thorough has"
 
 
 def estimate_seconds(model: Program, guide: Guide, x: Tensor, budget: DiagnosisBudget) -> float:
@@ -142,4 +159,9 @@ def _summaries(
     for name, part in parts.items():
         (refined if name.endswith("-best") else figures).update(part.summary())
     at_best = {"inference_gap": "approximation_gap", "elbo": "best_elbo"}
-    return figures, refined | {name: figures[best] for name, best in at_best.items() if best in figures}
+    refined |= {name: figures[best] for name, best in at_best.items() if best in figures}
+    for known in (figures, refined):
+        if "inference_gap" in known and "evidence_width" in figures:
+            (gap, gap_se), (width, width_se) = known["inference_gap"], figures["evidence_width"]
+            known["gap_limit"] = Estimate(gap + max(width, 0.0), math.hypot(gap_se, width_se))
+    return figures, refined

@@ -57,11 +57,17 @@ _TABLE = {
         "kl": ("KL(q || p)", "nats", "Divergence of q from the prior; 0 if it ignores the row."),
         "reconstruction": ("reconstruction", "nats", "Mean of log p(x|z) over draws from q; higher is better."),
         "ais_acceptance": ("AIS acceptance rate", "1", "Of HMC within annealing; it aims at 0.65."),
-        "evidence_width": (
-            "width of the evidence bracket",
-            "nats",
-            "Upper minus lower AIS bound on simulated rows; 0 is good.",
+        "evidence_reliable": (
+            "share of rows with reliable evidence",
+            "1",
+            "Rows on which some proposal passes its checks; on others the evidence is a lower bound.",
         ),
+        "evidence_width": (
+            "shortfall of the evidence",
+            "nats",
+            "Upper AIS bound minus the evidence of simulated rows; 0 is good.",
+        ),
+        "gap_limit": ("limit of the inference gap", "nats", "The gap plus the shortfall of the evidence."),
     },
     "Importance weights": {
         "k_hat": ("Pareto k-hat", "1", "Tail index of the importance weights; usable up to 0.7."),
@@ -73,13 +79,26 @@ _TABLE = {
         ),
         "ess": ("effective sample size", "draws", "Effective number of importance draws (Kish); K is the best."),
     },
-    "MCMC reference": {
-        "sound": ("share of rows with converged chains", "1", "Rows whose HMC chains agree; others are left out."),
-        "mean_error": ("RMS error of posterior means", "posterior sd", "Against long HMC chains; 0 is exact."),
-        "sd_ratio": ("ratio of standard deviations, q to MCMC", "1", "Below 1 q is too narrow, above 1 too wide."),
-        "coverage_50": ("coverage of 50% intervals, MCMC", "1", "Share of HMC draws inside; 0.5 is exact."),
-        "coverage_90": ("coverage of 90% intervals, MCMC", "1", "Share of HMC draws inside; 0.9 is exact."),
-        "reference_p": ("p-value of means and sds", "1", "Smallest adjusted p-value that q equals MCMC; small is bad."),
+    "Reference posterior": {
+        "reliable": (
+            "share of rows with a reference",
+            "1",
+            "Rows whose reference draws pass their checks; others are left out.",
+        ),
+        "mean_error": ("RMS error of posterior means", "posterior sd", "Against reference draws; 0 is exact."),
+        "sd_ratio": ("ratio of standard deviations, q to reference", "1", "Below 1 q is too narrow, above 1 too wide."),
+        "coverage_50": ("coverage of 50% intervals", "1", "Share of reference draws inside; 0.5 is exact."),
+        "coverage_90": ("coverage of 90% intervals", "1", "Share of reference draws inside; 0.9 is exact."),
+        "reference_p": (
+            "p-value of means and sds",
+            "1",
+            "Smallest adjusted p-value that q equals the reference; small is bad.",
+        ),
+        "weighted_off": (
+            "share of rows whose weighted estimates are off",
+            "1",
+            "Means, sds or evidence by 1000 weighted draws of q, by more than 0.25; 0 is good.",
+        ),
     },
     "Calibration": {
         "sbc_p": ("SBC p-value", "1", "Smallest adjusted p-value of uniform ranks; small is bad."),
@@ -90,6 +109,21 @@ _TABLE = {
         "sbc_coverage_90": ("coverage of 90% intervals, SBC", "1", "Share of true latents inside; 0.9 is exact."),
         "z_mean": ("largest mean z-score", "posterior sd", "Bias of q in its worst dimension; 0 is exact."),
         "z_sd": ("RMS of z-scores", "1", "Above 1 q is too narrow, below 1 too wide."),
+        "symmetric_divergence": (
+            "symmetric divergence",
+            "nats",
+            "KL(q || p) + KL(p || q) of simulated rows; 0 is exact.",
+        ),
+        "missed_mass": (
+            "share of true latents missed",
+            "1",
+            "Simulated rows whose true latents q gives hardly any mass; 0 is good.",
+        ),
+        "bound_width": (
+            "width of the IWAE bracket",
+            "nats",
+            "Upper minus lower IWAE bound of simulated rows; 0 is good.",
+        ),
         "contraction": ("posterior contraction", "1", "1 - variance of q / prior variance; 0 learns nothing."),
     },
     "Latent usage": {

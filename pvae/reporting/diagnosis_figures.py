@@ -129,7 +129,7 @@ def _pictured(figure: Any, images: np.ndarray, k: np.ndarray) -> None:
 
 
 def _reference(parts: Mapping[str, Any], shape: tuple[int, ...]) -> Figure | None:
-    references = {who: part for who, part in _whose(parts, "reference").items() if part.sound.any()}
+    references = {who: part for who, part in _whose(parts, "reference").items() if part.reliable.any()}
     if not references:
         return None
     figure, (means, spreads, coverage) = subplots(3, height=3.3)
@@ -137,7 +137,7 @@ def _reference(parts: Mapping[str, Any], shape: tuple[int, ...]) -> Figure | Non
     if "health" in parts:
         scale, unit = to_numpy(parts["health"].prior, float).std(0), "prior sd"
     for place, (who, part) in enumerate(references.items()):
-        (name, colour), sound = WHO[who], to_numpy(part.sound, bool)
+        (name, colour), sound = WHO[who], to_numpy(part.reliable, bool)
         moments = (part.mean, part.sd, part.guide_mean, part.guide_sd)
         mean, sd, ours, our_sd = (to_numpy(moment, float)[sound] / scale for moment in moments)
         dots: Any = {"s": 9, "alpha": 0.5, "color": colour, "linewidths": 0, "label": name}
@@ -148,12 +148,12 @@ def _reference(parts: Mapping[str, Any], shape: tuple[int, ...]) -> Figure | Non
     spreads.set(xscale="log", yscale="log")
     for axis, moment in ((means, "mean"), (spreads, "sd")):
         _diagonal(axis)
-        axis.set(xlabel=f"{moment} by HMC ({unit})", ylabel=f"{moment} of q ({unit})")
+        axis.set(xlabel=f"{moment}, reference ({unit})", ylabel=f"{moment} of q ({unit})")
     plain_ticks(spreads.get_xlim(), spreads.xaxis, spreads.yaxis)
     handles = [*means.get_legend_handles_labels()[0], *coverage.get_legend_handles_labels()[0][:1]]
     figure.legend(handles=handles, loc="outside lower center", ncols=3, markerscale=2, **SMALL)
-    first = next(iter(references.values())).sound
-    figure.suptitle(f"{int(first.sum())} of {len(first)} rows have converged chains", fontsize=9)
+    first = next(iter(references.values())).reliable
+    figure.suptitle(f"{int(first.sum())} of {len(first)} rows have a reference that passed its checks", fontsize=9)
     return figure
 
 
@@ -165,7 +165,7 @@ def _coverage_bars(axis: Axes, places: np.ndarray, shares: list[np.ndarray], col
     axis.errorbar(places, percent, errors, fmt="none", ecolor="black", lw=1)
     axis.hlines([50, 90], [-0.45, 0.55], [0.45, 1.45], color="black", lw=1.2, ls="--", label="nominal")
     axis.set_xticks([0, 1], ["50% intervals", "90% intervals"])
-    axis.set(ylabel="chains' draws inside (%)", ylim=(0, 105))
+    axis.set(ylabel="reference draws inside (%)", ylim=(0, 105))
 
 
 def _diagonal(axis: Axes) -> None:

@@ -1,4 +1,4 @@
-"""Posteriors against long chains: exact ones pass, missed ones are found, chains that are not sound give no number."""
+"""Posteriors against reference draws: exact ones pass, missed ones are found, unreliable references give no number."""
 
 import math
 from dataclasses import replace
@@ -10,11 +10,17 @@ import torch
 from oracles import LinearGaussian
 from posteriors import MISSES, Exact, Gridded
 
-from pvae.diagnostics.mcmc_reference import _draw_particles, compare_with_chains, compare_with_mcmc, run_long_chains
+from pvae.diagnostics.reference_posterior import (
+    _draw_particles,
+    compare_with_mcmc,
+    compare_with_reference,
+    run_long_chains,
+)
 from pvae.errors import UserError
 from pvae.inference.families import Delta, DiagonalNormal
 from pvae.inference.guides import Amortized, Guide
 from pvae.samplers.ais import AISEstimate
+from pvae.samplers.row_posterior import pool_chains, posterior
 from pvae.stats import uniform_p
 
 ROWS = 10
@@ -23,10 +29,16 @@ LINEAR = [(10, 100.0)]
 SLOW = [(2, 1.0), (2, 100.0), (10, 1.0), (50, 1.0), (50, 100.0)]
 
 
-def linear(dim, conditioning, **settings):
+def linear(dim, conditioning, draws=800):
     oracle = LinearGaussian(dim, dim + 3, conditioning=conditioning)
     x = oracle.sample(ROWS)
-    return (lambda *miss: Exact(oracle, *miss)), x, run_long_chains(oracle.model, x, **SHORT | settings)
+    return (lambda *miss: Exact(oracle, *miss)), x, pool_chains(run_long_chains(oracle.model, x, **SHORT | {"draws": draws}))
+
+
+def weighted(dim, conditioning):
+    oracle = LinearGaussian(dim, dim + 3, conditioning=conditioning)
+    x = oracle.sample(ROWS)
+    return (lambda *miss: Exact(oracle, *miss)), x, posterior(oracle.model, None, x, accuracy="high")
 
 
 def curved():
