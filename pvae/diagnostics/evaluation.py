@@ -106,9 +106,18 @@ class Evaluation:
         return {name: mean_se(values) for name, values in self.named_values().items() if not name.endswith("_se")}
 
     def intervals(self, level: float = 0.95) -> dict[str, tuple[float, float]]:
-        """Return the bootstrap interval of each gap's and family gain's mean over rows."""
+        """Return the bootstrap interval of each gap's and family gain's mean over rows.
+
+        What the search may have left, the optimization gap, widens the amortization gap's upwards, and the
+        approximation gap's downwards.
+        """
         gaps = {k: v for k, v in self.named_values().items() if k.endswith("_gap") or k.startswith("family_gain")}
-        return {name: bootstrap(gap, level=level) for name, gap in gaps.items() if not name.endswith("_se")}
+        ends = {name: bootstrap(gap, level=level) for name, gap in gaps.items() if not name.endswith("_se")}
+        if "optimization_gap" in self.values:
+            left = max(self.values["optimization_gap"].double().mean().item(), 0.0)
+            (low, high), (lowest, highest) = ends["approximation_gap"], ends["amortization_gap"]
+            ends |= {"approximation_gap": (low - left, high), "amortization_gap": (lowest, highest + left)}
+        return ends
 
     def to_frame(self) -> Any:
         """Return the summary as a pandas.DataFrame: label, unit, mean and se of each quantity."""

@@ -125,7 +125,8 @@ def _diagnose(
 
 def _bounds_and_gaps(row: Mapping[str, Any]) -> Iterator[tuple[str, Estimate]]:
     """Bounds and gaps of a row of ``results.json``, of the first seed as the diagnosis is."""
-    for name in ("elbo", "ais", "evidence", "inference_gap", "approximation_gap", "amortization_gap"):
+    gaps = ("inference_gap", "approximation_gap", "amortization_gap", "optimization_gap")
+    for name in ("elbo", "ais", "evidence", "evidence_reliable", *gaps):
         if name in row["test"]:
             value = row["test"][name]
             mean, se = (value["by_seed"][0], None) if "by_seed" in value else (value["mean"], value["se"])
