@@ -19,6 +19,7 @@ from pvae.diagnostics.latent_usage import LatentUsage, measure_latent_usage
 from pvae.diagnostics.predictive_checks import PredictiveChecks, run_predictive_checks
 from pvae.diagnostics.reference_posterior import ReferencePosterior, compare_with_reference
 from pvae.diagnostics.symmetric_divergence import SymmetricDivergence, measure_symmetric_divergence
+from pvae.errors import AllChainsDiverged
 from pvae.inference.guides import Guide, RefinedGuide
 from pvae.inference.posterior import freeze
 from pvae.runtime.pyro_params import Program
@@ -206,7 +207,10 @@ class Battery:
     def _bounds(self, rows: slice) -> Bounds:
         like = self.x[torch.arange(rows.start, rows.stop, device=self.x.device) % len(self.x)]
         chains, temperatures, seed = self.budget.chains, self.budget.temperatures, self.seed + 1000 * rows.start
-        bracket = sandwich(self.model, like, chains=chains, temperatures=temperatures, seed=seed)
+        try:
+            bracket = sandwich(self.model, like, chains=chains, temperatures=temperatures, seed=seed)
+        except AllChainsDiverged:
+            return Bounds(*torch.full((3, len(like)), torch.nan))
         target = LogJoint(self.model, bracket.x, None, self.guide.sites)
         draws = draw_rows(target, None, self.budget.accuracy, seed=seed)
         evidence = torch.where(draws.reliable, draws.log_evidence.to(bracket.lower), bracket.lower)

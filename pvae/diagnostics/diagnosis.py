@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pvae.diagnostics.battery import DIAGNOSIS_BUDGETS, Battery, DiagnosisBudget, join_parts, kind_of
+from pvae.diagnostics.battery import DIAGNOSIS_BUDGETS, Battery, DiagnosisBudget, Rows, join_parts, kind_of
 from pvae.diagnostics.evaluation import Budget, Evaluation, bounds, evaluate
 from pvae.diagnostics.quantities import SECTIONS, Figures, number_frame, summary_frame
 from pvae.diagnostics.trust import USES, TrustVerdict, assess_trust
@@ -32,6 +32,7 @@ class Diagnosis:
         figures: of the guide, by keys of ``QUANTITIES``.
         refined: those that differ once each row's variational parameters are refined.
         verdicts: by use: posterior, proposal, bound, model.
+        left_out: numbers of the rows that were left out, since their ELBO is not finite.
         parts: the diagnostics behind the figures, by name, with the values of each row or dimension.
     """
 
@@ -39,13 +40,21 @@ class Diagnosis:
     refined: dict[str, Estimate]
     verdicts: dict[str, TrustVerdict]
     parts: dict[str, Any]
+    left_out: tuple[int, ...] = ()
+
+    @property
+    def title(self) -> str:
+        """How many rows were diagnosed, and which were left out."""
+        rows = f"Diagnosis of {len(self.parts['rows'].x)} rows"
+        numbers = ", ".join(map(str, self.left_out[:10])) + ", ..." * (len(self.left_out) > 10)
+        return rows + f"; left out, for their ELBO is not finite: {numbers} (counted from 0)" * bool(self.left_out)
 
     def to_frame(self) -> Any:
         """Return a pandas.DataFrame: label, unit, mean, se, refined_mean and refined_se of each quantity."""
         return summary_frame(self.figures, self.refined)
 
     def __repr__(self) -> str:
-        lines = [f"Diagnosis of {len(self.parts['rows'].x)} rows"]
+        lines = [self.title]
         for verdict in self.verdicts.values():
             lines += [f"{verdict.level.upper()}: {USES[verdict.use]}", *(f"  - {line}" for line in _sentences(verdict))]
         return "\n".join([*lines, "", number_frame(self.figures, self.refined).to_string()])
@@ -56,8 +65,7 @@ class Diagnosis:
             + "".join(f"<dd>{escape(line)}</dd>" for line in _sentences(verdict))
             for verdict in self.verdicts.values()
         )
-        title = f"Diagnosis of {len(self.parts['rows'].x)} rows"
-        return f"<p>{title}</p><dl>{verdicts}</dl>{number_frame(self.figures, self.refined).to_html()}"
+        return f"<p>{escape(self.title)}</p><dl>{verdicts}</dl>{number_frame(self.figures, self.refined).to_html()}"
 
 
 def _sentences(verdict: TrustVerdict) -> list[str]:
@@ -77,7 +85,7 @@ def diagnose(
     cache: ResultCache | None = None,
     evaluation: Evaluation | Figures | None = None,
 ) -> Diagnosis:
-    """Diagnose a posterior: gaps, importance weights, calibration, MCMC reference, latent usage, predictive checks.
+    """Diagnose a posterior: gaps, importance weights, calibration, reference posterior, latent usage, predictive checks.
 
     Arguments:
         model, guide: a fitted Pyro program and its approximate posterior, diagnosed as it is and with each row refined.
@@ -91,7 +99,9 @@ def diagnose(
         evaluation: bounds and gaps from `evaluate`, or their summary; computed from ``budget`` unless given.
 
     Raises:
-        UserError: an unknown budget, fewer than 2 rows, or HMC diverges everywhere.
+        UserError: an unknown budget, or a single row.
+
+    Rows whose ELBO is not finite are left out, and named.
 
     See also: `evaluate` for bounds and gaps alone; `assess_trust` for the rules of the verdicts.
     """
@@ -99,21 +109,24 @@ def diagnose(
     if not isinstance(budget, DiagnosisBudget) and budget not in DIAGNOSIS_BUDGETS:
         raise UserError(f"{param('budget')} is '{budget}'{nearest(budget, DIAGNOSIS_BUDGETS)}")
     plan = budget if isinstance(budget, DiagnosisBudget) else DIAGNOSIS_BUDGETS[budget]
+    show = progress or (lambda share, task: None)
     x, index = as_rows(x[: plan.rows], model), None if index is None else index[: plan.rows]
-    labels = torch.empty(0) if labels is None else labels[: plan.rows]
-    results, show = cache or ResultCache(None, {}), progress or (lambda share, task: None)
+    values = bounds(model, guide, x, index, K=1, seed=seed).values
+    finite = values["log_joint" if guide.family.point_mass else "elbo"].isfinite()
+    left_out = tuple((~finite).nonzero().flatten().tolist())
+    labels = torch.empty(0) if labels is None else labels[: plan.rows][finite.to(labels.device)]
+    x, index = x[finite.to(x.device)], None if index is None else index[finite.to(index.device)]
+    words = {"inference": type(guide).__name__, "family": type(guide.family).__name__}
+    words["next_step"] = _next_step(plan, guide) if len(x) else "a program whose log-density is finite at these rows"
+    if not len(x):
+        return Diagnosis({}, {}, assess_trust({}, {}, **words), {"rows": Rows(x, labels)}, left_out)
     if evaluation is None:
         show(0.0, "evaluation")
         gaps = Budget(plan.draws, plan.steps)
         evaluation = evaluate(model, guide, x, index, budget=gaps, seed=seed, cache=cache, prefix="evaluation")
-    parts = _run(Battery(model, guide, x, index, labels, plan, seed), results, show)
+    parts = _run(Battery(model, guide, x, index, labels, plan, seed), cache or ResultCache(None, {}), show)
     figures, refined = _summaries(parts, evaluation)
-    words = {
-        "inference": type(guide).__name__,
-        "family": type(guide.family).__name__,
-        "next_step": _next_step(plan, guide),
-    }
-    return Diagnosis(figures, refined, assess_trust(figures, refined, **words), parts)
+    return Diagnosis(figures, refined, assess_trust(figures, refined, **words), parts, left_out)
 
 
 def _next_step(plan: DiagnosisBudget, guide: Guide) -> str:

@@ -147,11 +147,19 @@ class RefinedGuide(Guide):
         model: the Pyro program whose ELBO is maximized in at most ``steps`` steps.
     """
 
+    start: Guide
+
     def __init__(self, guide: Guide, model: Program, *, steps: int = 300) -> None:
         super().__init__(guide.family, guide.sites)
         check_range("RefinedGuide", steps=steps)
-        self.start, self.steps = guide, steps
+        # Not by plain assignment, which would make the guide part of this one for Pyro.
+        object.__setattr__(self, "start", guide)
+        self.steps = steps
         self.local_elbo = LocalELBO(model, guide.family, guide.sites)
+
+    def train(self, mode: bool = True) -> RefinedGuide:
+        self.start.train(mode)
+        return super().train(mode)
 
     def params(self, x: Tensor, index: Tensor | None = None) -> Tensor:
         start, rule = self.start.params(x, index).detach(), default_update_rule(self.family)
