@@ -29,7 +29,10 @@ from pvae.samplers.row_posterior import Accuracy, PosteriorDraws, draw_rows, pos
 from pvae.stats import UNRELIABLE, Estimate, draws_needed, mean_se
 
 TASK_ROWS = 10  # few, so that a long job can stop and go on anywhere, and shows its progress
-REFERENCE_PASSES = 12_000  # about what the reference draws of a row take beside K: particles and a Gaussian fit
+CHECKED_PASSES, REFERENCE_PASSES = (
+    5_000,
+    12_000,
+)  # about what a row's quick, and its reference draws take beside K: particles, a fit
 
 
 @dataclass(frozen=True)
@@ -67,7 +70,7 @@ class DiagnosisBudget:
             "calibration": self.simulated * refine,
             "symmetric": 2 * self.simulated * self.draws,
             "reference": self.references * (REFERENCE_PASSES + 4 * self.reference_draws),
-            "health": self.rows * 10,
+            "health": self.rows * CHECKED_PASSES,
             "predictive": self.rows * (refine + 200 + 2 * self.draws),
         }
 
@@ -175,8 +178,7 @@ class Battery:
             yield from self._usage_and_fit(self.guide, self.guide)
             return
         yield from self._usage_and_fit(self.guide, self.posteriors["best"])
-        usage = partial(measure_latent_usage, self.model, self.posteriors["best"], self.x, self.index, seed=self.seed)
-        yield Task("health-best", cost["health"] / 2, usage)
+        yield Task("health-best", cost["health"] / 2, self._usage_of_draws)
         for who, q in self.posteriors.items():
             yield Task(f"weights-{who}", cost["weights"] / 2, partial(self._weights, q))
         simulated: Any = {"rows": budget.simulated, "seed": self.seed}
@@ -199,6 +201,12 @@ class Battery:
         options: Any = {"K": budget.draws, "steps": budget.steps, "seed": self.seed}
         checks = partial(run_predictive_checks, self.model, best, *rows, **options)
         yield Task("predictive", cost["predictive"], checks)
+
+    def _usage_of_draws(self) -> LatentUsage:
+        """Measure latent usage of the refined q, with the aggregate of each row's checked draws."""
+        about = (self.model, self.posteriors["best"], self.x, self.index)
+        draws = posterior(*about, accuracy="quick", seed=self.seed).resample(1, seed=self.seed)
+        return measure_latent_usage(*about, codes=draws[0], seed=self.seed)
 
     def _weights(self, q: Guide) -> Weights:
         values = bounds(self.model, q, self.x, self.index, K=self.budget.draws, seed=self.seed).values

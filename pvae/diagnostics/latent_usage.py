@@ -105,6 +105,7 @@ def measure_latent_usage(
     *,
     draws: int = 20,
     permutations: int = 500,
+    codes: Tensor | None = None,
     seed: int = 0,
 ) -> LatentUsage:
     r"""Measure active units, KL by dimension, mutual information, and the aggregate posterior against the prior.
@@ -115,6 +116,8 @@ def measure_latent_usage(
         model, guide: a Pyro program and its approximate posterior.
         x, index: rows [N, ...], at least 2, and which training datapoints they are; None for new rows.
         draws, permutations: draws of each row's q for the total KL; permutations for the p-value of the MMD.
+        codes: a draw of each row's posterior [N, D] by better means than q, see `pvae.posterior`, to compare their
+            aggregate with the prior (MMD, KS, holes); q's own unless given.
         seed: of all noise; the random stream outside is left alone.
 
     Raises:
@@ -139,8 +142,9 @@ def measure_latent_usage(
         batches = zip(*(_encode(guide, part, fitted, draws) for part in parts), strict=True)
         encoded = _Encoded(*map(torch.cat, batches))
         q_params = encoded.q_params[rows]
-        codes = guide.family(q_params).sample()
-        values = _average(encoded) | _information(guide, aggregate, q_params, codes)
+        own_codes = guide.family(q_params).sample()
+        values = _average(encoded) | _information(guide, aggregate, q_params, own_codes)
+        codes = own_codes if codes is None else codes.to(own_codes)[rows]
         scale = torch.cat([codes, prior]).std(0).clamp(min=1e-12)
         one, two = codes / scale, prior / scale
         values |= _discrepancy(one[:CODES], two[:CODES], permutations) | _by_dimension(one, two) | _holes(one, two)

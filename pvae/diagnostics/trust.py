@@ -141,7 +141,7 @@ _TABLE: dict[tuple[Any, ...], tuple[str, str]] = {
 }
 RULES = tuple(Rule(*texts, *limits) for limits, texts in _TABLE.items())
 
-# Figures that say something of the model only if the posterior, whose draws they are of, is right.
+# Figures that say something of the model only if the draws of the rows' posteriors passed their checks.
 OF_CODES = ("active_units", "holes", "mmd_p")
 
 
@@ -175,7 +175,7 @@ def assess_trust(
         inference, family: class names of the guide and of its family, so that no advice names what is in use.
         next_step: what would establish a verdict that is not, such as a larger budget and its time.
 
-    The model is judged by the refined q; what depends on its codes, only if that q is trusted.
+    The model is judged by the refined q and by each row's checked draws, if most rows have such.
 
     See also: `pvae.diagnostics.diagnose`, which computes the figures.
     """
@@ -188,7 +188,7 @@ def _assess(use: str, figures: Figures, refined: Figures, advice: Callable[[str,
     rules = [rule for rule in RULES if rule.use == use]
     if use == "model":
         figures, refined = after, {}
-        if not all(rule.judge(after) == SILENT for rule in RULES if rule.use == "posterior"):
+        if not all(rule.judge(after) == SILENT for rule in RULES if rule.figure == "reliable"):
             rules = [rule._replace(condemns=rule.condemns and rule.figure not in OF_CODES) for rule in rules]
     now, then = ([rule.judge(known) for rule in rules] for known in (figures, after))
     unclear = [rule for rule, status in zip(rules, now, strict=True) if status == OPEN]
