@@ -102,7 +102,7 @@ class Bounds:
     evidence: Tensor
 
     def summary(self) -> dict[str, Estimate]:
-        """Return the nats from the evidence by draws to the upper bound, over rows on which annealing did not diverge."""
+        """Return the nats from the evidence by draws to the upper bound, over rows where annealing did not diverge."""
         width = self.upper - self.evidence
         return {"evidence_width": mean_se(width[width.isfinite()])}
 

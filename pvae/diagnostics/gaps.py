@@ -21,7 +21,7 @@ from pvae.runtime.torch_state import no_validation, seeded
 from pvae.samplers.gaussian_vi import fit_gaussian
 from pvae.samplers.log_joint import LogJoint
 
-# A batch's random streams: reported bounds, choice among candidates, annealing, other families, Gaussian fits, evidence.
+# A batch's random streams: reported bounds, choice of candidates, annealing, other families, Gaussian fits, evidence.
 REPORT, CHOOSE, ANNEAL, OTHER, SHAPE, EVIDENCE = 2, 3, 4, 5, 6, 7
 
 

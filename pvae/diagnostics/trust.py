@@ -111,7 +111,7 @@ _TABLE: dict[tuple[Any, ...], tuple[str, str]] = {
         "one nat is the size of differences that papers report between models",
     ),
     ("bound", "gap_limit", -INF, 1, None, False): (
-        "The ELBO may be as far as {} nats below log p(x): the gap, and what the evidence of simulated rows falls short",
+        "The ELBO may be up to {} nats below log p(x): the gap, and what the evidence of simulated rows falls short",
         "Grosse, Ghahramani, Adams 2015, arXiv:1511.02543",
     ),
     ("bound", "evidence_reliable", 0.9, INF, None, False): (
@@ -226,7 +226,7 @@ def _within_limits(rules: list[Rule], figures: Figures) -> list[str]:
 
 
 def _advice(use: str, level: str, *, figures: Figures, inference: str, family: str, next_step: str) -> str:
-    """Say what to change first where a rule has fired, by the figure that weighs most, or what would establish trust."""
+    """Say what to change first where a rule has fired, by the figure that weighs most, or what establishes trust."""
     if level == UNKNOWN:
         return next_step
     guide = "" if inference == "SemiAmortized" else f" or set {param('guide', 'SemiAmortized')}"
