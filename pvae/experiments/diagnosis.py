@@ -119,7 +119,8 @@ def _diagnose(
             evaluation=evaluation,
         )
     tables = {part: {k: v._asdict() for k, v in getattr(diagnosis, part).items()} for part in ("figures", "refined")}
-    verdicts, seconds = [verdict._asdict() for verdict in diagnosis.verdicts.values()], time.perf_counter() - start
+    verdicts = [verdict._asdict() | {"advice": verdict.advice} for verdict in diagnosis.verdicts.values()]
+    seconds = time.perf_counter() - start
     return {"name": name, **stored, "parts": cache.key, "seconds": seconds, **tables, "verdicts": verdicts}
 
 
