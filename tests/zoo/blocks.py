@@ -106,6 +106,24 @@ class Linear:
         return Normals(q.mean, self.precision.diag().rsqrt().diag().expand_as(q.root)) if diagonal else q
 
 
+class Grid(NamedTuple):
+    """Quadrature over the coordinate t of B rows: G nodes that span all within 45 nats of the peak.
+
+    Attributes:
+        t, log_p: nodes, and log p(x, t) times their weights, [G, B].
+        evidence: log p(x) by the trapezoid rule, [B].
+        cdf: distribution function at the ends of the cells, [B, G - 1].
+    """
+
+    t: Tensor
+    log_p: Tensor
+    evidence: Tensor
+    cdf: Tensor
+
+    def take(self, rows: Tensor) -> Grid:
+        return Grid(self.t[:, rows], self.log_p[:, rows], self.evidence[rows], self.cdf[rows].contiguous())
+
+
 @dataclass
 class Hard:
     r"""Block ruled by one coordinate t that is integrated out on a grid; a second one, w, is Gaussian given t.
@@ -122,6 +140,7 @@ class Hard:
         turned: u is (t, w) turned by 45 degrees: two exchangeable latents, of which t is the difference.
         split: of t, between the modes.
         reach, sinh: the grid runs from -reach to reach in u, or in arsinh u, for heavy tails.
+        search_nodes: of expectations while the best Gaussians are searched; their ELBO has 2001.
     """
 
     prior: Any
@@ -135,6 +154,7 @@ class Hard:
     split: float | None = None
     reach: float = 9.0
     sinh: bool = False
+    search_nodes: int = 73
 
     def __post_init__(self) -> None:
         self.dim = 1 if self.spread is None else 2
@@ -143,7 +163,7 @@ class Hard:
         self.transform = biject_to(self.prior.support)
         cos = math.sqrt(0.5)
         turn = [[cos, -cos], [cos, cos]] if self.turned else [[1.0, 0.0], [0.0, 1.0]]
-        self.grids: dict[bytes, tuple[Tensor, Tensor, Tensor]] = {}
+        self.grids: dict[bytes, Grid] = {}
         self.turn = torch.tensor(turn).double()[: self.dim, : self.dim]  # v = u @ turn, v = (t, w)
 
     def program(self, name: str) -> Tensor:
@@ -191,26 +211,28 @@ class Hard:
             log_p = log_p + gaussian(mean, variance.sqrt()).log_prob(v[..., 1])
         return log_p
 
-    @torch.no_grad()
-    def grid(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Nodes t [G, B] that span all within 45 nats of the peak, and log p(x, t) times their weights, [G, B]."""
+    def grid(self, x: Tensor) -> Grid:
+        """Return the quadrature of rows x [B, C]; that of the last few batches is remembered."""
         key = x.numpy().tobytes()
         if key not in self.grids:
-            x, copies = x.unique(dim=0, return_inverse=True)  # few are different where data are discrete
             while len(self.grids) > 3:
                 del self.grids[next(iter(self.grids))]
-            self.grids[key] = (*self._grid(x), copies)
-        t, log_p, copies = self.grids[key]
-        return t[:, copies], log_p[:, copies]
+            few, copies = x.unique(dim=0, return_inverse=True)  # of discrete data
+            self.grids[key] = self._grid(few).take(copies) if 2 * len(few) < len(x) else self._grid(x)
+        return self.grids[key]
 
-    def _grid(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    @torch.no_grad()
+    def _grid(self, x: Tensor) -> Grid:
         y = torch.linspace(-self.reach, self.reach, 1001, dtype=torch.double).unsqueeze(-1).expand(-1, len(x))
         step, log_p = y[1, 0] - y[0, 0], self._log_node(y, x)
         inside = log_p > log_p.amax(0) - 45
         low = y.where(inside, torch.inf).amin(0) - step
         high = y.where(inside, -torch.inf).amax(0) + step
         y = low + (high - low) * torch.linspace(0, 1, 1501, dtype=torch.double).unsqueeze(-1)
-        return self._node(y), self._log_node(y, x) + (y[1] - y[0]).log()
+        log_p = self._log_node(y, x) + (y[1] - y[0]).log()
+        mass = log_p.softmax(0).T
+        cdf = ((mass[:, 1:] + mass[:, :-1]) / 2).cumsum(-1)
+        return Grid(self._node(y), log_p, log_p.logsumexp(0), cdf / cdf[:, -1:])
 
     def _node(self, y: Tensor) -> Tensor:
         return y.sinh() if self.sinh else y
@@ -220,16 +242,16 @@ class Hard:
 
     def evidence(self, x: Tensor) -> Tensor:
         """log p(x) by the trapezoid rule, [B]."""
-        return self.grid(x)[1].logsumexp(0)
+        return self.grid(x).evidence
 
     def moments(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Posterior mean [B, D] and covariance [B, D, D]."""
-        t, log_p = self.grid(x)
+        t, log_p, *_ = self.grid(x)
         return self._weighted(t, log_p, x)
 
     def side(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Moments of the larger mode alone."""
-        t, log_p = self.grid(x)
+        t, log_p, *_ = self.grid(x)
         if self.split is None:
             return self._weighted(t, log_p, x)
         halves = [log_p.where(part, -torch.inf) for part in (t < self.split, t > self.split)]
@@ -252,15 +274,13 @@ class Hard:
 
     def sample(self, x: Tensor, S: int) -> Tensor:
         """Exact posterior draws, [S, B, D]: the grid's inverse CDF for t, then w given t."""
-        nodes, log_p = (values.T.contiguous() for values in self.grid(x))
-        mass = log_p.softmax(-1)
-        cdf = ((mass[:, 1:] + mass[:, :-1]) / 2).cumsum(-1)
-        level = torch.rand(len(x), S, dtype=torch.double) * cdf[:, -1:]
+        nodes, _, _, cdf = self.grid(x)
+        level = torch.rand(len(x), S, dtype=torch.double)
         cell = torch.searchsorted(cdf, level).clamp(max=cdf.shape[1] - 1)
         before = torch.where(cell > 0, cdf.gather(-1, (cell - 1).clamp(min=0)), 0.0)
         share = (level - before) / (cdf.gather(-1, cell) - before).clamp(min=1e-300)
-        left = nodes.gather(-1, cell)
-        t = (left + share.clamp(0, 1) * (nodes.gather(-1, cell + 1) - left)).T
+        left, right = (nodes.gather(0, (cell + after).T) for after in (0, 1))
+        t = left + share.clamp(0, 1).T * (right - left)
         if not self.spread:
             return t.unsqueeze(-1)
         mean, variance = self.w_given(t, x)
@@ -285,7 +305,7 @@ class Hard:
     def best(self, diagonal: bool, x: Tensor) -> Normals:
         """Gaussians of the largest ELBO, by BFGS from the moments of all, of either side, and of the peak."""
         x, copies = x.unique(dim=0, return_inverse=True)
-        t, log_p = self.grid(x)
+        t, log_p, *_ = self.grid(x)
         middle = t.gather(0, (log_p.softmax(0).cumsum(0) < 0.5).sum(0, keepdim=True).clamp(max=len(t) - 1))
         cut = middle if self.split is None else torch.full_like(middle, self.split)
         parts = [log_p, log_p.where(t < cut, -torch.inf), log_p.where(t >= cut, -torch.inf), 5 * log_p]
@@ -300,7 +320,9 @@ class Hard:
 
 def _root(covariance: Tensor) -> Tensor:
     tiny = 1e-12 * torch.eye(covariance.shape[-1], dtype=torch.double)
-    return torch.linalg.cholesky(covariance + tiny * (1 + covariance.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]))
+    return torch.linalg.cholesky(
+        covariance + tiny * (1 + covariance.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None])
+    )
 
 
 def _search(block: Hard, start: Normals, x: Tensor, diagonal: bool) -> Normals:
@@ -315,7 +337,7 @@ def _search(block: Hard, start: Normals, x: Tensor, diagonal: bool) -> Normals:
 
     def elbo(p: Tensor) -> Tensor:
         q = normals(p)
-        return block.expected(q.mean, q.covariance, x, nodes=73) + q.entropy
+        return block.expected(q.mean, q.covariance, x, nodes=block.search_nodes) + q.entropy
 
     relative = start.root / scale.unsqueeze(-1)
     log_diagonal = relative.diagonal(dim1=-2, dim2=-1).log() if not diagonal else torch.zeros_like(scale)

@@ -48,7 +48,9 @@ class Truth:
     margins: dict[str, float] = field(init=False)
 
     def __post_init__(self) -> None:
-        inside = {use: all(self._margin(name, *limits) >= 0 for name, limits in of.items()) for use, of in LIMITS.items()}
+        inside = {
+            use: all(self._margin(name, *limits) >= 0 for name, limits in of.items()) for use, of in LIMITS.items()
+        }
         margins = {use: min(self._margin(name, *limits) for name, limits in of.items()) for use, of in LIMITS.items()}
         object.__setattr__(self, "trustworthy", inside)
         object.__setattr__(self, "margins", margins)
