@@ -6,17 +6,18 @@ import math
 import pytest
 import torch
 from zoo import GUIDES, KINDS, Truth, make_guide, make_kind, truth
-from zoo.blocks import Hard, Normals, maximize
+from zoo.blocks import Hard, Normals
 from zoo.guides import applies
 from zoo.page import outcome, page, upper_limit
 from zoo.runner import list_cases, read, run
+from zoo.search import maximize
 
 import pvae
 from pvae.diagnostics import Budget
 from pvae.runtime.torch_state import seeded
 from pvae.samplers import LogJoint
 
-ROWS = 20
+ROWS = 12
 
 
 @pytest.fixture(scope="module", params=list(KINDS))

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.distributions import biject_to
 
+from .search import maximize
+
 Likelihood = Callable[[Tensor, Any], Any]
 LOG_2PI = math.log(2 * math.pi)
 
@@ -256,7 +258,7 @@ class Hard:
             return self._weighted(t, log_p, x)
         halves = [log_p.where(part, -torch.inf) for part in (t < self.split, t > self.split)]
         lower = halves[0].logsumexp(0) >= halves[1].logsumexp(0)
-        return self._weighted(t, torch.where(lower, *halves), x)
+        return self._weighted(t, torch.where(lower, halves[0], halves[1]), x)
 
     def _weighted(self, t: Tensor, log_p: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         """Moments in u of the block with nodes of t so weighted."""
@@ -309,8 +311,8 @@ class Hard:
         middle = t.gather(0, (log_p.softmax(0).cumsum(0) < 0.5).sum(0, keepdim=True).clamp(max=len(t) - 1))
         cut = middle if self.split is None else torch.full_like(middle, self.split)
         parts = [log_p, log_p.where(t < cut, -torch.inf), log_p.where(t >= cut, -torch.inf), 5 * log_p]
-        starts = [self._weighted(t, part, x) for part in parts]
-        start = Normals(*(torch.cat(values) for values in zip(*[(m, _root(c)) for m, c in starts], strict=True)))
+        moments = [self._weighted(t, part, x) for part in parts]
+        start = Normals(torch.cat([mean for mean, _ in moments]), torch.cat([_root(c) for _, c in moments]))
         rows = x.repeat(len(parts), 1)
         fit = _search(self, start, rows, diagonal)
         values = (self.expected(fit.mean, fit.covariance, rows, nodes=601) + fit.entropy).view(len(parts), -1)
@@ -343,52 +345,3 @@ def _search(block: Hard, start: Normals, x: Tensor, diagonal: bool) -> Normals:
     log_diagonal = relative.diagonal(dim1=-2, dim2=-1).log() if not diagonal else torch.zeros_like(scale)
     below = relative[:, 1:, 0] if not diagonal and D == 2 else scale[:, :0]
     return normals(maximize(elbo, torch.cat([torch.zeros_like(scale), log_diagonal, below], -1)))
-
-
-def maximize(f: Callable[[Tensor], Tensor], start: Tensor, steps: int = 60) -> Tensor:
-    """Maximize f, [N, P] to [N], for each row by BFGS with halved steps; parameters should be of order one."""
-
-    def graded(p: Tensor) -> tuple[Tensor, Tensor]:
-        with torch.enable_grad():
-            p = p.detach().requires_grad_()
-            values = f(p)
-            (gradient,) = torch.autograd.grad(values.sum(), p)
-        return values.detach().nan_to_num(nan=-torch.inf), gradient.nan_to_num()
-
-    eye = torch.eye(start.shape[1], dtype=start.dtype).expand(len(start), -1, -1)
-    p, inverse = start, 0.2 * eye
-    value, gradient = graded(p)
-    for _ in range(steps):
-        move = (inverse @ gradient.unsqueeze(-1)).squeeze(-1)
-        slope = (move * gradient).sum(-1)
-        move = torch.where((slope > 0).unsqueeze(-1), move, 0.2 * gradient)
-        move = move / move.norm(dim=-1, keepdim=True).clamp(min=1.0)
-        size = _line(f, p, value, move, (move * gradient).sum(-1))
-        p_next = p + size.unsqueeze(-1) * move
-        value, g_next = graded(p_next)
-        inverse = _bfgs(inverse, p_next - p, gradient - g_next, eye)
-        p, gradient = p_next, g_next
-        if gradient.abs().amax() < 1e-7:
-            break
-    return p
-
-
-@torch.no_grad()
-def _line(f: Callable[[Tensor], Tensor], p: Tensor, value: Tensor, move: Tensor, slope: Tensor) -> Tensor:
-    """Halve each row's step until it rises enough; 0 if it never does."""
-    size, done = torch.where(slope > 1e-10, 1.0, 0.0).to(value), slope <= 1e-10
-    for _ in range(12):
-        done = done | (f(p + size.unsqueeze(-1) * move) >= value + 1e-4 * size * slope - 1e-13 * value.abs())
-        if done.all():
-            break
-        size = torch.where(done, size, size / 2)
-    return torch.where(done, size, 0.0)
-
-
-def _bfgs(inverse: Tensor, s: Tensor, y: Tensor, eye: Tensor) -> Tensor:
-    """Update the inverse Hessians [N, P, P] where the curvature along the step is positive."""
-    curvature = (s * y).sum(-1)[:, None, None]
-    ok = curvature > 1e-14
-    rho = torch.where(ok, 1 / curvature.where(ok, 1.0), 0.0)
-    left = eye - rho * s.unsqueeze(-1) * y.unsqueeze(-2)
-    return torch.where(ok, left @ inverse @ left.mT + rho * s.unsqueeze(-1) * s.unsqueeze(-2), inverse)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
 
 import pyro.distributions as dist
 import torch
@@ -35,7 +36,7 @@ class ExactPosterior(dist.TorchDistribution):
     """The posterior of a kind given rows x [B, M] as a distribution over u [D]; draws have no gradient in x."""
 
     has_rsample = True
-    arg_constraints: dict[str, object] = {}  # noqa: RUF012
+    arg_constraints: ClassVar[dict[str, Any]] = {}
     support = dist.constraints.real_vector
 
     def __init__(self, kind: Kind, x: Tensor) -> None:
@@ -80,6 +81,8 @@ class ExactPosterior(dist.TorchDistribution):
 
 class ExactFamily(Family):
     """Exact posteriors: the variational parameters of a row are the row itself."""
+
+    kind: Kind
 
     def __init__(self, kind: Kind) -> None:
         super().__init__(kind.dim)

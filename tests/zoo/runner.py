@@ -51,6 +51,7 @@ def run(cases: list[Case], path: Path) -> None:
     """
     finished = {Case(**{name: line[name] for name in Case._fields}) for line in read(path)}
     instance: tuple[str, int] | None = None
+    truths: dict[str, Truth] = {}
     for case in cases:
         if case in finished:
             continue

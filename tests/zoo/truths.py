@@ -94,9 +94,14 @@ def _normals(guide: Guide, x: Tensor) -> Normals | None:
     return None if isinstance(guide.family, ExactFamily) else unpack(guide.family, guide.params(x))
 
 
+def _exact(guide: Guide) -> Kind:
+    assert isinstance(guide.family, ExactFamily)
+    return guide.family.kind
+
+
 def _moments(guide: Guide, x: Tensor) -> tuple[Tensor, Tensor]:
     q = _normals(guide, x)
-    return (q.mean, q.sd) if q else guide.family.kind.moments(x)
+    return (q.mean, q.sd) if q else _exact(guide).moments(x)
 
 
 def _ranks(guide: Guide, u: Tensor, x: Tensor, draws: int = 300) -> Tensor:
@@ -104,7 +109,7 @@ def _ranks(guide: Guide, u: Tensor, x: Tensor, draws: int = 300) -> Tensor:
     q = _normals(guide, x)
     if q:
         return torch.special.ndtr((u - q.mean) / q.sd)
-    below = (guide.family.kind.sample(x, draws) < u).double().sum(0)
+    below = (_exact(guide).sample(x, draws) < u).double().sum(0)
     return (below + torch.rand_like(below)) / (draws + 1)
 
 
