@@ -59,7 +59,7 @@ class DiagnosisBudget:
     @property
     def accuracy(self) -> Accuracy:
         """Of the reference draws: a fifth of them effective, many particles that look for modes."""
-        return Accuracy(self.reference_draws, self.reference_draws // 5, 16, 30, 48, 60)
+        return Accuracy(self.reference_draws, self.reference_draws // 5, 16, 30, 48, 60, 1500)
 
     def passes(self) -> dict[str, int]:
         """Return about how many rows each kind of task passes through the decoder; a gradient counts as two more."""

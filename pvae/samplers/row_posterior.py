@@ -42,8 +42,8 @@ GUIDE, IMPORTANCE, GAUSSIAN, MIXTURE, CHAINS, NONE = range(len(METHODS))
 
 FLAT = 0.95  # of K: an effective sample size above which draws go without weights
 MISSED_MASS = 0.005  # share of the posterior at a particle from which on a mode counts as missed
-ADAPT_DRAWS, MIXTURE_ROWS = 2000, 20  # of each round of a mixture's adaptation; rows of a batch
-NUM_CHAINS, WARM_UP, LEAPFROGS, MIN_LENGTH = 8, 300, 5, 1500
+ADAPT_DRAWS, MIXTURE_ROWS = 2000, 50  # of each round of a mixture's adaptation; rows of a batch
+NUM_CHAINS, WARM_UP, LEAPFROGS = 8, 300, 5
 # Limits of convergence (Vehtari et al. 2021, arXiv:1903.08008; Betancourt 2017, arXiv:1701.02434).
 R_HAT, DIVERGENT = 1.01, 0.01
 HELD = 20_000_000  # numbers of a batch's draws that are held together
@@ -57,6 +57,7 @@ class Accuracy(NamedTuple):
         K, ess: draws of each row, and the least effective sample size among them.
         chains, temperatures: annealed particles of each row, see `anneal`.
         most_chains, most_temperatures: of the rows that need a mixture.
+        length: draws of each of eight HMC chains for rows that need them; 0 for no chains.
     """
 
     K: int
@@ -65,12 +66,13 @@ class Accuracy(NamedTuple):
     temperatures: int
     most_chains: int
     most_temperatures: int
+    length: int
 
 
 ACCURACIES = {
-    "quick": Accuracy(500, 100, 8, 20, 16, 50),
-    "standard": Accuracy(2000, 400, 8, 20, 32, 50),
-    "high": Accuracy(10_000, 2500, 16, 50, 64, 100),
+    "quick": Accuracy(500, 100, 8, 20, 32, 50, 1000),
+    "standard": Accuracy(2000, 400, 8, 20, 32, 50, 1500),
+    "high": Accuracy(10_000, 2500, 16, 50, 64, 100, 2500),
 }
 
 
@@ -237,11 +239,11 @@ def draw_rows(
         seed: of all noise; the random stream outside is left alone.
     """
     methods = _Methods(target, accuracy, q, scouts)
-    work = (methods.send_scouts, methods.weigh_guide, methods.fit_gaussian, methods.fit_mixture, methods.run_chains)
+    work = [methods.send_scouts, methods.weigh_guide, methods.fit_gaussian, methods.fit_mixture, methods.run_chains]
     with seeded(seed):
         for name, method in zip(SECONDS, work, strict=True):
             start = time.perf_counter()
-            if len(methods.todo):
+            if len(methods.todo) and (accuracy.length or method != methods.run_chains):
                 method()
             methods.seconds[name] = time.perf_counter() - start
     return methods.draws
@@ -290,12 +292,17 @@ class _Methods:
 
     def fit_mixture(self) -> None:
         """Fit mixtures to few rows at a time, whose draws times components stay near the cache."""
-        every, left = self.todo, []
-        for self.todo in every.split(MIXTURE_ROWS):
+        every, left, accuracy = self.todo, [], self.accuracy
+        particles = anneal_particles(self.target.rows(every), accuracy.most_chains, accuracy.most_temperatures)
+        parts = zip(
+            every.split(MIXTURE_ROWS),
+            *(values.split(MIXTURE_ROWS, 1) for values in (particles.position, particles.log_w)),
+            strict=True,
+        )
+        for self.todo, position, log_w in parts:
             target, starts = self.target.rows(self.todo), self._starts()[0].unsqueeze(0)
-            particles = anneal_particles(target, self.accuracy.most_chains, self.accuracy.most_temperatures)
             options: Any = {"draws": ADAPT_DRAWS, "seed": int(torch.randint(2**31, ()))}
-            mixture = fit_mixture(JointDensity(target), particles.position, particles.log_w, starts, **options)
+            mixture = fit_mixture(JointDensity(target), position, log_w, starts, **options)
             self._draw_from(MIXTURE, mixture)
             left.append(self.todo)
         self.todo = torch.cat(left)
@@ -305,7 +312,7 @@ class _Methods:
         rows, K = self.todo, self.accuracy.K
         u = resample(self.draws.u[:, rows], self.draws.log_weights[:, rows], NUM_CHAINS)
         scale = self.draws.moments[1][rows].clamp(min=1e-6)
-        length: Any = {"draws": max(MIN_LENGTH, -(-K // NUM_CHAINS)), "warm_up": WARM_UP}
+        length: Any = {"draws": max(self.accuracy.length, -(-K // NUM_CHAINS)), "warm_up": WARM_UP}
         options: Any = length | {"num_integration_steps": LEAPFROGS, "seed": int(torch.randint(2**31, ()))}
         with suppress(AllChainsDiverged):
             chains = hmc.sample(self.target.rows(rows), u.to(self.target.x), scale=scale.to(self.target.x), **options)
