@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from pvae import applications
+from pvae.applications.restoration import LEAST_DRAWS, Denoising, Imputation
 from pvae.cli.baselines import FITTED
 from pvae.cli.use_context import UseContext, error_words, make_result, squared_error
 from pvae.errors import UserError, param
@@ -15,8 +16,12 @@ from pvae.recipes.registry import parse_component
 from pvae.runtime.torch_state import seeded
 from pvae.stats import mean_se, number
 
+NAMED = 5  # unreliable rows that a sentence names, at most
 
-def denoise(context: UseContext, noise: str, *, add: bool | None = None, K: int = 100, steps: int = 100) -> UseResult:
+
+def denoise(
+    context: UseContext, noise: str, *, add: bool | None = None, K: int = LEAST_DRAWS, steps: int = 100
+) -> UseResult:
     """Remove noise from rows, which is added to them first if ``add`` (the default for the run's own rows)."""
     model = make_noise(parse_component(noise))
     add = context.rows.from_run if add is None else add
@@ -25,19 +30,21 @@ def denoise(context: UseContext, noise: str, *, add: bool | None = None, K: int 
     y = torch.cat([noisy, context.rows.x[:, context.run.columns :]], 1)
     clean = context.apply(applications.denoise, y, model, context.rows.index, K=K, steps=steps)
     lines = {"seen": noisy, "denoised": clean.x}
-    under = f"the posterior mean of x under {_draws(context, clean.ess, K)}"
-    sentences = [f"{context.count.capitalize()}, {noise}: {under}."]
+    sentences = [f"{context.count.capitalize()}, {noise}: the posterior mean of x under {_draws(context, clean, K)}."]
+    sentences += _unreliable(context, clean)
     if add:
         before, after = squared_error(noisy, context.x), squared_error(clean.x, context.x)
         share = number(mean_se((clean.x - context.x).square().nanmean(1) / before.mean))
         compared = f"{error_words(before)} per value with noise, {error_words(after)} without: {share} of it"
         sentences.append(f"Squared error {compared}.")
         lines = {"clean": context.x} | lines
-    arrays = {"x": clean.x, "sd": clean.sd, "seen": noisy, "ess": clean.ess, "row": context.rows.place}
-    return make_result("denoise", arrays, sentences, context.strips(lines))
+    arrays = {"x": clean.x, "sd": clean.sd, "seen": noisy}
+    return make_result("denoise", arrays | _of_rows(context, clean), sentences, context.strips(lines))
 
 
-def impute(context: UseContext, *, hide: float | None, draws: int = 5, K: int = 100, steps: int = 100) -> UseResult:
+def impute(
+    context: UseContext, *, hide: float | None, draws: int = 5, K: int = LEAST_DRAWS, steps: int = 100
+) -> UseResult:
     """Impute missing entries from the observed ones, and measure the error on a share to ``hide`` at random, if any."""
     observed = _observed(context, hide)
     seen = torch.where(observed, context.x, torch.nan)
@@ -46,8 +53,8 @@ def impute(context: UseContext, *, hide: float | None, draws: int = 5, K: int = 
     imputed = context.apply(applications.impute, x, context.rows.index, means=means, K=K, draws=draws, steps=steps)
     x_hat = imputed.x[:, : context.run.columns]
     missing = f"{(~observed).double().mean().item():.1%} of the entries missing"
-    under = f"{draws} draws of each under {_draws(context, imputed.ess, K)}"
-    sentences = [f"{context.count.capitalize()}, {missing}, {under}."]
+    under = f"{draws} draws of each under {_draws(context, imputed, K)}"
+    sentences = [f"{context.count.capitalize()}, {missing}, {under}.", *_unreliable(context, imputed)]
     lines = {"seen": seen, "mean": x_hat, "a draw": imputed.draws[0]}
     if hide is not None:
         hidden = ~observed & ~context.x.isnan()
@@ -58,15 +65,31 @@ def impute(context: UseContext, *, hide: float | None, draws: int = 5, K: int = 
         compared = f"{error_words(error)}; their columns' means leave {error_words(baseline)}"
         sentences.append(f"Squared error of the hidden entries {compared}.")
         lines = {"original": context.x} | lines
-    arrays = {"x": x_hat, "sd": imputed.sd, "draws": imputed.draws, "ess": imputed.ess, "row": context.rows.place}
-    return make_result("impute", arrays, sentences, context.strips(lines))
+    arrays = {"x": x_hat, "sd": imputed.sd, "draws": imputed.draws}
+    return make_result("impute", arrays | _of_rows(context, imputed), sentences, context.strips(lines))
 
 
-def _draws(context: UseContext, ess: Tensor, K: int) -> str:
-    """Say how large the effective sample size of K importance draws is in the median row."""
+def _of_rows(context: UseContext, restored: Denoising | Imputation) -> dict[str, Tensor]:
+    """Return what is said of each row: how far its draws may be trusted, and its position."""
+    return {"ess": restored.ess, "reliable": restored.reliable, "row": context.rows.place}
+
+
+def _draws(context: UseContext, restored: Denoising | Imputation, K: int) -> str:
+    """Say how many draws of a row's posterior were taken, and by which methods of how many rows."""
     if context.run.guide.family.point_mass:
         return "the best code found, as the posterior family is a point mass"
-    return f"{K} importance draws, of which {ess.nanmedian():.0f} count in the median row"
+    methods = ", ".join(f"{name} {count}" for name, count in restored.counts().items())
+    return f"{max(K, LEAST_DRAWS)} draws from each row's posterior (rows by method: {methods})"
+
+
+def _unreliable(context: UseContext, restored: Denoising | Imputation) -> list[str]:
+    """Name the rows on which the checks of every method failed, if there are any."""
+    rows = context.rows.place[~restored.reliable.cpu()].tolist()
+    if not rows or context.run.guide.family.point_mass:
+        return []
+    few = ", ".join(map(str, rows[:NAMED])) + (", ..." if len(rows) > NAMED else "")
+    failed = "the checks of every method failed, so that means, deviations and draws may be far off"
+    return [f"{len(rows)} of {len(restored.x)} rows are unreliable (--select {few}): {failed}."]
 
 
 def _observed(context: UseContext, hide: float | None) -> Tensor:

@@ -11,7 +11,7 @@ from oracles import SOURCES, LinearGaussian
 from torch import nn
 
 from pvae.applications import restoration
-from pvae.applications.restoration import denoise, impute
+from pvae.applications.restoration import COMPLETE, denoise, impute
 from pvae.errors import Incompatible, UserError
 from pvae.generative.effect_handlers import mask_missing
 from pvae.generative.likelihoods import Bernoulli, Categorical, Gaussian, StudentT
@@ -22,6 +22,7 @@ from pvae.generative.vae import VAE
 from pvae.inference.families import Delta, DiagonalNormal, FullRankNormal
 from pvae.inference.guides import Amortized
 from pvae.runtime.torch_state import seeded
+from pvae.samplers.row_posterior import METHODS
 
 D, M, B = 2, 6, 40
 INDEX = torch.arange(6)
@@ -40,11 +41,21 @@ def gaps(rows=B, columns=M):
     return there
 
 
+def tolerance(restored, sd):
+    """Five standard errors of weighted means of values with deviations sd [B, C], and what draws without weights leave.
+
+    A guide's draws go without weights where 95% of them are effective: by Cauchy and Schwarz a mean then errs by at
+    most sqrt(1 / 0.95 - 1) deviations.
+    """
+    unweighted = restored.method == METHODS.index("guide")
+    return (5 / restored.ess.double().sqrt() + 0.23 * unweighted)[:, None] * sd
+
+
 class Conditional:
     """p(x | some entries of y) of a linear Gaussian, row by row, with y = x + noise."""
 
     def __init__(self, oracle, y, there, noise=0.0):
-        covariance = oracle.weight @ oracle.weight.T + oracle.scale**2 * torch.eye(M)
+        covariance = oracle.weight @ oracle.weight.T + oracle.scale**2 * torch.eye(len(oracle.weight))
         means, covariances, self.of_codes = [], [], []
         for row, seen in zip(y.double(), there, strict=True):
             known = covariance[seen][:, seen] + noise**2 * torch.eye(int(seen.sum()))
@@ -53,7 +64,9 @@ class Conditional:
             covariances.append(covariance - gain @ covariance[seen])
             # The part that codes tell: the variance of E[x|y, z], by which a weighed mean errs.
             inside = oracle.weight[seen].T @ oracle.weight[seen] / (oracle.scale**2 + noise**2)
-            self.of_codes.append((oracle.weight @ torch.linalg.inv(torch.eye(D) + inside) @ oracle.weight.T).diag())
+            self.of_codes.append(
+                (oracle.weight @ torch.linalg.inv(torch.eye(len(inside)) + inside) @ oracle.weight.T).diag()
+            )
         self.mean, self.covariance = torch.stack(means), torch.stack(covariances)
         self.sd, self.of_codes = self.covariance.diagonal(dim1=1, dim2=2).sqrt(), torch.stack(self.of_codes)
 
@@ -68,15 +81,15 @@ def test_missing_entries_have_the_mean_and_variance_of_the_conditional_gaussian(
     x, there = oracle.sample(B), gaps()
     found = impute(oracle.model, amortized(family(D)), x.where(there, torch.nan), K=2000)
     exact, away = Conditional(oracle, x, there), ~there
-    se = (exact.of_codes / found.ess[:, None].double()).sqrt()
+    allowed = tolerance(found, exact.of_codes.sqrt())
     assert found.ess[:-1].min() > 200
     assert found.ess[-1].isnan()
-    assert ((found.x - exact.mean)[away].abs() < 5 * se[away]).all()
+    assert ((found.x - exact.mean)[away].abs() < allowed[away]).all()
     spread = (found.sd - exact.sd)[away].abs() / exact.sd[away]
     assert (spread < 5 * (2 / found.ess[:-1].min().item()) ** 0.5 / 2).all()
     assert (found.sd[there] == 0).all()
     unconditional = (oracle.bias - exact.mean)[away].abs()
-    assert (unconditional > 5 * se[away]).double().mean() > 0.5  # this can fail
+    assert (unconditional > allowed[away]).double().mean() > 0.5  # this can fail
 
 
 def test_draws_of_missing_entries_are_joint(oracle):
@@ -106,11 +119,11 @@ def test_noise_is_taken_away_as_the_conditional_gaussian_has_it(oracle, scale, m
     guide, noise = amortized(FullRankNormal(D)), GaussianNoise(scale=scale)
     found = denoise(oracle.model, guide, y.where(there, torch.nan), noise, K=2000)
     exact = Conditional(oracle, y, there, scale)
-    se = (exact.of_codes / found.ess[:, None]).sqrt()
-    assert ((found.x - exact.mean).abs() < 5 * se).all()
+    allowed = tolerance(found, exact.of_codes.sqrt())
+    assert ((found.x - exact.mean).abs() < allowed).all()
     assert ((found.sd / exact.sd - 1).abs() < 5 * (2 / found.ess.min().item()) ** 0.5 / 2).all()
     other = denoise(oracle.model, guide, y.where(there, torch.nan), GaussianNoise(scale=2 * scale), K=2000)
-    assert ((other.x - exact.mean).abs() > 5 * se).double().mean() > 0.5
+    assert ((other.x - exact.mean).abs() > allowed).double().mean() > 0.3
 
 
 def bits():
@@ -138,8 +151,8 @@ def test_bits_behind_noise_by_quadrature(name):
     weights = ((ones + zeros).log().sum(-1) + prior[:, None]).softmax(0)[..., None]
     each = ones / (ones + zeros)
     mean = (weights * each).sum(0)
-    se = ((weights * (each - mean) ** 2).sum(0) / found.ess[:, None]).sqrt()
-    assert ((found.x - mean).abs() < 5 * se + 1e-4).all()
+    sd = (weights * (each - mean) ** 2).sum(0).sqrt()
+    assert ((found.x - mean).abs() < tolerance(found, sd) + 1e-4).all()
     assert torch.allclose(found.sd**2, found.x * (1 - found.x), atol=1e-4)
 
 
@@ -150,8 +163,8 @@ def test_missing_bits_by_quadrature():
     scores = torch.where(x == 1, one[:, None], 1 - one[:, None]).log().where(there, 0).sum(-1)
     weights = (scores + prior[:, None]).softmax(0)[..., None]
     mean = (weights * one[:, None]).sum(0)
-    se = ((weights * (one[:, None] - mean) ** 2).sum(0) / found.ess[:, None]).sqrt()
-    assert ((found.x - mean)[~there].abs() < 5 * se[~there] + 1e-4).all()
+    sd = (weights * (one[:, None] - mean) ** 2).sum(0).sqrt()
+    assert ((found.x - mean).abs() < tolerance(found, sd) + 1e-4)[~there].all()
 
 
 def fitted(likelihood):
@@ -182,12 +195,12 @@ def test_what_is_there_stays_to_the_bit_and_draws_are_possible(likelihood):
     assert found.x.isfinite().all()
     assert (found.sd[~there] > 0).all()
     assert likelihood.support.check(found.draws).all()
-    assert (found.ess[:-1] <= 10.01).all()
+    assert found.ess[-1].isnan()
+    assert found.method[-1] == COMPLETE
+    assert found.reliable.all()
     blank = impute(vae.model, guide, x.where(there, torch.nan), K=10, steps=3, draws=2)
-    other = impute(vae.model, guide, x.where(there, torch.nan), K=10, steps=3, draws=2, seed=1)
     assert torch.equal(blank.draws, found.draws)
     assert torch.equal(blank.x, found.x)
-    assert not torch.equal(other.draws[:, :-1], found.draws[:, :-1])
 
 
 def test_next_to_no_noise_leaves_the_row_as_it_is(likelihood):
@@ -200,12 +213,11 @@ def test_next_to_no_noise_leaves_the_row_as_it_is(likelihood):
     assert (found.sd < 0.01).all()
 
 
-def test_strong_noise_leaves_rows_within_the_support_and_the_same_seed_gives_the_same(likelihood):
+def test_strong_noise_leaves_rows_within_the_support_and_another_seed_gives_others(likelihood):
     vae, guide = fitted(likelihood)
     with seeded(6):
         y = GaussianNoise(scale=1.0).add_to(drawn(vae))
-    one, two, other = (denoise(vae.model, guide, y, GaussianNoise(scale=1.0), K=10, steps=3, seed=s) for s in (0, 0, 1))
-    assert torch.equal(one.x, two.x)
+    one, other = (denoise(vae.model, guide, y, GaussianNoise(scale=1.0), K=10, steps=3, seed=s) for s in (0, 1))
     assert not torch.equal(one.x, other.x)
     inside = likelihood.support
     low, high = getattr(inside, "lower_bound", -torch.inf), getattr(inside, "upper_bound", torch.inf)
@@ -253,24 +265,98 @@ def test_nothing_missing_is_not_looked_at(oracle):
     assert torch.equal(found.draws, x.expand(4, 3, M))
     assert not found.sd.any()
     assert found.ess.isnan().all()
+    assert found.reliable.all()
+    assert not found.counts()
     assert not counted
     impute(oracle.model, amortized(DiagonalNormal(D)), x.where(gaps(3), torch.nan), K=2, progress=counted.append)
     assert sum(counted) == 2  # the third row has everything
 
 
-def test_searching_and_weighing_each_win_over_an_encoder_that_knows_nothing(oracle):
-    x, there = oracle.sample(200), gaps(200)
-    guide = amortized(DiagonalNormal(D))
+def best_diagonal(oracle, family):
+    """The guide whose encoder gives each whole row the best independent normals."""
+    guide, to_mean = Amortized(nn.Linear(oracle.bias.numel(), family.num_params), family), oracle.mean
+    origin, D = torch.zeros(1, oracle.bias.numel()), family.dim
+    with torch.no_grad():
+        guide.encoder.weight.zero_()
+        guide.encoder.weight[:D] = (to_mean(torch.eye(oracle.bias.numel())) - to_mean(origin)).T
+        guide.encoder.bias[:] = torch.cat([to_mean(origin)[0], -oracle.precision.diag().log() / 2])
+    return guide
 
-    def error(**own):
-        found = impute(oracle.model, guide, x, observed=there, **own)
-        return (found.x - x)[~there].square().mean().item()
 
-    blind, weighed, searched, both = (error(K=k, steps=s) for k, s in ((1, 1), (100, 1), (1, 100), (100, 100)))
-    exact = (Conditional(oracle, x, there).mean - x)[~there].square().mean().item()
-    assert both < min(weighed, searched) + 1e-3
-    assert max(weighed, searched) < blind
-    assert both < 1.05 * exact
+def test_spreads_are_right_where_the_family_cannot_hold_the_posterior():
+    """Five columns of three latents on ridges, half missing, independent normals: against the conditional Gaussian."""
+    oracle = LinearGaussian(3, 5, scale=0.1, conditioning=10.0, seed=3)
+    there, family = torch.rand(300, 5, generator=torch.Generator().manual_seed(1)) < 0.5, DiagonalNormal(3)
+    x, away = oracle.sample(300), ~there
+    restored = impute(oracle.model, best_diagonal(oracle, family), x, observed=there)
+    exact = Conditional(oracle, x, there)
+    ratio = (restored.sd / exact.sd)[away]
+    assert 0.95 < ratio.median() < 1.05
+    assert ratio.quantile(0.05) > 0.8
+    assert restored.reliable.all()
+    for missing in range(1, 5):
+        entries = away & (away.sum(1, keepdim=True) == missing)
+        covered, expected = (
+            ((x - mean) / sd)[entries].abs() < 1.96 for mean, sd in ((restored.x, restored.sd), (exact.mean, exact.sd))
+        )
+        share = expected.double().mean()
+        se = (share * (1 - share) / entries.sum()).sqrt()
+        assert abs(covered.double().mean() - share) < 2 * se + 1e-9
+    # The best independent normals themselves leave too little: this can fail.
+    narrow = [oracle.weight[seen].T @ oracle.weight[seen] / oracle.scale**2 + torch.eye(3) for seen in there]
+    variance = torch.stack([(oracle.weight**2) @ (1 / p.diag()) + oracle.scale**2 for p in narrow])
+    assert (variance.sqrt() / exact.sd)[away].quantile(0.05) < 0.5
+
+
+class Folded(nn.Module):
+    """|z| and z: the first leaves two modes of the second."""
+
+    def forward(self, z):
+        return torch.cat([z.abs(), z], -1)
+
+
+def test_both_modes_are_imputed():
+    vae = VAE(Folded(), Gaussian(scale=0.1), StandardNormal(1))
+    guide = amortized(DiagonalNormal(1), 2)
+    nn.init.zeros_(guide.encoder.weight)
+    guide.encoder.bias.data = torch.tensor([1.0, -2.3])  # sits on the upper mode
+    x = torch.tensor([[0.7, torch.nan], [1.5, torch.nan]])
+    restored = impute(vae.model, guide, x, draws=400)
+    line = torch.linspace(-4, 4, 4001).double()
+    log_p = -((x[:, :1].double() - line.abs()) ** 2) / 0.02 - line**2 / 2
+    second = (log_p.softmax(1) * line**2).sum(1)
+    # The sign of a mode, from ess draws or from 400 of them.
+    assert (restored.x[:, 1].abs() < 5 * (second / restored.ess).sqrt()).all()
+    assert ((restored.sd[:, 1] / (second + 0.01).sqrt() - 1).abs() < 0.02).all()
+    assert ((restored.draws[..., 1] > 0).double().mean(0) - 0.5).abs().max() < 5 * 0.5 / 400**0.5
+    assert restored.reliable.all()
+
+
+class Rough(nn.Module):
+    """A wave of some two hundred crests, in which no method meets them all, beside the latent itself."""
+
+    def forward(self, z):
+        return torch.cat([(300 * z).sin(), z], -1)
+
+
+def test_rows_on_which_every_method_fails_are_named():
+    vae = VAE(Rough(), Gaussian(scale=0.01), StandardNormal(1))
+    x = torch.tensor([[0.5, torch.nan], [torch.nan, torch.nan], [0.5, 0.2]])
+    restored = impute(vae.model, amortized(DiagonalNormal(1), 2), x)
+    assert restored.reliable.tolist() == [False, True, True]
+    assert restored.method.tolist()[0] == METHODS.index("none")
+    assert restored.method.tolist()[2] == COMPLETE
+    assert restored.counts()["none"] == 1
+    assert restored.summary()["reliable"].mean == 0.5
+
+
+def test_an_encoder_that_knows_nothing_and_hardly_any_search_leave_the_exact_error(oracle):
+    x, there = oracle.sample(100), gaps(100)
+    restored = impute(oracle.model, amortized(DiagonalNormal(D)), x, observed=there, steps=1)
+    by_means, exact = oracle.bias.float().expand_as(x), Conditional(oracle, x, there).mean
+    error, largest, least = ((values - x)[~there].square().mean() for values in (restored.x, by_means, exact))
+    assert error < 1.02 * least
+    assert largest > 1.05 * least
 
 
 @pytest.mark.parametrize("source", SOURCES)
@@ -312,6 +398,7 @@ def test_a_point_mass_takes_one_draw(oracle):
     found = impute(oracle.model, guide, x, observed=there)
     assert torch.allclose(found.ess[:-1], torch.ones(4))
     assert torch.allclose(found.sd[~there], oracle.scale.float())
+    assert found.reliable.tolist() == 4 * [False] + [True]  # nothing checks a point mass
     assert denoise(oracle.model, guide, x, GaussianNoise(scale=0.1)).ess.eq(1).all()
 
 
