@@ -28,7 +28,7 @@ from pvae.samplers.log_joint import LogJoint
 from pvae.samplers.row_posterior import Accuracy, PosteriorDraws, draw_rows, posterior
 from pvae.stats import UNRELIABLE, Estimate, draws_needed, mean_se
 
-TASK_ROWS = 10  # few, so that a long job can stop and go on anywhere, and shows its progress
+TASK_ROWS = 25  # few, so that a long job can stop and go on anywhere, and shows its progress
 CHECKED_PASSES, REFERENCE_PASSES = (
     5_000,
     12_000,
@@ -220,7 +220,7 @@ class Battery:
         except AllChainsDiverged:
             return Bounds(*torch.full((3, len(like)), torch.nan))
         target = LogJoint(self.model, bracket.x, None, self.guide.sites)
-        draws = draw_rows(target, None, self.budget.accuracy, seed=seed)
+        draws = draw_rows(target, None, self.budget.accuracy, scouts=bracket.forward, seed=seed)
         evidence = torch.where(draws.reliable, draws.log_evidence.to(bracket.lower), bracket.lower)
         return Bounds(bracket.lower, bracket.upper, evidence)
 

@@ -74,11 +74,11 @@ _TABLE: dict[tuple[Any, ...], tuple[str, str]] = {
         "The posterior's 90% intervals cover a share of {} of the reference posterior",
         "an interval that fails twice as often as it says",
     ),
-    ("posterior", "sbc_p", 0.01, 1, ("sbc_distance", -INF, 0.1)): (
+    ("posterior", "sbc_p", 0.001, 1, ("sbc_distance", -INF, 0.1)): (
         "The posterior fails SBC: ranks of true latents among its draws are not uniform on simulated data (p = {})",
         "Talts et al. 2018, arXiv:1804.06788; a largest distance of 0.1 is a tenth of all rows misplaced",
     ),
-    ("posterior", "tarp_p", 0.01, 1, ("tarp_distance", -INF, 0.1)): (
+    ("posterior", "tarp_p", 0.001, 1, ("tarp_distance", -INF, 0.1)): (
         "The posterior's joint coverage is off on simulated data (TARP, p = {})",
         "Lemos et al. 2023, arXiv:2302.03026; with a distance of 0.1, as above",
     ),
