@@ -29,7 +29,7 @@ LIMITS = {
     "proposal": {"weights_fail": (0.0, 0.1)},
     "model": {"misspecified": (0.0, 0.5)},
 }
-FAILS = 0.25  # posterior sds of a row's weighted means, and nats of its evidence
+FAILS = 0.25  # posterior sds of a row's weighted means, log sds, and nats of its evidence
 PROPOSALS = {"rows": 100, "K": 1000, "repeats": 10}
 
 
@@ -125,16 +125,20 @@ def _gap(kind: Kind, guide: Guide, x: Tensor) -> Tensor:
 
 
 def _weights_fail(kind: Kind, guide: Guide, x: Tensor) -> Tensor:
-    """Return the share of rows whose means or evidence by self-normalized weights miss by a quarter (RMS)."""
+    """Return the share of rows whose means, log sds or evidence by self-normalized weights miss by a quarter (RMS)."""
     evidence, (mean, sd) = kind.evidence(x), kind.moments(x)
     q, squares = _normals(guide, x), []
     for _ in range(PROPOSALS["repeats"]):
         u = _draw(kind, q, x, PROPOSALS["K"])
         log_q = kind.log_joint(u, x) - evidence if q is None else _log_prob(q, u)
         log_w = kind.log_joint(u, x) - log_q
-        weighted = (log_w.softmax(0).unsqueeze(-1) * u).sum(0)
+        weights = log_w.softmax(0).unsqueeze(-1)
+        weighted = (weights * u).sum(0)
+        log_ratio = (weights * (u - weighted).square()).sum(0).sqrt().log() - sd.log()
         off = log_w.logsumexp(0) - math.log(PROPOSALS["K"]) - evidence
-        squares.append(torch.stack([((weighted - mean) / sd).square().mean(-1), off.square()]))
+        squares.append(
+            torch.stack([((weighted - mean) / sd).square().mean(-1), log_ratio.square().mean(-1), off.square()])
+        )
     errors = torch.stack(squares).mean(0).sqrt()
     return (~(errors <= FAILS)).any(0).double().mean()
 
