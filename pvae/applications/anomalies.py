@@ -6,18 +6,21 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from scipy.stats import rankdata
 from torch import Tensor
 
+from pvae.applications.evidence import batch_size, evidence_plan, fix_params, row_evidence
 from pvae.errors import Incompatible, UserError, check_range, nearest, param
 from pvae.inference.batching import Progress, RowBatch, Values, map_batches, silent
 from pvae.inference.guides import Guide
 from pvae.inference.importance import log_weights
 from pvae.inference.posterior import posterior_moments
 from pvae.runtime.pyro_params import Program
-from pvae.stats import Estimate, log_mean_exp, mean_se
+from pvae.samplers.row_posterior import Accuracy
+from pvae.stats import Estimate, mean_se
 
 # Offset of the reference's seed: its draws are not those of the rows, whose batches' seeds are 1,000,003 apart.
 REFERENCE = 500_009
@@ -35,6 +38,7 @@ class AnomalyScores:
         false_alarm, K: share of normal rows that may be flagged, a; draws for each row.
         left_out: scores that this guide does not have, with the reason.
         missing: share of missing entries of each row, [B], and of each reference row, [R].
+        reliable: whether the weights behind a row's evidence passed the checks, [B], and a reference row's, [R].
 
     Bounds sum over the observed entries: a row with fewer entries seems more normal. Rates of false alarms hold if
     rows miss entries as the reference does; ranks among rows that miss different numbers say little (``comparable``).
@@ -46,6 +50,7 @@ class AnomalyScores:
     K: int
     left_out: dict[str, str]
     missing: tuple[Tensor, Tensor] = (torch.zeros(0), torch.zeros(0))
+    reliable: tuple[Tensor, Tensor] = (torch.zeros(0), torch.zeros(0))
 
     @property
     def comparable(self) -> bool:
@@ -115,6 +120,7 @@ def detect_anomalies(
     reference: Values,
     scores: Sequence[str] | None = None,
     K: int = 16,
+    accuracy: str | Accuracy | None = None,
     false_alarm: float = 0.05,
     seed: int = 0,
     progress: Progress = silent,
@@ -137,6 +143,8 @@ def detect_anomalies(
         model, guide, x, index, K, seed, progress: as for `encode`; the guide may be any Pyro program.
         reference: normal rows [R, C] that nothing was fitted to.
         scores: their names; all that the guide has unless given.
+        accuracy: of the evidence: rows on which the guide's weights fail their checks go on to other proposals, as in
+            `posterior`, in some milliseconds each. None leaves them as they are, with ``reliable`` False.
         false_alarm: a, the share of normal rows that may be flagged.
 
     A reference row is left out of what it is compared with, so that it counts as new rows do, up to 1 / R. Evidence
@@ -156,13 +164,17 @@ def detect_anomalies(
         raise UserError(f"{param('false_alarm')} is {false_alarm}, but it must be between 0 and 1")
     names, left_out = _available_scores(guide, scores)
     _threshold_rank(len(reference), false_alarm)  # refused before any work
-    compute = partial(_row_statistics, model, guide, K)
-    normal = map_batches(model, guide, compute, reference, seed=seed + REFERENCE, progress=progress)
-    rows = map_batches(model, guide, compute, x, index, seed=seed, progress=progress)
+    plan = evidence_plan(accuracy) if "evidence" in names else None
+    K = max(K, plan.K) if plan else K
+    compute, size = partial(_row_statistics, model, guide, K, plan), batch_size(plan, guide)
+    options: dict[str, Any] = {"batch_size": size, "progress": progress}
+    normal = map_batches(model, guide, compute, reference, seed=seed + REFERENCE, **options)
+    rows = map_batches(model, guide, compute, x, index, seed=seed, **options)
     results = {name: DERIVED[name](rows, normal) if name in DERIVED else (rows[name], normal[name]) for name in names}
     pairs = {name: [torch.where(s.isnan(), torch.inf, s.double()) for s in pair] for name, pair in results.items()}
     of_rows, of_normal = ({name: pair[side] for name, pair in pairs.items()} for side in (0, 1))
-    return AnomalyScores(of_rows, of_normal, false_alarm, K, left_out, (rows["missing"], normal["missing"]))
+    about = {name: (rows[name], normal[name]) for name in ("missing", "reliable")}
+    return AnomalyScores(of_rows, of_normal, false_alarm, K, left_out, **about)
 
 
 def auroc(scores: Tensor, anomalous: Tensor) -> Estimate:
@@ -186,14 +198,14 @@ def auroc(scores: Tensor, anomalous: Tensor) -> Estimate:
     return Estimate(area.mean, math.hypot(area.se, other.se))
 
 
-def _row_statistics(model: Program, guide: Program, K: int, rows: RowBatch) -> Statistics:
-    statistics, q = {"missing": rows.x.isnan().flatten(1).double().mean(1)}, guide
-    if isinstance(guide, Guide):
-        q_params = guide.params(rows.x, rows.index).detach()
-        statistics["code"], q = posterior_moments(guide.family, q_params)[0], guide.with_params(q_params)
-    w = log_weights(model, q, rows.x, rows.index, K)
-    bounds = {"evidence": log_mean_exp(w.log_w.double()), "elbo": w.log_w.mean(0), "reconstruction": w.log_lik.mean(0)}
-    return statistics | {name: -bound for name, bound in bounds.items()}
+def _row_statistics(model: Program, guide: Program, K: int, plan: Accuracy | None, rows: RowBatch) -> Statistics:
+    statistics, (fixed, q) = {"missing": rows.x.isnan().flatten(1).double().mean(1)}, fix_params(guide, rows)
+    if q:
+        statistics["code"] = posterior_moments(*q)[0]
+    w = log_weights(model, fixed, rows.x, rows.index, K)
+    evidence = row_evidence(model, guide, q, rows, w.log_w, plan)
+    bounds = {"evidence": evidence.evidence, "elbo": w.log_w.mean(0), "reconstruction": w.log_lik.mean(0)}
+    return statistics | {name: -bound for name, bound in bounds.items()} | {"reliable": evidence.reliable}
 
 
 def _typicality(rows: Statistics, normal: Statistics) -> tuple[Tensor, Tensor]:

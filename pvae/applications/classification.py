@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import Any
 
 import torch
 from scipy.optimize import brentq
 from torch import Tensor
 from torch.nn.functional import one_hot
 
+from pvae.applications.evidence import batch_size, evidence_plan, fix_params, row_evidence
 from pvae.errors import Incompatible, UserError, check_range, param
 from pvae.inference.batching import Progress, RowBatch, Values, map_batches, silent
 from pvae.inference.guides import Guide
 from pvae.inference.importance import log_weights
-from pvae.inference.posterior import with_fixed_params
 from pvae.runtime.pyro_params import Program
-from pvae.stats import Estimate, log_mean_exp, log_mean_exp_se, mean_se
+from pvae.samplers.row_posterior import Accuracy
+from pvae.stats import Estimate, mean_se
 
 ClassPrior = Values | Sequence[float] | None
 _Case = tuple[Program, Program, Values]  # program, guide and rows
@@ -34,6 +36,7 @@ class Classification:
         log_prior: log p(y), [C].
         temperature: T.
         K: draws for each row and class.
+        reliable: whether the weights behind each evidence passed the checks, [B, C].
     """
 
     log_evidence: Tensor
@@ -41,6 +44,7 @@ class Classification:
     log_prior: Tensor
     temperature: float
     K: int
+    reliable: Tensor = field(default_factory=partial(torch.zeros, 0, dtype=torch.bool))
 
     @property
     def log_probabilities(self) -> Tensor:
@@ -95,6 +99,7 @@ def classify(
     prior: ClassPrior = None,
     temperature: float = 1.0,
     K: int = 16,
+    accuracy: str | Accuracy | None = None,
     seed: int = 0,
     progress: Progress = silent,
 ) -> Classification:
@@ -108,6 +113,7 @@ def classify(
         temperature: T, by which the log evidence is divided: 1 is Bayes' rule, which is overconfident as networks err
             on all columns of a row together; `fit_temperature` estimates T.
         K, seed, progress: as for `encode`, for each class.
+        accuracy: of the evidence, as for `detect_anomalies`.
 
     Raises:
         UserError: fewer than two classes, a prior that does not fit, or a temperature that is not positive.
@@ -116,7 +122,7 @@ def classify(
     See also: `classify_conditional`, for one program that is given the label; `detect_anomalies`.
     Source: Ng and Jordan (2002), *On Discriminative vs. Generative Classifiers*, NeurIPS 14.
     """
-    return _classify([(*pair, x) for pair in models], prior, temperature, K, seed, progress)
+    return _classify([(*pair, x) for pair in models], prior, temperature, K, accuracy, seed, progress)
 
 
 def classify_conditional(
@@ -128,6 +134,7 @@ def classify_conditional(
     prior: ClassPrior = None,
     temperature: float = 1.0,
     K: int = 16,
+    accuracy: str | Accuracy | None = None,
     seed: int = 0,
     progress: Progress = silent,
 ) -> Classification:
@@ -137,11 +144,11 @@ def classify_conditional(
         model, guide: a fitted program of p(x|y) and its guide, both of rows [B, columns + C] with one-hot labels.
         x: rows without their labels, [B, columns].
         classes: C, the number of classes.
-        prior, temperature, K, seed, progress: as for `classify`.
+        prior, temperature, K, accuracy, seed, progress: as for `classify`.
     """
     rows, labels = torch.as_tensor(x), torch.eye(classes)
     cases = [(model, guide, torch.cat([rows, y.to(rows).expand(len(rows), -1)], 1)) for y in labels]
-    return _classify(cases, prior, temperature, K, seed, progress)
+    return _classify(cases, prior, temperature, K, accuracy, seed, progress)
 
 
 def fit_temperature(log_evidence: Tensor, labels: Values, prior: ClassPrior = None) -> Estimate:
@@ -195,25 +202,35 @@ def fit_temperature(log_evidence: Tensor, labels: Values, prior: ClassPrior = No
 
 
 def _classify(
-    cases: Sequence[_Case], prior: ClassPrior, temperature: float, K: int, seed: int, progress: Progress
+    cases: Sequence[_Case],
+    prior: ClassPrior,
+    temperature: float,
+    K: int,
+    accuracy: str | Accuracy | None,
+    seed: int,
+    progress: Progress,
 ) -> Classification:
     check_range("classify", temperature=temperature, K=K)
     if len(cases) < 2:
         raise UserError(f"{len(cases)} class is given; at least 2 are needed to classify")
-    log_prior = _log_prior(prior, len(cases))
+    log_prior, plan = _log_prior(prior, len(cases)), evidence_plan(accuracy)
+    K = max(K, plan.K) if plan else K
 
     def compute(model: Program, guide: Program, rows: RowBatch) -> dict[str, Tensor]:
-        q = with_fixed_params(guide, rows.x, rows.index)
-        log_w = log_weights(model, q, rows.x, rows.index, K).log_w.double()
-        return {"evidence": log_mean_exp(log_w), "se": log_mean_exp_se(log_w)}
+        fixed, q = fix_params(guide, rows)
+        log_w = log_weights(model, fixed, rows.x, rows.index, K).log_w
+        return row_evidence(model, guide, q, rows, log_w, plan)._asdict()
 
     columns = []
     for model, guide, x in cases:
         if isinstance(guide, Guide) and guide.family.point_mass:
             raise Incompatible(f"a point mass has no evidence to classify by; fit with another {param('family')}")
-        columns.append(map_batches(model, guide, partial(compute, model, guide), x, seed=seed, progress=progress))
-    evidence, se = (torch.stack([column[name] for column in columns], 1) for name in ("evidence", "se"))
-    return Classification(evidence, se, log_prior, temperature, K)
+        options: dict[str, Any] = {"seed": seed, "batch_size": batch_size(plan, guide), "progress": progress}
+        columns.append(map_batches(model, guide, partial(compute, model, guide), x, **options))
+    evidence, se, reliable = (
+        torch.stack([column[name] for column in columns], 1) for name in ("evidence", "se", "reliable")
+    )
+    return Classification(evidence, se, log_prior, temperature, K, reliable)
 
 
 def _log_prior(prior: ClassPrior, classes: int) -> Tensor:
