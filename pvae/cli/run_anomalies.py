@@ -11,11 +11,13 @@ from torch import Tensor
 
 from pvae import applications
 from pvae.applications.anomalies import AnomalyScores
+from pvae.cli.run_restoration import name_rows
 from pvae.cli.use_context import UseContext, make_result
 from pvae.errors import UserError, param
 from pvae.experiments.row_selection import SPLIT_LABELS, SelectedRows, select_rows
 from pvae.experiments.run import Run
 from pvae.experiments.use_results import UseResult
+from pvae.inference.streaming import MIN_DRAWS_FOR_K_HAT
 from pvae.recipes import recipe
 from pvae.reporting.application_figures import draw_scores
 from pvae.runtime.torch_state import to_numpy
@@ -42,6 +44,7 @@ def anomalies(
     anomalous: Sequence[str] | None = None,
     scores: Sequence[str] | None = None,
     K: int = 16,
+    accuracy: str | None = None,
     false_alarm: float = 0.05,
 ) -> UseResult:
     """Score how unlike held-out normal rows the rows are, and flag those beyond each score's threshold.
@@ -54,11 +57,12 @@ def anomalies(
     known = _known(context, labels)
     place = (scored & known).nonzero()[:, 0]
     rows, truth = context.rows.at(place), None if truth is None else truth[place]
-    options = {"reference": reference, "scores": scores, "K": K, "false_alarm": false_alarm}
+    options = {"reference": reference, "scores": scores, "K": K, "accuracy": accuracy, "false_alarm": false_alarm}
     result = context.apply(applications.detect_anomalies, rows.x, rows.index, **options)
     arrays = {"row": rows.place} | ({"row_of_all": place} if rows.where == ALL_LABELS else {}) | dict(result.scores)
     arrays |= {f"flagged_{name}": result.flagged(name) for name in result.scores}
     arrays |= {f"p_{name}": result.p_values(name) for name in result.scores}
+    arrays |= {"reliable": result.reliable[0]} if "evidence" in result.scores else {}
     arrays |= {} if truth is None else {"anomalous": truth}
     sentences = _sentences(result, len(reference), rows, truth, int((~known).sum()))
     histograms = {}
@@ -139,11 +143,23 @@ def _sentences(result: AnomalyScores, held: int, rows: SelectedRows, truth: Tens
     elif len(truth.unique()) < 2:
         kind = "anomalous" if truth.all() else "normal"
         sentences.append(f"All rows are {kind}: no AUROC without rows of both kinds.")
+    if "evidence" in result.scores:
+        sentences += check_words(result.reliable[0], result.K, rows.place)
     if not result.comparable:
         here, there = (100 * share.mean().item() for share in result.missing)
         effect = "scores sum over observed entries, so that rows with more missing entries seem more normal"
         sentences.append(f"Rows lack {here:.2g}% of their entries, the reference {there:.2g}%; {effect}.")
     return sentences
+
+
+def check_words(reliable: Tensor, K: int, place: Tensor) -> list[str]:
+    """Say of how many rows the weights behind the evidence failed their checks, and of which; of none if none did."""
+    if K < MIN_DRAWS_FOR_K_HAT:
+        return [f"The evidence is a lower bound by {K} draws, too few to check: {param('samples', 100)} checks them."]
+    if reliable.all():
+        return []
+    failed = name_rows(place[~reliable])
+    return [f"The evidence of {failed} is unreliable: their weights fail their checks, and it may be far too low."]
 
 
 def _table(result: AnomalyScores, truth: Tensor | None) -> tuple[str, list[str], list[list[str]]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -15,6 +15,7 @@ from torch import Tensor
 from pvae import applications
 from pvae.applications import classification
 from pvae.applications.classification import Classification
+from pvae.cli.run_anomalies import check_words
 from pvae.cli.use_context import UseContext, make_result
 from pvae.data.dataset import Dataset
 from pvae.errors import UserError
@@ -32,14 +33,18 @@ FIGURES = {
 }
 
 
-def fit_and_classify(context: UseContext, *, epochs: int | None = None, K: int = 16) -> UseResult:
+def fit_and_classify(
+    context: UseContext, *, epochs: int | None = None, K: int = 16, accuracy: str | None = None
+) -> UseResult:
     """Classify rows with the run's class models, which are trained first if they are not."""
     folder = context.data_folder
     models, data = fit_class_models(context.run, epochs=epochs, data_folder=folder, progress=True, say=typer.echo)
-    return classify(context, models, data=data, K=K)
+    return classify(context, models, data=data, K=K, accuracy=accuracy)
 
 
-def classify(context: UseContext, models: Sequence[Any] | None, *, data: Dataset, K: int = 16) -> UseResult:
+def classify(
+    context: UseContext, models: Sequence[Any] | None, *, data: Dataset, K: int = 16, accuracy: str | None = None
+) -> UseResult:
     """Classify rows by Bayes' rule on their evidence under a model for each class, or (None) one that takes the label.
 
     Validation rows of ``data`` calibrate the probabilities; its training rows give the prior of the classes.
@@ -47,7 +52,7 @@ def classify(context: UseContext, models: Sequence[Any] | None, *, data: Dataset
     labels, train = class_labels(data), data.train_labels
     assert train is not None
     prior = torch.bincount(torch.searchsorted(labels, train), minlength=len(labels)).double()
-    score = partial(_score, context, models, data, prior, K)
+    score = partial(_score, context, models, data, prior, {"K": K, "accuracy": accuracy})
     held, x, y = _calibration_rows(context, data, labels)
     temperature = classification.fit_temperature(score(x, context.seed + 1).log_evidence, y, prior)
     result = score(context.rows.x, context.seed).at(temperature.mean)
@@ -59,13 +64,19 @@ def classify(context: UseContext, models: Sequence[Any] | None, *, data: Dataset
 
 
 def _score(
-    context: UseContext, models: Sequence[Any] | None, data: Dataset, prior: Tensor, K: int, x: Tensor, seed: int
+    context: UseContext,
+    models: Sequence[Any] | None,
+    data: Dataset,
+    prior: Tensor,
+    options: Mapping[str, Any],
+    x: Tensor,
+    seed: int,
 ) -> Classification:
     """Return the evidence of each class that has training rows, for rows x."""
     if models is not None:
-        return applications.classify(models, x, prior=prior, K=K, seed=seed, progress=context.progress)
+        return applications.classify(models, x, prior=prior, seed=seed, progress=context.progress, **options)
     x = x[:, : context.run.columns]
-    every = classification.classify_conditional(*context.programs, x, data.num_label_columns, K=K, seed=seed)
+    every = classification.classify_conditional(*context.programs, x, data.num_label_columns, seed=seed, **options)
     assert data.labels is not None  # the columns are theirs
     known = _subset(every, (slice(None), torch.isin(data.labels, class_labels(data))))
     return replace(known, log_prior=(prior / prior.sum()).log())
@@ -73,7 +84,8 @@ def _score(
 
 def _subset(result: Classification, which: Any) -> Classification:
     """Return some rows or classes of a classification."""
-    return replace(result, log_evidence=result.log_evidence[which], log_evidence_se=result.log_evidence_se[which])
+    of_rows = ("log_evidence", "log_evidence_se", "reliable")
+    return replace(result, **{name: getattr(result, name)[which] for name in of_rows})
 
 
 def _calibration_rows(context: UseContext, data: Dataset, labels: Tensor) -> tuple[str, Tensor, Tensor]:
@@ -94,7 +106,9 @@ def _against_labels(context: UseContext, result: Classification, labels: Tensor,
     truth, where = context.rows.labels, context.rows.where
     names = [context.run.label_name(label) for label in labels.tolist()]
     arrays = {"predicted": labels[result.predicted], "probability": result.log_probabilities.exp()}
-    arrays |= {"log_evidence": result.log_evidence, "row": context.rows.place} | context.labels
+    arrays |= {"log_evidence": result.log_evidence, "reliable": result.reliable.all(1)}
+    arrays |= {"row": context.rows.place} | context.labels
+    sentences += check_words(result.reliable.all(1), result.K, context.rows.place)
     tables: list[Any] = []
     if truth is None:
         figure = context.strips({"row": context.x}, [names[y] for y in result.predicted.tolist()])

@@ -84,12 +84,17 @@ def _draws(context: UseContext, restored: Denoising | Imputation, K: int) -> str
 
 def _unreliable(context: UseContext, restored: Denoising | Imputation) -> list[str]:
     """Name the rows on which the checks of every method failed, if there are any."""
-    rows = context.rows.place[~restored.reliable.cpu()].tolist()
-    if not rows or context.run.guide.family.point_mass:
+    rows = context.rows.place[~restored.reliable.cpu()]
+    if not len(rows) or context.run.guide.family.point_mass:
         return []
-    few = ", ".join(map(str, rows[:NAMED])) + (", ..." if len(rows) > NAMED else "")
     failed = "the checks of every method failed, so that means, deviations and draws may be far off"
-    return [f"{len(rows)} of {len(restored.x)} rows are unreliable (--select {few}): {failed}."]
+    return [f"What is said of {name_rows(rows)} is unreliable: {failed}."]
+
+
+def name_rows(place: Tensor) -> str:
+    """Return how many rows there are and the first few, by their positions."""
+    few = ", ".join(map(str, place[:NAMED].tolist())) + (", ..." if len(place) > NAMED else "")
+    return f"{len(place)} row{'s' if len(place) > 1 else ''} ({few})"
 
 
 def _observed(context: UseContext, hide: float | None) -> Tensor:
