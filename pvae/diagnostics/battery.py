@@ -25,7 +25,7 @@ from pvae.inference.posterior import freeze
 from pvae.runtime.pyro_params import Program
 from pvae.samplers.ais import sandwich
 from pvae.samplers.log_joint import LogJoint
-from pvae.samplers.row_posterior import Accuracy, PosteriorDraws, draw_rows, posterior
+from pvae.samplers.row_posterior import ACCURACIES, Accuracy, PosteriorDraws, draw_rows, posterior
 from pvae.stats import UNRELIABLE, Estimate, draws_needed, mean_se
 
 TASK_ROWS = 25  # few, so that a long job can stop and go on anywhere, and shows its progress
@@ -205,7 +205,8 @@ class Battery:
     def _usage_of_draws(self) -> LatentUsage:
         """Measure latent usage of the refined q, with the aggregate of each row's checked draws."""
         about = (self.model, self.posteriors["best"], self.x, self.index)
-        draws = posterior(*about, accuracy="quick", seed=self.seed).resample(1, seed=self.seed)
+        quick = ACCURACIES["quick"]._replace(length=0)
+        draws = posterior(*about, accuracy=quick, seed=self.seed).resample(1, seed=self.seed)
         return measure_latent_usage(*about, codes=draws[0], seed=self.seed)
 
     def _weights(self, q: Guide) -> Weights:
@@ -220,7 +221,7 @@ class Battery:
         except AllChainsDiverged:
             return Bounds(*torch.full((3, len(like)), torch.nan))
         target = LogJoint(self.model, bracket.x, None, self.guide.sites)
-        draws = draw_rows(target, None, self.budget.accuracy, scouts=bracket.forward, seed=seed)
+        draws = draw_rows(target, None, self.budget.accuracy._replace(length=0), scouts=bracket.forward, seed=seed)
         evidence = torch.where(draws.reliable, draws.log_evidence.to(bracket.lower), bracket.lower)
         return Bounds(bracket.lower, bracket.upper, evidence)
 

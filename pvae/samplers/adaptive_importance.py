@@ -65,8 +65,10 @@ class StudentMixture(NamedTuple):
 
     def squared_distance(self, u: Tensor) -> Tensor:
         """Compute squared Mahalanobis distances of u [S, B, D] from the components, [M, S, B]."""
-        inverse = torch.linalg.inv(self.scale_tril)
-        return ((inverse @ (u.permute(1, 2, 0) - self.loc.unsqueeze(-1))) ** 2).sum(-2).mT
+        inverse = torch.linalg.inv(self.scale_tril).transpose(0, 1)  # [B, M, D, D]
+        centre = inverse @ self.loc.transpose(0, 1).unsqueeze(-1)
+        scaled = (inverse.flatten(1, 2) @ u.permute(1, 2, 0)).unflatten(1, inverse.shape[1:3]).sub_(centre)
+        return scaled.square_().sum(2).permute(1, 2, 0)
 
     def component_log_prob(self, squared_distance: Tensor) -> Tensor:
         """Compute log pi_m t_m(u) from squared distances, [M, S, B]."""
@@ -81,11 +83,15 @@ class StudentMixture(NamedTuple):
 
 
 class Proposals(NamedTuple):
-    """Draws u [K, B, D] of each row, and their log p(x, u) and log q(u), [K, B] each in nats and float64."""
+    """Draws u [K, B, D] of each row, and their log p(x, u) and log q(u), [K, B] each in nats and float64.
+
+    Draws of a mixture have their `StudentMixture.squared_distance` with them.
+    """
 
     u: Tensor
     log_joint: Tensor
     log_q: Tensor
+    squared_distance: Tensor = torch.empty(0)
 
     @property
     def log_w(self) -> Tensor:
@@ -112,8 +118,10 @@ def draw_defensively(density: JointDensity, mixture: StudentMixture, count: int)
     from_prior = max(1, round(DEFENSIVE * count))
     u = torch.cat([density.target.prior(from_prior).double(), mixture.sample(count - from_prior)])
     log_lik, log_prior = density(u)
-    parts = [log_prior + math.log(from_prior / count), mixture.log_prob(u) + math.log1p(-from_prior / count)]
-    return Proposals(u, log_lik + log_prior, torch.stack(parts).logsumexp(0))
+    distance = mixture.squared_distance(u)
+    of_mixture = mixture.component_log_prob(distance).logsumexp(0)
+    parts = [log_prior + math.log(from_prior / count), of_mixture + math.log1p(-from_prior / count)]
+    return Proposals(u, log_lik + log_prior, torch.stack(parts).logsumexp(0), distance)
 
 
 @torch.no_grad()
@@ -182,7 +190,7 @@ def _adapt(mixture: StudentMixture, proposals: Proposals) -> StudentMixture:
     u, log_w, D = proposals.u, proposals.log_w, proposals.u.shape[-1]
     cut = log_w.topk(max(2, math.isqrt(len(u))), 0).values[-1]
     weights = torch.minimum(log_w, cut).softmax(0).nan_to_num(1 / len(u))  # a row without any weight
-    distance = mixture.squared_distance(u)
+    distance = proposals.squared_distance
     log_prob = mixture.component_log_prob(distance)
     share = log_prob.softmax(0) * weights
     mass, scaled = share.sum(1), share * (mixture.df + D) / (mixture.df + distance)
