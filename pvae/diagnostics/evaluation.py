@@ -319,7 +319,9 @@ def _gaps(model: Program, guide: Guide, rows: PosteriorBatch, budget: Budget) ->
     target, accuracy = LogJoint(model, rows.x, rows.index, guide.sites), budget.accuracy
     with seeded(rows.seed + ANNEAL):
         scouts = anneal_particles(target, accuracy.chains, accuracy.temperatures)
-    search = FamilySearch(model, guide.family, guide.sites, rows, budget.K, budget.steps)
+    heaviest = scouts.log_w.nan_to_num(nan=-torch.inf).argsort(0, descending=True).unsqueeze(-1)
+    particles = scouts.position.gather(0, heaviest.expand_as(scouts.position))
+    search = FamilySearch(model, guide.family, guide.sites, rows, budget.K, budget.steps, particles)
     q_params, optimization_gap = search.from_guide()
     (weights, best), (_, gain) = paired_moments(model, [rows.q, guide.with_params(q_params)], rows, budget.K)
     q = (guide.family, q_params)

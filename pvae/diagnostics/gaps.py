@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import NamedTuple
@@ -11,18 +11,22 @@ import torch
 from torch import Tensor, nn
 
 from pvae.inference import refinement
-from pvae.inference.families import DiagonalNormal, Family
+from pvae.inference.families import DiagonalNormal, Family, LowRankNormal
 from pvae.inference.importance import iter_log_weights
 from pvae.inference.latents import LatentSites
+from pvae.inference.posterior import posterior_moments
 from pvae.inference.refinement import LocalELBO, NaturalAscent, RowAdam, UpdateRule, default_update_rule, fixed_guide
 from pvae.inference.streaming import RunningMoments, StreamingWeights
 from pvae.runtime.pyro_params import Program
 from pvae.runtime.torch_state import no_validation, seeded
-from pvae.samplers.gaussian_vi import fit_gaussian
+from pvae.samplers.gaussian_vi import fit_gaussian, newton_decrement
 from pvae.samplers.log_joint import LogJoint
 
 # A batch's random streams: reported bounds, choice of candidates, annealing, other families, Gaussian fits, evidence.
 REPORT, CHOOSE, ANNEAL, OTHER, SHAPE, EVIDENCE = 2, 3, 4, 5, 6, 7
+
+# Particles, the heaviest ones, from which normals are fitted, and the scale there in standard deviations of them all.
+FROM_PARTICLES, START_SCALE = 1, 0.1
 
 
 class PosteriorBatch(NamedTuple):
@@ -60,7 +64,10 @@ def paired_moments(
 
 @dataclass(frozen=True)
 class FamilySearch:
-    """Multi-start search for a batch's best q_params in a family, the model frozen; K draws compare candidates."""
+    """Multi-start search for a batch's best q_params in a family, the model frozen; K draws compare candidates.
+
+    ``particles`` [C, B, D], the heaviest first, are annealed from the prior: they lead to modes that the guide misses.
+    """
 
     model: Program
     family: Family
@@ -68,20 +75,55 @@ class FamilySearch:
     rows: PosteriorBatch
     K: int
     steps: int
+    particles: Tensor | None = None
 
     def from_guide(self) -> tuple[Tensor, Tensor]:
         """Search the guide's family; return the best q_params [B, P] and the optimization gap [B] in nats.
 
-        Searches start at the guide's q_params and, by another rule, at the family's initial ones, for a correlated
-        family also near the best Gaussian, see `fit_gaussian`. The best of the other starts and of all ends counts.
+        For families of normals the search is by fixed-point rounds, see `fit_gaussian`, from the guide's moments, from
+        the family's initial ones and from particles, and ends with gradient steps from the best; see `newton_decrement`
+        for its gap. For others, and where steps are few, it is by gradient steps from the guide's q_params and from the
+        initial ones. The best of starts and ends counts.
         """
+        if self.family.has_gaussian_start or type(self.family) is DiagonalNormal:
+            return self._climb([self.rows.q_params, *self._fits()])
         starts = [(self.rows.q_params, default_update_rule(self.family)), (self._initial(), RowAdam())]
         candidates = [self.rows.q_params]
-        diagonal = self.family.point_mass or type(self.family) is DiagonalNormal
-        if self.family.has_diagonal_start and not diagonal:
+        if self.family.has_diagonal_start and not self.family.point_mass:
             candidates.append(self._near_gaussian(self._best_diagonal()))
             starts.append((candidates[-1], self._short_steps()))
         return self._maximize(starts, candidates)
+
+    def _fits(self) -> Iterator[Tensor]:
+        """Yield q_params [B, P] of normals fitted from the guide's moments, the initial ones, and each particle."""
+        starts = [posterior_moments(self.family, q_params) for q_params in (self.rows.q_params, self._initial())]
+        if self.particles is not None:
+            spread = START_SCALE * self.particles.std(0).clamp(min=1e-6)
+            starts += [(u, spread) for u in self.particles[:FROM_PARTICLES]]
+        mean, sd = (torch.cat(values).to(self.rows.q_params).nan_to_num() for values in zip(*starts, strict=True))
+        size, diagonal = len(self.rows.x), type(self.family) is DiagonalNormal
+        target = self._target().rows(torch.arange(size, device=mean.device).repeat(len(starts)))
+        fitted = fit_gaussian(target, mean, sd.log(), diagonal=diagonal, seed=self.rows.seed + SHAPE)
+        for mean, covariance in zip(*(values.split(size) for values in fitted), strict=True):
+            if diagonal:
+                log_scale = covariance.diagonal(dim1=-2, dim2=-1).log() / 2
+                yield self.family.params_from_diagonal(mean, log_scale).to(self.rows.q_params)
+            else:
+                yield self.family.params_from_gaussian(mean, covariance).to(self.rows.q_params)
+
+    def _climb(self, candidates: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """Make gradient steps from the best candidate; return the best q_params, and what the search may have left."""
+        best = self._select(candidates)
+        q_params, gap = self._maximize([(best, self._short_steps())], candidates)
+        if isinstance(self.family, LowRankNormal):  # its optimum's curvature is not that of all normals
+            return q_params, gap
+        diagonal, q = type(self.family) is DiagonalNormal, self.family(q_params)
+        root: Tensor = q.stddev.diag_embed() if diagonal else q.scale_tril
+        left = newton_decrement(self._target(), q.mean, root, diagonal=diagonal, seed=self.rows.seed + SHAPE)
+        return q_params, torch.fmax(gap, left.to(gap))
+
+    def _target(self) -> LogJoint:
+        return LogJoint(self.model, self.rows.x, self.rows.index, self.sites)
 
     def from_gaussian(self, diagonal: Sequence[Tensor]) -> Tensor:
         """Search from near the best diagonal Gaussians, given as mean and log scale [B, D]; return q_params [B, P]."""
@@ -123,19 +165,22 @@ class FamilySearch:
         around = self.family.params_from_diagonal(*diagonal).to(self.rows.q_params)
         if not self.family.has_gaussian_start:
             return around
-        target = LogJoint(self.model, self.rows.x, self.rows.index, self.sites)
-        gaussian = fit_gaussian(target, *diagonal, seed=self.rows.seed + SHAPE)
+        gaussian = fit_gaussian(self._target(), *diagonal, seed=self.rows.seed + SHAPE)
         return self._select([around, self.family.params_from_gaussian(*gaussian).to(self.rows.q_params)])
 
     def _maximize(
         self, starts: Sequence[tuple[Tensor, UpdateRule]], candidates: Sequence[Tensor]
     ) -> tuple[Tensor, Tensor]:
         """Search from each start; return the best q_params of ends and candidates, and the least optimization gap."""
-        rows, local_elbo = self.rows, LocalELBO(self.model, self.family, self.sites)
+        rows, local_elbo = (
+            self.rows,
+            LocalELBO(self.model, self.family, self.sites, path_gradient=not self.family.point_mass),
+        )
         search = partial(refinement.maximize_local_elbo, local_elbo, steps=self.steps, seed=rows.seed)
         with no_validation():  # a row that its steps throw out keeps the best q_params from before that
             ends = [search(start, rows.x, rows.index, rule=rule) for start, rule in starts]
-        gap = torch.stack([end.optimization_gap for end in ends]).amin(0)
+        gaps, values = (torch.stack([getattr(end, name) for end in ends]) for name in ("optimization_gap", "value"))
+        gap = gaps.gather(0, values.nan_to_num(nan=-torch.inf).argmax(0, keepdim=True)).squeeze(0)
         return self._select([*candidates, *(end.q_params for end in ends)]), gap
 
     def _select(self, candidates: Sequence[Tensor]) -> Tensor:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from pvae.inference.batching import tile_rows
 from pvae.inference.families import Family
-from pvae.inference.importance import log_weights
+from pvae.inference.importance import score_draws
 from pvae.inference.latents import LatentSites, real_vector_latent
 from pvae.runtime.pyro_params import Program
 from pvae.runtime.torch_state import seeded
@@ -243,11 +243,16 @@ def fixed_guide(family: Family, q_params: Tensor, sites: LatentSites | None = No
 
 @dataclass(frozen=True)
 class LocalELBO:
-    """ELBO of each datapoint under a model as a function of its own q_params, with gradients."""
+    """ELBO of each datapoint under a model as a function of its own q_params, with gradients.
+
+    With ``path_gradient`` gradients leave out the score of q, whose mean is zero: they have no noise where q is exact
+    (Roeder, Wu, Duvenaud 2017, arXiv:1703.09194).
+    """
 
     model: Program
     family: Family
     sites: LatentSites | None = None
+    path_gradient: bool = False
 
     def __call__(
         self, q_params: Tensor, x: Tensor, index: Tensor | None = None, K: int = 1, kl_weight: float | Tensor = 1.0
@@ -260,7 +265,7 @@ class LocalELBO:
         # must not show there.
         rows, q = tile_rows(x, index, slice(0, K)), fixed_guide(self.family, q_params.repeat(K, 1), self.sites)
         with poutine.block():
-            w = log_weights(self.model, q, *rows)
+            w = score_draws(self.model, q, *rows, path_gradient=self.path_gradient)
         return (w.log_lik + kl_weight * (w.log_prior - w.log_q)).view(K, -1).mean(0)
 
 

@@ -13,13 +13,22 @@ from pvae.samplers.hmc import Density, init
 
 # Least precision after a round, in units of the precision before: scales grow tenfold at most.
 MIN_PRECISION = 0.01
+# Least curvature in the root's units by which a Newton step is divided, and the farthest such step.
+MIN_CURVATURE, FARTHEST = 1e-5, 200.0
 # Least ratio of the smallest scale to the largest: covariances below can't be factorized.
 MIN_SCALE = 1e-5
 
 
 @torch.no_grad()
 def fit_gaussian(
-    density: Density, mean: Tensor, log_scale: Tensor, *, rounds: int = 10, sets: int = 2, seed: int = 0
+    density: Density,
+    mean: Tensor,
+    log_scale: Tensor,
+    *,
+    diagonal: bool = False,
+    rounds: int = 10,
+    sets: int = 2,
+    seed: int = 0,
 ) -> tuple[Tensor, Tensor]:
     r"""Return mean [B, D] and covariance [B, D, D] of the normal q that minimizes KL(q || p), by fixed-point rounds.
 
@@ -33,6 +42,8 @@ def fit_gaussian(
     Arguments:
         density: u [C, B, D] to log p [C, B], with gradients.
         mean, log_scale: of the initial independent normals, best the mean-field optimum, [B, D].
+        diagonal: fit independent normals: their precisions are the expected Hessian's diagonal, while the mean moves
+            by all of it, so that directions in which the dimensions depend on each other take no more rounds.
         rounds: number of rounds; each takes 2 D ``sets`` gradients of every row.
         sets: sets of D orthogonal directions in a round; at least 64 pairs are drawn.
         seed: of the draws; the random stream outside is left alone.
@@ -59,6 +70,13 @@ def fit_gaussian(
             noise = _orthogonal_noise(mean, sets)
             intercept, slope = _regress_gradient(density, mean, root, noise, log_scale.dtype)
             weight = min(1.0, 2 / max(number, 1))  # an average of all rounds, the later ones counting more
+            if diagonal:
+                step = weight * _newton_step(intercept, slope)
+                mean = mean + (root @ step.unsqueeze(-1)).squeeze(-1)
+                precision = -slope.diagonal(dim1=-2, dim2=-1)
+                scales = torch.lerp(torch.ones_like(mean), precision, weight).clamp(min=MIN_PRECISION).rsqrt()
+                root = root * scales.unsqueeze(-2)
+                continue
             values, vectors = torch.linalg.eigh(-(slope + slope.mT) / 2)
             scales = torch.lerp(torch.ones_like(values), values, weight).clamp(min=MIN_PRECISION).rsqrt().unsqueeze(-2)
             root = root @ (vectors * scales)
@@ -66,9 +84,43 @@ def fit_gaussian(
             step = ((vectors * scales).mT @ intercept.unsqueeze(-1)).squeeze(-1)
             mean = mean + weight * (root @ step.unsqueeze(-1)).squeeze(-1)
     scales = torch.linalg.svdvals(root)
-    regular = scales[:, -1] > MIN_SCALE * scales[:, 0]
+    regular = (scales[:, -1] > MIN_SCALE * scales[:, 0]) & mean.isfinite().all(-1)
     mean, root = mean.where(regular[:, None], initial[0]), root.where(regular[:, None, None], initial[1])
     return mean, root @ root.mT
+
+
+@torch.no_grad()
+def newton_decrement(
+    density: Density, mean: Tensor, root: Tensor, *, diagonal: bool = False, sets: int = 4, seed: int = 0
+) -> Tensor:
+    r"""Estimate how far the ELBO of normals is below its maximum, by its gradient and curvature, [B] nats.
+
+    .. math:: \frac12 g^T P^{-1} g + \frac14 \| I - P \|_F^2, \qquad g = R^T E_q[\nabla \log p], \quad
+              P = -R^T E_q[\nabla^2 \log p] R
+
+    Arguments:
+        density: u [C, B, D] to log p [C, B], with gradients.
+        mean, root: of q = N(mean, R R^T), [B, D] and [B, D, D].
+        diagonal: only independent normals compete: P's diagonal alone enters the second term.
+        sets, seed: as of `fit_gaussian`. The draws' noise makes the estimate larger.
+
+    Source: Boyd, Vandenberghe (2004), *Convex Optimization*, section 9.5.
+    """
+    dtype, mean, root = mean.dtype, mean.double(), root.double()
+    with seeded(seed):
+        intercept, slope = _regress_gradient(density, mean, root, _orthogonal_noise(mean, sets), dtype)
+    by_mean = (_newton_step(intercept, slope) * intercept).sum(-1) / 2
+    excess = slope + torch.eye(slope.shape[-1], dtype=slope.dtype, device=slope.device)
+    if diagonal:
+        return by_mean + excess.diagonal(dim1=-2, dim2=-1).square().sum(-1) / 4
+    return by_mean + ((excess + excess.mT) / 2).square().sum((-2, -1)) / 4
+
+
+def _newton_step(intercept: Tensor, slope: Tensor) -> Tensor:
+    """Return the step [B, D] uphill in the root's units, the curvature's sign ignored where it is not concave."""
+    values, vectors = torch.linalg.eigh(-(slope + slope.mT) / 2)
+    step = (vectors.mT @ intercept.unsqueeze(-1)).squeeze(-1) / values.abs().clamp(min=MIN_CURVATURE)
+    return (vectors @ step.unsqueeze(-1)).squeeze(-1).clamp(-FARTHEST, FARTHEST)
 
 
 def _orthogonal_noise(like: Tensor, sets: int) -> Tensor:
