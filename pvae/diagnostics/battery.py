@@ -59,7 +59,7 @@ class DiagnosisBudget:
     @property
     def accuracy(self) -> Accuracy:
         """Of the reference draws: a fifth of them effective, many particles that look for modes."""
-        return Accuracy(self.reference_draws, self.reference_draws // 5, 16, 30, 48, 60, 1500)
+        return Accuracy(self.reference_draws, self.reference_draws // 5, 16, 30, 48, 60, 1000)
 
     def passes(self) -> dict[str, int]:
         """Return about how many rows each kind of task passes through the decoder; a gradient counts as two more."""
@@ -207,7 +207,7 @@ class Battery:
         about = (self.model, self.posteriors["best"], self.x, self.index)
         quick = ACCURACIES["quick"]._replace(length=0)
         draws = posterior(*about, accuracy=quick, seed=self.seed).resample(1, seed=self.seed)
-        return measure_latent_usage(*about, codes=draws[0], seed=self.seed)
+        return measure_latent_usage(*about, codes=draws[0], permutations=1000, seed=self.seed)
 
     def _weights(self, q: Guide) -> Weights:
         values = bounds(self.model, q, self.x, self.index, K=self.budget.draws, seed=self.seed).values

@@ -70,12 +70,16 @@ class PredictiveChecks:
 
         A statistic is off with a p-value beyond 0.005 or 0.995, a column beyond 0.025 or 0.975.
         """
+        from scipy.stats import binom
+
         summary = {}
         for name, p in zip(STATISTICS, self.statistics_p.tolist(), strict=True):
             summary[f"p of {name}"] = Estimate(p, (p * (1 - p) / len(self.replicated)) ** 0.5)
         off = (self.statistics_p - 0.5).abs() > 0.495
         summary["statistics_off"] = Estimate(float(off.sum()), math.nan)
-        summary["columns_off"] = mean_se(((self.pixel_p - 0.5).abs() > 0.475).double())
+        columns = (self.pixel_p - 0.5).abs() > 0.475
+        summary["columns_off"] = mean_se(columns.double())
+        summary["columns_p"] = Estimate(float(binom.sf(int(columns.sum()) - 1, len(columns), 0.05)), math.nan)
         scored = ~self.imputation.isnan()
         if scored.any():
             scores, baseline = self.imputation[scored], self.imputation_marginal[scored]

@@ -147,6 +147,7 @@ _TABLE = {
     },
     "Predictive checks": {
         "statistics_off": ("misfitting statistics", "1", "Those with p beyond 0.005 or 0.995; 0 is good."),
+        "columns_p": ("p-value of misfitting columns", "1", "Of as many by chance, 0.05 each; small is bad."),
         "columns_off": ("share of misfitting columns", "1", "Those with p beyond 0.025 or 0.975; 0.05 is chance."),
         "imputation": ("log p(missing | observed)", "nats per entry", "Of held-out entries; higher is better."),
         "imputation_marginal": (

@@ -126,11 +126,11 @@ _TABLE: dict[tuple[Any, ...], tuple[str, str]] = {
         "A share of {} of the prior's draws lies in holes, where no row is encoded and the decoder is untrained",
         "0.01 is expected without holes",
     ),
-    ("model", "mmd_p", 0.01, 1, ("ks_distance", -INF, 0.1)): (
+    ("model", "mmd_p", 0.002, 1, ("ks_distance", -INF, 0.1)): (
         "The aggregate posterior differs from the prior (MMD, p = {})",
         "Gretton et al. 2012, JMLR 13; a distance of 0.1 in some dimension is a tenth of the codes misplaced",
     ),
-    ("model", "columns_off", -INF, 0.1): (
+    ("model", "columns_off", -INF, 0.1, ("columns_p", 0.01, 1)): (
         "A share of {} of the columns has a mean that replicated data do not have (p < 0.025 or > 0.975)",
         "Gelman, Meng, Stern 1996, Statistica Sinica 6: a share of 0.05 at most is expected",
     ),

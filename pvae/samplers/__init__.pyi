@@ -2,15 +2,18 @@ from . import hmc
 from .ais import AISEstimate, SandwichBounds, anneal, sandwich
 from .gaussian_vi import fit_gaussian
 from .log_joint import JointDraws, LogJoint, simulate_joint
+from .row_posterior import PosteriorDraws, posterior
 
 __all__ = [
     "AISEstimate",
     "JointDraws",
     "LogJoint",
+    "PosteriorDraws",
     "SandwichBounds",
     "anneal",
     "fit_gaussian",
     "hmc",
+    "posterior",
     "sandwich",
     "simulate_joint",
 ]

@@ -77,6 +77,10 @@ class StudentMixture(NamedTuple):
         scaled = constant + self.log_weights - self.scale_tril.diagonal(dim1=-2, dim2=-1).log().sum(-1)
         return scaled.unsqueeze(1) - (df + D) / 2 * torch.log1p(squared_distance / df)
 
+    def rows(self, part: Tensor) -> StudentMixture:
+        """Return the mixtures of some of the rows."""
+        return StudentMixture(*(values[:, part] for values in self))
+
     def log_prob(self, u: Tensor) -> Tensor:
         """Compute log q(u) of u [S, B, D], [S, B]."""
         return self.component_log_prob(self.squared_distance(u)).logsumexp(0)
@@ -126,14 +130,7 @@ def draw_defensively(density: JointDensity, mixture: StudentMixture, count: int)
 
 @torch.no_grad()
 def fit_mixture(
-    density: JointDensity,
-    particles: Tensor,
-    log_w: Tensor,
-    starts: Tensor,
-    *,
-    draws: int = 2000,
-    rounds: int = ADAPT_ROUNDS,
-    seed: int = 0,
+    density: JointDensity, mixture: StudentMixture, *, draws: int = 2000, rounds: int = ADAPT_ROUNDS, seed: int = 0
 ) -> StudentMixture:
     r"""Fit a mixture of t distributions to each row's posterior by rounds of importance sampling.
 
@@ -145,8 +142,7 @@ def fit_mixture(
 
     Arguments:
         density: log p(x|u) and log p(u) of the rows.
-        particles, log_w: positions [C, B, D] and their log-weights [C, B], at which components start; see `anneal`.
-        starts: further positions [S, B, D], such as a guide's means; Gaussians are fitted from them too.
+        mixture: the first proposal, see `initial_mixture`.
         draws: of each round and row; those of many dimensions need more.
         rounds: the most of adaptation, which ends when half of every row's draws are effective.
         seed: of all noise; the random stream outside is left alone.
@@ -160,7 +156,6 @@ def fit_mixture(
     Statistics and Computing 25.
     """
     with seeded(seed):
-        mixture = _initial_mixture(density.target, particles.double(), log_w.double(), starts.double(), seed)
         for _ in range(rounds):
             proposals = draw_defensively(density, mixture, draws)
             if (effective_sample_size(proposals.log_w) > ENOUGH * draws).all():
@@ -169,8 +164,23 @@ def fit_mixture(
     return mixture
 
 
+@torch.no_grad()
+def initial_mixture(
+    target: LogJoint, particles: Tensor, log_w: Tensor, starts: Tensor, *, seed: int = 0
+) -> StudentMixture:
+    """Return a mixture of Gaussian fits, from starts and some particles, and of the same scales around more particles.
+
+    Arguments:
+        target: log joint density of the rows.
+        particles, log_w: positions [C, B, D] and their log-weights [C, B], see `anneal`.
+        starts: further positions [S, B, D], such as a guide's means.
+        seed: of all noise; the random stream outside is left alone.
+    """
+    with seeded(seed):
+        return _initial_mixture(target, particles.double(), log_w.double(), starts.double(), seed)
+
+
 def _initial_mixture(target: LogJoint, particles: Tensor, log_w: Tensor, starts: Tensor, seed: int) -> StudentMixture:
-    """Return Gaussian fits from the starts and some particles, and the same scales again around other particles."""
     C, B, D = particles.shape
     gumbel = -torch.empty_like(log_w).exponential_().log()  # by the square roots of the weights, so that modes count
     order = (log_w.nan_to_num(nan=-torch.inf) / 2 + gumbel).topk(min(COMPONENTS - FITTED, C), 0).indices

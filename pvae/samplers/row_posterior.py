@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,12 +28,16 @@ from pvae.samplers.adaptive_importance import (
     StudentMixture,
     draw_defensively,
     fit_mixture,
+    initial_mixture,
 )
 from pvae.samplers.ais import AISEstimate, anneal
 from pvae.samplers.gaussian_vi import fit_gaussian
 from pvae.samplers.hmc import Chains
 from pvae.samplers.log_joint import LogJoint
 from pvae.stats import chain_ess, effective_sample_size, k_hat_threshold, log_mean_exp, pareto_smooth, r_hat
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
 
 # From the cheapest to the dearest; the last is for rows whose checks all failed.
 METHODS = ("guide", "importance sampling", "Gaussian fit", "mixture", "HMC", "none")
@@ -42,8 +46,9 @@ GUIDE, IMPORTANCE, GAUSSIAN, MIXTURE, CHAINS, NONE = range(len(METHODS))
 
 FLAT = 0.95  # of K: an effective sample size above which draws go without weights
 MISSED_MASS = 0.005  # share of the posterior at a particle from which on a mode counts as missed
-ADAPT_DRAWS, MIXTURE_ROWS = 2000, 50  # of each round of a mixture's adaptation; rows of a batch
-NUM_CHAINS, WARM_UP, LEAPFROGS = 8, 300, 5
+ADAPT_DRAWS = (2000, 5000)  # of each round of a mixture's adaptation, and once more for rows whose checks fail
+MIXTURE_ROWS = 50  # that are adapted together
+NUM_CHAINS, WARM_UP, LEAPFROGS = 8, 200, 5
 # Limits of convergence (Vehtari et al. 2021, arXiv:1903.08008; Betancourt 2017, arXiv:1701.02434).
 R_HAT, DIVERGENT = 1.01, 0.01
 HELD = 20_000_000  # numbers of a batch's draws that are held together
@@ -76,7 +81,7 @@ ACCURACIES = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class PosteriorDraws:
     r"""K draws of each row's latents, with normalized importance weights, and how they came about.
 
@@ -113,6 +118,22 @@ class PosteriorDraws:
         """Return how many rows took each method."""
         return {name: n for number, name in enumerate(METHODS) if (n := int((self.method == number).sum()))}
 
+    def __repr__(self) -> str:
+        ways = ", ".join(f"{name} {count}" for name, count in self.counts().items())
+        spent = ", ".join(f"{name} {seconds:.2g}" for name, seconds in self.seconds.items())
+        size = f"{len(self.u)} draws, in the median {self.ess.median():.0f} effective"
+        return f"Posterior of {len(self.ess)} rows: {size}; by method {ways}; seconds of {spent or 'none'}"
+
+    def to_frame(self) -> DataFrame:
+        """Return a line for each row: method, ess, k_hat, reliable, log_evidence, and each latent's mean and sd."""
+        from pandas import DataFrame
+
+        columns: dict[str, Any] = {"method": [METHODS[number] for number in self.method.tolist()]}
+        columns |= {name: getattr(self, name).tolist() for name in ("ess", "k_hat", "reliable", "log_evidence")}
+        for name, moment in zip(("mean", "sd"), self.moments, strict=True):
+            columns |= {f"{name}{d}": column.tolist() for d, column in enumerate(moment.unbind(-1))}
+        return DataFrame(columns)
+
     def resample(self, count: int, *, seed: int = 0) -> Tensor:
         """Return equally weighted draws u [count, B, D], by systematic resampling."""
         with seeded(seed):
@@ -120,7 +141,7 @@ class PosteriorDraws:
 
 
 def pool_chains(chains: Chains, K: int | None = None, *, least_ess: float = 400) -> PosteriorDraws:
-    """Return the draws of HMC chains together, thinned to K, of method "HMC" where chains converged and "none" elsewhere.
+    """Return the draws of HMC chains together, thinned to K, of method "HMC" where chains converged, "none" elsewhere.
 
     They have converged where R-hat is at most 1.01, the effective sample size at least ``least_ess``, in every
     dimension, and at most 1% of the trajectories diverge. Chains give no evidence: it is NaN.
@@ -213,7 +234,7 @@ def posterior(
 def anneal_particles(target: LogJoint, chains: int, temperatures: int) -> AISEstimate:
     """Anneal particles of rows from the prior; they are draws of it, without weights, where HMC diverges everywhere."""
     try:
-        return anneal(target, chains=chains, temperatures=temperatures, seed=int(torch.randint(2**31, ())))
+        return anneal(target, chains=chains, temperatures=temperatures, seed=_new_seed())
     except AllChainsDiverged:
         u = target.prior(chains)
         unknown = torch.full_like(u[..., 0], torch.nan)
@@ -247,6 +268,10 @@ def draw_rows(
                 method()
             methods.seconds[name] = time.perf_counter() - start
     return methods.draws
+
+
+def _new_seed() -> int:
+    return int(torch.randint(2**31, ()))
 
 
 class _Methods:
@@ -294,16 +319,18 @@ class _Methods:
         """Fit mixtures to few rows at a time, whose draws times components stay near the cache."""
         every, left, accuracy = self.todo, [], self.accuracy
         particles = anneal_particles(self.target.rows(every), accuracy.most_chains, accuracy.most_temperatures)
-        parts = zip(
-            every.split(MIXTURE_ROWS),
-            *(values.split(MIXTURE_ROWS, 1) for values in (particles.position, particles.log_w)),
-            strict=True,
-        )
-        for self.todo, position, log_w in parts:
-            target, starts = self.target.rows(self.todo), self._starts()[0].unsqueeze(0)
-            options: Any = {"draws": ADAPT_DRAWS, "seed": int(torch.randint(2**31, ()))}
-            mixture = fit_mixture(JointDensity(target), position, log_w, starts, **options)
-            self._draw_from(MIXTURE, mixture)
+        parts = (values.split(MIXTURE_ROWS, 1) for values in (particles.position, particles.log_w))
+        for self.todo, position, log_w in zip(every.split(MIXTURE_ROWS), *parts, strict=True):
+            starts = self._starts()[0].unsqueeze(0)
+            mixture = initial_mixture(self.target.rows(self.todo), position, log_w, starts, seed=_new_seed())
+            for draws in ADAPT_DRAWS:
+                rows = self.todo
+                density = JointDensity(self.target.rows(rows))
+                mixture = fit_mixture(density, mixture, draws=draws, seed=_new_seed())
+                self._draw_from(MIXTURE, mixture)
+                if not len(self.todo):
+                    break
+                mixture = mixture.rows(torch.isin(rows, self.todo))
             left.append(self.todo)
         self.todo = torch.cat(left)
 
@@ -313,7 +340,7 @@ class _Methods:
         u = resample(self.draws.u[:, rows], self.draws.log_weights[:, rows], NUM_CHAINS)
         scale = self.draws.moments[1][rows].clamp(min=1e-6)
         length: Any = {"draws": max(self.accuracy.length, -(-K // NUM_CHAINS)), "warm_up": WARM_UP}
-        options: Any = length | {"num_integration_steps": LEAPFROGS, "seed": int(torch.randint(2**31, ()))}
+        options: Any = length | {"num_integration_steps": LEAPFROGS, "seed": _new_seed()}
         with suppress(AllChainsDiverged):
             chains = hmc.sample(self.target.rows(rows), u.to(self.target.x), scale=scale.to(self.target.x), **options)
             pooled = pool_chains(chains, K, least_ess=self.accuracy.ess)
