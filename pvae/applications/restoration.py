@@ -32,8 +32,8 @@ from pvae.stats import Estimate, column_means, mean_se
 # Seeds of the search for variational parameters and of a first run of the program: apart from those of the draws.
 SEARCH, LOOK = 40_000_000, 50_000_000
 
-# Rows times draws times levels of an entry that are held together, for entries with finitely many levels.
-ENUMERATED = 100_000
+# What is held together: rows times draws times levels of an entry, if these are finitely many; entries near a cache.
+ENUMERATED, CACHED = 100_000, 4_000_000
 
 # The least draws of a row: the checks of fewer fail so often that the dearer methods they lead to take longer.
 QUICK = ACCURACIES["quick"]
@@ -232,14 +232,14 @@ class _ObservedRows(NamedTuple):
 
     @property
     def max_batch(self) -> int:
-        """The most draws of all rows that pass through the program together."""
-        return max(1, min(ROWS_PER_PASS, ENUMERATED // max(1, num_levels(self.fn))))
+        """The most draws of all rows that are held together."""
+        return max(1, min(ENUMERATED // max(1, num_levels(self.fn)), CACHED // self.values.shape[1]))
 
     def map_batches(
         self, model: Program, guide: Guide, compute: Callable[[RowBatch], Any], K: int, seed: int, progress: Progress
     ) -> dict[str, Tensor]:
-        held = HELD // (max(K, LEAST_DRAWS) * guide.sites.dim)
-        size = max(1, min(batching.ROWS, held, self.max_batch // QUICK.most_chains))
+        draws = max(K, LEAST_DRAWS) * guide.sites.dim
+        size = max(1, min(batching.ROWS, HELD // draws, self.max_batch // QUICK.most_chains))
         options: dict[str, Any] = {"seed": seed, "batch_size": size, "progress": progress}
         return batching.map_batches(model, guide, compute, self.rows, self.index, **options)
 
@@ -248,7 +248,7 @@ class _ObservedRows(NamedTuple):
     ) -> _Mixture:
         """Refit q to a batch as a program scores it, starting from candidates; draw each row's codes from it on."""
         x, index, family, sites = self.with_nan[rows.place], rows.index, guide.family, guide.sites
-        target = _JointInPasses(program, x, index, sites, max_batch=self.max_batch)
+        target = _JointInPasses(program, x, index, sites, max_batch=min(ROWS_PER_PASS, self.max_batch))
         q_params = self._refit(target, guide, candidates, steps, rows.seed + SEARCH)
         if family.point_mass:
             draws = _point_mass(family(q_params).sample(torch.Size([1])))
@@ -260,7 +260,7 @@ class _ObservedRows(NamedTuple):
         def likelihood(u: Tensor, part: slice) -> Any:
             return _unmasked(likelihood_at(program, sites, u.flatten(0, 1).to(x), *tile_rows(x, index, part)))
 
-        return _Mixture(draws, likelihood, self.max_batch)
+        return _Mixture(draws, likelihood, target.max_batch)
 
     def _refit(self, target: LogJoint, guide: Guide, candidates: Tensor, steps: int, seed: int) -> Tensor:
         params = []
