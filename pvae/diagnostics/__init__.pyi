@@ -8,6 +8,7 @@ from .latent_usage import LatentUsage, measure_latent_usage
 from .predictive_checks import PredictiveChecks, run_predictive_checks
 from .quantities import QUANTITIES, Quantity
 from .reference_posterior import ReferencePosterior, compare_with_mcmc, compare_with_reference, run_long_chains
+from .symmetric_divergence import SymmetricDivergence, measure_symmetric_divergence
 from .trust import RULES, TrustVerdict, assess_trust
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "Quantity",
     "ReferencePosterior",
     "RefinementCurve",
+    "SymmetricDivergence",
     "TrustVerdict",
     "assess_trust",
     "bounds",
@@ -37,6 +39,7 @@ __all__ = [
     "family_gains",
     "measure_latent_geometry",
     "measure_latent_usage",
+    "measure_symmetric_divergence",
     "refinement_curve",
     "run_long_chains",
     "run_predictive_checks",
