@@ -13,6 +13,7 @@ from .inference.guides import Amortized, PerDatapoint, RefinedGuide, SemiAmortiz
 from .inference.importance import log_weights
 from .recipes.recipe import Recipe
 from .reporting.comparison import compare
+from .samplers.row_posterior import posterior
 from .training import objectives
 from .training.loop import fit
 
@@ -41,6 +42,7 @@ __all__ = [
     "noise",
     "objectives",
     "open_run",
+    "posterior",
     "priors",
     "samplers",
     "sklearn",

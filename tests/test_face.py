@@ -11,6 +11,7 @@ import pvae
 from pvae._moved import MOVED
 
 VERBS = {"compare", "diagnose", "evaluate", "fit", "load_data", "log_weights", "mask_missing", "open_run"}
+VERBS |= {"posterior"}
 NOUNS = {"Amortized", "Dataset", "PerDatapoint", "Recipe", "RefinedGuide", "SemiAmortized", "UserError", "VAE"}
 NAMESPACES = {
     *("applications", "diagnostics", "families", "likelihoods", "networks", "noise", "objectives", "priors"),

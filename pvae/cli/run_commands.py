@@ -76,6 +76,18 @@ def decode(
 
 
 @with_options
+def posterior(
+    use: UseOptions,
+    rows: Rows = "test",
+    select: Select = None,
+    accuracy: Annotated[str, Option(help="quick, standard or high: 100, 400 or 2500 effective draws.")] = "standard",
+    draws: Annotated[int, Option(help="Equally weighted draws of each row to write.")] = 100,
+) -> None:
+    """Draw from each row's posterior by the cheapest method whose checks pass for that row."""
+    use.apply("run_posterior:draw_posterior", rows, select, accuracy=accuracy, draws=draws)
+
+
+@with_options
 def denoise(
     use: UseOptions,
     rows: Rows = "test",
@@ -147,6 +159,13 @@ def classify(
 
 COMMANDS: dict[str, Callable[..., None]] = {
     **{"reconstruct": reconstruct, "sample": sample, "interpolate": interpolate, "map": latent_map, "encode": encode},
-    **{"decode": decode, "denoise": denoise, "impute": impute, "anomalies": anomalies, "augment": augment},
+    **{
+        "decode": decode,
+        "posterior": posterior,
+        "denoise": denoise,
+        "impute": impute,
+        "anomalies": anomalies,
+        "augment": augment,
+    },
     "classify": classify,
 }

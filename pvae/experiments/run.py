@@ -28,6 +28,7 @@ from pvae.inference.guides import Guide
 from pvae.recipes.build import FittedModel
 from pvae.recipes.recipe import Recipe, read_recipe, read_recipe_file
 from pvae.runtime.pyro_params import Program
+from pvae.samplers.row_posterior import PosteriorDraws, posterior
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -50,7 +51,7 @@ class Run:
 
     Methods that take rows x take a table [B, C], ``"test"``, ``"train"`` or ``"validation"`` rows of the run's data, or
     the path of a file, as `select_rows`; the test rows unless given. Further arguments are those of the function of the
-    same name in ``pvae.applications``, of `evaluate` and of `diagnose`.
+    same name in ``pvae.applications``, of `evaluate`, `diagnose` and `posterior`.
 
     Attributes:
         name, others: of the variant, and of the run's other variants.
@@ -151,6 +152,10 @@ class Run:
         if models is not None:
             return applications.classify(models, rows, **options)
         return classify_conditional(self.model, self.guide, rows, data.num_label_columns, **options)
+
+    def posterior(self, x: Rows = None, **options: Any) -> PosteriorDraws:
+        """Draw from each row's posterior by the cheapest method whose checks pass for that row, with the run's seed."""
+        return posterior(self.model, self.guide, *self._rows(x), **{"seed": self.recipe.seed} | options)
 
     def evaluate(self, x: Rows = None, **options: Any) -> Evaluation:
         """Evaluate the guide: bounds, evidence and gaps of rows, with the run's seed."""

@@ -16,7 +16,7 @@ from pvae.runtime.files import atomic_replace, read_json, write_json
 FOLDER = "uses"  # in a run's folder
 # In the order of the page.
 VERBS: tuple[str, ...] = ("reconstruct", "sample", "interpolate", "map", "encode", "decode")
-VERBS += ("denoise", "impute", "anomalies", "augment", "classify")
+VERBS += ("posterior", "denoise", "impute", "anomalies", "augment", "classify")
 KINDS = (".npz", ".npy", ".csv", ".png", ".html")
 
 

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -35,9 +35,6 @@ from pvae.samplers.gaussian_vi import fit_gaussian
 from pvae.samplers.hmc import Chains
 from pvae.samplers.log_joint import LogJoint
 from pvae.stats import chain_ess, effective_sample_size, k_hat_threshold, log_mean_exp, pareto_smooth, r_hat
-
-if TYPE_CHECKING:
-    from pandas import DataFrame
 
 # From the cheapest to the dearest; the last is for rows whose checks all failed.
 METHODS = ("guide", "importance sampling", "Gaussian fit", "mixture", "HMC", "none")
@@ -119,13 +116,11 @@ class PosteriorDraws:
         return {name: n for number, name in enumerate(METHODS) if (n := int((self.method == number).sum()))}
 
     def __repr__(self) -> str:
-        ways = ", ".join(f"{name} {count}" for name, count in self.counts().items())
-        spent = ", ".join(f"{name} {seconds:.2g}" for name, seconds in self.seconds.items())
-        size = f"{len(self.u)} draws, in the median {self.ess.median():.0f} effective"
-        return f"Posterior of {len(self.ess)} rows: {size}; by method {ways}; seconds of {spent or 'none'}"
+        spent = {name: round(seconds, 2) for name, seconds in self.seconds.items()}
+        return f"Posterior of {len(self.ess)} rows, {len(self.u)} draws: rows {self.counts()}, seconds {spent}"
 
-    def to_frame(self) -> DataFrame:
-        """Return a line for each row: method, ess, k_hat, reliable, log_evidence, and each latent's mean and sd."""
+    def to_frame(self) -> Any:
+        """Return a DataFrame: method, ess, k_hat, reliable, log_evidence, mean and sd of each latent, by row."""
         from pandas import DataFrame
 
         columns: dict[str, Any] = {"method": [METHODS[number] for number in self.method.tolist()]}

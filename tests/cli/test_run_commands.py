@@ -30,6 +30,10 @@ ASKED = {
     "map": (f"map RUN {ROWS} --size 4", {"codes": (12, 2), "grid": (4, 4, 64), "label": (12,)}),
     "encode": (f"encode RUN {ROWS}", {"mean": (12, "D"), "sd": (12, "D"), "rate": (12,), "distortion": (12,)}),
     "decode": ("decode RUN codes.npy --draw", {"x": (5, 64)}),
+    "posterior": (
+        f"posterior RUN {ROWS} --accuracy quick --draws 7",
+        {"mean": (12, "D"), "ess": (12,), "k_hat": (12,), "draws_z": (7, 12, "D")},
+    ),
     "denoise": (f"denoise RUN {FEW} --samples 8 --noise 'FlipNoise(rate=0.1)'", {"x": (6, 64), "seen": (6, 64)}),
     "impute": (f"impute RUN {FEW} --samples 8 --hide 0.5", {"x": (6, 64), "sd": (6, 64), "draws": (5, 6, 64)}),
     "anomalies": ("anomalies RUN --samples 2", {"row": (..., ), "evidence": (..., ), "flagged_elbo": (..., )}),
@@ -105,7 +109,7 @@ def test_every_verb_writes_its_files_and_says_numbers(verb, D, pvae):
         assert np.isfinite(made[name]).all()
     assert (folder / FOLDER / f"{verb}.png").read_bytes().startswith(b"\x89PNG")
     assert (folder / FOLDER / f"{verb}.html").exists() == (verb == "map")
-    assert all(array.dtype.kind in "fib" or name == "how" for name, array in made.items())
+    assert all(array.dtype.kind in "fib" or name in ("how", "method") for name, array in made.items())
 
 
 @pytest.mark.parametrize("verb", [verb for verb in ASKED if verb != "classify"])
@@ -299,6 +303,8 @@ MISTAKES = {
     "projection": ("map RUN --projection umap", "unknown projection 'umap'"),
     "epochs": ("classify RUN --epochs 0", "--epochs is 0, but it must be at least 1"),
     "samples": ("classify RUN --samples 0", "--samples is 0, but it must be at least 1"),
+    "accuracy": ("posterior RUN --accuracy exact", "--accuracy exact is no accuracy (known: quick, standard, high)"),
+    "posterior draws": ("posterior RUN --draws 0", "--draws is 0, but it must be at least 1"),
     "device": ("encode RUN --device tpu", "unknown device 'tpu'"),
 }  # fmt: skip
 
