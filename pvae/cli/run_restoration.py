@@ -92,7 +92,11 @@ def _unreliable(context: UseContext, restored: Denoising | Imputation) -> list[s
 
 
 def name_rows(place: Tensor) -> str:
-    """Return how many rows there are and the first few, by their positions."""
+    """Return how many rows there are and the first few, by their positions.
+
+    >>> name_rows(torch.arange(7))
+    '7 rows (0, 1, 2, 3, 4, ...)'
+    """
     few = ", ".join(map(str, place[:NAMED].tolist())) + (", ..." if len(place) > NAMED else "")
     return f"{len(place)} row{'s' if len(place) > 1 else ''} ({few})"
 
