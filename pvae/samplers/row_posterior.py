@@ -41,7 +41,7 @@ METHODS = ("guide", "importance sampling", "Gaussian fit", "mixture", "HMC", "no
 SECONDS = ("annealed particles", *METHODS[1:-1])
 GUIDE, IMPORTANCE, GAUSSIAN, MIXTURE, CHAINS, NONE = range(len(METHODS))
 
-FLAT = 0.95  # of K: an effective sample size above which draws go without weights
+FLAT = 0.95  # of K: an effective sample size above which the guide's draws are called right as they are
 MISSED_MASS = 0.005  # share of the posterior at a particle from which on a mode counts as missed
 ADAPT_DRAWS = (2000, 5000)  # of each round of a mixture's adaptation, and once more for rows whose checks fail
 MIXTURE_ROWS = 50  # that are adapted together
@@ -372,7 +372,6 @@ class _Methods:
         log_weights, k_hat = pareto_smooth(log_w)
         ess = effective_sample_size(log_weights)
         flat = (ess >= FLAT * K) & (method == IMPORTANCE)
-        log_weights = log_weights.where(~flat, -math.log(K))
         passed = (k_hat < k_hat_threshold(K)) & (ess >= self.accuracy.ess)
         passed &= ~self._misses_mode(proposals, log_weights, log_q)
         self._keep(rows, u=proposals.u, log_weights=log_weights, log_evidence=log_mean_exp(log_w), ess=ess, k_hat=k_hat)
