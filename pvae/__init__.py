@@ -1,7 +1,7 @@
 """pvae: which approximate posterior to trust, and what it costs, for latent-variable models on Pyro.
 
-Verbs: ``load_data``, ``fit``, ``evaluate``, ``diagnose``, ``compare``, ``open_run``, ``log_weights``,
-``mask_missing``, ``posterior``. Nouns: ``VAE`` and the guides ``Amortized``, ``PerDatapoint``, ``SemiAmortized``. Namespaces hold
+Verbs: ``load_data``, ``fit``, ``evaluate``, ``diagnose``, ``posterior``, ``compare``, ``open_run``, ``log_weights``,
+``mask_missing``. Nouns: ``VAE`` and the guides ``Amortized``, ``PerDatapoint``, ``SemiAmortized``. Namespaces hold
 the parts: ``pvae.likelihoods``, ``pvae.priors``, ... Every name is imported at its first use, so that ``import pvae``
 is quick.
 """
