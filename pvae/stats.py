@@ -33,6 +33,79 @@ def mean_se(values: Tensor) -> Estimate:
     return Estimate(values.mean().item(), se)
 
 
+class CrossedEstimate(NamedTuple):
+    """Grand mean of values crossed by seed and row, its standard error, and the error's degrees of freedom."""
+
+    mean: float
+    se: float
+    df: float
+
+
+def crossed_mean_se(values: Tensor) -> CrossedEstimate:
+    r"""Return the grand mean of S seeds' values of the same R rows, with the error over seeds and over rows.
+
+    .. math:: \mathrm{Var} = \frac{M_R + M_S - M_E}{S R}, \qquad
+        \nu = \frac{(M_R + M_S - M_E)^2}{M_R^2 / (R - 1) + M_S^2 / (S - 1) + M_E^2 / ((S - 1)(R - 1))}
+
+    with the mean squares of rows, seeds and the remainder; the sum is at least the larger of the first two. The degrees
+    of freedom (Satterthwaite 1946) are kept from S - 1 to 4 (S - 1): few seeds that happen to agree prove little.
+
+    Arguments:
+        values: [S, R]; differences of two variants, paired by seed and row, for the error of their difference.
+
+    Source: Searle, Casella, McCulloch (1992), *Variance Components*, chapter 4.
+
+    >>> mean, se, df = crossed_mean_se(torch.tensor([[1.0, 2.0, 3.0], [1.5, 2.5, 3.5]]))
+    >>> mean, round(se, 3), round(df, 2)
+    (2.25, 0.629, 2.64)
+    """
+    values = values.double()
+    S, R = values.shape
+    if S == 1:
+        return CrossedEstimate(*mean_se(values[0]), float(R - 1))
+    by_row, by_seed, mean = values.mean(0), values.mean(1), values.mean()
+    rows, seeds = S * by_row.var().item() if R > 1 else 0.0, R * by_seed.var().item()
+    rest = (values - by_row - by_seed.unsqueeze(1) + mean).square().sum().item() / max((S - 1) * (R - 1), 1)
+    total = max(rows + seeds - rest, rows, seeds)
+    spread = rows**2 / max(R - 1, 1) + seeds**2 / (S - 1) + rest**2 / max((S - 1) * (R - 1), 1)
+    df = total**2 / spread if spread else math.inf
+    return CrossedEstimate(mean.item(), math.sqrt(total / (S * R)), min(max(df, S - 1), 4 * (S - 1)))
+
+
+class RowInfluence(NamedTuple):
+    """Rows that lie farthest from the median of values [B], and how much of the values' spread they make.
+
+    Attributes:
+        rows: numbers of the farthest rows, the farthest first.
+        share: their share of the sum of absolute deviations from the median.
+        median, trimmed_mean: of all values, the mean without a tenth at either end.
+        dominates: they make more than half of the spread, among 30 values or more.
+    """
+
+    rows: tuple[int, ...]
+    share: float
+    median: float
+    trimmed_mean: float
+    dominates: bool
+
+
+def measure_row_influence(values: Tensor, count: int = 3) -> RowInfluence:
+    """Measure how much the ``count`` farthest rows rule the mean of values [B].
+
+    >>> measure_row_influence(torch.cat([torch.arange(40.0), torch.tensor([1e4])])).dominates
+    True
+    >>> measure_row_influence(torch.arange(40.0)).dominates
+    False
+    """
+    values = values.double().flatten()
+    ordered, off = values.sort().values, (values - values.median()).abs()
+    top, cut = off.topk(min(count, len(off))), len(values) // 10
+    share = (top.values.sum() / off.sum().clamp(min=1e-300)).item()
+    trimmed = ordered[cut : len(ordered) - cut].mean().item()
+    rows = tuple(top.indices.tolist())
+    return RowInfluence(rows, share, values.median().item(), trimmed, share > 0.5 and len(values) >= 30)
+
+
 def column_means(x: Tensor, observed: Tensor | None = None) -> Tensor:
     """Return the mean of each column's observed entries, [D]; 0 for a column without any.
 

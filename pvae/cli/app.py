@@ -131,12 +131,16 @@ def _test_bound(fitted: Any, x: Any) -> str:
     """Say how long training took and what the ELBO of test rows is, or log p(x, z) at a point mass."""
     from pvae.diagnostics.evaluation import bounds
     from pvae.diagnostics.quantities import describe
-    from pvae.stats import number
+    from pvae.stats import measure_row_influence, number
 
-    means = bounds(fitted.model, fitted.guide, x, K=10, seed=fitted.recipe.seed).summary()
+    evaluation = bounds(fitted.model, fitted.guide, x, K=10, seed=fitted.recipe.seed)
+    means = evaluation.summary()
     name, epochs = "elbo" if "elbo" in means else "log_joint", len(fitted.fit.history)
     took = f"{epochs} epoch{'' if epochs == 1 else 's'} in {fitted.fit.seconds:.1f} s"
-    return f"{took}; test {describe(name).label} {number(means[name])} nats over {len(x)} rows, 10 draws each"
+    influence = measure_row_influence(evaluation.values[name])
+    rows = ", ".join(map(str, influence.rows))
+    few = f"; median {influence.median:.5g}, for test rows {rows} rule the mean" if influence.dominates else ""
+    return f"{took}; test {describe(name).label} {number(means[name])} nats over {len(x)} rows, 10 draws each{few}"
 
 
 @app.command()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -10,8 +11,9 @@ import torch
 from torch import Tensor
 
 from pvae.diagnostics.evaluation import Evaluation, RefinementCurve
+from pvae.diagnostics.quantities import describe
 from pvae.errors import param
-from pvae.stats import Estimate, mean_se, number
+from pvae.stats import CrossedEstimate, Estimate, crossed_mean_se, mean_se, measure_row_influence, number
 
 # Standard errors beyond which a difference is called one; nats of an optimization gap that nobody would act on.
 Z_CLEAR, NEGLIGIBLE = 3.0, 0.02
@@ -34,7 +36,7 @@ class EvaluatedVariant:
         return (self, *self.further)
 
     def mean(self, quantity: str, split: str = "test") -> Estimate:
-        """Return a quantity's mean and its error: over rows, or over the seeds' means if there are several seeds."""
+        """Return a quantity's mean and its error, over rows and over seeds if there are several."""
         return _mean_over_seeds([getattr(one, split).values[quantity] for one in self.seeds])
 
     def mean_gain(self, family: str) -> Estimate:
@@ -61,7 +63,7 @@ def draw_conclusions(
     """
     with_evidence = [one for one in evaluated if "evidence" in one.test.values]
     sentences = [*_ranking(with_evidence), *_amortization(with_evidence), *_same_decoder(same, curve)]
-    sentences += [*_better_params(with_evidence), *_faults(with_evidence)]
+    sentences += [*_better_params(with_evidence), *_few_rows(evaluated), *_faults(with_evidence)]
     if dynamic and any(one.inference == "PerDatapoint" for one in evaluated):
         sentences.append(
             "Under dynamic binarization PerDatapoint fits a row to all binarizations of its image at once, while "
@@ -73,16 +75,16 @@ def draw_conclusions(
     return sentences + [f"{name} uses a point mass: {point_mass}; {limits}." for name in names]
 
 
-def _clear(estimate: Estimate, seeds: int = 1) -> bool:
+def _clear(estimate: Estimate | CrossedEstimate) -> bool:
     """Whether a difference is beyond its error; the error of few seeds is uncertain itself, so that t replaces z."""
     from scipy.stats import norm, t
 
-    critical = Z_CLEAR if seeds == 1 else float(t.isf(norm.sf(Z_CLEAR), seeds - 1))
-    return abs(estimate.mean) > critical * estimate.se
+    df = estimate.df if isinstance(estimate, CrossedEstimate) else math.inf
+    return abs(estimate.mean) > float(t.isf(norm.sf(Z_CLEAR), df)) * estimate.se
 
 
 def _mean_over_seeds(values: list[Tensor]) -> Estimate:
-    return mean_se(values[0] if len(values) == 1 else torch.stack([rows.mean() for rows in values]))
+    return Estimate(*crossed_mean_se(torch.stack(values))[:2])
 
 
 def _signed(estimate: Estimate) -> str:
@@ -97,11 +99,12 @@ def _ranking(evaluated: list[EvaluatedVariant]) -> Iterator[str]:
     if len(evaluated) < 2:
         return
     best, *others = sorted(evaluated, key=lambda one: -one.mean("evidence").mean)
-    seeds, leads = len(best.seeds), []
+    seeds, leads = len(best.seeds), list[str]()
     for other in others:
         pairs = zip(best.seeds, other.seeds, strict=False)
-        lead = _mean_over_seeds([a.test.values["evidence"] - b.test.values["evidence"] for a, b in pairs])
-        leads.append(f"{number(lead)} above {other.name}" + ("" if _clear(lead, seeds) else " (no clear difference)"))
+        lead = crossed_mean_se(torch.stack([a.test.values["evidence"] - b.test.values["evidence"] for a, b in pairs]))
+        above = f"{number(Estimate(*lead[:2]))} above {other.name}"
+        leads.append(above + ("" if _clear(lead) else " (no clear difference)"))
     times = ", ".join(f"{one.name} {sum(s.seconds for s in one.seeds) / len(one.seeds):.3g} s" for one in evaluated)
     evidence = f"{number(best.mean('evidence'))} nats" + (f", over {seeds} seeds" if seeds > 1 else "")
     yield (
@@ -115,7 +118,9 @@ def _amortization(evaluated: list[EvaluatedVariant]) -> Iterator[str]:
     for split in ("test", "train") if len(amortized) == 1 else ("test",):
         for one in amortized:
             gaps = ("inference_gap", "approximation_gap", "amortization_gap")
+            least = ">= " if is_lower_bound(getattr(one, split)) else ""
             total, approximation, amortization = (number(one.mean(gap, split)) for gap in gaps)
+            total, approximation = f"{least}{total}", f"{least}{approximation}"
             elbo = "amortized ELBO" if len(amortized) == 1 else f"ELBO of {one.name}"
             yield (
                 f"On {split} rows the {elbo} is {total} nats below the evidence: {amortization} from amortization (the "
@@ -148,6 +153,35 @@ def _better_params(evaluated: list[EvaluatedVariant]) -> Iterator[str]:
                 f"After training, the rows of {one.name} are {gap} nats below the best ELBO of their family "
                 "(amortization gap); more local steps or epochs would close it."
             )
+
+
+def is_lower_bound(evaluation: Evaluation) -> bool:
+    """Whether the evidence of a tenth of the rows or more failed its checks, so that gaps to it may be larger."""
+    reliable = evaluation.values.get("evidence_reliable")
+    return reliable is not None and reliable.double().mean().item() < 0.9
+
+
+def _few_rows(evaluated: list[EvaluatedVariant]) -> Iterator[str]:
+    """Say where few rows rule a mean, and where the evidence is a lower bound alone."""
+    for one in evaluated:
+        for split in ("test", "train"):
+            evaluation = getattr(one, split)
+            name = "elbo" if "elbo" in evaluation.values else "log_joint"
+            influence = measure_row_influence(evaluation.values[name])
+            if influence.dominates:
+                rows, of = ", ".join(map(str, influence.rows)), f"{describe(name).label} of {one.name} on {split} rows"
+                yield (
+                    f"Three rows ({rows}, counted from 0) make {influence.share:.0%} of the spread of the {of}: its "
+                    f"mean is {number(one.mean(name, split))}, the median {influence.median:.5g}, the mean without a "
+                    f"tenth at either end {influence.trimmed_mean:.5g} nats. Look at these rows before the means."
+                )
+            if is_lower_bound(evaluation):
+                share = number(mean_se(evaluation.values["evidence_reliable"]))
+                yield (
+                    f"The evidence of {one.name} on {split} rows is a lower bound that passed its checks for a share "
+                    f"of only {share} of the rows: its gaps may be larger; evaluate with more {param('K')} or "
+                    f"{param('temperatures', 500)}."
+                )
 
 
 def _faults(evaluated: list[EvaluatedVariant]) -> Iterator[str]:

@@ -16,17 +16,29 @@ from torch import Tensor
 from pvae.data.dataset import Dataset
 from pvae.diagnostics.evaluation import Evaluation, RefinementCurve
 from pvae.experiments import run_folder
-from pvae.experiments.conclusions import EvaluatedVariant, SameDecoder, draw_conclusions
+from pvae.experiments.conclusions import EvaluatedVariant, SameDecoder, draw_conclusions, is_lower_bound
 from pvae.experiments.run import TrainedVariant
 from pvae.recipes import registry
 from pvae.recipes.build import FittedModel
 from pvae.recipes.recipe import Recipe
-from pvae.stats import UNRELIABLE, Estimate, mean_se
+from pvae.stats import UNRELIABLE, Estimate, crossed_mean_se, mean_se, measure_row_influence
 
 SCHEMA = 2
 LIBRARIES = ("pvae-pyro", "torch", "pyro-ppl", "numpy", "arviz-base")
 SPLITS = ("train", "test")
 WORDS = ("program", "likelihood", "prior", "family", "network", "objective")
+# Quantities whose means few rows may rule, and those that a lower bound of the evidence leaves open upwards.
+OF_ROWS = (
+    "log_joint",
+    "elbo",
+    "iwae",
+    "best_elbo",
+    "evidence",
+    "inference_gap",
+    "approximation_gap",
+    "amortization_gap",
+)
+TO_EVIDENCE = ("evidence", "inference_gap", "approximation_gap")
 RECORDED = ("log_joint", "elbo", "iwae", "evidence", "reconstruction")
 
 
@@ -140,21 +152,34 @@ def _row(fits: list[FittedModel], evaluated: EvaluatedVariant, space: Mapping[st
 
 
 def _quantities(evaluations: list[Evaluation]) -> dict[str, Any]:
-    """Return each quantity's mean and error: over rows for one seed, over the seeds' means for several."""
+    """Return each quantity's mean and error over rows, and over seeds if there are several."""
     K, seeds = evaluations[0].K, len(evaluations)
     named = {"iwae": f"IWAE-{K}", "evidence": evaluations[0].estimator}
     summaries, intervals = [_summary(evaluation) for evaluation in evaluations], evaluations[0].intervals()
-    over = "draws and rows" if seeds == 1 else f"draws, rows and {seeds} seeds; the error is over seeds"
+    over = "draws and rows" if seeds == 1 else f"draws, rows and {seeds} seeds; the error is over seeds and rows"
     quantities = {}
     for name, first in summaries[0].items():
         means = [summary[name].mean for summary in summaries]
-        estimate = first if seeds == 1 else mean_se(torch.tensor(means))
+        values = [evaluation.named_values().get(name) for evaluation in evaluations]
+        estimate = first if seeds == 1 else _over_seeds(values, means)
         quantities[name] = estimate._asdict() | {"K": K, "estimator": named.get(name, f"mean over {over}")}
+        if name in OF_ROWS and values[0] is not None and (influence := measure_row_influence(values[0])).dominates:
+            quantities[name] |= {"median": influence.median, "few_rows": influence.rows}
+        if name in TO_EVIDENCE and is_lower_bound(evaluations[0]):
+            quantities[name]["at_least"] = True
         if seeds > 1:
             quantities[name]["by_seed"] = means
         elif name in intervals:
             quantities[name]["interval"] = intervals[name]
     return quantities
+
+
+def _over_seeds(values: Sequence[Tensor | None], means: Sequence[float]) -> Estimate:
+    """Return mean and error over seeds and rows or, of a quantity without values of rows, over the seeds' means."""
+    rows = [value for value in values if value is not None and value.isfinite().all()]
+    if len(rows) == len(means) and len({len(value) for value in rows}) == 1:
+        return Estimate(*crossed_mean_se(torch.stack(rows))[:2])
+    return mean_se(torch.tensor(means))
 
 
 def _summary(evaluation: Evaluation) -> dict[str, Estimate]:

@@ -119,7 +119,9 @@ def diagnosis_tables(variant: dict[str, Any]) -> list[Table]:
 def _estimate(value: dict[str, Any] | None) -> str:
     if value is None or value["mean"] is None or math.isnan(value["mean"]):
         return "–"
-    return number(Estimate(value["mean"], float("nan") if value["se"] is None else value["se"]))
+    estimate = number(Estimate(value["mean"], float("nan") if value["se"] is None else value["se"]))
+    median = f" (median {value['median']:.5g})" if "median" in value else ""
+    return ">= " * ("at_least" in value) + estimate + median
 
 
 def rich_table(table: Table) -> Any:
@@ -163,6 +165,7 @@ def print_diagnosis(variant: dict[str, Any]) -> None:
     console.print(f"[bold]How far may {variant['name']} be trusted?[/bold]")
     for verdict in variant["verdicts"]:
         console.print(f"\n  [bold]{verdict['level']}[/bold]: {USES[verdict['use']]}", highlight=False)
-        for sentence in verdict["because"] + ([f"change first: {verdict['first']}"] if verdict["first"] else []):
+        advice = verdict.get("advice") or f"change first: {verdict['first']}"
+        for sentence in verdict["because"] + [advice] * bool(verdict["first"]):
             console.print(Padding(f"- {sentence}", (0, 0, 0, 4)), markup=False, highlight=False)
     console.print()
