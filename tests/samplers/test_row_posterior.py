@@ -92,12 +92,12 @@ def test_linear_gaussian_from_a_guide_half_as_wide(dim, conditioning):
     agrees(drawn, oracle.mean(x), oracle.covariance.diag().sqrt(), oracle.evidence(x))
 
 
-def test_exact_guide_goes_as_it_is_and_another_does_not():
+def test_exact_guide_passes_with_equal_weights_and_another_does_not():
     oracle = LinearGaussian(2, 5)
     x = oracle.sample(8, seed=1)
     drawn = posterior(oracle.model, Exact(oracle), x, accuracy="quick")
     assert (drawn.method == GUIDE).all()
-    assert torch.equal(drawn.log_weights, torch.full_like(drawn.log_weights, -math.log(len(drawn.u))))
+    assert torch.allclose(drawn.log_weights, torch.full_like(drawn.log_weights, -math.log(len(drawn.u))), atol=1e-3)
     moved = posterior(oracle.model, Exact(oracle, shift=0.5), x, accuracy="quick")
     assert ((moved.method == IMPORTANCE) | (moved.method == GAUSSIAN)).all()
 
