@@ -32,11 +32,12 @@ one row when all rows are drawn together, the median of three turns. MNIST's mod
 """
 
 
-def write(lines: list[Any], errors: dict[str, tuple[float, float]]) -> None:
-    """Write the page and its picture from measured lines and each case's errors of the truth."""
+def write(lines: list[Any], absent: list[str], errors: dict[str, tuple[float, float]]) -> None:
+    """Write the page and its picture from measured lines, names of absent cases, and errors of each case's truth."""
     cases = {name: [line for line in lines if line.case == name] for name in dict.fromkeys(ln.case for ln in lines)}
     tables = [table(name, some, errors[name]) for name, some in cases.items()]
     goal = conclusion(cases["digits"]) if "digits" in cases else ""
+    goal += f" Not measured yet: {', '.join(absent)}." * bool(absent)
     parts = [INTRODUCTION, f"## The goal on digits\n\n{fill(goal, 120)}\n", *tables, f"## Machine\n\n{machine()}\n"]
     (DOCS / "posterior-draws.md").write_text("\n".join(parts), encoding="utf-8")
     draw(cases, DOCS / "images" / "posterior-draws.png")
@@ -50,7 +51,7 @@ def table(name: str, lines: list[Any], errors: tuple[float, float]) -> str:
     head = "| | mean, median | 95% | log sd, median | 95% | rows within 0.02 and 1% | ms per row | rows by method |\n"
     body = [
         f"| {ln.contender} | {ln.mean[0]:.4f} | {ln.mean[1]:.4f} | {ln.sd[0]:.4f} | {ln.sd[1]:.4f} | {ln.within:.0%} "
-        f"| {1e3 * ln.seconds:.2g} | {', '.join(f'{way} {count}' for way, count in ln.ways.items())} |"
+        f"| {1e3 * ln.seconds:.3g} | {', '.join(f'{way} {count}' for way, count in ln.ways.items())} |"
         for ln in lines
     ]
     return f"## {name}\n\n{truth}{head}|---|---|---|---|---|---|---|---|\n" + "\n".join(body) + "\n"
@@ -90,7 +91,7 @@ def draw(cases: dict[str, list[Any]], path: Path) -> None:
     columns = min(3, len(cases))
     figure = Figure(figsize=(3.2 * columns, 2.7 * math.ceil(len(cases) / columns)), layout="constrained")
     panels = figure.subplots(math.ceil(len(cases) / columns), columns, squeeze=False).flat
-    for panel, (name, lines) in zip(panels, cases.items(), strict=False):
+    for (name, lines), panel in zip(cases.items(), panels, strict=False):
         for way, colour in WAYS.items():
             some = [line for line in lines if line.contender.startswith(way)]
             x, y = [1e3 * line.seconds for line in some], [line.mean[1] for line in some]
@@ -101,7 +102,7 @@ def draw(cases: dict[str, list[Any]], path: Path) -> None:
     for panel in panels:
         panel.set_axis_off()
     figure.supxlabel("CPU ms per row", fontsize=9)
-    figure.supylabel("error of means / posterior sd, 95% of rows below", fontsize=9)
+    figure.supylabel("error of means / sd\n(95% of rows below)", fontsize=9)
     figure.legend(
         *figure.axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=4, fontsize=8, frameon=False
     )
