@@ -48,7 +48,7 @@ def crossed_mean_se(values: Tensor) -> CrossedEstimate:
         \nu = \frac{(M_R + M_S - M_E)^2}{M_R^2 / (R - 1) + M_S^2 / (S - 1) + M_E^2 / ((S - 1)(R - 1))}
 
     with the mean squares of rows, seeds and the remainder; the sum is at least the larger of the first two. The degrees
-    of freedom (Satterthwaite 1946) are kept from S - 1 to 4 (S - 1): few seeds that happen to agree prove little.
+    of freedom (Satterthwaite 1946) are kept from S - 1 to 2^S (S - 1): few seeds that happen to agree prove little.
 
     Arguments:
         values: [S, R]; differences of two variants, paired by seed and row, for the error of their difference.
@@ -69,7 +69,7 @@ def crossed_mean_se(values: Tensor) -> CrossedEstimate:
     total = max(rows + seeds - rest, rows, seeds)
     spread = rows**2 / max(R - 1, 1) + seeds**2 / (S - 1) + rest**2 / max((S - 1) * (R - 1), 1)
     df = total**2 / spread if spread else math.inf
-    return CrossedEstimate(mean.item(), math.sqrt(total / (S * R)), min(max(df, S - 1), 4 * (S - 1)))
+    return CrossedEstimate(mean.item(), math.sqrt(total / (S * R)), min(max(df, S - 1), 2.0**S * (S - 1)))
 
 
 class RowInfluence(NamedTuple):
@@ -97,7 +97,7 @@ def measure_row_influence(values: Tensor, count: int = 3) -> RowInfluence:
     >>> measure_row_influence(torch.arange(40.0)).dominates
     False
     """
-    values = values.double().flatten()
+    values = values.double().flatten().nan_to_num(nan=-1e300, posinf=1e300, neginf=-1e300)
     ordered, off = values.sort().values, (values - values.median()).abs()
     top, cut = off.topk(min(count, len(off))), len(values) // 10
     share = (top.values.sum() / off.sum().clamp(min=1e-300)).item()
@@ -130,12 +130,14 @@ def impute_column_means(x: Tensor, observed: Tensor | None = None, means: Tensor
 def number(estimate: Estimate) -> str:
     """Format a mean with its standard error to the digits that the error supports; alone if it has none.
 
-    >>> number(Estimate(-16.8912, 0.0312))
-    '-16.89 ± 0.03'
+    >>> number(Estimate(-16.8912, 0.0312)), number(Estimate(-165877.3, 164637.2)), number(Estimate(-1.8e10, 1.7e10))
+    ('-16.89 ± 0.03', '-165877 ± 164637', '-1.8e+10 ± 1.7e+10')
     """
     if not math.isfinite(estimate.se) or estimate.se == 0:
         return f"{estimate.mean:.2g}" if abs(estimate.mean) < 100 else f"{estimate.mean:.0f}"
-    digits = 1 if estimate.se >= 0.3 else max(2, math.ceil(-math.log10(estimate.se)))
+    if max(abs(estimate.mean), estimate.se) >= 1e7:
+        return f"{estimate.mean:.3g} ± {estimate.se:.2g}"
+    digits = int(estimate.se < 100) if estimate.se >= 0.3 else max(2, math.ceil(-math.log10(estimate.se)))
     return f"{estimate.mean:z.{digits}f} ± {estimate.se:.{digits}f}"
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cache, cached_property, partial
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -247,6 +247,8 @@ def join_parts(results: Mapping[str, Any]) -> dict[str, Any]:
     """Join the results of tasks, by name, into parts; results may be the tensors by name that a cache has loaded."""
     parts: dict[str, list[Any]] = {}
     for name, result in results.items():
+        if isinstance(result, Mapping) and result.keys() != {field.name for field in fields(kind_of(name))}:
+            continue  # of an earlier version
         batch = kind_of(name)(**result) if isinstance(result, Mapping) else result
         parts.setdefault(name.partition(".")[0], []).append(batch)
     return {part: batches[0] if len(batches) == 1 else _concatenate(batches) for part, batches in parts.items()}

@@ -56,8 +56,15 @@ class AISEstimate:
 
     @property
     def evidence_se(self) -> Tensor:
-        """Return the Monte Carlo error of the evidence, [B], by the delta method over chains."""
-        return log_mean_exp_se(self.log_w)
+        r"""Return the Monte Carlo error of the evidence, [B], by the delta method over chains.
+
+        It is widened by :math:`\sqrt{(C - 1) / (C - 3)}`, by which few chains understate it on average. Weights of
+        reverse chains are skewed, so that theirs is at least that of log-normal weights of the same variance.
+        """
+        C, error = len(self.log_w), log_mean_exp_se(self.log_w)
+        if self.reverse:
+            error = torch.maximum(error, ((self.log_w.var(0).exp() - 1) / C).sqrt())
+        return error * ((C - 1) / (C - 3)) ** 0.5 if C > 3 else error
 
     @property
     def ess(self) -> Tensor:

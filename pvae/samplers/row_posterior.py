@@ -74,7 +74,7 @@ class Accuracy(NamedTuple):
 ACCURACIES = {
     "quick": Accuracy(500, 100, 8, 20, 32, 50, 1000),
     "standard": Accuracy(2000, 400, 8, 20, 32, 50, 1500),
-    "high": Accuracy(10_000, 2500, 16, 50, 64, 100, 2500),
+    "high": Accuracy(10_000, 5000, 16, 50, 64, 100, 2500),
 }
 
 
@@ -183,7 +183,7 @@ def posterior(
         model: a fitted Pyro program.
         guide: its approximate posterior; None to begin at the Gaussian fit, without any guide's help.
         x, index: rows [B, ...], and which training datapoints they are; None for new rows.
-        accuracy: ``quick``, ``standard`` or ``high`` (100, 400 or 2500 effective draws), or numbers of your own.
+        accuracy: ``quick``, ``standard`` or ``high`` (100, 400 or 5000 effective draws), or numbers of your own.
         seed: of all noise; the random stream outside is left alone.
         progress: called with the number of rows done.
 

@@ -35,9 +35,11 @@ def test_equal_variants_seldom_differ_clearly_over_shared_rows(seeds):
 @pytest.mark.parametrize("seeds", [2, 3, 5, 8])
 @pytest.mark.parametrize(("row_sd", "seed_sd"), [(0.02, 0.5), (1.0, 0.5), (1.0, 0.1)])
 def test_equal_variants_seldom_differ_clearly_over_seeds(seeds, row_sd, seed_sd):
-    # At most 0.014 in a simulation of 10,000 repeats, see docs/verdict-error-rates.md; standard error here 0.004.
+    # Two and three seeds can't tell their own spread: up to 0.036 and 0.02 in simulations of 20,000 repeats, 0.008 for
+    # five and more, see docs/verdict-error-rates.md; standard error here at most 0.006.
     values = differences(seeds, row_sd, seed_sd, 0.3, 800, torch.Generator().manual_seed(seeds))
-    assert false_rate(values) < 0.014 + 4 * 0.004
+    most, error = {2: (0.036, 0.0066), 3: (0.02, 0.005)}.get(seeds, (0.008, 0.0032))
+    assert false_rate(values) < most + 4 * error
 
 
 def test_the_error_over_seeds_alone_would_not_do():
@@ -48,6 +50,8 @@ def test_the_error_over_seeds_alone_would_not_do():
 
 
 def test_a_difference_that_is_there_is_clear():
+    five = differences(5, 1.0, 0.02, 0.1, 200, torch.Generator().manual_seed(0)) + 0.5  # five standard errors
+    assert false_rate(five) > 0.9
     values = differences(3, 0.3, 0.02, 0.1, 200, torch.Generator().manual_seed(0)) + 1.0
     assert all(_clear(crossed_mean_se(one)) for one in values)
 
@@ -64,7 +68,7 @@ SEEDED = torch.Generator().manual_seed(1)
 ORDINARY = {
     "normal": torch.randn(100, generator=SEEDED),
     "lognormal": torch.randn(100, generator=SEEDED).exp(),
-    "t5": torch.distributions.StudentT(5.0).sample((200,)),
+    "uniform": torch.rand(200, generator=SEEDED),
 }
 
 
@@ -92,12 +96,12 @@ def test_three_rows_that_make_the_mean_are_named_with_the_median():
     (sentence,) = [s for s in draw_conclusions([one], [], None) if "Three rows" in s and "test" in s]
     assert "Three rows (12, 77, 140, counted from 0) make 100% of the spread of the ELBO of Amortized" in sentence
     assert "the median -507" in sentence
-    plain = evaluation(torch.full((200,), -507.0) + torch.randn(200))
+    plain = evaluation(-507 + torch.randn(200, generator=torch.Generator().manual_seed(2)))
     assert not [s for s in draw_conclusions([EvaluatedVariant("A", 1.0, plain, plain)], [], None) if "Three rows" in s]
 
 
 def test_gaps_to_a_lower_bound_are_at_least_what_is_said():
-    elbo = -507 + torch.randn(200)
+    elbo = -507 + torch.randn(200, generator=torch.Generator().manual_seed(2))
     for reliable, said in ((0.5, True), (1.0, False)):
         one = EvaluatedVariant("Amortized", 1.0, evaluation(elbo, reliable), evaluation(elbo, reliable))
         sentences = draw_conclusions([one], [], None)
@@ -106,5 +110,5 @@ def test_gaps_to_a_lower_bound_are_at_least_what_is_said():
 
 
 def test_a_table_shows_the_median_and_the_bound():
-    assert _estimate({"mean": -165877.0, "se": 164637.0, "median": -507.0}) == "-165877.0 ± 164637.0 (median -507)"
+    assert _estimate({"mean": -165877.0, "se": 164637.0, "median": -507.0}) == "-165877 ± 164637 (median -507)"
     assert _estimate({"mean": 1.0, "se": 0.1, "at_least": True}) == ">= 1.00 ± 0.10"
