@@ -85,7 +85,7 @@ def diagnose(
     cache: ResultCache | None = None,
     evaluation: Evaluation | Figures | None = None,
 ) -> Diagnosis:
-    """Diagnose a posterior: gaps, importance weights, calibration, reference posterior, latent usage, predictive checks.
+    """Diagnose a posterior: gaps, weights, calibration, reference posterior, latent usage, predictive checks.
 
     Arguments:
         model, guide: a fitted Pyro program and its approximate posterior, diagnosed as it is and with each row refined.
