@@ -5,6 +5,7 @@ from .evaluation import Budget, Evaluation, RefinementCurve, bounds, evaluate, f
 from .gaps import FamilyGain
 from .latent_geometry import LatentGeometry, measure_latent_geometry
 from .latent_usage import LatentUsage, measure_latent_usage
+from .posterior_calibration import PosteriorCalibration, calibrate_posterior
 from .predictive_checks import PredictiveChecks, run_predictive_checks
 from .quantities import QUANTITIES, Quantity
 from .reference_posterior import ReferencePosterior, compare_with_mcmc, compare_with_reference, run_long_chains
@@ -23,6 +24,7 @@ __all__ = [
     "FamilyGain",
     "LatentGeometry",
     "LatentUsage",
+    "PosteriorCalibration",
     "PredictiveChecks",
     "Quantity",
     "ReferencePosterior",
@@ -32,6 +34,7 @@ __all__ = [
     "assess_trust",
     "bounds",
     "calibrate",
+    "calibrate_posterior",
     "compare_with_mcmc",
     "compare_with_reference",
     "diagnose",

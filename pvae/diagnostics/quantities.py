@@ -124,6 +124,9 @@ _TABLE = {
             "nats",
             "Upper minus lower IWAE bound of simulated rows; 0 is good.",
         ),
+        "posterior_sbc_p": ("posterior SBC p-value", "1", "Of uniform ranks at observed rows; small is bad."),
+        "posterior_sbc_distance": ("posterior SBC distance", "1", "Largest ECDF distance there; 0 is exact."),
+        "posterior_sbc_ess": ("effective updated draws", "draws", "Of q, once updated by a simulated row."),
         "contraction": ("posterior contraction", "1", "1 - variance of q / prior variance; 0 learns nothing."),
     },
     "Latent usage": {
