@@ -1,5 +1,6 @@
 """Guides that hold an oracle's exact posterior, and the same guides narrowed, widened or shifted."""
 
+import math
 from typing import NamedTuple
 
 import pyro.distributions as dist
@@ -47,6 +48,18 @@ class Cells(NamedTuple):
         u = self.grid[dist.Categorical(logits=self.logits).sample(shape)]
         u = u + self.width * (torch.rand_like(u) - 0.5)
         return (mean + self.scale * (u - mean) + self.shift * sd).float()
+
+    def log_prob(self, u: Tensor) -> Tensor:
+        """Logarithm of the density: of the cell from which u comes, over the cell's area."""
+        weights = self.logits.softmax(-1)
+        mean = weights @ self.grid
+        sd = (weights @ self.grid**2 - mean**2).sqrt()
+        raw = mean + (u.double() - mean - self.shift * sd) / self.scale
+        side = round(len(self.grid) ** 0.5)
+        place = ((raw - self.grid[0]) / self.width).round().long().clamp(0, side - 1)
+        cell = (place[..., 0] * side + place[..., 1]).reshape(-1, len(weights))
+        log_p = self.logits.log_softmax(-1).gather(-1, cell.T).T.reshape(u.shape[:-1])
+        return (log_p - 2 * math.log(self.width * self.scale)).float()
 
 
 class OnGrid(Family):
