@@ -133,6 +133,6 @@ def test_the_documents_budgets_are_those_of_the_commands():
         evaluated = f"{rows}, {budget.K}, {budget.steps}"
         diagnosed = (
             f"{plan.rows}, {plan.draws}, {plan.steps}; {plan.annealed} x {plan.temperatures} x {plan.chains}; "
-            f"{plan.simulated}; {plan.references} x {plan.length}"
+            f"{plan.simulated}; {plan.references} x {plan.reference_draws}"
         )
         assert f"| {word} | {evaluated} | {diagnosed} |" in text

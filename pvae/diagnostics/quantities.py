@@ -119,7 +119,7 @@ _TABLE = {
             "1",
             "Simulated rows whose true latents q gives hardly any mass; 0 is good.",
         ),
-        "bound_width": (
+        "iwae_width": (
             "width of the IWAE bracket",
             "nats",
             "Upper minus lower IWAE bound of simulated rows; 0 is good.",

@@ -30,7 +30,7 @@ SCALE, NOISE = 3.0, 0.5
 class Folded(nn.Module):
     """Latents z ~ N(0, 9 I_2); x1 is |z1| with weight ``mass`` on its own sign, and x2 is z2, both with noise 0.5.
 
-    The likelihood of x1 is a mixture: N(z1, 0.5) of weight 1 - mass and N(-z1, 0.5) of weight mass, so that z1 has modes
+    The likelihood of x1 is a mixture: N(z1, 0.5) of weight 1 - mass and N(-z1, 0.5) of weight mass: z1 has modes
     at about x1 and -x1 whose posterior weights are the mixture's.
     """
 

@@ -7,24 +7,20 @@ import torch
 from oracles import LinearGaussian
 from torch import nn
 
-from pvae.diagnostics import DiagnosisBudget, battery, diagnose, measure_latent_geometry
+from pvae.diagnostics import DiagnosisBudget, diagnose, measure_latent_geometry
 from pvae.diagnostics.evaluation import Budget, evaluate
-from pvae.diagnostics.mcmc_reference import MCMCReference
+from pvae.diagnostics.posterior_calibration import calibrate_posterior
 from pvae.diagnostics.quantities import QUANTITIES, SECTIONS, describe, summary_frame
+from pvae.diagnostics.reference_posterior import ReferencePosterior
 from pvae.errors import UserError
 from pvae.inference.families import Delta, DiagonalNormal, FullRankNormal
 from pvae.inference.guides import Amortized
 from pvae.stats import Estimate
 
 SMALL = DiagnosisBudget(
-    rows=8, draws=40, steps=4, annealed=3, temperatures=4, chains=3, simulated=12, references=3, length=8
+    rows=8, draws=40, steps=4, annealed=3, temperatures=4, chains=3, simulated=12, references=3, reference_draws=100
 )
 DOCUMENT = Path(__file__).parents[2] / "docs" / "diagnosis.md"
-
-
-@pytest.fixture(autouse=True)
-def short_warm_up(monkeypatch):
-    monkeypatch.setattr(battery, "WARM_UP", 8)
 
 
 @pytest.fixture(scope="module")
@@ -45,23 +41,17 @@ def test_every_key_that_evaluation_reports_has_an_entry(case):
 
 
 def sound(rows, dim):
-    """A reference whose chains agree, so that it reports all its figures."""
-    shape = (rows, dim)
-    return MCMCReference(
-        *(torch.ones(shape) for _ in range(10)),
-        torch.ones(rows),
-        torch.zeros(rows),
-        torch.ones(rows, dtype=torch.bool),
-        torch.tensor(2),
-        torch.tensor(9),
-    )
+    """A reference that is reliable, so that it reports all its figures."""
+    flags = torch.ones(rows), torch.ones(rows), torch.ones(rows, dtype=torch.bool), torch.zeros(rows)
+    return ReferencePosterior(*(torch.ones(rows, dim) for _ in range(10)), *flags)
 
 
 def test_every_key_that_a_diagnostic_reports_has_an_entry(case):
     model, guide, x = case
     diagnosis = diagnose(model, guide, x, budget=SMALL)
     spaces = measure_latent_geometry(model, guide, x, x, draws=5).summary()
-    reported = {*diagnosis.figures, *diagnosis.refined, *sound(4, 2).summary(), *spaces}
+    ranks = calibrate_posterior(model, guide, x[:1], simulated=5, draws=5).summary()
+    reported = {*diagnosis.figures, *diagnosis.refined, *sound(4, 2).summary(), *spaces, *ranks}
     assert not [key for key in reported if describe(key).key != key]
     known = {*reported, "log_joint", "ais", "ais_acceptance", "k_hat", "family_gain"}
     assert known >= QUANTITIES.keys()  # and the table has no more
@@ -101,12 +91,7 @@ def test_a_frame_has_a_row_for_each_quantity_in_the_tables_order():
 
 @pytest.fixture(scope="module")
 def diagnosis(case):
-    before = battery.WARM_UP
-    battery.WARM_UP = 8
-    try:
-        return diagnose(*case, budget=SMALL, seed=1)
-    finally:
-        battery.WARM_UP = before
+    return diagnose(*case, budget=SMALL, seed=1)
 
 
 def test_a_diagnosis_has_figures_verdicts_and_parts(diagnosis):
@@ -145,7 +130,7 @@ def test_progress_runs_to_one_and_names_each_task(case, diagnosis):
     shares, tasks = zip(*seen, strict=True)
     assert list(shares) == sorted(shares)
     assert shares[-1] == 1.0
-    assert {"evaluation", "health", "weights-best", "reference-guide.00000"} <= set(tasks)
+    assert {"evaluation", "health", "weights-best", "reference-guide"} <= set(tasks)
     assert again.figures.keys() == diagnosis.figures.keys()
     assert again.figures["sbc_p"] == diagnosis.figures["sbc_p"]
 

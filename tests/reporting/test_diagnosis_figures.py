@@ -15,8 +15,8 @@ import torch
 from pvae.diagnostics.battery import Bounds, Rows, Weights
 from pvae.diagnostics.calibration import Calibration
 from pvae.diagnostics.latent_usage import LatentUsage
-from pvae.diagnostics.mcmc_reference import MCMCReference
 from pvae.diagnostics.predictive_checks import STATISTICS, PredictiveChecks
+from pvae.diagnostics.reference_posterior import ReferencePosterior
 from pvae.reporting import diagnosis_figures
 from pvae.reporting.diagnosis_figures import DRAWN, draw_diagnosis
 from pvae.reporting.latent_figures import draw_aggregate
@@ -42,14 +42,13 @@ def _calibration(N: int, D: int, narrow: float) -> Calibration:
     return Calibration(ranks, torch.rand(N) ** narrow, z, torch.rand(N, D), torch.tensor(100))
 
 
-def _reference(B: int, D: int, narrow: float) -> MCMCReference:
+def _reference(B: int, D: int, narrow: float) -> ReferencePosterior:
     mean, sd = torch.randn(B, D), 0.1 + 0.5 * torch.rand(B, D)
     ours = mean + 0.3 * sd * torch.randn(B, D)
-    small, one = torch.full((B, D), 0.01), torch.ones(B, D)
+    small, reliable = torch.full((B, D), 0.01), torch.arange(B) % 7 > 0
     cover = (0.5 * narrow + 0.02 * torch.randn(B, D)).clamp(0, 1), (0.9 * narrow + 0.02 * torch.randn(B, D)).clamp(0, 1)
-    sound = torch.arange(B) % 7 > 0
-    rates = (torch.full((B,), 0.65), torch.zeros(B), sound, torch.tensor(8), torch.tensor(500))
-    return MCMCReference(mean, sd, ours, sd * narrow, small, small, *cover, one, 900 * one, *rates)
+    rows = torch.zeros(B), torch.full((B,), 900.0), reliable, torch.full((B,), 2)
+    return ReferencePosterior(mean, sd, ours, sd * narrow, small, small, *cover, mean, sd, *rows)
 
 
 def _health(B: int, D: int) -> LatentUsage:
@@ -84,7 +83,7 @@ def _found(D: int, B: int, shape: tuple[int, ...], labelled: bool) -> dict[str, 
         "weights-best": _weights(B, -0.1),
         "calibration-guide": _calibration(B, D, 0.8),
         "calibration-best": _calibration(B, D, 1.0),
-        "sandwich": Bounds(lower, lower + 0.3 * torch.rand(len(lower)) - 0.02),
+        "sandwich": Bounds(lower, lower + 0.3 * torch.rand(len(lower)) - 0.02, lower + 0.01),
         "reference-guide": _reference(min(B, 50), D, 0.8),
         "reference-best": _reference(min(B, 50), D, 0.95),
         "gaps": GAPS | {"FullRankNormal would win": (0.3, 0.2, 0.4)},
@@ -138,8 +137,8 @@ def test_a_panel_whose_part_is_absent_is_left_out(small: dict[str, Any]) -> None
         assert set(drawn) == {name for name, parts in drawn_from.items() if part in parts}
 
 
-def test_chains_of_which_none_is_sound_make_no_picture(small: dict[str, Any]) -> None:
-    bad = {who: replace(small[who], sound=torch.zeros(20, dtype=torch.bool)) for who in ("reference-guide",)}
+def test_references_of_which_none_is_reliable_make_no_picture(small: dict[str, Any]) -> None:
+    bad = {who: replace(small[who], reliable=torch.zeros(20, dtype=torch.bool)) for who in ("reference-guide",)}
     assert draw_diagnosis(bad, (5,)) == {}
     assert set(draw_diagnosis({"reference-guide": small["reference-guide"]}, (5,))) == {"reference"}
 
@@ -159,13 +158,13 @@ def test_numbers_that_are_not_finite_are_borne(small: dict[str, Any]) -> None:
 def test_empty_parts_make_no_picture() -> None:
     none = torch.empty(0)
     empty = Calibration(torch.empty(0, 2), none, torch.empty(0, 2), torch.empty(0, 2), torch.tensor(100))
-    found = {"sandwich": Bounds(none, none), "calibration-guide": empty, "weights-guide": Weights(*[none] * 4)}
+    found = {"sandwich": Bounds(none, none, none), "calibration-guide": empty, "weights-guide": Weights(*[none] * 4)}
     assert draw_diagnosis(found | {"gaps": {}}, (5,)) == {}
 
 
 def test_a_single_row_is_drawn(small: dict[str, Any]) -> None:
     one = Weights(*[torch.tensor([0.4])] * 4)
-    found = {"weights-guide": one, "sandwich": Bounds(torch.tensor([-3.0]), torch.tensor([-2.0]))}
+    found = {"weights-guide": one, "sandwich": Bounds(torch.tensor([-3.0]), torch.tensor([-2.0]), torch.tensor([-2.9]))}
     found |= {"calibration-guide": _calibration(1, 2, 1.0), "reference-guide": _reference(2, 1, 1.0)}
     assert set(draw_diagnosis(found, (5,))) == {"k_hat", "sandwich", "calibration", "reference"}
 
