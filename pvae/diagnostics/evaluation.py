@@ -327,7 +327,9 @@ def _gaps(model: Program, guide: Guide, rows: PosteriorBatch, budget: Budget) ->
     q = (guide.family, q_params)
     draws = draw_rows(target, q, accuracy, scouts=scouts, seed=rows.seed + EVIDENCE)
     values = _bounds(weights, guide) | {
-        "evidence": torch.where(draws.reliable, draws.log_evidence, torch.fmax(draws.log_evidence, best.iwae)),
+        "evidence": torch.where(draws.reliable, draws.log_evidence, torch.fmax(draws.log_evidence, best.iwae)).to(
+            best.elbo
+        ),
         "evidence_reliable": draws.reliable.to(best.elbo),
         "best_elbo": best.elbo,
         "best_iwae": best.iwae,

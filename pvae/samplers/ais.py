@@ -63,7 +63,7 @@ class AISEstimate:
         """
         C, error = len(self.log_w), log_mean_exp_se(self.log_w)
         if self.reverse:
-            error = torch.maximum(error, ((self.log_w.var(0).exp() - 1) / C).sqrt())
+            error = torch.maximum(error, (self.log_w.var(0).expm1() / C).log1p().clamp(max=self.log_w.var(0)).sqrt())
         return error * ((C - 1) / (C - 3)) ** 0.5 if C > 3 else error
 
     @property

@@ -17,6 +17,7 @@ from pvae.samplers.gaussian_vi import fit_gaussian
 from pvae.stats import mean_se
 
 LEFT = 0.01
+PROPOSALS = "importance sampling, by each row's first proposal that passes"
 
 
 class Beside(nn.Module):
@@ -39,25 +40,21 @@ def oracle():
     return LinearGaussian(2, 5)
 
 
-# Dimensions and conditioning: what the search leaves grows with the entries of q_params, at 8 draws for each gradient.
-
-
-@pytest.mark.parametrize(("dim", "left"), [(2, 0.01), (10, 0.03), (50, 0.12)])
+@pytest.mark.parametrize(("dim", "left"), [(2, 0.001), (10, 0.001), (50, 0.003)])
 @pytest.mark.parametrize("conditioning", [1.0, 100.0])
 def test_gaps_match_their_closed_forms_in_any_dimension(dim, left, conditioning):
     oracle = LinearGaussian(dim, dim + 3, conditioning=conditioning)
     x, guide = oracle.sample(30), Amortized(Beside(oracle, 0.3), DiagonalNormal(dim))
     found = evaluate(oracle.model, guide, x, budget=Budget(1000, 300)).values
     best, own = oracle.elbo(oracle.best(x), x), oracle.elbo(guide.params(x), x)
-    # Standard errors 0.0006 to 0.05 nats. IWAE-1000 from the best diagonal falls short by var(w) / 2000, which at a
-    # gap of 2.6 nats (50 ill-conditioned dimensions) is some 0.03; that is within the other gap's allowance.
+    # Standard errors 1e-8 to 0.05 nats, beside a rounding of 1e-5 in float32.
     for name, exact, least, most in (
         ("approximation_gap", oracle.gap, -0.01, left),
         ("amortization_gap", best - own, -left, 0),
-        ("evidence", oracle.evidence(x), -0.05 if oracle.gap > 1 else -0.01, 0),
+        ("evidence", oracle.evidence(x), -0.01, 0),
     ):
         off = mean_se(found[name].double() - exact)
-        assert least - 4 * off.se <= off.mean <= most + 4 * off.se, name
+        assert least - 4 * off.se - 1e-5 <= off.mean <= most + 4 * off.se + 1e-5, name
     assert (found["best_elbo"] <= oracle.evidence(x) + 5 * found["elbo_se"]).all()
 
 
@@ -85,8 +82,9 @@ def test_the_higher_bound_is_the_evidence(oracle):
     x = oracle.sample(20)
     found = evaluate(oracle.model, amortized(oracle), x, budget=Budget(1000, 50, temperatures=2, chains=2))
     assert found.values["ais"].nanmean() < found.values["best_iwae"].mean() - 0.1
-    assert found.estimator == "IWAE-1000 from the best q of the family"
-    assert torch.equal(found.values["evidence"], found.values["best_iwae"])
+    assert found.estimator == PROPOSALS
+    off = (found.values["evidence"] - oracle.evidence(x)).abs()
+    assert off.max() < 0.25  # 4 errors of weights with 200 effective draws, the least; most have more
 
 
 def test_rows_that_annealing_lost_have_their_other_bound(oracle, monkeypatch):
@@ -98,11 +96,9 @@ def test_rows_that_annealing_lost_have_their_other_bound(oracle, monkeypatch):
     monkeypatch.setattr(evaluation, "_anneal", lost)
     found = evaluate(oracle.model, amortized(oracle), oracle.sample(20), budget=Budget(100, 5, temperatures=9))
     assert torch.equal(found.values["evidence"][3:], found.values["ais"][3:])
-    assert torch.equal(found.values["evidence"][:3], found.values["best_iwae"][:3])
-    assert found.estimator == (
-        "AIS over 9 temperatures of 16 chains from the prior, "
-        "but IWAE-100 from the best q of the family for 3 rows where every chain diverged"
-    )
+    assert (found.values["evidence"][:3] - oracle.evidence(oracle.sample(20))[:3]).abs().max() < 0.2
+    of_lost = f"but {PROPOSALS} for 3 rows where every chain diverged"
+    assert found.estimator == f"AIS over 9 temperatures of 16 chains from the prior, {of_lost}"
 
 
 # Other families
@@ -118,9 +114,9 @@ def test_another_family_buys_what_the_closed_form_says(conditioning, left):
     found = evaluate(oracle.model, guide, x, budget=Budget(1000, 200, families=MAKERS))
     for name in MAKERS:
         gain = mean_se(found.family_gains[name].gain - oracle.gap)  # standard error 0.001 to 0.003
-        assert -left - 4 * gain.se < gain.mean < LEFT + 4 * gain.se, name
+        assert -left - 4 * gain.se < gain.mean < LEFT + 4 * gain.se, name  # 1e-5: rounding
         off = mean_se(found.family_gains[name].elbo - oracle.evidence(x))
-        assert -left - 4 * off.se < off.mean < 4 * off.se, name
+        assert -left - 4 * off.se < off.mean < 4 * off.se + 1e-5, name
 
 
 def test_family_gains_are_those_of_evaluate(oracle):
@@ -158,7 +154,7 @@ def test_a_search_in_many_dimensions_loses_without_its_start():
     oracle = LinearGaussian(50, 53, conditioning=100.0)
     x, guide = oracle.sample(10), Amortized(Beside(oracle, 0.0), DiagonalNormal(50))
     found = family_gains(oracle.model, guide, x, families={"F": Unshaped}, budget=Budget(500, 50))["F"]
-    assert 0.5 < found.gain.mean() < oracle.gap - 0.5  # nor does it diverge: 1.6 of 2.6 nats
+    assert 0.5 < found.gain.mean() < oracle.gap - 0.3  # nor does it diverge: 2.2 of 2.6 nats
 
 
 def test_the_start_does_no_harm_where_posteriors_are_bent():
@@ -179,8 +175,8 @@ def test_a_full_rank_guide_finds_its_best_posterior():
         guide = Amortized(nn.Linear(23, family.num_params), family)
         found = evaluate(oracle.model, guide, x, budget=Budget(500, 50)).values
         left[type(family)] = (oracle.evidence(x) - found["best_elbo"]).mean()
-    assert left[FullRankNormal] < 0.02
-    assert left[Unshaped] > 0.2
+    assert left[FullRankNormal] < 0.002
+    assert left[Unshaped] > 0.01
 
 
 class Two(nn.Module):
@@ -210,7 +206,9 @@ def test_full_rank_holds_the_posterior_of_several_latents():
 
 def test_rows_whose_curvature_is_lost_keep_the_start_at_independent_normals(oracle, monkeypatch):
     x, families, budget = oracle.sample(5), {"F": FullRankNormal, "U": Unshaped}, Budget(200, 20)
-    monkeypatch.setattr(gaps, "fit_gaussian", lambda target, *normals, seed: fit_gaussian(lost, *normals, seed=seed))
+    monkeypatch.setattr(
+        gaps, "fit_gaussian", lambda target, *normals, **options: fit_gaussian(lost, *normals, **options)
+    )
     found = family_gains(oracle.model, amortized(oracle), x, families=families, budget=budget)
     torch.testing.assert_close(found["F"].elbo, found["U"].elbo)
 
