@@ -170,7 +170,7 @@ def evaluate(
 def diagnose(
     run: opt.Run,
     budget: Annotated[
-        str, typer.Option(help="quick, standard (about 10 times its work) or thorough (about 100 times).")
+        str, typer.Option(help="quick, standard (about 7 times its work) or thorough (about 80 times).")
     ] = "standard",
     only: Annotated[str | None, typer.Option(help="Variants to diagnose, by commas (default all).")] = None,
     device: opt.Device = "auto",
