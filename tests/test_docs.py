@@ -120,7 +120,15 @@ def test_the_documents_rules_are_those_of_the_verdict():
         assert low.strip() in ("", f"{rule.low:g}")
         assert high.strip() in ("", f"{rule.high:g}")
         assert low.strip() or high.strip()
-        assert along.strip() == ("" if rule.along is None else f"{rule.along[0]} above {rule.along[2]:g}")
+        assert along.strip() == _condition(rule)
+
+
+def _condition(rule):
+    """What a rule needs beside its figure, or that it only withholds trust."""
+    if rule.along is None:
+        return "" if rule.condemns else "withholds trust"
+    name, least, most = rule.along
+    return f"{name} above {most:g}" if most < 1 else f"{name} below {least:g}"
 
 
 def test_the_documents_budgets_are_those_of_the_commands():

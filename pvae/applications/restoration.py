@@ -26,7 +26,8 @@ from pvae.inference.posterior import likelihood_at, refit_params
 from pvae.inference.refinement import CHECK_DRAWS
 from pvae.runtime.pyro_params import Program
 from pvae.samplers.log_joint import LogJoint
-from pvae.samplers.row_posterior import ACCURACIES, HELD, METHODS, NONE, PosteriorDraws, draw_rows, resample
+from pvae.samplers.posterior_draws import METHODS, NONE, PosteriorDraws, resample
+from pvae.samplers.row_posterior import ACCURACIES, HELD, draw_rows
 from pvae.stats import Estimate, column_means, mean_se
 
 # Seeds of the search for variational parameters and of a first run of the program: apart from those of the draws.

@@ -14,7 +14,8 @@ from pvae.cli.use_context import UseContext, make_result
 from pvae.errors import UserError, nearest, param
 from pvae.experiments.use_results import UseResult
 from pvae.inference.latents import LatentSites
-from pvae.samplers.row_posterior import ACCURACIES, METHODS, PosteriorDraws, posterior
+from pvae.samplers.posterior_draws import METHODS, PosteriorDraws
+from pvae.samplers.row_posterior import ACCURACIES, posterior
 
 
 def draw_posterior(context: UseContext, *, accuracy: str = "standard", draws: int = 100) -> UseResult:

@@ -25,7 +25,8 @@ from pvae.inference.posterior import freeze
 from pvae.runtime.pyro_params import Program
 from pvae.samplers.ais import sandwich
 from pvae.samplers.log_joint import LogJoint
-from pvae.samplers.row_posterior import ACCURACIES, Accuracy, PosteriorDraws, draw_rows, posterior
+from pvae.samplers.posterior_draws import PosteriorDraws
+from pvae.samplers.row_posterior import ACCURACIES, Accuracy, draw_rows, posterior
 from pvae.stats import UNRELIABLE, Estimate, draws_needed, mean_se
 
 TASK_ROWS = 25  # few, so that a long job can stop and go on anywhere, and shows its progress

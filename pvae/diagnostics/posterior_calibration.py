@@ -15,7 +15,8 @@ from pvae.inference.guides import Guide
 from pvae.inference.posterior import decode_latents
 from pvae.runtime.pyro_params import Program
 from pvae.samplers.log_joint import LogJoint
-from pvae.samplers.row_posterior import PosteriorDraws, posterior
+from pvae.samplers.posterior_draws import PosteriorDraws
+from pvae.samplers.row_posterior import posterior
 from pvae.stats import Estimate, effective_sample_size, holm, mean_se, uniform_p
 
 STREAM = 5_000_011  # offset of seeds, clear of those of searches, calibration and references

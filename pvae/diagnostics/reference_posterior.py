@@ -21,7 +21,7 @@ from pvae.samplers import hmc
 from pvae.samplers.ais import AISEstimate, anneal
 from pvae.samplers.hmc import Chains
 from pvae.samplers.log_joint import LogJoint
-from pvae.samplers.row_posterior import PosteriorDraws, pool_chains
+from pvae.samplers.posterior_draws import PosteriorDraws, pool_chains
 from pvae.stats import Estimate, holm, mean_se
 
 PARTICLES, DRAWS, WEIGHED = 4, 4000, 1000  # annealed particles for each chain; draws of q, and its weighted draws

@@ -28,7 +28,8 @@ from pvae.inference.guides import Guide
 from pvae.recipes.build import FittedModel
 from pvae.recipes.recipe import Recipe, read_recipe, read_recipe_file
 from pvae.runtime.pyro_params import Program
-from pvae.samplers.row_posterior import PosteriorDraws, posterior
+from pvae.samplers.posterior_draws import PosteriorDraws
+from pvae.samplers.row_posterior import posterior
 
 if TYPE_CHECKING:
     from pandas import DataFrame

@@ -2,7 +2,8 @@ from . import hmc
 from .ais import AISEstimate, SandwichBounds, anneal, sandwich
 from .gaussian_vi import fit_gaussian
 from .log_joint import JointDraws, LogJoint, simulate_joint
-from .row_posterior import PosteriorDraws, posterior
+from .posterior_draws import PosteriorDraws
+from .row_posterior import posterior
 
 __all__ = [
     "AISEstimate",

@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -32,22 +32,27 @@ from pvae.samplers.adaptive_importance import (
 )
 from pvae.samplers.ais import AISEstimate, anneal
 from pvae.samplers.gaussian_vi import fit_gaussian
-from pvae.samplers.hmc import Chains
 from pvae.samplers.log_joint import LogJoint
-from pvae.stats import chain_ess, effective_sample_size, k_hat_threshold, log_mean_exp, pareto_smooth, r_hat
+from pvae.samplers.posterior_draws import (
+    GAUSSIAN,
+    GUIDE,
+    IMPORTANCE,
+    MIXTURE,
+    NONE,
+    SECONDS,
+    PosteriorDraws,
+    pool_chains,
+    resample,
+)
+from pvae.stats import effective_sample_size, k_hat_threshold, log_mean_exp, pareto_smooth
 
-# From the cheapest to the dearest; the last is for rows whose checks all failed.
-METHODS = ("guide", "importance sampling", "Gaussian fit", "mixture", "HMC", "none")
-SECONDS = ("annealed particles", *METHODS[1:-1])
-GUIDE, IMPORTANCE, GAUSSIAN, MIXTURE, CHAINS, NONE = range(len(METHODS))
-
+OFTEN, MORE = 0.02, 8  # share of rows with a missed mode from which on all get so many times the particles again
 FLAT = 0.95  # of K: an effective sample size above which the guide's draws are called right as they are
+HEAVIEST = (3.0, 6.0)  # nats of a particle's weight above the mean beyond which q hardly reaches it; for mixtures
 MISSED_MASS = 0.005  # share of the posterior at a particle from which on a mode counts as missed
 ADAPT_DRAWS = (2000, 5000)  # of each round of a mixture's adaptation, and once more for rows whose checks fail
 MIXTURE_ROWS = 50  # that are adapted together
 NUM_CHAINS, WARM_UP, LEAPFROGS = 8, 200, 5
-# Limits of convergence (Vehtari et al. 2021, arXiv:1903.08008; Betancourt 2017, arXiv:1701.02434).
-R_HAT, DIVERGENT = 1.01, 0.01
 HELD = 20_000_000  # numbers of a batch's draws that are held together
 STREAM = 3_000_017  # offset of seeds, clear of those of searches and references
 
@@ -76,89 +81,6 @@ ACCURACIES = {
     "standard": Accuracy(2000, 400, 8, 20, 32, 50, 1500),
     "high": Accuracy(10_000, 5000, 16, 50, 64, 100, 2500),
 }
-
-
-@dataclass(frozen=True, repr=False)
-class PosteriorDraws:
-    r"""K draws of each row's latents, with normalized importance weights, and how they came about.
-
-    Attributes:
-        u: draws in unconstrained coordinates, [K, B, D].
-        log_weights: of the draws, Pareto-smoothed; they add up to one in each row, [K, B].
-        log_evidence: log p(x) by the weights, a lower bound in expectation, [B] nats.
-        method: number of the method in ``METHODS`` that gave the row's draws, [B].
-        ess, k_hat: effective sample size and Pareto k-hat, [B]; k-hat is NaN for chains.
-        seconds: of the annealed particles and of each method, for all rows.
-    """
-
-    u: Tensor
-    log_weights: Tensor
-    log_evidence: Tensor
-    method: Tensor
-    ess: Tensor
-    k_hat: Tensor
-    seconds: dict[str, float]
-
-    @property
-    def reliable(self) -> Tensor:
-        """Whether the checks of a method passed, [B]."""
-        return self.method != NONE
-
-    @property
-    def moments(self) -> tuple[Tensor, Tensor]:
-        """Weighted mean and standard deviation of the draws, [B, D] each."""
-        weights = self.log_weights.exp().unsqueeze(-1)
-        mean = (weights * self.u).sum(0)
-        return mean, (weights * (self.u - mean) ** 2).sum(0).sqrt()
-
-    def counts(self) -> dict[str, int]:
-        """Return how many rows took each method."""
-        return {name: n for number, name in enumerate(METHODS) if (n := int((self.method == number).sum()))}
-
-    def __repr__(self) -> str:
-        spent = {name: round(seconds, 2) for name, seconds in self.seconds.items()}
-        return f"Posterior of {len(self.ess)} rows, {len(self.u)} draws: rows {self.counts()}, seconds {spent}"
-
-    def to_frame(self) -> Any:
-        """Return a DataFrame: method, ess, k_hat, reliable, log_evidence, mean and sd of each latent, by row."""
-        from pandas import DataFrame
-
-        columns: dict[str, Any] = {"method": [METHODS[number] for number in self.method.tolist()]}
-        columns |= {name: getattr(self, name).tolist() for name in ("ess", "k_hat", "reliable", "log_evidence")}
-        for name, moment in zip(("mean", "sd"), self.moments, strict=True):
-            columns |= {f"{name}{d}": column.tolist() for d, column in enumerate(moment.unbind(-1))}
-        return DataFrame(columns)
-
-    def resample(self, count: int, *, seed: int = 0) -> Tensor:
-        """Return equally weighted draws u [count, B, D], by systematic resampling."""
-        with seeded(seed):
-            return resample(self.u, self.log_weights, count)
-
-
-def pool_chains(chains: Chains, K: int | None = None, *, least_ess: float = 400) -> PosteriorDraws:
-    """Return the draws of HMC chains together, thinned to K, of method "HMC" where chains converged, "none" elsewhere.
-
-    They have converged where R-hat is at most 1.01, the effective sample size at least ``least_ess``, in every
-    dimension, and at most 1% of the trajectories diverge. Chains give no evidence: it is NaN.
-
-    Source of R-hat, ESS and their limits: Vehtari, Gelman, Simpson, Carpenter, Buerkner (2021), arXiv:1903.08008.
-    """
-    draws = chains.draws.double()
-    every = draws.flatten(0, 1)
-    ess, agree = chain_ess(draws).amin(-1).to(every), (r_hat(draws) <= R_HAT).all(-1).to(every.device)
-    sound = agree & (ess >= least_ess) & (chains.divergence_rate <= DIVERGENT)
-    thin = torch.linspace(0, len(every) - 1, K or len(every), dtype=torch.double, device=every.device).round().long()
-    unknown, equal = torch.full_like(ess, torch.nan), every.new_full((len(thin), len(ess)), -math.log(len(thin)))
-    method = torch.where(sound, CHAINS, NONE)
-    return PosteriorDraws(every[thin], equal, unknown, method, ess.clamp(max=len(thin)), unknown, {})
-
-
-def resample(u: Tensor, log_weights: Tensor, count: int) -> Tensor:
-    """Draw equally weighted draws [count, B, D] from weighted ones u [K, B, D], by systematic resampling."""
-    ends, K = log_weights.exp().cumsum(0), len(u)
-    shares = (ends.new_empty(1, ends.shape[1]).uniform_() + torch.arange(count, device=u.device).unsqueeze(-1)) / count
-    which = torch.searchsorted(ends.mT.contiguous(), shares.mT.contiguous()).clamp(max=K - 1).mT
-    return u.gather(0, which.unsqueeze(-1).expand(-1, -1, u.shape[-1]))
 
 
 def posterior(
@@ -272,10 +194,12 @@ def _new_seed() -> int:
 class _Methods:
     """The methods, each for the rows ``todo`` that no method before has passed on, and every row's draws so far."""
 
+    scouts: AISEstimate
+
     def __init__(
         self, target: LogJoint, accuracy: Accuracy, q: tuple[Family, Tensor] | None, scouts: AISEstimate | None
     ) -> None:
-        self.target, self.accuracy, self.q, self.scouts = target, accuracy, q, scouts
+        self.target, self.accuracy, self.q, self.given_scouts, self.more = target, accuracy, q, scouts, False
         self.seconds = dict[str, float]()
         B, K, D = len(target.x), accuracy.K, target.latents.dim
         like = target.x.new_zeros((), dtype=torch.double)
@@ -292,8 +216,15 @@ class _Methods:
 
     def send_scouts(self) -> None:
         """Anneal the few particles that every method's draws are checked against, unless they are given."""
-        if self.scouts is None:
-            self.scouts = anneal_particles(self.target, self.accuracy.chains, self.accuracy.temperatures)
+        size = self.accuracy.chains, self.accuracy.temperatures
+        self.scouts = self.given_scouts or anneal_particles(self.target, *size)
+
+    def _send_more_scouts(self) -> None:
+        """Anneal more particles of every row, since modes that some rows' particles found may be in all rows."""
+        more = anneal_particles(self.target, MORE * self.accuracy.chains, self.accuracy.temperatures)
+        values = ((getattr(self.scouts, name), getattr(more, name)) for name in ("log_w", "position"))
+        log_w, position = (torch.cat(pair) for pair in values)
+        self.scouts, self.more = replace(self.scouts, log_w=log_w, position=position), True
 
     def weigh_guide(self) -> None:
         if self.q and not self.q[0].point_mass:
@@ -314,7 +245,8 @@ class _Methods:
         """Fit mixtures to few rows at a time, whose draws times components stay near the cache."""
         every, left, accuracy = self.todo, [], self.accuracy
         particles = anneal_particles(self.target.rows(every), accuracy.most_chains, accuracy.most_temperatures)
-        parts = (values.split(MIXTURE_ROWS, 1) for values in (particles.position, particles.log_w))
+        both = [(getattr(particles, name), getattr(self.scouts, name)[:, every]) for name in ("position", "log_w")]
+        parts = (torch.cat(pair).split(MIXTURE_ROWS, 1) for pair in both)
         for self.todo, position, log_w in zip(every.split(MIXTURE_ROWS), *parts, strict=True):
             starts = self._starts()[0].unsqueeze(0)
             mixture = initial_mixture(self.target.rows(self.todo), position, log_w, starts, seed=_new_seed())
@@ -330,8 +262,13 @@ class _Methods:
         self.todo = torch.cat(left)
 
     def run_chains(self) -> None:
-        """Run HMC chains from draws of the mixture by their weights, thinned to K draws."""
+        """Run HMC chains from draws of the mixture by their weights, thinned to K draws.
+
+        None are run where rows often have modes apart: chains that agree on some modes say nothing of the others.
+        """
         rows, K = self.todo, self.accuracy.K
+        if self.more:
+            return
         u = resample(self.draws.u[:, rows], self.draws.log_weights[:, rows], NUM_CHAINS)
         scale = self.draws.moments[1][rows].clamp(min=1e-6)
         length: Any = {"draws": max(self.accuracy.length, -(-K // NUM_CHAINS)), "warm_up": WARM_UP}
@@ -346,7 +283,6 @@ class _Methods:
 
     def _starts(self) -> tuple[Tensor, Tensor]:
         """Return mean and log scale [b, D] from which Gaussians are fitted: the guide's, or the best particle's."""
-        assert self.scouts is not None
         best = self.scouts.log_w.nan_to_num(nan=-torch.inf).argmax(0)
         position, every = self.scouts.position, torch.arange(len(best), device=best.device)
         mean, sd = position[best, every], 0.1 * position.std(0)
@@ -373,23 +309,30 @@ class _Methods:
         ess = effective_sample_size(log_weights)
         flat = (ess >= FLAT * K) & (method == IMPORTANCE)
         passed = (k_hat < k_hat_threshold(K)) & (ess >= self.accuracy.ess)
-        passed &= ~self._misses_mode(proposals, log_weights, log_q)
+        missed = self._misses_mode(method, proposals, log_weights, log_q)
+        if not self.more and missed.double().mean() > OFTEN:
+            self._send_more_scouts()
+            missed = self._misses_mode(method, proposals, log_weights, log_q)
+        passed &= ~missed
         self._keep(rows, u=proposals.u, log_weights=log_weights, log_evidence=log_mean_exp(log_w), ess=ess, k_hat=k_hat)
         self._keep(rows[passed], method=torch.where(flat, GUIDE, method)[passed])
         self.todo = rows[~passed]
 
-    def _misses_mode(self, proposals: Proposals, log_weights: Tensor, log_q: Callable[[Tensor], Tensor]) -> Tensor:
+    def _misses_mode(
+        self, method: int, proposals: Proposals, log_weights: Tensor, log_q: Callable[[Tensor], Tensor]
+    ) -> Tensor:
         """Whether an annealed particle lies where q hardly reaches and the posterior has mass, [b]."""
-        assert self.scouts is not None
         u, log_w, weights = self.scouts.position[:, self.todo], proposals.log_w, log_weights.exp()
         log_joint = self.target.rows(self.todo)(u).double()
-        outlying = log_joint - log_q(u) > log_w.amax(0) + 1
+        evidence, heaviest = log_mean_exp(log_w), HEAVIEST[method == MIXTURE]
+        # One of many draws may have met the mode by chance, from the prior: the largest weight is not all.
+        outlying = log_joint - log_q(u) > torch.minimum(log_w.amax(0) + 1, evidence + heaviest)
         # Mass by the particle's own weight or, since short annealing understates it, by its density among q's draws.
         finite = proposals.log_joint.nan_to_num(neginf=-1e300)
         mean = (weights * finite).sum(0)
         sd = (weights * (finite - mean) ** 2).sum(0).sqrt()
         dense = log_joint > mean - 3 * sd + math.log(MISSED_MASS)
-        share = self.scouts.log_w[:, self.todo].double() - math.log(len(u)) - log_mean_exp(log_w)
+        share = self.scouts.log_w[:, self.todo].double() - math.log(len(u)) - evidence
         return (outlying & (dense | (share > math.log(MISSED_MASS)))).any(0)
 
     def _keep(self, rows: Tensor, **values: Tensor | float) -> None:

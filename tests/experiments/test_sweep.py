@@ -246,7 +246,7 @@ def test_a_signal_ends_all_processes_and_the_cells_that_wait(pvae):
 # Results of several seeds
 
 
-def test_mean_and_error_over_seeds_are_those_of_the_seeds_means(kept):
+def test_the_mean_over_seeds_is_that_of_the_seeds_means_and_its_error_is_over_rows_too(kept):
     (group,) = read(kept)["groups"]
     assert [row["seeds"] for row in group["rows"]] == [[0, 1]] * 2
     for row in group["rows"]:
@@ -254,7 +254,7 @@ def test_mean_and_error_over_seeds_are_those_of_the_seeds_means(kept):
         for quantity in (*row["train"].values(), *row["test"].values()):
             one, other = quantity["by_seed"]
             assert quantity["mean"] == pytest.approx((one + other) / 2, abs=1e-6)
-            assert quantity["se"] == pytest.approx(abs(one - other) / 2, abs=1e-6)  # s / sqrt(2)
+            assert quantity["se"] >= abs(one - other) / 2 - 1e-6  # s / sqrt(2), of the seeds alone
     for seed in (0, 1):
         job = RunOptions(
             Path(shutil.copytree(kept / f"StudentT,seed={seed}", f"run-{seed}")), rows=5, budget=Budget(5, 5)

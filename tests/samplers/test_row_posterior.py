@@ -14,16 +14,8 @@ from pvae.errors import UserError
 from pvae.inference.families import DiagonalNormal
 from pvae.inference.guides import Guide
 from pvae.samplers import AISEstimate, LogJoint, PosteriorDraws, posterior
-from pvae.samplers.row_posterior import (
-    ACCURACIES,
-    GAUSSIAN,
-    GUIDE,
-    IMPORTANCE,
-    METHODS,
-    MIXTURE,
-    Accuracy,
-    draw_rows,
-)
+from pvae.samplers.posterior_draws import METHODS
+from pvae.samplers.row_posterior import ACCURACIES, GAUSSIAN, GUIDE, IMPORTANCE, MIXTURE, Accuracy, draw_rows
 
 SIGMAS = 5  # standard errors allowed; each test looks at up to 600 numbers
 
