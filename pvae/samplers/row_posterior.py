@@ -48,7 +48,8 @@ from pvae.stats import effective_sample_size, k_hat_threshold, log_mean_exp, par
 
 OFTEN, MORE = 0.02, 8  # share of rows with a missed mode from which on all get so many times the particles again
 FLAT = 0.95  # of K: an effective sample size above which the guide's draws are called right as they are
-HEAVIEST = (3.0, 6.0)  # nats of a particle's weight above the mean beyond which q hardly reaches it; for mixtures
+# Nats of a particle's weight above the mean beyond which a method hardly reaches it; a guide's tails may be as light.
+HEAVIEST = {IMPORTANCE: math.inf, GAUSSIAN: 3.0, MIXTURE: 6.0}
 MISSED_MASS = 0.005  # share of the posterior at a particle from which on a mode counts as missed
 ADAPT_DRAWS = (2000, 5000)  # of each round of a mixture's adaptation, and once more for rows whose checks fail
 MIXTURE_ROWS = 50  # that are adapted together
@@ -310,7 +311,7 @@ class _Methods:
         flat = (ess >= FLAT * K) & (method == IMPORTANCE)
         passed = (k_hat < k_hat_threshold(K)) & (ess >= self.accuracy.ess)
         missed = self._misses_mode(method, proposals, log_weights, log_q)
-        if not self.more and missed.double().mean() > OFTEN:
+        if method == GAUSSIAN and not self.more and missed.double().mean() > OFTEN:
             self._send_more_scouts()
             missed = self._misses_mode(method, proposals, log_weights, log_q)
         passed &= ~missed
@@ -324,7 +325,7 @@ class _Methods:
         """Whether an annealed particle lies where q hardly reaches and the posterior has mass, [b]."""
         u, log_w, weights = self.scouts.position[:, self.todo], proposals.log_w, log_weights.exp()
         log_joint = self.target.rows(self.todo)(u).double()
-        evidence, heaviest = log_mean_exp(log_w), HEAVIEST[method == MIXTURE]
+        evidence, heaviest = log_mean_exp(log_w), HEAVIEST[method]
         # One of many draws may have met the mode by chance, from the prior: the largest weight is not all.
         outlying = log_joint - log_q(u) > torch.minimum(log_w.amax(0) + 1, evidence + heaviest)
         # Mass by the particle's own weight or, since short annealing understates it, by its density among q's draws.
